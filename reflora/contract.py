@@ -1,0 +1,184 @@
+"""What a LoRA pair is, and every check of what a caller passes in.
+
+Inner code trusts what has passed here. Errors name what was expected, what came, and the remedy.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("triton", "cpp", "torch")
+PRECISIONS = ("float64", "float32")
+STORAGE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+RANK_CLASSES = (16, 32, 64, 128)
+
+# a factor is degenerate past this Frobenius condition estimate ||L||_F ||L^-1||_F of the Cholesky
+# factor of its Gram (at least k, at most r k / 2 + 1); one constant a precision, on every backend
+KAPPA_MAX = {"float64": 1e6, "float32": 1e4}
+
+# values of the `status` column of Diagnostics
+REFACTORED, DEGENERATE, SKIPPED, PLAIN = 0, 1, 2, 3
+
+
+def fail(what: str, expected: object, got: object, remedy: str, error: type[Exception] = ValueError) -> NoReturn:
+    """Raise `error` with the one wording every error of this package has."""
+    raise error(f"{what}: expected {expected}, got {got}. {remedy}")
+
+
+@dataclass(frozen=True)
+class LoRAPair:
+    """One LoRA adapter of one layer: leaf tensors A and B with `dW = scaling * B @ A`.
+
+    layout says how the storage is read as `A [r, n_in]` and `B [n_out, r]`:
+      "linear", "embedding"  A `[r, n_in]`, B `[n_out, r]`
+      "conv"                 A `[r, in, *kernel]`, B `[n_out, r, 1, ...]`
+      "experts(E)"           A `[E * r, n_in]` or `[E, r, n_in]`, B `[n_out, r * E]` or `[n_out, r, E]`, E innermost
+    """
+
+    name: str
+    A: Tensor
+    B: Tensor
+    layout: str = "linear"
+
+    @property
+    def experts(self) -> int:
+        match = re.fullmatch(r"experts\((\d+)\)", self.layout)
+        return int(match[1]) if match else 1
+
+    @property
+    def rank(self) -> int:
+        return self.views_A(self.A)[0].shape[0]
+
+    def views_A(self, tensor: Tensor) -> list[Tensor]:
+        """`tensor`, shaped and laid out like A, as one `[r, n_in]` view for each expert (no copy)."""
+        if self.layout.startswith("experts"):
+            stack = tensor if tensor.dim() == 3 else tensor.unflatten(0, (self.experts, -1))
+            return list(stack.unbind(0))
+        return [_rows(tensor) if self.layout == "conv" else tensor]
+
+    def views_B(self, tensor: Tensor) -> list[Tensor]:
+        """`tensor`, shaped and laid out like B, as one `[n_out, r]` view for each expert (no copy)."""
+        if self.layout.startswith("experts"):
+            stack = tensor if tensor.dim() == 3 else tensor.unflatten(1, (-1, self.experts))
+            return list(stack.unbind(2))
+        return [_rows(tensor) if self.layout == "conv" else tensor]
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """`[r, in, *kernel]` as `[r, in * kernel]` in storage order: rows are mixed as wholes, any order will do."""
+    strides = tensor.stride()
+    order = sorted(range(1, tensor.dim()), key=lambda d: -strides[d])
+    return tensor.permute(0, *order).view(tensor.shape[0], -1)
+
+
+PairLike = LoRAPair | tuple[Tensor, Tensor]
+
+
+def as_pairs(pairs: Iterable[PairLike]) -> list[LoRAPair]:
+    """`(A, B)` tuples become LoRAPairs; every pair is checked.
+
+    Raises ValueError or TypeError naming the pair: shapes that do not match, a dtype outside
+    float32/float64/bfloat16/float16, two devices or dtypes in a pair, overlapping storage.
+    """
+    if isinstance(pairs, (LoRAPair, Tensor)):
+        fail("pairs", "a list of (A, B) pairs", type(pairs).__name__, "Wrap a single pair in a list.", TypeError)
+    checked = []
+    for index, pair in enumerate(pairs):
+        if not isinstance(pair, LoRAPair):
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                fail(f"pair {index}", "LoRAPair or (A, B)", repr(type(pair)), "See reflora.find_pairs.", TypeError)
+            pair = LoRAPair(f"pair {index}", *pair)
+        check_pair(pair)
+        checked.append(pair)
+    check_disjoint(checked)
+    return checked
+
+
+def check_pair(pair: LoRAPair) -> None:
+    """Shapes, dtypes, devices and storage of one pair."""
+    for side, tensor in (("A", pair.A), ("B", pair.B)):
+        what = f"{pair.name}, {side}"
+        if not isinstance(tensor, Tensor):
+            fail(what, "a torch.Tensor", type(tensor).__name__, "Pass the weights themselves.", TypeError)
+        if tensor.dtype not in STORAGE_DTYPES:
+            remedy = "Quantised base weights are fine, the LoRA factors themselves must be floating point."
+            fail(what, "float32, float64, bfloat16 or float16", tensor.dtype, remedy, TypeError)
+        if type(tensor).__name__ == "DTensor" or tensor.layout != torch.strided or tensor.is_meta:
+            remedy = "Sharded, sparse and meta tensors cannot be refactored: gather or materialise the factors first."
+            fail(what, "a dense tensor held whole on one device", f"{type(tensor).__name__} ({tensor.layout})", remedy)
+        if any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape)):
+            fail(what, "a tensor whose elements do not share memory", f"strides {tensor.stride()}", "Call .clone().")
+    if pair.A.device != pair.B.device:
+        remedy = "Move both factors of a pair to one device; different pairs may be on different devices."
+        fail(pair.name, f"B on {pair.A.device} like A", pair.B.device, remedy)
+    if pair.A.dtype != pair.B.dtype:
+        fail(pair.name, f"B of {pair.A.dtype} like A", pair.B.dtype, "Cast both factors of a pair to one dtype.")
+    _check_shapes(pair)
+
+
+def _check_shapes(pair: LoRAPair) -> None:
+    A, B, layout = pair.A, pair.B, pair.layout
+    got = f"A {tuple(A.shape)} and B {tuple(B.shape)}"
+    flat = "One-dimensional factors come from DeepSpeed or FSDP1, which flatten parameters: use FSDP2 or DDP instead."
+    remedy = flat if 1 in (A.dim(), B.dim()) else "Check the order (A first) and the layout of the pair."
+    if layout in ("linear", "embedding"):
+        ok = A.dim() == 2 and B.dim() == 2 and A.shape[0] == B.shape[1]
+        expected = "A [r, n_in] and B [n_out, r]"
+    elif layout == "conv":
+        ok = A.dim() > 2 and B.dim() > 2 and A.shape[0] == B.shape[1] and B.shape[2:].numel() == 1
+        expected = "A [r, in, *kernel] and B [n_out, r, 1, ...]"
+    elif pair.experts >= 1 and layout.startswith("experts("):
+        E = pair.experts
+        ok = A.dim() in (2, 3) and B.dim() in (2, 3) and (A.shape[0] == E if A.dim() == 3 else A.shape[0] % E == 0)
+        r = A.shape[1] if A.dim() == 3 else A.shape[0] // E
+        ok = ok and (tuple(B.shape[1:]) == (r, E) if B.dim() == 3 else B.shape[1] == r * E)
+        expected = f"A [{E} * r, n_in] or [{E}, r, n_in] and B [n_out, r * {E}] or [n_out, r, {E}]"
+    else:
+        fail(pair.name, "layout 'linear', 'embedding', 'conv' or 'experts(E)'", repr(layout), "See LoRAPair.")
+    if not ok:
+        fail(pair.name, expected, got, remedy)
+    if min(A.numel(), B.numel()) == 0:
+        fail(pair.name, "at least one element in A and B", got, "Leave empty factors out of the list.")
+    try:
+        pair.views_A(A), pair.views_B(B)
+    except RuntimeError:
+        strides = f"strides {A.stride()} and {B.stride()}"
+        fail(pair.name, "factors that can be viewed as matrices", strides, "Call .contiguous() on them first.")
+
+
+def check_disjoint(pairs: Sequence[LoRAPair]) -> None:
+    """No two factors may share memory: each is written once a step."""
+    spans = []
+    for pair in pairs:
+        for side, t in (("A", pair.A), ("B", pair.B)):
+            extent = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride()))
+            start = t.data_ptr()
+            spans.append((str(t.device), start, start + extent * t.element_size(), f"{pair.name}, {side}"))
+    spans.sort()
+    for left, right in zip(spans, spans[1:]):
+        if left[0] == right[0] and right[1] < left[2]:
+            remedy = "Pass a tied or shared adapter once."
+            fail(right[3], "memory of its own", f"memory shared with {left[3]}", remedy)
+
+
+def check_backend(backend: str | None) -> None:
+    if backend is not None and backend not in BACKENDS:
+        fail(
+            "backend", f"None or one of {', '.join(BACKENDS)}", repr(backend), "None picks the fastest that can serve."
+        )
+
+
+def check_precision(precision: str) -> None:
+    if precision not in PRECISIONS:
+        fail("precision", " or ".join(map(repr, PRECISIONS)), repr(precision), "float64 is the accurate default.")
+
+
+def check_count(what: str, value: Any, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        fail(what, f"an integer >= {minimum}", repr(value), "It counts optimizer steps.")

@@ -1,0 +1,167 @@
+"""RefLoRA in plain float64 torch: the paper's companion and the oracle of every test. It is never tuned.
+
+Orientation is PEFT's: `A [r, n_in]`, `B [n_out, r]`, `dW = scaling * B @ A`; the paper (arXiv 2505.18877)
+writes `W = A B^T`, so its A is our B and its B our A^T. Grams are `Ga = A A^T` and `Gb = B^T B`.
+Every function takes any floating dtype, computes in float64 and returns float64.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def geometric_mean(X: Tensor, Y: Tensor) -> Tensor:
+    """`X # Y = X^(1/2) (X^(-1/2) Y X^(-1/2))^(1/2) X^(1/2)` of SPD `[..., n, n]` (paper, Lemma 7)."""
+    root = sqrtm(X)
+    inverse_root = torch.linalg.inv(root)
+    return _symmetric(root @ sqrtm(inverse_root @ Y.double() @ inverse_root) @ root)
+
+
+def sqrtm(X: Tensor) -> Tensor:
+    """The SPD square root of SPD `[..., n, n]`."""
+    w, V = torch.linalg.eigh(_symmetric(X.double()))
+    return (V * w.clamp_min(0).sqrt().unsqueeze(-2)) @ V.mT
+
+
+def polar(X: Tensor) -> tuple[Tensor, Tensor]:
+    """`X = Q H`, Q orthogonal, H symmetric positive semidefinite, of `[..., n, n]`."""
+    U, s, Vh = torch.linalg.svd(X.double())
+    return U @ Vh, (Vh.mT * s.unsqueeze(-2)) @ Vh
+
+
+class Refactoring(NamedTuple):
+    """S and the factor P with `S = P P^T`; refactored factors are `P^T A` and `B P^-T`.
+
+    S, S_inv, P, P_inv_T: `[r, r]`. spectrum: the r singular values of `B A`.
+    """
+
+    S: Tensor
+    S_inv: Tensor
+    P: Tensor
+    P_inv_T: Tensor
+    spectrum: Tensor
+
+
+def refactoring(A: Tensor, B: Tensor) -> Refactoring:
+    """`S = (A A^T)^-1 # (B^T B)` (paper, Theorem 3, equation 9) for factors of full rank.
+
+    By QR of the factors, never by their Grams: `A^T = Qa La^T`, `B = Qb Lb^T`, SVD `Lb^T La = U diag(s) V^T`,
+    `P = La^-T V diag(s)^(1/2)`. Accurate to about `eps k(A) k(B)`; the refactored Grams are both `diag(s)`.
+    """
+    La = torch.linalg.qr(A.double().mT).R.mT
+    Lb = torch.linalg.qr(B.double()).R.mT
+    U, s, Vh = torch.linalg.svd(Lb.mT @ La)
+    root = s.sqrt()
+    P = torch.linalg.solve_triangular(La.mT, Vh.mT * root, upper=True)
+    P_inv_T = torch.linalg.solve_triangular(Lb.mT, U * root, upper=True)
+    # B = Qb Lb^T gives B P^-T = Qb Lb^T La V s^(-1/2) = Qb U s^(1/2), hence P^-T = Lb^-T U s^(1/2)
+    return Refactoring(P @ P.mT, P_inv_T @ P_inv_T.mT, P, P_inv_T, s)
+
+
+def balance_scalar(A: Tensor, B: Tensor) -> Tensor:
+    """`s = ||B||_F / ||A||_F`: RefLoRA-S (paper, Theorem 5), and the S = s I of a degenerate layer."""
+    return _norm(B) / _norm(A)
+
+
+def condition(A: Tensor) -> Tensor:
+    """Frobenius condition estimate `||L||_F ||L^-1||_F` of `A [r, n]`, with `A A^T = L L^T`; inf when singular."""
+    singular_values = torch.linalg.svdvals(A.double())
+    if A.shape[0] > A.shape[1] or singular_values[-1] == 0:
+        return torch.tensor(torch.inf, dtype=torch.float64)
+    scaled = singular_values / singular_values[0]
+    return scaled.norm() * (1 / scaled).norm()
+
+
+def choose(A: Tensor, B: Tensor, kappa_max: float = 1e6) -> tuple[Tensor, Tensor, str]:
+    """The S a step uses, its inverse, and why: "refactored", "degenerate" or "skipped".
+
+    A degenerate layer (a condition estimate past `kappa_max`, or n < r) uses `S = s I` with the balance scalar,
+    `S = I` where a norm is zero. A layer with a non-finite factor is skipped (docs/mathematics.md).
+    """
+    eye = torch.eye(A.shape[0], dtype=torch.float64)
+    if not (A.isfinite().all() and B.isfinite().all()):
+        return eye, eye, "skipped"
+    if condition(A) <= kappa_max and condition(B.mT) <= kappa_max:
+        result = refactoring(A, B)
+        return result.S, result.S_inv, "refactored"
+    if _norm(A) == 0 or _norm(B) == 0:
+        return eye, eye, "degenerate"
+    s = balance_scalar(A, B)
+    return s * eye, eye / s, "degenerate"
+
+
+def refactor(A: Tensor, B: Tensor, scalar: bool = False) -> tuple[Tensor, Tensor]:
+    """The equal pair with balanced factors: `(P^T A, B P^-T)`, or `(sqrt(s) A, B / sqrt(s))` for RefLoRA-S."""
+    if scalar:
+        root = balance_scalar(A, B).sqrt()
+        return root * A.double(), B.double() / root
+    result = refactoring(A, B)
+    return result.P.mT @ A.double(), B.double() @ result.P_inv_T
+
+
+def precondition(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor) -> tuple[Tensor, Tensor]:
+    """`(S^-1 gA, gB S)`: the step of the refactored pair, in the axes of the original one (paper, section 3.3)."""
+    S, S_inv, _ = choose(A, B)
+    return S_inv @ grad_A.double(), grad_B.double() @ S
+
+
+def known_smoothness(
+    A: Tensor, B: Tensor, L: float, lr: float, scaling: float = 1.0, upper: bool = True
+) -> Tensor | None:
+    """S of Theorem 3, equation (10), when the smoothness constant L of the loss in W is known.
+
+    `t = 1 / (L lr scaling^2)`, `k = ||B A||_*`. For `2 k >= t` the balanced S; else `c S` with
+    `c = (t ± sqrt(t^2 - 4 k^2)) / (2 k)` (`upper` picks the sign). None where k = 0: take a plain step.
+    """
+    result = refactoring(A, B)
+    t, k = 1 / (L * lr * scaling**2), float(result.spectrum.sum())
+    if k == 0:
+        return None
+    return result.S * _branch(t, k, k, upper)
+
+
+def known_smoothness_scalar(
+    A: Tensor, B: Tensor, L: float, lr: float, scaling: float = 1.0, upper: bool = True
+) -> Tensor | None:
+    """s of Theorem 5 for a known L; with `a = ||A||_F^2`, `b = ||B||_F^2`: `(t ± sqrt(t^2 - 4 a b)) / (2 a)`."""
+    t = 1 / (L * lr * scaling**2)
+    a, b = float(_norm(A)) ** 2, float(_norm(B)) ** 2
+    if a == 0 or b == 0:
+        return None
+    return balance_scalar(A, B) * _branch(t, (a * b) ** 0.5, (a * b) ** 0.5, upper)
+
+
+def upper_bound(A: Tensor, B: Tensor, S: Tensor, L: float, lr: float, scaling: float = 1.0) -> Tensor:
+    """What S minimises: `(tr(S Ga) + tr(S^-1 Gb) - t)^2`, `t = 1 / (L lr scaling^2)` (paper, equation 8)."""
+    Ga, Gb = A.double() @ A.double().mT, B.double().mT @ B.double()
+    return (torch.trace(S @ Ga) + torch.trace(torch.linalg.solve(S, Gb)) - 1 / (L * lr * scaling**2)) ** 2
+
+
+def transport(exp_avg: Tensor, exp_avg_sq: Tensor, factor: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Adam's moments after gradients are measured in units `factor` times larger: `m * factor, v * factor^2`.
+
+    Refactoring by the scalar s moves A's moments by `1 / sqrt(s)` and B's by `sqrt(s)` (paper, section 3.3);
+    a layer whose S changes from I to about `c I` moves A's by `1 / c` and B's by `c`.
+    """
+    return exp_avg * factor, exp_avg_sq * factor**2
+
+
+def _branch(t: float, k: float, half: float, upper: bool) -> float:
+    if 2 * k >= t:
+        return 1.0
+    root = (t * t - 4 * k * k) ** 0.5
+    return (t + root) / (2 * half) if upper else (t - root) / (2 * half)
+
+
+def _norm(X: Tensor) -> Tensor:
+    """Frobenius norm that neither overflows nor underflows."""
+    X = X.double()
+    top = X.abs().max()
+    return top * (X / top).norm() if top > 0 and torch.isfinite(top) else top
+
+
+def _symmetric(X: Tensor) -> Tensor:
+    return (X + X.mT) / 2

@@ -1,0 +1,91 @@
+"""Devices, backends, random pairs, and the one table of tolerances."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: kernels then run on the CPU
+
+import pytest
+
+from reflora import reference
+from reflora.backends import load
+
+# affine-invariant error of S against the QR + SVD oracle, by (storage, k of both factors); rounding S to float32
+# alone costs about 6e-8 k(S)
+TOLERANCE = {
+    (torch.float64, 10.0): 1e-12,
+    (torch.float64, 1e3): 1e-10,
+    (torch.float64, 1e4): 1e-8,
+    (torch.float32, 10.0): 1e-4,
+    (torch.float32, 1e3): 1e-3,
+    (torch.float32, 1e4): 1e-2,
+}
+# precision="float32", k(A) = 3, k(B) = 500
+FLOAT32_TOLERANCE = 5e-3
+RANKS = (1, 2, 4, 8, 12, 16, 32, 48, 64, 128)
+# the interpreter runs a kernel some 1000 times slower than a GPU
+INTERPRETED_RANKS = (1, 4, 12, 33)
+
+
+def served(name: str) -> bool:
+    return load(name).unavailable(torch.device("cpu")) is None
+
+
+BACKENDS = [name for name in ("cpp", "torch", "triton") if served(name)]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=[b for b in BACKENDS if b != "triton"])
+def fast_backend(request: pytest.FixtureRequest) -> str:
+    """Backends that are quick enough for long runs on the CPU."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> None:
+    """Every test draws its own numbers, the same in every run."""
+    torch.manual_seed(sum(map(ord, request.node.nodeid)))
+
+
+def spectrum_factor(r: int, n: int, condition: float, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """`[r, n]` with log-spaced singular values from 1 down to 1 / condition and random singular vectors."""
+    U = torch.linalg.qr(torch.randn(r, r, dtype=torch.float64)).Q
+    V = torch.linalg.qr(torch.randn(n, r, dtype=torch.float64)).Q
+    s = torch.logspace(0, -torch.log10(torch.tensor(condition)).item(), r, dtype=torch.float64)
+    return ((U * s) @ V.mT).to(dtype)
+
+
+def spectrum_pair(
+    r: int, n_in: int, n_out: int, k_A: float, k_B: float, dtype: torch.dtype = torch.float64
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return spectrum_factor(r, n_in, k_A, dtype), spectrum_factor(r, n_out, k_B, dtype).mT.contiguous()
+
+
+def affine_error(S: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> float:
+    """`|| R^(-1/2) S R^(-1/2) - I ||_2` against the oracle R, by its factor: `P^-1 S P^-T` has the same spectrum."""
+    P_inv = reference.refactoring(A, B).P_inv_T.mT
+    eye = torch.eye(S.shape[0], dtype=torch.float64)
+    return float(torch.linalg.matrix_norm(P_inv @ S.double() @ P_inv.mT - eye, 2))
+
+
+def read_S(
+    A: torch.Tensor, B: torch.Tensor, backend: str, precision: str = "float64"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """S and S^-1 as the backend applies them: preconditioning gradients whose first r rows are I."""
+    from reflora import precondition_
+
+    r = A.shape[0]
+    gA, gB = torch.zeros_like(A), torch.zeros_like(B)
+    gA[:, :r].fill_diagonal_(1)
+    gB[:r].fill_diagonal_(1)
+    diagnostics = precondition_([(A, B)], [(gA, gB)], backend=backend, precision=precision)
+    assert diagnostics.refactored == 1, diagnostics
+    return gB[:r].clone(), gA[:, :r].clone()

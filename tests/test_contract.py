@@ -1,0 +1,124 @@
+"""Bad input gets one clear error: what was expected, what came, what to do."""
+
+import pytest
+import torch
+
+import reflora
+from reflora.backends import resolve
+from reflora.contract import LoRAPair, as_pairs
+
+
+def pair(r=4, n_in=10, n_out=6, **kw):
+    return torch.randn(r, n_in, **kw), torch.randn(n_out, r, **kw)
+
+
+def overlapping():
+    storage = torch.randn(200)
+    return [(storage[:40].view(4, 10), torch.randn(6, 4)), (storage[39:79].view(4, 10), torch.randn(6, 4))]
+
+
+BAD_PAIRS = {
+    "shapes do not match": ([(torch.randn(4, 10), torch.randn(6, 5))], ValueError, r"A \[r, n_in\] and B \[n_out, r\]"),
+    "A and B swapped": ([pair()[::-1]], ValueError, "Check the order"),
+    "flattened": ([(torch.randn(40), torch.randn(24))], ValueError, "DeepSpeed or FSDP1"),
+    "integer dtype": ([(torch.ones(4, 10, dtype=torch.int64), torch.randn(6, 4))], TypeError, "got torch.int64"),
+    "two dtypes": ([(torch.randn(4, 10).double(), torch.randn(6, 4))], ValueError, "Cast both factors"),
+    "two devices": ([(torch.randn(4, 10, device="meta"), torch.randn(6, 4))], ValueError, "materialise"),
+    "overlap": (overlapping(), ValueError, "memory shared with pair 0, A"),
+    "same tensor twice": ([(t := torch.randn(4, 10), torch.randn(6, 4)), (t, torch.randn(6, 4))], ValueError, "shared"),
+    "expanded": ([(torch.randn(1, 10).expand(4, 10), torch.randn(6, 4))], ValueError, "Call .clone"),
+    "a bare pair": (torch.randn(4, 10), TypeError, "Wrap a single pair"),
+    "not tensors": ([(1, 2)], TypeError, "torch.Tensor"),
+    "three things": ([(1, 2, 3)], TypeError, "LoRAPair or"),
+    "empty": ([(torch.randn(4, 0), torch.randn(6, 4))], ValueError, "at least one element"),
+    "unknown layout": ([LoRAPair("x", *pair(), "experts")], ValueError, "experts"),
+    "expert count": ([LoRAPair("x", *pair(), "experts(3)")], ValueError, r"A \[3 \* r, n_in\]"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PAIRS)
+@pytest.mark.parametrize("op", ["refactor_", "precondition_", "RefLoRAAdamW"])
+def test_bad_pairs(case, op):
+    pairs, error, message = BAD_PAIRS[case]
+    if op == "RefLoRAAdamW":
+        with pytest.raises(error, match=message):
+            reflora.RefLoRAAdamW([torch.zeros(2, requires_grad=True)], pairs=pairs)
+    else:
+        with pytest.raises(error, match=message):
+            getattr(reflora, op)(pairs)
+
+
+@pytest.mark.gpu
+def test_two_devices_in_a_pair():
+    with pytest.raises(ValueError, match="B on cpu like A"):
+        as_pairs([(torch.randn(4, 10), torch.randn(6, 4, device="cuda"))])
+
+
+def test_gradients_must_match():
+    pairs = [pair()]
+    with pytest.raises(ValueError, match="one .gA, gB. for each of 1 pairs"):
+        reflora.precondition_(pairs, [])
+    with pytest.raises(ValueError, match="gradient of B"):
+        reflora.precondition_(pairs, [(torch.randn(4, 10), torch.randn(6, 5))])
+    with pytest.raises(ValueError, match="gradient of A"):
+        reflora.precondition_(pairs, [(torch.randn(4, 10).double(), torch.randn(6, 4))])
+
+
+def test_backends_and_precisions():
+    with pytest.raises(ValueError, match="None or one of triton, cpp, torch, got 'cuda'"):
+        reflora.refactor_([pair()], backend="cuda")
+    with pytest.raises(ValueError, match="'float64' or 'float32', got 'double'"):
+        reflora.refactor_([pair()], precision="double")
+    with pytest.raises(RuntimeError, match="works on CPU tensors"):
+        resolve("cpp", torch.device("cuda"))
+    assert resolve(None, torch.device("cpu")).NAME in ("cpp", "torch")
+    assert resolve(None, torch.device("mps")).NAME == "torch"
+
+
+def test_triton_without_a_gpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="backend 'triton': expected one that can serve cpu, got .*GPU|CUDA"):
+        reflora.refactor_([pair()], backend="triton")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"lr": -1.0}, "numbers >= 0"),
+        ({"betas": (0.9, 1.0)}, r"two numbers in \[0, 1\)"),
+        ({"interval": 0}, "interval: expected an integer >= 1, got 0"),
+        ({"warmup_steps": 1.5}, "warmup_steps: expected an integer >= 0"),
+        ({"backend": "gpu"}, "backend"),
+        ({"precision": "half"}, "precision"),
+    ],
+)
+def test_optimizer_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        reflora.RefLoRAAdamW([tuple(t.requires_grad_() for t in pair())], **options)
+
+
+def test_optimizer_needs_to_know_the_pairs():
+    parameters = [t.requires_grad_() for t in pair()]
+    with pytest.raises(ValueError, match="find_pairs"):
+        reflora.RefLoRAAdamW(parameters)
+    with pytest.raises(TypeError, match="either parameters or pairs"):
+        reflora.RefLoRAAdamW([tuple(parameters)], pairs=[tuple(parameters)])
+
+
+def test_layouts_are_views():
+    conv = LoRAPair(
+        "conv", torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last), torch.randn(6, 4, 1, 1), "conv"
+    )
+    experts = LoRAPair("moe", torch.randn(3 * 4, 10), torch.randn(6, 4 * 3), "experts(3)")
+    as_pairs([conv, experts])
+    assert conv.views_A(conv.A)[0].shape == (4, 12) and conv.views_A(conv.A)[0].data_ptr() == conv.A.data_ptr()
+    assert conv.rank == experts.rank == 4 and experts.experts == 3
+    A1, B1 = experts.views_A(experts.A)[1], experts.views_B(experts.B)[1]
+    assert torch.equal(A1, experts.A[4:8]) and torch.equal(B1, experts.B[:, 1::3])
+    assert A1._base is not None and B1._base is not None
+
+
+def test_import_loads_names_lazily():
+    assert set(reflora.__all__) <= set(dir(reflora))
+    with pytest.raises(AttributeError, match="no_such_name"):
+        reflora.no_such_name  # noqa: B018
