@@ -1,0 +1,48 @@
+"""RefLoRA: the optimally refactored LoRA step for the price of an AdamW step.
+
+Names are loaded on first use, so that `import reflora` pulls in neither triton nor peft nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LoRAPair": "contract",
+    "Diagnostics": "functional",
+    "precondition_": "functional",
+    "refactor_": "functional",
+    "RefLoRAAdamW": "optim.adamw",
+    "create_reflora_optimizer": "integrations.optimizer",
+    "find_pairs": "integrations.peft",
+    "Refactorer": "integrations.dropin",
+    "PEFTArguments": "integrations.arguments",
+    "RefTrainer": "integrations.trainer",
+}
+_MODULES = ("linalg", "reference")
+
+__all__ = ["__version__", *_HOMES, *_MODULES]
+
+if TYPE_CHECKING:
+    from . import linalg as linalg
+    from . import reference as reference
+    from .contract import LoRAPair as LoRAPair
+    from .functional import Diagnostics as Diagnostics
+    from .functional import precondition_ as precondition_
+    from .functional import refactor_ as refactor_
+    from .optim.adamw import RefLoRAAdamW as RefLoRAAdamW
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,113 @@
+"""The r x r solve of the torch backend, batched: Cholesky of both Grams, one polar factor, S (docs/mathematics.md).
+
+Matrices are `[batch, r, r]` in the compute type; nothing here reads a value on the host.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..contract import DEGENERATE, KAPPA_MAX, REFACTORED, SKIPPED
+
+NEWTON_STEPS = 11
+
+
+class Gram(NamedTuple):
+    """Gram of factors `[b, r, n]` over its trace, that of a zero or non-finite factor replaced by I.
+
+    norm: Frobenius norms `[b]`, float64. L, L_inv: Cholesky factor and its inverse (I where it broke down).
+    kappa: `||L||_F ||L^-1||_F`, inf where the Gram is numerically singular.
+    """
+
+    unit: Tensor
+    norm: Tensor
+    L: Tensor
+    L_inv: Tensor
+    kappa: Tensor
+
+
+class Solution(NamedTuple):
+    """S and its inverse `[b, r, r]` in the apply type; status, SCALE (c) and BALANCE `[b]` in float64."""
+
+    S: Tensor
+    S_inv: Tensor
+    P: Tensor
+    P_inv_T: Tensor
+    status: Tensor
+    scale: Tensor
+    balance: Tensor
+
+
+def gram(X: Tensor, compute: torch.dtype) -> Gram:
+    """X `[b, r, n]` of any storage type. Powers of two keep its squares inside the range of the compute type."""
+    top = X.abs().amax((1, 2)).double()
+    usable = top.isfinite() & (top > 0)
+    exponent = torch.frexp(top.where(usable, torch.ones_like(top))).exponent.clamp(-1000, 1000)
+    scaled = torch.ldexp(X.double(), -exponent.view(-1, 1, 1)).to(compute)
+    G = scaled @ scaled.mT
+    trace = G.diagonal(dim1=1, dim2=2).sum(1)
+    norm = torch.ldexp(trace.double().sqrt(), exponent).where(usable, top)
+    eye = torch.eye(X.shape[1], dtype=compute, device=X.device)
+    unit = (G / trace.view(-1, 1, 1)).where(usable.view(-1, 1, 1), eye)
+    L, broke = torch.linalg.cholesky_ex(unit)
+    sound = ((broke == 0) & usable & (X.shape[1] <= X.shape[2])).view(-1, 1, 1)
+    L = L.tril().where(sound, eye)
+    L_inv = torch.linalg.solve_triangular(L, eye.expand_as(L), upper=False)
+    kappa = (_frobenius(L) * _frobenius(L_inv)).double().where(sound, torch.inf)
+    return Gram(unit, norm, L, L_inv, kappa.view(-1))
+
+
+def newton_polar(X: Tensor, X_inv_T: Tensor) -> Tensor:
+    """The orthogonal polar factor of X by Higham's scaled Newton iteration, given X^-T for its first step."""
+    for step in range(NEWTON_STEPS):
+        if step:
+            X_inv_T = torch.linalg.inv_ex(X).inverse.mT
+        z = (_frobenius(X_inv_T) / _frobenius(X)).sqrt() if step < NEWTON_STEPS - 3 else 1.0
+        X = (z * X + X_inv_T / z) / 2
+    return X
+
+
+def solve(a: Gram, b: Gram, apply: torch.dtype, precision: str) -> Solution:
+    """`S = c La^-T Q^T Lb^T` with `Lb^T La = Q H`; degenerate rows get c I, or I where c is of no use."""
+    eye = torch.eye(a.unit.shape[1], dtype=a.unit.dtype, device=a.unit.device)
+    regular = (a.kappa <= KAPPA_MAX[precision]) & (b.kappa <= KAPPA_MAX[precision])
+    keep = regular.view(-1, 1, 1)
+    La, La_inv, Lb, Lb_inv = (M.where(keep, eye) for M in (a.L, a.L_inv, b.L, b.L_inv))
+    N = Lb.mT @ La
+    Q = newton_polar(N, Lb_inv @ La_inv.mT)
+    C, broke = torch.linalg.cholesky_ex(_symmetric(Q.mT @ N))
+
+    c = b.norm / a.norm
+    tiny, huge = torch.finfo(apply).tiny, torch.finfo(apply).max
+    useful = (c >= tiny) & (c <= huge) & (1 / c >= tiny) & (1 / c <= huge)
+    c = c.where(useful, 1.0)
+    c_col = c.view(-1, 1, 1)
+    S = c_col * _symmetric(La_inv.mT @ Q.mT @ Lb.mT).double()
+    S_inv = _symmetric(Lb_inv.mT @ Q @ La.mT).double() / c_col
+    fits = (S.abs().amax((1, 2)) <= huge) & (S_inv.abs().amax((1, 2)) <= huge)  # false for NaN too
+    regular = regular & useful & fits & (broke == 0)
+
+    finite = a.norm.isfinite() & b.norm.isfinite()
+    status = torch.full_like(c, REFACTORED).where(regular, DEGENERATE).where(finite, SKIPPED)
+    c = c.where(finite, 1.0)
+    keep, c_col = regular.view(-1, 1, 1), c.view(-1, 1, 1)
+    root = c_col.sqrt()
+    P = (root * (La_inv.mT @ C).double()).where(keep, root * eye)
+    C_inv_T = torch.linalg.solve_triangular(C.where(keep, eye), eye.expand_as(C), upper=False).mT
+    P_inv_T = ((La @ C_inv_T).double() / root).where(keep, eye / root)
+    distance = _frobenius(a.unit.double() - c_col**2 * b.unit) / _frobenius(a.unit.double())
+    return Solution(
+        S.where(keep, c_col * eye).to(apply), S_inv.where(keep, eye / c_col).to(apply),
+        P, P_inv_T, status, c, distance.view(-1),
+    )  # fmt: skip
+
+
+def _frobenius(X: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(X, dim=(1, 2), keepdim=True)
+
+
+def _symmetric(X: Tensor) -> Tensor:
+    return (X + X.mT) / 2

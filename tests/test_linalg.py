@@ -1,0 +1,100 @@
+"""polar, geometric_mean, sqrtm, invsqrtm on every backend against the float64 reference."""
+
+import pytest
+import torch
+from conftest import INTERPRETED_RANKS
+
+from reflora import linalg, reference
+
+DTYPES = [torch.float32, torch.float64]
+EXACT = {torch.float32: 1e-6, torch.float64: 1e-13}
+
+
+def sizes(backend):
+    return INTERPRETED_RANKS if backend == "triton" else (1, 2, 3, 8, 13, 16, 32, 33, 64, 100, 128, 150)
+
+
+def spd(batch, n, condition, dtype=torch.float64):
+    V = torch.linalg.qr(torch.randn(*batch, n, n, dtype=torch.float64)).Q
+    w = torch.logspace(0, -torch.log10(torch.tensor(condition)).item(), n, dtype=torch.float64)
+    X = (V * w) @ V.mT
+    return ((X + X.mT) / 2).to(dtype)
+
+
+def close(got, want, tolerance):
+    return (got.double() - want).norm() <= tolerance * want.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_polar(backend, dtype):
+    for n in sizes(backend):
+        X = torch.randn(3, n, n, dtype=dtype)
+        Q, H = linalg.polar(X, backend=backend)
+        eye = torch.eye(n, dtype=torch.float64).expand(3, n, n)
+        assert Q.dtype == dtype and close(Q @ H, X.double(), 20 * EXACT[dtype]), n
+        assert close(Q.double().mT @ Q.double(), eye, 20 * EXACT[dtype]) and torch.equal(H, H.mT), n
+        want_Q, want_H = reference.polar(X)
+        k = float(torch.linalg.cond(X.double()).max())
+        assert close(Q, want_Q, 20 * EXACT[dtype] * k) and close(H, want_H, 20 * EXACT[dtype] * k), n
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_roots_and_geometric_mean(backend, dtype):
+    for n in sizes(backend):
+        X, Y = spd((2,), n, 50.0, dtype), spd((2,), n, 20.0, dtype)
+        tolerance = 1e3 * EXACT[dtype]
+        assert close(linalg.sqrtm(X, backend=backend), reference.sqrtm(X), tolerance), n
+        inverse_root = linalg.invsqrtm(X, backend=backend)
+        assert close(inverse_root, torch.linalg.inv(reference.sqrtm(X)), tolerance), n
+        mean = linalg.geometric_mean(X, Y, backend=backend)
+        assert mean.dtype == dtype and close(mean, reference.geometric_mean(X, Y), tolerance), n
+        assert close(linalg.geometric_mean(Y, X, backend=backend), mean.double(), tolerance), n
+
+
+def test_ill_conditioned(fast_backend):
+    for n in (4, 32, 100):
+        X = spd((), n, 1e10)
+        root = linalg.sqrtm(X, backend=fast_backend)
+        assert close(root @ root, X, 1e-12)
+        assert close(linalg.invsqrtm(X, backend=fast_backend) @ root, torch.eye(n, dtype=torch.float64), 1e-5)
+
+
+def test_singular_polar_is_finite(fast_backend):
+    for n in (1, 4, 32, 70):
+        for rank in (0, n // 2):
+            X = torch.randn(n, rank, dtype=torch.float64) @ torch.randn(rank, n, dtype=torch.float64)
+            Q, H = linalg.polar(X, backend=fast_backend)
+            assert Q.isfinite().all() and close(Q @ H + 1, X + 1, 1e-10)
+            assert close(Q @ Q.mT, torch.eye(n, dtype=torch.float64), 1e-7)
+
+
+def test_nan_stays_in_its_matrix(fast_backend):
+    X = spd((4,), 6, 10.0)
+    X[1, 2, 3] = torch.nan
+    X[2] *= -1  # not positive definite
+    for results in (linalg.polar(X, backend=fast_backend), (linalg.sqrtm(X, backend=fast_backend),)):
+        for out in results:
+            assert out[1].isnan().any() and out[[0, 3]].isfinite().all()
+    assert linalg.sqrtm(X, backend=fast_backend)[2].isnan().all()
+
+
+def test_shapes_dtypes_and_layouts(fast_backend):
+    X = spd((2, 3), 5, 10.0)
+    assert linalg.sqrtm(X, backend=fast_backend).shape == X.shape
+    assert linalg.polar(X[0, 0], backend=fast_backend)[0].shape == (5, 5)
+    assert torch.equal(linalg.sqrtm(X.mT, backend=fast_backend), linalg.sqrtm(X.mT.contiguous(), backend=fast_backend))
+    assert linalg.sqrtm(X.bfloat16(), backend=fast_backend).dtype == torch.bfloat16
+    assert linalg.sqrtm(X[:0], backend=fast_backend).shape == (0, 3, 5, 5)
+    w, V = linalg.eigh(X)
+    assert torch.allclose((V * w.unsqueeze(-2)) @ V.mT, X)
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="square matrices"):
+        linalg.polar(torch.randn(3, 4))
+    with pytest.raises(TypeError, match="floating-point tensor, got torch.int64"):
+        linalg.sqrtm(torch.ones(3, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="like X"):
+        linalg.geometric_mean(torch.eye(3), torch.eye(4))
+    with pytest.raises(ValueError, match="backend"):
+        linalg.polar(torch.eye(3), backend="cusolver")
