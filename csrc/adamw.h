@@ -1,0 +1,78 @@
+// The AdamW update of one side (torch.optim.AdamW's arithmetic), fused with what is applied to its gradient.
+#pragma once
+#include "apply.h"
+
+namespace reflora {
+namespace REFLORA_ISA {
+
+// gradient, parameter, m and v are first multiplied by grad, param, first, second (1, 1, 1, 1 most of the time)
+template <class T>
+struct Update {
+    T grad, param, first, second;
+    T decay, one_minus_beta1, beta2, one_minus_beta2, correction2, eps, step_size;
+    bool amsgrad;
+};
+
+// count is the step's number, from 1; move: the moments' change of units; factor: the parameter's own
+template <class T>
+INLINE Update<T> make_update(const double* h, double count, double grad, double param, double move) {
+    const double bias1 = 1 - __builtin_pow(h[BETA1], count), bias2 = 1 - __builtin_pow(h[BETA2], count);
+    return {T(h[MAXIMIZE] != 0 ? -grad : grad), T(param), T(move), T(move * move),
+            T(1 - h[LR] * h[WEIGHT_DECAY]), T(1 - h[BETA1]), T(h[BETA2]), T(1 - h[BETA2]),
+            T(1 / root(bias2)), T(h[EPS]), T(h[LR] / bias1), h[AMSGRAD] != 0};
+}
+
+template <bool AMSGRAD_ON, class T, class S>
+INLINE void update_run(const Update<T>& u, const T* RESTRICT g, int64_t inc, S* RESTRICT p, S* RESTRICT m, S* RESTRICT v,
+                       S* RESTRICT x, int64_t stride, int64_t n) {
+    const T top = sizeof(T) == 8 ? T(1e153) : T(1e18);  // its square stays in range too
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) {
+        const int64_t o = i * stride;
+        const T grad = saturated(g[i * inc] * u.grad, top);
+        T first = T(widen(m[o])) * u.first, second = T(widen(v[o])) * u.second;
+        first += (grad - first) * u.one_minus_beta1;
+        second = second * u.beta2 + u.one_minus_beta2 * grad * grad;
+        narrow_saturated(first, m + o);
+        narrow_saturated(second, v + o);
+        if (AMSGRAD_ON) {
+            const T highest = T(widen(x[o])) * u.second;
+            second = highest > second ? highest : second;
+            narrow_saturated(second, x + o);
+        }
+        const T denominator = root(second) * u.correction2 + u.eps;
+        narrow_saturated(T(widen(p[o])) * u.param * u.decay - u.step_size * first / denominator, p + o);
+    }
+}
+
+template <class T, class S>
+INLINE void update_strided(const Update<T>& u, const T* g, int64_t inc, S* p, S* m, S* v, S* x, int64_t stride, int64_t n) {
+    if (u.amsgrad) return update_run<true>(u, g, inc, p, m, v, x, stride, n);
+    if (inc == 1 && stride == 1) return update_run<false>(u, g, 1, p, m, v, x, 1, n);
+    update_run<false>(u, g, inc, p, m, v, x, stride, n);
+}
+
+// Preconditions the gradient by M (null: I) and updates parameter and moments block by block.
+template <class T, class S>
+static void update_side(const int64_t* row, int side, const T* m, const T* mt, int64_t ldm, const Update<T>& u, T* in, T* out) {
+    const Factor<S> p = factor<S>(row, side, P), g = factor<S>(row, side, G);
+    S *first = reinterpret_cast<S*>(row[side + M]), *second = reinterpret_cast<S*>(row[side + V]);
+    S* top = reinterpret_cast<S*>(row[side + X]);
+    for_blocks<T, S>(g, m, mt, ldm, in, out, [&](const T* values, int64_t li, int64_t lk, int64_t k0, int64_t count) {
+        const bool along_r = p.transposed();
+        if (along_r && p.sn == p.r && li == 1 && lk == p.r) {  // the whole block is one run
+            const int64_t o = k0 * p.sn;
+            return update_strided(u, values, 1, p.p + o, first + o, second + o, top + o, 1, count * p.r);
+        }
+        const int64_t outer = along_r ? count : p.r, inner = along_r ? p.r : count;
+        const int64_t lo = along_r ? lk : li, lin = along_r ? li : lk;
+        const int64_t so = along_r ? p.sn : p.sr, si = along_r ? p.sr : p.sn;
+        for (int64_t i = 0; i < outer; ++i) {
+            const int64_t o = k0 * p.sn + i * so;
+            update_strided(u, values + i * lo, lin, p.p + o, first + o, second + o, top + o, si, inner);
+        }
+    });
+}
+
+}  // namespace REFLORA_ISA
+}  // namespace reflora

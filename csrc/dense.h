@@ -1,0 +1,221 @@
+// r x r linear algebra on row-major matrices with padded rows: X[i * rp + j], zeros for j >= r, rp a multiple of the
+// vector width. Cholesky with its inverse, products, and the polar factor by Higham's scaled Newton iteration.
+#pragma once
+#include "vec.h"
+
+namespace reflora {
+namespace REFLORA_ISA {
+
+struct Dense {
+    using T = double;
+    using V = VecOf<T>::type;
+    static constexpr int W = VecOf<T>::W;
+    static constexpr double huge = 1e300;
+    int64_t r, rp;
+
+    template <int MR, int NV>
+    INLINE void gram_block(const T* RESTRICT P, int64_t count, int64_t rp, int64_t i0, int64_t j0, T* RESTRICT C) {
+        V acc[MR][NV];
+        for (int i = 0; i < MR; ++i)
+            for (int v = 0; v < NV; ++v) acc[i][v] = load<V>(C + (i0 + i) * rp + j0 + v * W);
+        for (int64_t k = 0; k < count; ++k) {
+            const T* p = P + k * rp;
+            V b[NV];
+            for (int v = 0; v < NV; ++v) b[v] = load<V>(p + j0 + v * W);
+            for (int i = 0; i < MR; ++i)
+                for (int v = 0; v < NV; ++v) acc[i][v] += p[i0 + i] * b[v];
+        }
+        for (int i = 0; i < MR; ++i)
+            for (int v = 0; v < NV; ++v) store<V>(C + (i0 + i) * rp + j0 + v * W, acc[i][v]);
+    }
+
+    // C += P^T P over `count` rows of P [count, rp], at least the upper triangle. Eight rows at a time keep enough sums in
+    // flight to hide the latency of one
+    void gram_add(const T* P, int64_t count, T* C) const {
+        for (int64_t i0 = 0; i0 < r; i0 += 8) {
+            int64_t j0 = i0;
+            for (; j0 + 3 * W <= rp; j0 += 3 * W) gram_block<8, 3>(P, count, rp, i0, j0, C);
+            for (; j0 + 2 * W <= rp; j0 += 2 * W) gram_block<8, 2>(P, count, rp, i0, j0, C);
+            for (; j0 < rp; j0 += W) gram_block<8, 1>(P, count, rp, i0, j0, C);
+        }
+    }
+
+    void mirror(T* C) const {
+        for (int64_t i = 0; i < r; ++i)
+            for (int64_t j = 0; j < i; ++j) C[i * rp + j] = C[j * rp + i];
+    }
+
+    template <int MR, int NV>
+    INLINE void matmul_block(const T* RESTRICT A, const T* RESTRICT B, T* RESTRICT C, int64_t r, int64_t rp, int64_t j0) {
+        V acc[MR][NV] = {};
+        for (int64_t k = 0; k < r; ++k) {
+            V b[NV];
+            for (int v = 0; v < NV; ++v) b[v] = load<V>(B + k * rp + j0 + v * W);
+            for (int i = 0; i < MR; ++i)
+                for (int v = 0; v < NV; ++v) acc[i][v] += A[i * rp + k] * b[v];
+        }
+        for (int i = 0; i < MR; ++i)
+            for (int v = 0; v < NV; ++v) store<V>(C + i * rp + j0 + v * W, acc[i][v]);
+    }
+
+    template <int MR>
+    INLINE void matmul_rows(const T* A, const T* B, T* C, int64_t r, int64_t rp) {
+        int64_t j0 = 0;
+        for (; j0 + 4 * W <= rp; j0 += 4 * W) matmul_block<MR, 4>(A, B, C, r, rp, j0);
+        for (; j0 + 2 * W <= rp; j0 += 2 * W) matmul_block<MR, 2>(A, B, C, r, rp, j0);
+        for (; j0 < rp; j0 += W) matmul_block<MR, 1>(A, B, C, r, rp, j0);
+    }
+
+    // C = A B
+    void matmul(const T* A, const T* B, T* C) const {
+        int64_t i = 0;
+        for (; i + 4 <= r; i += 4) matmul_rows<4>(A + i * rp, B, C + i * rp, r, rp);
+        for (; i < r; ++i) matmul_rows<1>(A + i * rp, B, C + i * rp, r, rp);
+    }
+
+    void transpose(const T* RESTRICT A, T* RESTRICT C) const {
+        for (int64_t i = 0; i < r; ++i) {
+            for (int64_t j = 0; j < r; ++j) C[i * rp + j] = A[j * rp + i];
+            for (int64_t j = r; j < rp; ++j) C[i * rp + j] = 0;
+        }
+    }
+
+    void identity(T* C) const {
+        for (int64_t i = 0; i < r * rp; ++i) C[i] = 0;
+        for (int64_t i = 0; i < r; ++i) C[i * rp + i] = 1;
+    }
+
+    T norm(const T* A) const { return root(dot(A, A, r * rp)); }
+
+    // U := L^T of U = L L^T, and E := L^-1. False where a pivot is not positive (or nan): not positive definite.
+    bool cholesky(T* RESTRICT U, T* RESTRICT E) const {
+        identity(E);
+        for (int64_t j = 0; j < r; ++j) {
+            const T pivot = U[j * rp + j];
+            if (!(pivot > 0 && pivot < huge)) return false;
+            const T s = 1 / root(pivot);
+            const int64_t first = j / W * W;
+            for (int64_t k = first; k < rp; k += W) store<V>(U + j * rp + k, load<V>(U + j * rp + k) * s);
+            for (int64_t k = 0; k < j; ++k) U[j * rp + k] = 0;
+            for (int64_t k = 0; k <= first; k += W) store<V>(E + j * rp + k, load<V>(E + j * rp + k) * s);
+            for (int64_t i = j + 1; i < r; ++i) {
+                const T f = U[j * rp + i];
+                for (int64_t k = i / W * W; k < rp; k += W)
+                    store<V>(U + i * rp + k, load<V>(U + i * rp + k) - f * load<V>(U + j * rp + k));
+                for (int64_t k = 0; k <= first; k += W)
+                    store<V>(E + i * rp + k, load<V>(E + i * rp + k) - f * load<V>(E + j * rp + k));
+            }
+        }
+        return true;
+    }
+
+    // M := M^-1 up to order: entry (i, j) of M is entry (i, order[j]) of the inverse. Gauss-Jordan with partial
+    // pivoting; a pivot that vanishes is replaced by one at rounding level, so that singular matrices come out finite.
+    void invert(T* RESTRICT M, int64_t* RESTRICT order) const {
+        const T tiny = norm(M) * 1e-18;
+        for (int64_t i = 0; i < r; ++i) order[i] = i;
+        for (int64_t k = 0; k < r; ++k) {
+            int64_t p = k;
+            T best = magnitude(M[k * rp + k]);
+            for (int64_t i = k + 1; i < r; ++i) {
+                const T a = magnitude(M[i * rp + k]);
+                if (a > best) best = a, p = i;
+            }
+            if (p != k) {
+                const int64_t o = order[k];
+                order[k] = order[p], order[p] = o;
+                for (int64_t j = 0; j < rp; j += W) {
+                    const V t = load<V>(M + k * rp + j);
+                    store<V>(M + k * rp + j, load<V>(M + p * rp + j));
+                    store<V>(M + p * rp + j, t);
+                }
+            }
+            T pivot = M[k * rp + k];
+            if (magnitude(pivot) < tiny) pivot = pivot < 0 ? -tiny : tiny;
+            eliminate(M, k, 1 / pivot);
+        }
+    }
+
+    void eliminate(T* RESTRICT M, int64_t k, T inverse) const {
+        switch (rp / W) {
+            case 1: return eliminate_as<1>(M, k, inverse);
+            case 2: return eliminate_as<2>(M, k, inverse);
+            case 4: return eliminate_as<4>(M, k, inverse);
+            default: return eliminate_as<0>(M, k, inverse);
+        }
+    }
+
+    template <int NV>
+    INLINE void eliminate_as(T* RESTRICT M, int64_t k, T inverse, int64_t r, int64_t rp) {
+        V pivot_row[NV ? NV : 1];
+        M[k * rp + k] = 1;
+        for (int64_t j = 0; j < rp; j += W) store<V>(M + k * rp + j, load<V>(M + k * rp + j) * inverse);
+        for (int v = 0; v < NV; ++v) pivot_row[v] = load<V>(M + k * rp + v * W);
+        for (int64_t i = 0; i < r; ++i) {
+            if (i == k) continue;
+            const T f = M[i * rp + k];
+            M[i * rp + k] = 0;
+            if (NV) {
+                for (int v = 0; v < NV; ++v) store<V>(M + i * rp + v * W, load<V>(M + i * rp + v * W) - f * pivot_row[v]);
+            } else {
+                for (int64_t j = 0; j < rp; j += W)
+                    store<V>(M + i * rp + j, load<V>(M + i * rp + j) - f * load<V>(M + k * rp + j));
+            }
+        }
+    }
+    template <int NV>
+    void eliminate_as(T* M, int64_t k, T inverse) const { eliminate_as<NV>(M, k, inverse, r, rp); }
+
+    // one Newton step X := (z X + Y / z) / 2; returns ||X_new - X_old||_F
+    T newton_step(T* RESTRICT X, const T* RESTRICT Y, T z) const {
+        const T a = z / 2, b = 1 / (2 * z);
+        V change = {};
+        for (int64_t i = 0; i < r * rp; i += W) {
+            const V x = load<V>(X + i), next = a * x + b * load<V>(Y + i);
+            change += (next - x) * (next - x);
+            store<V>(X + i, next);
+        }
+        T sum = 0;
+        for (int i = 0; i < W; ++i) sum += change[i];
+        return root(sum);
+    }
+
+    // X := orthogonal polar factor of X. Y = X^-T where known, else null. M: scratch like X; order: r integers.
+    void polar(T* X, T* Y, bool known, T* M, int64_t* order) const {
+        const T small = root(T(r)) * 1e-8;
+        T scale = 1;
+        for (int step = 0; step < 20; ++step) {
+            if (step || !known) {
+                for (int64_t i = 0; i < r * rp; i += W) store<V>(M + i, load<V>(X + i));
+                invert(M, order);
+                for (int64_t j = 0; j < r; ++j) {
+                    T* y = Y + order[j] * rp;
+                    for (int64_t i = 0; i < r; ++i) y[i] = M[i * rp + j];
+                    for (int64_t i = r; i < rp; ++i) y[i] = 0;
+                }
+            }
+            if (scale != 0) scale = root(norm(Y) / norm(X));
+            const T change = newton_step(X, Y, scale != 0 ? scale : 1);
+            if (!(change > small)) return;  // quadratic: the next change would be below rounding; nan leaves too
+            if (change < root(T(r)) * 0.1) scale = 0;
+        }
+    }
+
+    void symmetrize(T* C) const {
+        for (int64_t i = 0; i < r; ++i)
+            for (int64_t j = 0; j < i; ++j) C[i * rp + j] = C[j * rp + i] = (C[i * rp + j] + C[j * rp + i]) / 2;
+    }
+
+    T largest(const T* A) const {  // inf where anything is not finite
+        T top = 0;
+        for (int64_t i = 0; i < r * rp; ++i) {
+            const T a = magnitude(A[i]);
+            top = a > top ? a : top;
+            if (a != a) return __builtin_inf();
+        }
+        return top;
+    }
+};
+
+}  // namespace REFLORA_ISA
+}  // namespace reflora

@@ -1,0 +1,180 @@
+// From two factors to S = (A A^T)^-1 # (B^T B): Grams over their traces, Cholesky, one polar factor (docs/mathematics.md).
+#pragma once
+#include "dense.h"
+#include "storage.h"
+
+namespace reflora {
+namespace REFLORA_ISA {
+
+INLINE double power_of_two(int e) {
+    const uint64_t bits = uint64_t(e + 1023) << 52;
+    double x;
+    __builtin_memcpy(&x, &bits, 8);
+    return x;
+}
+
+INLINE int exponent_of(double x) {  // x normal, > 0: x = m 2^e, 1 <= m < 2, clamped so that 2^-e is normal
+    uint64_t bits;
+    __builtin_memcpy(&bits, &x, 8);
+    const int e = int(bits >> 52) - 1023;
+    return e > 1000 ? 1000 : e < -1000 ? -1000 : e;
+}
+
+struct Gram {
+    double norm;    // Frobenius norm of the factor; 0, inf or nan if that is what it is
+    double kappa;   // ||L||_F ||L^-1||_F, inf where the Gram is numerically singular
+    double *unit, *U, *E;  // Gram over its trace; L^T; L^-1
+};
+
+// S and S^-1 are computed where out.S is given, P and P^-T (S = P P^T) where out.P is
+struct Solution {
+    Status status;
+    double c;
+    double *S, *S_inv, *P, *P_inv_T;
+};
+
+constexpr int64_t CHUNK = 64;
+constexpr int MATRICES = 12;
+
+INLINE size_t bytes_for(int64_t r) {
+    const size_t rp = size_t(padded<float>(r));
+    return (MATRICES * rp * rp + 4 * rp * CHUNK) * 8 + (rp + 64) * 8;
+}
+
+// bump allocator over the caller's buffer
+struct Arena {
+    char* next;
+    template <class T>
+    T* take(size_t count) {
+        T* p = reinterpret_cast<T*>(next);
+        next += (count * sizeof(T) + 63) / 64 * 64;
+        return p;
+    }
+};
+
+// sum of (x * scale)^2 over n elements, in double
+template <class S>
+INLINE double sum_of_squares(const S* p, int64_t stride, int64_t n, double scale) {
+    using V = VecOf<double>::type;
+    V sum[4] = {};
+    int64_t i = 0;
+    for (; stride == 1 && i + 32 <= n; i += 32)
+        for (int u = 0; u < 4; ++u) {
+            V x;
+            for (int l = 0; l < 8; ++l) x[l] = double(widen(p[i + 8 * u + l])) * scale;
+            sum[u] += x * x;
+        }
+    double rest = 0;
+    for (; i < n; ++i) {
+        const double x = double(widen(p[i * stride])) * scale;
+        rest += x * x;
+    }
+    const V all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    for (int l = 0; l < 8; ++l) rest += all[l];
+    return rest;
+}
+
+// Frobenius norm: 0, inf or nan if that is what the factor holds
+template <class S>
+static double factor_norm(const Factor<S>& f) {
+    double scale = 1;
+    if (sizeof(S) == 8) {  // narrower squares cannot leave the range of double
+        const double top = largest(f);
+        if (!(top > 0) || top > Storage<S>::max) return top;
+        scale = power_of_two(-exponent_of(top < 1e-300 ? 1e-300 : top));
+    }
+    if (f.dense()) return root(sum_of_squares(f.p, 1, f.r * f.n, scale)) / scale;
+    const bool along_r = f.transposed();
+    const int64_t outer = along_r ? f.n : f.r, inner = along_r ? f.r : f.n;
+    const int64_t so = along_r ? f.sn : f.sr, si = along_r ? f.sr : f.sn;
+    double sum = 0;
+    for (int64_t o = 0; o < outer; ++o) sum += sum_of_squares(f.p + o * so, si, inner, scale);
+    return root(sum) / scale;
+}
+
+template <class S>
+static void gram(const Dense& d, const Factor<S>& f, double* panel, Gram& out) {
+    double scale = 1;
+    out.kappa = __builtin_inf();
+    if (sizeof(S) == 8) {  // products of narrower types are exact in double and cannot leave its range
+        out.norm = largest(f);
+        if (!(out.norm > 0) || out.norm > Storage<S>::max) return;
+        scale = power_of_two(-exponent_of(out.norm < 1e-300 ? 1e-300 : out.norm));
+    }
+    for (int64_t i = 0; i < d.rp * d.rp; ++i) out.unit[i] = 0;
+    for (int64_t k = 0; k < f.n; k += CHUNK) {
+        const int64_t count = least(CHUNK, f.n - k);
+        pack(f, k, count, d.rp, scale, panel);
+        d.gram_add(panel, count, out.unit);
+    }
+    d.mirror(out.unit);
+    double trace = 0;
+    for (int64_t i = 0; i < d.r; ++i) trace += out.unit[i * d.rp + i];
+    out.norm = root(trace) / scale;
+    if (!(trace > 0) || !(trace < d.huge) || f.n < f.r) return;
+    for (int64_t i = 0; i < d.r * d.rp; ++i) out.unit[i] /= trace, out.U[i] = out.unit[i];
+    if (d.cholesky(out.U, out.E)) out.kappa = d.norm(out.U) * d.norm(out.E);
+    if (out.kappa != out.kappa) out.kappa = __builtin_inf();
+}
+
+// ||Ga - Gb||_F / ||Ga||_F of the Grams themselves, from those over their traces
+static double balance(const Dense& d, const Gram& a, const Gram& b) {
+    const double ratio = (b.norm / a.norm) * (b.norm / a.norm);
+    double apart = 0, whole = 0;
+    for (int64_t i = 0; i < d.r * d.rp; ++i) {
+        const double x = a.unit[i], y = x - ratio * b.unit[i];
+        apart += y * y, whole += x * x;
+    }
+    return root(apart / whole);
+}
+
+INLINE bool usable_scale(double c, double tiny, double top) { return c >= tiny && c <= top && 1 / c >= tiny && 1 / c <= top; }
+
+static void scaled_identity(const Dense& d, double* out, double value) {
+    d.identity(out);
+    for (int64_t i = 0; i < d.r; ++i) out[i * d.rp + i] = value;
+}
+
+// tiny, top: the normal range of the type that S is applied in
+static void solve(const Dense& d, const Gram& a, const Gram& b, double kappa_max, double tiny, double top, Arena arena,
+                  Solution& out) {
+    const size_t size = size_t(d.rp * d.rp);
+    out.status = DEGENERATE;
+    out.c = b.norm / a.norm;
+    if (!usable_scale(out.c, tiny, top)) out.c = 1;
+    else if (a.kappa <= kappa_max && b.kappa <= kappa_max) out.status = REFACTORED;
+    if (out.status == REFACTORED) {
+        double *X = arena.take<double>(size), *Y = arena.take<double>(size), *M = arena.take<double>(size);
+        double* tmp = arena.take<double>(size);
+        int64_t* order = arena.take<int64_t>(size_t(d.r));
+        d.transpose(a.U, tmp), d.matmul(b.U, tmp, X);  // N = Lb^T La
+        if (out.P) for (size_t i = 0; i < size; ++i) out.P_inv_T[i] = i < size_t(d.r * d.rp) ? X[i] : 0;
+        d.transpose(a.E, tmp), d.matmul(b.E, tmp, Y);  // N^-T = Lb^-1 La^-T
+        d.polar(X, Y, true, M, order);
+        if (out.S) {
+            d.transpose(b.U, tmp), d.matmul(X, a.E, Y), d.matmul(tmp, Y, out.S);      // Lb Q La^-1
+            d.transpose(b.E, tmp), d.matmul(X, a.U, Y), d.matmul(tmp, Y, out.S_inv);  // Lb^-T Q La^T
+            d.symmetrize(out.S), d.symmetrize(out.S_inv);
+            for (int64_t i = 0; i < d.r * d.rp; ++i) out.S[i] *= out.c, out.S_inv[i] /= out.c;
+            if (!(d.largest(out.S) <= top && d.largest(out.S_inv) <= top)) out.status = DEGENERATE;
+        }
+        if (out.P) {
+            double* C = Y;
+            d.transpose(X, tmp), d.matmul(tmp, out.P_inv_T, C), d.symmetrize(C);  // H = Q^T N = C C^T
+            if (!d.cholesky(C, M)) out.status = DEGENERATE;
+            else {
+                const double half = root(out.c);
+                d.transpose(a.E, tmp), d.transpose(C, X), d.matmul(tmp, X, out.P);        // La^-T C
+                d.transpose(a.U, tmp), d.transpose(M, X), d.matmul(tmp, X, out.P_inv_T);  // La C^-T
+                for (int64_t i = 0; i < d.r * d.rp; ++i) out.P[i] *= half, out.P_inv_T[i] /= half;
+                if (!(d.largest(out.P) <= top && d.largest(out.P_inv_T) <= top)) out.status = DEGENERATE;
+            }
+        }
+    }
+    if (out.status == REFACTORED) return;
+    if (out.S) scaled_identity(d, out.S, out.c), scaled_identity(d, out.S_inv, 1 / out.c);
+    if (out.P) scaled_identity(d, out.P, root(out.c)), scaled_identity(d, out.P_inv_T, 1 / root(out.c));
+}
+
+}  // namespace REFLORA_ISA
+}  // namespace reflora

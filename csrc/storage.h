@@ -1,0 +1,182 @@
+// Storage types and strided panels: conversion to the type arithmetic runs in, and back, rounded to nearest even.
+#pragma once
+#include "table.h"
+#include "vec.h"
+
+namespace reflora {
+namespace REFLORA_ISA {
+
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+
+INLINE float as_float(uint32_t bits) { float x; __builtin_memcpy(&x, &bits, 4); return x; }
+INLINE uint32_t as_bits(float x) { uint32_t bits; __builtin_memcpy(&bits, &x, 4); return bits; }
+
+INLINE float widen(float x) { return x; }
+INLINE double widen(double x) { return x; }
+INLINE float widen(bf16 x) { return as_float(uint32_t(x.bits) << 16); }
+INLINE float widen(f16 x) {
+    const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, rest = uint32_t(x.bits & 0x7fffu) << 13;
+    const uint32_t exponent = rest & 0x0f800000u;
+    if (exponent == 0x0f800000u) return as_float(sign | rest | 0x70000000u);  // inf and nan
+    if (exponent == 0) return as_float(sign | as_bits(as_float(rest | 0x38800000u) - as_float(0x38800000u)));
+    return as_float(sign | (rest + 0x38000000u));
+}
+
+template <class S> struct Storage;
+template <> struct Storage<float> { static constexpr double max = 3.4028234663852886e38; };
+template <> struct Storage<double> { static constexpr double max = 1.7976931348623157e308; };
+template <> struct Storage<bf16> { static constexpr double max = 3.3895313892515355e38; };
+template <> struct Storage<f16> { static constexpr double max = 65504; };
+
+INLINE void narrow(float x, float* out) { *out = x; }
+INLINE void narrow(double x, double* out) { *out = x; }
+INLINE void narrow(double x, float* out) { *out = float(x); }
+INLINE void narrow(float x, bf16* out) {
+    const uint32_t bits = as_bits(x);
+    out->bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+INLINE void narrow(float x, f16* out) {
+    const uint32_t bits = as_bits(x), sign = (bits >> 16) & 0x8000u, a = bits & 0x7fffffffu;
+    uint32_t h;
+    if (a >= 0x47800000u) h = a > 0x7f800000u ? 0x7e00u : 0x7c00u;
+    else if (a < 0x38800000u) h = as_bits(as_float(a) + 0.5f) - 0x3f000000u;  // the sum rounds to half's denormals
+    else h = (a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13;
+    out->bits = uint16_t(sign | h);
+}
+INLINE void narrow(double x, bf16* out) { narrow(float(x), out); }
+INLINE void narrow(double x, f16* out) { narrow(float(x), out); }
+
+// x held within [-top, top]; inf - inf inside a product has no sign left and becomes 0
+template <class T>
+INLINE T saturated(T x, T top) { return x > top ? top : x < -top ? -top : x == x ? x : T(0); }
+
+// values beyond the storage range become its largest, so that nothing finite turns into inf
+template <class S, class T>
+INLINE void narrow_saturated(T x, S* out) { narrow(saturated(x, T(Storage<S>::max)), out); }
+
+// One side of a table row. row/column strides in elements of S; [r, n].
+template <class S>
+struct Factor {
+    S* p;
+    int64_t sr, sn, r, n;
+    bool transposed() const { return sr == 1 && r > 1; }
+    bool dense() const { return (sr == 1 && sn == r) || (sn == 1 && sr == n); }
+};
+
+template <class S>
+INLINE Factor<S> factor(const int64_t* row, int side, int column) {
+    const int64_t* s = row + side;
+    const int strides = column == G ? G_SR : P_SR;
+    return {reinterpret_cast<S*>(s[column]), s[strides], s[strides + 1], row[R], s[N]};
+}
+
+// largest |x|; +inf if any is inf or nan
+template <class S>
+static double largest(const Factor<S>& f) {
+    double top = 0;
+    bool bad = false;
+    const bool along_r = f.transposed();
+    const int64_t outer = along_r ? f.n : f.r, inner = along_r ? f.r : f.n;
+    const int64_t so = along_r ? f.sn : f.sr, si = along_r ? f.sr : f.sn;
+    for (int64_t o = 0; o < outer; ++o) {
+        const S* p = f.p + o * so;
+        auto best = widen(p[0]) * 0;
+        for (int64_t i = 0; i < inner; ++i) {
+            const auto a = magnitude(widen(p[i * si]));
+            bad |= !(a <= decltype(a)(Storage<S>::max));
+            best = a > best ? a : best;
+        }
+        if (best > top) top = best;
+    }
+    return bad ? __builtin_inf() : top;
+}
+
+// whether every element is finite; contiguous float runs at the speed of the loads
+template <class S>
+static bool all_finite(const Factor<S>& f) { return largest(f) <= Storage<S>::max; }
+
+INLINE bool run_is_finite(const float* p, int64_t n) {
+    uint32_t top = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        uint32_t bits;
+        __builtin_memcpy(&bits, p + i, 4);
+        bits &= 0x7fffffffu;
+        top = bits > top ? bits : top;
+    }
+    return top < 0x7f800000u;
+}
+
+template <>
+bool all_finite<float>(const Factor<float>& f) {
+    if (f.dense()) return run_is_finite(f.p, f.r * f.n);
+    if (f.sn != 1) return largest(f) <= Storage<float>::max;
+    bool finite = true;
+    for (int64_t i = 0; i < f.r; ++i) finite &= run_is_finite(f.p + i * f.sr, f.n);
+    return finite;
+}
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define REFLORA_SHUFFLE 1
+#endif
+#endif
+
+#ifdef REFLORA_SHUFFLE
+INLINE void transpose8(VecOf<double>::type* v) {
+    using V = VecOf<double>::type;
+    V a[8], b[8];
+#define SHUF(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+    for (int i = 0; i < 8; i += 2) {
+        a[i] = SHUF(v[i], v[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
+        a[i + 1] = SHUF(v[i], v[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; ++j) {
+            b[i + j] = SHUF(a[i + j], a[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+            b[i + j + 2] = SHUF(a[i + j], a[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+        }
+    for (int j = 0; j < 4; ++j) {
+        v[j] = SHUF(b[j], b[j + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        v[j + 4] = SHUF(b[j], b[j + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+#undef SHUF
+}
+#endif
+
+// columns [k0, k0 + count) of f times `scale`, transposed: panel[k * rp + i], zeros for i >= r
+template <class S>
+INLINE void pack(const Factor<S>& f, int64_t k0, int64_t count, int64_t rp, double scale, double* RESTRICT panel) {
+    if (f.sr == 1 && f.sn == f.r && f.r == rp) {
+        const S* p = f.p + k0 * f.sn;
+        for (int64_t i = 0; i < count * rp; ++i) panel[i] = double(widen(p[i])) * scale;
+        return;
+    }
+    int64_t i0 = 0;
+#ifdef REFLORA_SHUFFLE
+    using V = VecOf<double>::type;
+    for (; f.sn == 1 && i0 + 8 <= f.r; i0 += 8) {
+        int64_t k = 0;
+        for (; k + 8 <= count; k += 8) {
+            V v[8];
+            for (int i = 0; i < 8; ++i) {
+                const S* p = f.p + (i0 + i) * f.sr + k0 + k;
+                for (int l = 0; l < 8; ++l) v[i][l] = double(widen(p[l])) * scale;
+            }
+            transpose8(v);
+            for (int l = 0; l < 8; ++l) store<V>(panel + (k + l) * rp + i0, v[l]);
+        }
+        for (; k < count; ++k)
+            for (int i = 0; i < 8; ++i) panel[k * rp + i0 + i] = double(widen(f.p[(i0 + i) * f.sr + k0 + k])) * scale;
+    }
+#endif
+    for (int64_t k = 0; k < count; ++k) {
+        const S* p = f.p + (k0 + k) * f.sn;
+        double* out = panel + k * rp;
+        for (int64_t i = i0; i < f.r; ++i) out[i] = double(widen(p[i * f.sr])) * scale;
+        for (int64_t i = f.r; i < rp; ++i) out[i] = 0;
+    }
+}
+
+}  // namespace REFLORA_ISA
+}  // namespace reflora

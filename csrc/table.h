@@ -1,0 +1,40 @@
+// The columns of reflora/plan.py; tests/test_plan.py holds the two to each other.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace reflora {
+
+// one side of a row: element (i, k), i < r, at P + i * SR + k * SN; M, V, X share the strides of P
+enum Side { P, P_SR, P_SN, G, G_SR, G_SN, M, V, X, STEP, HYPER, N, SIDE };
+enum Row { R = 2 * SIDE, DTYPE, ACTIVE, PHASE, SAVED, COLUMNS = 32 };
+enum Result { STATUS, KAPPA_A, KAPPA_B, BALANCE, SCALE, NORM_A, NORM_B, RESULTS = 8 };
+enum Hyper { LR, BETA1, BETA2, EPS, WEIGHT_DECAY, AMSGRAD, MAXIMIZE, HYPERS = 8 };
+
+enum DType { F32, F64, BF16, F16 };
+enum Status { REFACTORED, DEGENERATE, SKIPPED, PLAIN };
+enum Source { IDENTITY, FRESH, SAVED_S };
+enum Kind { REFACTOR, PRECONDITION, ADAMW };
+enum Function { POLAR, GEOMETRIC_MEAN, SQRTM, INVSQRTM };
+
+struct Job {
+    Kind kind;
+    bool scalar;
+    double kappa_max;
+    // AdamW only
+    Source source;
+    bool keep, scalar_before, scalar_after;
+    const double* hypers;
+    double grad_scale;
+};
+
+// Every instruction set has its own copy of these, chosen once by dispatch.cpp.
+struct Kernels {
+    // one table row; work holds work_bytes(r) bytes, 64-byte aligned
+    void (*row)(const int64_t* row, double* result, const Job& job, void* work);
+    size_t (*work_bytes)(int64_t r);
+    // one n x n matrix in, one or two out, in double; work holds work_bytes(n) bytes
+    void (*matrix)(Function f, const double* x, const double* y, double* out, double* out2, int64_t n, void* work);
+};
+
+}  // namespace reflora

@@ -1,0 +1,47 @@
+// Fixed-width vectors and small loops over them. Only headers that define no inline functions with external linkage may
+// be included by kernels.cpp: it is compiled once an instruction set, and the linker would merge such functions.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace reflora {
+namespace REFLORA_ISA {
+
+#define INLINE static inline __attribute__((always_inline))
+#define RESTRICT __restrict__
+
+template <class T, int BYTES = 64>
+struct VecOf {
+    static constexpr int W = BYTES / int(sizeof(T));
+    typedef T type __attribute__((vector_size(BYTES), aligned(alignof(T)), may_alias));
+};
+
+template <class V, class T>
+INLINE V load(const T* p) { return *reinterpret_cast<const V*>(p); }
+
+template <class V, class T>
+INLINE void store(T* p, V v) { *reinterpret_cast<V*>(p) = v; }
+
+INLINE double root(double x) { return __builtin_sqrt(x); }
+INLINE float root(float x) { return __builtin_sqrtf(x); }
+INLINE double magnitude(double x) { return __builtin_fabs(x); }
+INLINE float magnitude(float x) { return __builtin_fabsf(x); }
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// r rounded up to whole 64-byte vectors
+template <class T>
+INLINE int64_t padded(int64_t r) { constexpr int W = VecOf<T>::W; return (r + W - 1) / W * W; }
+
+// sum of x[i] * y[i] over n, a multiple of the vector width
+template <class T>
+INLINE T dot(const T* RESTRICT x, const T* RESTRICT y, int64_t n) {
+    using V = typename VecOf<T>::type;
+    V sum = {};
+    for (int64_t i = 0; i < n; i += VecOf<T>::W) sum += load<V>(x + i) * load<V>(y + i);
+    T total = 0;
+    for (int i = 0; i < VecOf<T>::W; ++i) total += sum[i];
+    return total;
+}
+
+}  // namespace REFLORA_ISA
+}  // namespace reflora

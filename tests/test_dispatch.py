@@ -1,0 +1,43 @@
+"""Every instruction set that the C++ core carries computes the same thing; the best one is the default."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import torch
+from reflora import RefLoRAAdamW, _C, precondition_, reference
+torch.manual_seed(0)
+for r in (1, 4, 8, 12, 32, 70):
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-10), (torch.bfloat16, 2e-2)):
+        A, B = torch.randn(r, 150).to(dtype), torch.randn(133, r).to(dtype)
+        gA, gB = torch.randn_like(A), torch.randn_like(B)
+        want = reference.precondition(A, B, gA, gB)
+        pair = (A.clone().requires_grad_(), B.clone().requires_grad_())
+        precondition_([(A, B)], [(gA, gB)], backend="cpp")
+        for got, exact in zip((gA, gB), want):
+            assert (got - exact).norm() <= tolerance * exact.norm(), (r, dtype)
+        optimizer = RefLoRAAdamW([pair], lr=1e-2, backend="cpp")
+        for t in pair:
+            t.grad = torch.ones_like(t)
+        optimizer.step()
+        assert all(t.isfinite().all() for t in pair)
+print(_C.instruction_set())
+"""
+
+
+def supported():
+    import reflora._C as core
+
+    order = ["base", "avx2", "avx512"]
+    return order[: order.index(core.instruction_set()) + 1]
+
+
+@pytest.mark.parametrize("isa", supported())
+def test_instruction_set(isa):
+    environment = {**os.environ, "REFLORA_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == isa
