@@ -1,0 +1,1 @@
+"""What reflora is measured against, in plain torch. Nothing in here imports reflora."""

@@ -1,0 +1,1 @@
+"""Optimizers: RefLoRAAdamW, and RefLoRA around any other torch optimizer."""

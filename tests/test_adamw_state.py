@@ -1,0 +1,330 @@
+"""RefLoRAAdamW's state and manners: skipped layers, resuming, groups, scalers, threads, what a torch optimizer does."""
+
+import copy
+import io
+import os
+import time
+import weakref
+
+import pytest
+import torch
+from toys import backward, clones, factors, leaf_pairs, random_grads, targets
+
+import reflora
+from reflora import RefLoRAAdamW
+from reflora.contract import DEGENERATE, PLAIN, REFACTORED, SKIPPED, LoRAPair
+
+
+def test_a_non_finite_layer_is_skipped_with_its_state_untouched(backend):
+    pairs = leaf_pairs([(4, 30, 21), (4, 12, 9), (4, 12, 9)], torch.float32)
+    optimizer = RefLoRAAdamW(pairs, lr=1e-2, backend=backend)
+    generator = torch.Generator().manual_seed(0)
+    random_grads(factors(pairs), generator)
+    optimizer.step()
+    for spoil in ("gradient", "factor"):
+        random_grads(factors(pairs), generator)
+        if spoil == "gradient":
+            pairs[0][1].grad[3, 1] = torch.nan
+        else:
+            pairs[0][0].data[1, 2] = torch.inf
+        before = copy.deepcopy([(t.detach(), optimizer.state[t]) for t in pairs[0]])
+        others = [t.detach().clone() for t in factors(pairs[1:])]
+        optimizer.step()
+        assert optimizer.diagnostics().status.tolist() == [SKIPPED, REFACTORED, REFACTORED]
+        for t, (old, state) in zip(pairs[0], before):
+            assert torch.equal(t, old)
+            for key, value in state.items():
+                assert torch.equal(optimizer.state[t][key], value), key
+        assert all(not torch.equal(t, old) for t, old in zip(factors(pairs[1:]), others))
+
+
+def make_run(scalar, interval, warmup, backend, dtype=torch.float64):
+    torch.manual_seed(5)
+    pairs = leaf_pairs([(4, 30, 21), (3, 12, 9)], dtype)
+    head = torch.randn(7, dtype=dtype, requires_grad=True)
+    optimizer = RefLoRAAdamW(
+        [{"params": factors(pairs), "lr": 2e-2}, {"params": [head], "weight_decay": 0.1}], pairs=pairs, lr=1e-2,
+        scalar=scalar, interval=interval, warmup_steps=warmup, backend=backend,
+    )  # fmt: skip
+    return pairs, head, optimizer
+
+
+def train(pairs, head, optimizer, goals, steps):
+    for _ in range(steps):
+        backward(pairs, goals)
+        head.grad = head.detach() - 1
+        optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scalar, interval, warmup", [(False, 1, 0), (False, 3, 2), (True, 2, 4), (False, 4, 6)])
+def test_resume_is_exact(fast_backend, dtype, scalar, interval, warmup):
+    options = (scalar, interval, warmup, fast_backend, dtype)
+    pairs, head, optimizer = make_run(*options)
+    goals = targets(pairs)
+    train(pairs, head, optimizer, goals, 5)
+    stream = io.BytesIO()
+    torch.save([optimizer.state_dict(), [t.detach() for t in (*factors(pairs), head)]], stream)
+    train(pairs, head, optimizer, goals, 6)
+
+    stream.seek(0)
+    state, weights = torch.load(stream, weights_only=True)
+    other, other_head, resumed = make_run(*options)
+    with torch.no_grad():
+        for t, w in zip((*factors(other), other_head), weights):
+            t.copy_(w)
+    resumed.load_state_dict(state)
+    train(other, other_head, resumed, goals, 6)
+    for p, q in zip((*factors(pairs), head), (*factors(other), other_head)):
+        assert torch.equal(p, q)
+
+
+def test_loads_a_torch_adamw_state(fast_backend):
+    pairs = leaf_pairs([(4, 30, 21)], torch.float32)
+    theirs = clones(pairs)
+    plain = torch.optim.AdamW(factors(theirs), lr=3e-3, fused=True)
+    generator = torch.Generator().manual_seed(0)
+    random_grads(factors(theirs), generator)
+    plain.step()
+    optimizer = RefLoRAAdamW(pairs, lr=1e-2, warmup_steps=10**9, backend=fast_backend)
+    optimizer.load_state_dict(copy.deepcopy(plain.state_dict()))
+    assert optimizer.param_groups[0]["lr"] == 3e-3 and optimizer.param_groups[0]["reflora_steps"] == 0
+    with torch.no_grad():
+        for p, q in zip(factors(pairs), factors(theirs)):
+            p.copy_(q)
+    random_grads(factors(theirs), generator)
+    for p, q in zip(factors(pairs), factors(theirs)):
+        p.grad = q.grad.clone()
+    plain.step(), optimizer.step()
+    for p, q in zip(factors(pairs), factors(theirs)):
+        assert torch.allclose(p, q, atol=1e-6) and float(optimizer.state[p]["step"]) == 2
+
+
+def test_a_state_of_another_shape_is_refused_before_anything_changes():
+    pairs, other = leaf_pairs([(4, 30, 21)]), leaf_pairs([(4, 30, 22)])
+    optimizers = [RefLoRAAdamW(p) for p in (pairs, other)]
+    for p, optimizer in zip((pairs, other), optimizers):
+        backward(p, targets(p))
+        optimizer.step()
+    before = copy.deepcopy(optimizers[0].state_dict())
+    with pytest.raises(ValueError, match="loaded state 'exp_avg': expected .21, 4., got .22, 4."):
+        optimizers[0].load_state_dict(optimizers[1].state_dict())
+    after = optimizers[0].state_dict()
+    assert all(
+        torch.equal(before["state"][k][n], after["state"][k][n]) for k in before["state"] for n in ("exp_avg", "step")
+    )
+
+
+def test_pairs_over_groups_frozen_factors_and_plain_parameters(fast_backend):
+    """LoRA+ groups; a frozen A; a head in no pair: the last two get AdamW."""
+    pairs = leaf_pairs([(4, 30, 21), (4, 12, 9)], torch.float32)
+    head = torch.randn(5, requires_grad=True)
+    pairs[1][0].requires_grad_(False)
+    groups = [
+        {"params": [pairs[0][0], head], "lr": 1e-3},
+        {"params": [pairs[0][1]], "lr": 1.6e-2},
+        {"params": [pairs[1][1]]},
+    ]
+    optimizer = RefLoRAAdamW(groups, pairs=pairs, lr=1e-2, backend=fast_backend)
+    single = clones(pairs)[1][1]
+    twin_head = head.detach().clone().requires_grad_()
+    twin = torch.optim.AdamW([{"params": [single], "lr": 1e-2}, {"params": [twin_head], "lr": 1e-3}], fused=True)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        random_grads([pairs[0][0], pairs[0][1], head, pairs[1][1]], generator)
+        single.grad, twin_head.grad = pairs[1][1].grad.clone(), head.grad.clone()
+        optimizer.step(), twin.step()
+    assert optimizer.diagnostics().status.tolist() == [REFACTORED, PLAIN]
+    assert torch.equal(pairs[1][1], single) and torch.equal(head, twin_head)
+    # the learning rates of the two groups: first-step sizes of Adam are lr, 16 times apart
+    moved = [t.detach().clone() for t in pairs[0]]
+    random_grads(pairs[0], generator)
+    optimizer.step()
+    ratio = (pairs[0][1] - moved[1]).abs().mean() / (pairs[0][0] - moved[0]).abs().mean()
+    assert 4 < ratio < 64
+
+
+def test_add_param_group_schedulers_and_closure(fast_backend):
+    pairs = leaf_pairs([(4, 30, 21)], torch.float32)
+    A, B = pairs[0]
+    goals = targets(pairs)
+    optimizer = RefLoRAAdamW([A], pairs=pairs, lr=1e-2, backend=fast_backend)
+    optimizer.add_param_group({"params": [B], "lr": 1e-3})
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 0.0 if k == 1 else 1.0)
+
+    def closure():
+        assert torch.is_grad_enabled()
+        return backward(pairs, goals)
+
+    assert optimizer.step(closure) == pytest.approx(backward(pairs, goals), rel=0.1)
+    assert optimizer.diagnostics().refactored == 1
+    scheduler.step()
+    before = [t.detach().clone() for t in (A, B)]
+    optimizer.step(closure)
+    assert all(torch.equal(t, old) for t, old in zip((A, B), before))
+
+
+def test_gradient_scaler(fast_backend):
+    """grad_scale divides, found_inf leaves everything as it was (torch.amp.GradScaler's protocol)."""
+    start = leaf_pairs([(4, 30, 21)], torch.float32)
+    goals, ends = targets(start), []
+    for scale in (1.0, 1024.0):
+        pairs = clones(start)
+        optimizer = RefLoRAAdamW(pairs, lr=1e-2, backend=fast_backend)
+        for k in range(4):
+            backward(pairs, goals)
+            for t in factors(pairs):
+                t.grad *= scale
+            optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(float(k == 2))
+            before = copy.deepcopy(optimizer.state_dict()) if k == 2 else None
+            weights = [t.detach().clone() for t in factors(pairs)]
+            optimizer.step()
+            if k == 2:
+                assert all(torch.equal(t, w) for t, w in zip(factors(pairs), weights))
+                after = optimizer.state_dict()
+                assert after["param_groups"] == before["param_groups"]
+                assert all(torch.equal(after["state"][0][n], v) for n, v in before["state"][0].items())
+        ends.append([t.detach() for t in factors(pairs)])
+    for p, q in zip(*ends):
+        assert torch.allclose(p, q, rtol=1e-5, atol=1e-6)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    pairs = clones(start)
+    optimizer = RefLoRAAdamW(pairs, lr=1e-2, backend=fast_backend)
+    loss = sum((B @ A - W).square().sum() for (A, B), W in zip(pairs, goals))
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert optimizer.diagnostics().refactored == 1
+
+
+def test_pickle_and_deepcopy(fast_backend):
+    pairs = leaf_pairs([(4, 30, 21)], torch.float32)
+    optimizer = RefLoRAAdamW(pairs, lr=1e-2, interval=2, backend=fast_backend)
+    goals = targets(pairs)
+    backward(pairs, goals)
+    optimizer.step()
+    twin = copy.deepcopy(optimizer)
+    copied = [(twin.pairs[0].A, twin.pairs[0].B)]
+    assert twin.param_groups[0]["params"][0] is copied[0][0]
+    backward(pairs, goals), backward(copied, goals)
+    optimizer.step(), twin.step()
+    assert torch.equal(pairs[0][0], copied[0][0]) and torch.equal(pairs[0][1], copied[0][1])
+
+
+@pytest.mark.parametrize("scalar", [False, True])
+def test_experts_train_like_layers_of_their_own(backend, scalar):
+    A, B = torch.randn(3 * 4, 20, dtype=torch.float64), torch.randn(15, 4 * 3, dtype=torch.float64)
+    pair = LoRAPair("moe", A.requires_grad_(), B.requires_grad_(), "experts(3)")
+    alone = [
+        (a.detach().clone().requires_grad_(), b.detach().contiguous().clone().requires_grad_())
+        for a, b in zip(pair.views_A(A), pair.views_B(B))
+    ]
+    together = RefLoRAAdamW([A, B], pairs=[pair], lr=1e-2, scalar=scalar, interval=2, backend=backend)
+    apart = RefLoRAAdamW(alone, lr=1e-2, scalar=scalar, interval=2, backend=backend)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        random_grads([A, B], generator)
+        for (a, b), gA, gB in zip(alone, pair.views_A(A.grad), pair.views_B(B.grad)):
+            a.grad, b.grad = gA.clone(), gB.clone()
+        together.step(), apart.step()
+    for (a, b), new_A, new_B in zip(alone, pair.views_A(A), pair.views_B(B)):
+        assert torch.allclose(a, new_A, atol=1e-9) and torch.allclose(b, new_B, atol=1e-9)
+
+
+def test_a_parameter_that_moves_is_followed(fast_backend):
+    pairs = leaf_pairs([(4, 30, 21)], torch.float32)
+    optimizer = RefLoRAAdamW(pairs, lr=1e-2, backend=fast_backend)
+    goals = targets(pairs)
+    backward(pairs, goals)
+    optimizer.step()
+    stale = pairs[0][0].data
+    before = stale.clone()
+    pairs[0][0].data = stale.clone()
+    backward(pairs, goals)
+    optimizer.step()
+    assert torch.equal(stale, before) and not torch.equal(pairs[0][0].detach(), before)
+
+
+def test_gradients_of_another_layout(fast_backend):
+    start = leaf_pairs([(4, 30, 21)], torch.float32)
+    goals, ends = targets(start), []
+    for transposed in (False, True):
+        pairs = clones(start)
+        optimizer = RefLoRAAdamW(pairs, lr=1e-2, backend=fast_backend)
+        for _ in range(3):
+            backward(pairs, goals)
+            for t in factors(pairs):
+                if transposed:
+                    t.grad = t.grad.mT.contiguous().mT
+            optimizer.step()
+        ends.append([t.detach() for t in factors(pairs)])
+    for p, q in zip(*ends):
+        assert torch.allclose(p, q, atol=1e-6)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_can_step():
+    """A thread pool's threads do not survive a fork; a child must not wait for them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        pairs = leaf_pairs([(8, 300, 200)] * 8, torch.float32)
+        grads = [tuple(torch.randn_like(t) for t in pair) for pair in pairs]
+        reflora.precondition_(pairs, grads, backend="cpp")
+        child = os.fork()
+        if child == 0:
+            done = reflora.precondition_(pairs, grads, backend="cpp").refactored
+            os._exit(0 if done == 8 else 1)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            pid, status = os.waitpid(child, os.WNOHANG)
+            if pid:
+                break
+            time.sleep(0.02)
+        else:
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+            raise AssertionError("the child hangs")
+        assert os.waitstatus_to_exitcode(status) == 0
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_empty_groups_and_no_gradients(fast_backend):
+    pairs = leaf_pairs([(4, 30, 21)])
+    optimizer = RefLoRAAdamW([{"params": factors(pairs)}, {"params": []}], pairs=pairs, backend=fast_backend)
+    optimizer.step()
+    assert (
+        optimizer.diagnostics().status.numel() == 0
+        and not optimizer.state[pairs[0][0]].get("step", torch.zeros(1)).any()
+    )
+
+
+def test_degenerate_start_reports(fast_backend):
+    A, B = torch.randn(4, 10, requires_grad=True), torch.zeros(6, 4, requires_grad=True)
+    optimizer = RefLoRAAdamW([(A, B)], backend=fast_backend)
+    A.grad, B.grad = torch.zeros_like(A), torch.randn_like(B)
+    optimizer.step()
+    assert optimizer.diagnostics().status.tolist() == [DEGENERATE]
+    assert optimizer.backends == {"cpu": fast_backend}
+
+
+def test_gradients_do_not_outlive_zero_grad(fast_backend):
+    pairs = leaf_pairs([(4, 30, 21)], torch.float32)
+    optimizer = RefLoRAAdamW(pairs, backend=fast_backend)
+    backward(pairs, targets(pairs))
+    grads = [weakref.ref(t.grad) for t in factors(pairs)]
+    optimizer.step()
+    optimizer.zero_grad()
+    assert all(grad() is None for grad in grads)
+
+
+def test_gradients_past_the_range_leave_everything_finite(backend):
+    A, B = torch.randn(4, 30).requires_grad_(), (torch.randn(20, 4) * 1e-30).requires_grad_()
+    optimizer = RefLoRAAdamW([(A, B)], lr=1e-2, backend=backend)
+    for _ in range(2):
+        A.grad, B.grad = torch.randn_like(A) * 1e20, torch.randn_like(B)
+        optimizer.step()
+    assert optimizer.diagnostics().skipped == 0
+    for t in (A, B):
+        assert t.isfinite().all() and all(v.isfinite().all() for v in optimizer.state[t].values())
