@@ -1,0 +1,101 @@
+"""Triton kernels on NVIDIA GPUs: one launch a rank class, one program a row (rows of r > 128 go through torch)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from ..contract import RANK_CLASSES
+from ..plan import RESULTS, Plan
+from . import AdamWStep, torch_backend
+
+NAME = "triton"
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why the kernels cannot run on `device`. TRITON_INTERPRET=1 (Triton's interpreter) serves CPU tensors."""
+    if find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None if device.type == "cpu" else f"under TRITON_INTERPRET=1 the kernels run on the CPU, not on {device}"
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return f"the kernels need a CUDA device, and {device} is none"
+    if torch.version.hip is not None:
+        return "the kernels have been tried on NVIDIA GPUs only"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"the kernels need compute capability 8.0, and {device} has less"
+    return None
+
+
+def refactor(plan: Plan, scalar: bool, precision: str) -> Tensor:
+    from ..kernels.refactor import refactor as launch
+
+    return _serve(
+        plan,
+        lambda results: launch(plan, scalar, precision, results),
+        lambda rows: torch_backend.refactor(plan, scalar, precision, rows),
+    )
+
+
+def precondition(plan: Plan, scalar: bool, precision: str) -> Tensor:
+    from ..kernels.precondition import precondition as launch
+
+    return _serve(
+        plan,
+        lambda results: launch(plan, scalar, precision, results),
+        lambda rows: torch_backend.precondition(plan, scalar, precision, rows),
+    )
+
+
+def adamw(plan: Plan, step: AdamWStep) -> Tensor:
+    from ..kernels.adamw import adamw as launch
+
+    return _serve(
+        plan,
+        lambda results: launch(plan, step, results),
+        lambda rows: torch_backend.adamw(plan, step, rows),
+    )
+
+
+def polar(X: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+    """`[batch, n, n]` -> (Q, H)."""
+    if X.shape[-1] > RANK_CLASSES[-1] or X.numel() == 0:
+        return torch_backend.polar(X, precision)
+    from ..kernels.polar import polar as launch
+
+    return launch(X, precision)
+
+
+def geometric_mean(X: Tensor, Y: Tensor, precision: str) -> Tensor:
+    """`X # Y`; NaN where X or Y is not positive definite."""
+    if X.shape[-1] > RANK_CLASSES[-1] or X.numel() == 0:
+        return torch_backend.geometric_mean(X, Y, precision)
+    from ..kernels.geometric_mean import geometric_mean as launch
+
+    return launch(X, Y, precision)
+
+
+def sqrtm(X: Tensor, precision: str, inverse: bool) -> Tensor:
+    """`X^(1/2)`, or `X^(-1/2)`; NaN where X is not positive definite."""
+    if X.shape[-1] > RANK_CLASSES[-1] or X.numel() == 0:
+        return torch_backend.sqrtm(X, precision, inverse)
+    from ..kernels.sqrtm import sqrtm as launch
+
+    return launch(X, precision, inverse)
+
+
+def _serve(plan: Plan, launch: Callable[[Tensor], None], through_torch: Callable[[list[int]], Tensor]) -> Tensor:
+    """The result table: kernels write their rows of it, rows of r > 128 come from the torch backend."""
+    from ..kernels.launch import prepare
+
+    results = torch.empty(len(plan.rows), RESULTS, dtype=torch.float64, device=plan.device)
+    with torch.cuda.device_of(results):
+        launch(results)
+    prepared = prepare(plan)
+    if prepared.oversized:
+        results.index_copy_(0, prepared.oversized_index, through_torch(prepared.oversized))
+    return results

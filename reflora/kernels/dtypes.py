@@ -1,0 +1,101 @@
+"""Loads and stores through raw addresses by storage type, and the scalars that go with a type.
+
+A storage code is the DTYPE column: the index into contract.STORAGE_DTYPES. A launch whose rows agree has it as the
+constexpr DTYPE; MIXED means that each program branches on the code of its own row.
+"""
+
+import triton
+import triton.language as tl
+
+FLOAT32, FLOAT64, BFLOAT16, FLOAT16, MIXED = (tl.constexpr(c) for c in (0, 1, 2, 3, -1))
+
+
+@triton.jit
+def _load_as(address, offsets, mask, STORED: tl.constexpr, WIDE: tl.constexpr):
+    return tl.load(address.to(tl.pointer_type(STORED)) + offsets, mask=mask, other=0.0).to(WIDE)
+
+
+@triton.jit
+def load(address, offsets, mask, code, DTYPE: tl.constexpr, WIDE: tl.constexpr):
+    """Elements at int64 `offsets` from the int64 `address`, as WIDE; 0 where masked."""
+    if DTYPE == FLOAT32:
+        return _load_as(address, offsets, mask, tl.float32, WIDE)
+    elif DTYPE == FLOAT64:
+        return _load_as(address, offsets, mask, tl.float64, WIDE)
+    elif DTYPE == BFLOAT16:
+        return _load_as(address, offsets, mask, tl.bfloat16, WIDE)
+    elif DTYPE == FLOAT16:
+        return _load_as(address, offsets, mask, tl.float16, WIDE)
+    else:
+        if code == FLOAT32:
+            values = _load_as(address, offsets, mask, tl.float32, WIDE)
+        elif code == FLOAT64:
+            values = _load_as(address, offsets, mask, tl.float64, WIDE)
+        elif code == BFLOAT16:
+            values = _load_as(address, offsets, mask, tl.bfloat16, WIDE)
+        else:
+            values = _load_as(address, offsets, mask, tl.float16, WIDE)
+        return values
+
+
+@triton.jit
+def _store_as(address, offsets, values, mask, STORED: tl.constexpr):
+    # a finite product past the storage range saturates; inf - inf inside one has no sign left and becomes 0
+    if STORED == tl.float64:
+        top = 1.7976931348623157e308
+    elif STORED == tl.float32:
+        top = 3.4028234663852886e38
+    elif STORED == tl.bfloat16:
+        top = 3.3895313892515355e38
+    else:
+        top = 65504.0
+    limit = tl.full((), top, values.dtype)
+    values = tl.where(values == values, tl.minimum(tl.maximum(values, -limit), limit), tl.zeros_like(values))
+    if STORED == tl.bfloat16 or STORED == tl.float16:
+        values = values.to(tl.float32)
+    tl.store(address.to(tl.pointer_type(STORED)) + offsets, values.to(STORED), mask=mask)
+
+
+@triton.jit
+def store(address, offsets, values, mask, code, DTYPE: tl.constexpr):
+    """Store `values` (float32 or float64), rounded once to the storage type and saturated to its range."""
+    if DTYPE == FLOAT32:
+        _store_as(address, offsets, values, mask, tl.float32)
+    elif DTYPE == FLOAT64:
+        _store_as(address, offsets, values, mask, tl.float64)
+    elif DTYPE == BFLOAT16:
+        _store_as(address, offsets, values, mask, tl.bfloat16)
+    elif DTYPE == FLOAT16:
+        _store_as(address, offsets, values, mask, tl.float16)
+    else:
+        if code == FLOAT32:
+            _store_as(address, offsets, values, mask, tl.float32)
+        elif code == FLOAT64:
+            # a float32 launch holds no float64 row
+            if values.dtype == tl.float64:
+                _store_as(address, offsets, values, mask, tl.float64)
+        elif code == BFLOAT16:
+            _store_as(address, offsets, values, mask, tl.bfloat16)
+        else:
+            _store_as(address, offsets, values, mask, tl.float16)
+
+
+@triton.jit
+def power_of_two(exponent):
+    """`2^exponent` in float64 for an int64 exponent in [-1022, 1023]."""
+    return ((exponent + 1023) << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def exponent_of(value):
+    """e with `2^(e-1) <= value < 2^e` of a positive float64, -1022 for subnormal ones."""
+    bits = value.to(tl.int64, bitcast=True)
+    return ((bits >> 52) & 2047) - 1022
+
+
+@triton.jit
+def normal_range(code):
+    """Smallest normal and largest number, in float64, of the type that a storage code is applied in."""
+    tiny, huge = tl.full((), 1.1754943508222875e-38, tl.float64), tl.full((), 3.4028234663852886e38, tl.float64)
+    tiny = tl.where(code == FLOAT64, 2.2250738585072014e-308, tiny)
+    return tiny, tl.where(code == FLOAT64, 1.7976931348623157e308, huge)

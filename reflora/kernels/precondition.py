@@ -1,0 +1,73 @@
+"""gA <- S^-1 gA, gB <- gB S, every row of a rank class in one launch, one program a row."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..plan import Plan
+from . import table as col
+from .launch import prepare, solve_constants
+from .pair import (
+    SLOT_A,
+    SLOT_B,
+    apply,
+    column,
+    decide,
+    finite_grads,
+    form_s,
+    form_scaled_identity,
+    polar_of_pair,
+    report,
+    rescale,
+    slot,
+)  # fmt: skip
+from .scalar import decide_scalar
+
+
+@triton.jit
+def precondition_kernel(
+    table, rows, results, work, KAPPA_MAX: tl.constexpr, SCALAR: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """table int64 `[rows, COLUMNS]`, rows int32 `[programs]`, results float64 `[rows, RESULTS]`, work: workspace."""
+    index = tl.program_id(0)
+    row = tl.load(rows + index)
+    p_row = table + row.to(tl.int64) * col.COLUMNS
+    r, code = column(p_row, col.R).to(tl.int32), column(p_row, col.DTYPE).to(tl.int32)
+    nan = tl.full((), float("nan"), tl.float64)
+    if column(p_row, col.ACTIVE) == 0:
+        report(results, row, tl.full((), col.PLAIN, tl.int32), nan, nan, nan, nan, nan, nan)
+    elif SCALAR:
+        status, root, norm_a, norm_b = decide_scalar(p_row, r, code, RC, BN, DTYPE, WIDE)
+        s = root * root
+        status = tl.where(finite_grads(p_row, r, code, RC, BN, DTYPE, WIDE), status, col.SKIPPED)
+        if status == col.REFACTORED:
+            rescale(p_row, 1.0 / s, r, code, col.G, col.G, col.A_SIDE, RC, BN, DTYPE, WIDE)
+            rescale(p_row, s, r, code, col.G, col.G, col.B_SIDE, RC, BN, DTYPE, WIDE)
+        report(results, row, status, nan, nan, nan, s, norm_a, norm_b)
+    else:
+        status, kappa_a, kappa_b, balance, c, norm_a, norm_b = decide(
+            p_row, work, index, r, code, KAPPA_MAX, RC, BN, BM, DTYPE, WIDE, TC, SCALED
+        )
+        status = tl.where(finite_grads(p_row, r, code, RC, BN, DTYPE, WIDE), status, col.SKIPPED)
+        if status == col.REFACTORED:
+            polar_of_pair(work, index, r, RC, BM, BK, TC, False)
+            if form_s(work, index, r, c, code, RC, BM, BK, WIDE, TC) == 0:
+                status = tl.full((), col.DEGENERATE, tl.int32)
+        if status == col.DEGENERATE:
+            form_scaled_identity(work, index, c, 1.0 / c, RC, WIDE)
+        if status != col.SKIPPED:
+            p_s, p_inverse = slot(work, index, SLOT_A, RC, WIDE), slot(work, index, SLOT_B, RC, WIDE)
+            apply(p_row, p_inverse, r, code, col.G, col.A_SIDE, RC, BN, BK, DTYPE, WIDE, WIDE)
+            apply(p_row, p_s, r, code, col.G, col.B_SIDE, RC, BN, BK, DTYPE, WIDE, WIDE)
+        report(results, row, status, kappa_a, kappa_b, balance, c, norm_a, norm_b)
+
+
+def precondition(plan: Plan, scalar: bool, precision: str, results: Tensor) -> None:
+    """Every row of r <= 128, one launch a rank class; results float64 `[rows, RESULTS]` are written row by row."""
+    prepared = prepare(plan)
+    for group in prepared.groups:
+        precondition_kernel[(len(group.numbers),)](
+            prepared.table(plan), group.numbers, results, group.workspace(), SCALAR=scalar, **group.constants,
+            **solve_constants(group, precision), **group.options,
+        )  # fmt: skip

@@ -1,0 +1,223 @@
+"""Small dense linear algebra of one program: Cholesky with its inverse, Gauss-Jordan, the polar factor by Newton.
+
+Matrices are `[RC, RC]` (RC the rank class), zero outside their leading `[r, r]`. Those that do not fit in registers
+live in slots of an L2 workspace: RC * RC elements, then a vector of RC. A slot is written and read by one program
+only, with a barrier between. No block of `[RC, RC]` changes its layout, which at RC = 128 would take 128 KiB of shared
+memory: products and transposes go in panels of BM rows.
+"""
+
+import triton
+import triton.language as tl
+
+# how the elements of a slot are read: as they are, or as L^T or L^-1 of a slot that `factor` has packed
+PLAIN, FACTOR_T, FACTOR_INVERSE = (tl.constexpr(c) for c in range(3))
+NEWTON_STEPS = tl.constexpr(12)
+
+
+@triton.jit
+def tall(RC: tl.constexpr):
+    """Row and column numbers of a matrix in registers, as a block `[RC / W, RC, W]` with W = min(RC, 32).
+
+    So a thread holds few rows of few columns. Of a square block it would hold RC / 4 rows of one column, and as many
+    registers again for every vector along the rows.
+    """
+    W: tl.constexpr = RC if RC < 32 else 32
+    layer, row, lane = tl.arange(0, RC // W), tl.arange(0, RC), tl.arange(0, W)
+    return row[None, :, None], layer[:, None, None] * W + lane[None, None, :]
+
+
+@triton.jit
+def total(x):
+    """Sum of a block of three dimensions."""
+    return tl.sum(tl.sum(tl.sum(x, 0), 1), 0)
+
+
+@triton.jit
+def along_rows(x):
+    """`[RC]`: sums of a tall block over its columns."""
+    return tl.sum(tl.sum(x, 0), 1)
+
+
+@triton.jit
+def frobenius(x):
+    """Frobenius norm of a tall block."""
+    return tl.sqrt(total(x * x))
+
+
+@triton.jit
+def read(p_slot, i, j, RC: tl.constexpr, KIND: tl.constexpr):
+    """Elements (i, j) of a slot; i, j broadcastable index blocks."""
+    values = tl.load(p_slot + i * RC + j)
+    if KIND == FACTOR_T:
+        values = tl.where(j > i, values, 0.0)
+        values = tl.where(i == j, tl.load(p_slot + RC * RC + i), values)
+    elif KIND == FACTOR_INVERSE:
+        values = tl.where(j <= i, values, 0.0)
+    return values
+
+
+@triton.jit
+def multiply(
+    p_out, p_left, LEFT: tl.constexpr, LEFT_T: tl.constexpr, p_right, RIGHT: tl.constexpr, RIGHT_T: tl.constexpr,
+    r, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, TC: tl.constexpr,
+):  # fmt: skip
+    """Slot p_out becomes op(left) @ op(right) of two other slots, in panels of BM rows and inner blocks of BK."""
+    j = tl.arange(0, RC)
+    for top in range(0, RC, BM):
+        i = top + tl.arange(0, BM)
+        acc = tl.zeros([BM, RC], TC)
+        for start in range(0, r, BK):
+            k = start + tl.arange(0, BK)
+            if LEFT_T:
+                left = tl.trans(read(p_left, k[:, None], i[None, :], RC, LEFT))
+            else:
+                left = read(p_left, i[:, None], k[None, :], RC, LEFT)
+            if RIGHT_T:
+                right = tl.trans(read(p_right, j[:, None], k[None, :], RC, RIGHT))
+            else:
+                right = read(p_right, k[:, None], j[None, :], RC, RIGHT)
+            acc = tl.dot(left, right, acc, input_precision="ieee", out_dtype=TC)
+        tl.store(p_out + i[:, None] * RC + j[None, :], acc)
+
+
+@triton.jit
+def finish(
+    p_out, p_slot, factor, limit, SYMMETRIC: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr, TYPE: tl.constexpr
+):
+    """Slot p_out becomes float64 `factor` times another slot (its symmetric part), rounded to TYPE.
+
+    Returns 1 if no element is past `limit` or NaN, else 0.
+    """
+    j = tl.arange(0, RC)
+    bad = tl.full((), 0, tl.int32)
+    for top in range(0, RC, BM):
+        i = top + tl.arange(0, BM)
+        o = i[:, None] * RC + j[None, :]
+        x = tl.load(p_slot + o).to(tl.float64)
+        if SYMMETRIC:
+            x = 0.5 * (x + tl.load(p_slot + j[None, :] * RC + i[:, None]).to(tl.float64))
+        x = x * factor
+        bad = tl.maximum(bad, tl.max(tl.max(tl.where(tl.abs(x) <= limit, 0, 1), 1), 0))
+        tl.store(p_out + o, x.to(TYPE))
+    return 1 - bad
+
+
+@triton.jit
+def factor(p_slot, scale, r, RC: tl.constexpr):
+    """Cholesky `G = L L^T` and `L^-1` of `scale` times the symmetric matrix in a slot, packed in its place.
+
+    `L^-1` in the lower triangle, `L^T` above it, the diagonal of L in the slot's vector. Returns the condition estimate
+    `||L||_F ||L^-1||_F`, float64, inf where a pivot was not positive.
+    """
+    row, column_of = tall(RC)
+    o = row * RC + column_of
+    i = tl.arange(0, RC)
+    T = tl.load(p_slot + o) * scale
+    pivots = tl.zeros([RC], T.dtype)
+    sound = tl.full((), 1, tl.int32)
+    for j in range(0, r):
+        # eliminate column j below the pivot; the freed column takes that of the unit triangular inverse
+        column = along_rows(tl.where(column_of == j, T, 0.0))
+        line = tl.sum(tl.where(row == j, T, 0.0), 1)[:, None, :]
+        pivot = total(tl.where(column_of == j, line, 0.0))
+        usable = (pivot > 0) & (pivot < float("inf"))
+        sound = tl.where(usable, sound, 0)
+        inverse = 1.0 / tl.where(usable, pivot, 1.0)
+        step = tl.where(i > j, column * inverse, 0.0)[None, :, None]
+        line = tl.where(column_of == j, 1.0, line)
+        T = tl.where((column_of == j) & (row > j), 0.0, T) - step * line
+        pivots = tl.where(i == j, tl.where(usable, pivot, 1.0), pivots)
+    diagonal = tl.sqrt(pivots)
+    invert_diagonal = tl.where(i < r, 1.0 / tl.where(i < r, diagonal, 1.0), 0.0)
+    T = tl.where(row == column_of, 1.0, T) * invert_diagonal[None, :, None]
+    square = T * T
+    above = column_of > row
+    factor_square = total(tl.where(above, square, 0.0)) + tl.sum(diagonal * diagonal, 0)
+    kappa = tl.sqrt(factor_square) * tl.sqrt(total(tl.where(above, 0.0, square)))
+    tl.debug_barrier()
+    tl.store(p_slot + o, T)
+    tl.store(p_slot + RC * RC + i, diagonal)
+    tl.debug_barrier()
+    return tl.where(sound == 1, kappa.to(tl.float64), float("inf"))
+
+
+@triton.jit
+def invert_transposed(p_slot, T, r, floor, RC: tl.constexpr):
+    """`T^-T` of a tall block into a slot (its leading `[r, r]`), by Gauss-Jordan with partial pivoting.
+
+    Rows stay where they are; pivots smaller than `floor` are raised to it. A barrier comes before the slot is written.
+    """
+    row, column_of = tall(RC)
+    i = tl.arange(0, RC)
+    # row i of the result in place is column home[i] of the transposed inverse, column m is its row source[m]
+    home = tl.full([RC], -1, tl.int32)
+    source = tl.zeros_like(column_of)
+    for j in range(0, r):
+        column = along_rows(tl.where(column_of == j, T, 0.0))
+        p = tl.argmax(tl.where((home < 0) & (i < r), tl.abs(column), -1.0), 0)
+        line = tl.sum(tl.where(row == p, T, 0.0), 1)[:, None, :]
+        pivot = total(tl.where(column_of == j, line, 0.0))
+        pivot = tl.where(tl.abs(pivot) < floor, tl.where(pivot < 0, -floor, floor), pivot)
+        line = tl.where(column_of == j, 1.0, line) * (1.0 / pivot)
+        step = tl.where(i == p, 0.0, column)[None, :, None]
+        T = tl.where(column_of == j, 0.0, T) - step * line
+        T = tl.where(row == p, line, T)
+        home = tl.where(i == p, j, home)
+        source = tl.where(column_of == j, p, source)
+    tl.debug_barrier()
+    tl.store(p_slot + source * RC + home[None, :, None], T, mask=(row < r) & (column_of < r))
+
+
+@triton.jit
+def newton_polar(p_x, p_y, r, RC: tl.constexpr, BM: tl.constexpr, TC: tl.constexpr):
+    """Slot `p_x` becomes the orthogonal polar factor of the X it holds; slot `p_y` holds `X^-T` and is overwritten.
+
+    Higham's scaled Newton iteration `X <- (z X + X^-T / z) / 2`; a singular X is moved by its rounding error.
+    """
+    row, column_of = tall(RC)
+    # convergence is quadratic: a change of sqrt(eps) leaves an error of eps
+    done = tl.full((), 1e-8 if TC == tl.float64 else 2e-4, TC)
+    change = tl.full((), 1.0, TC)
+    step = 0
+    # barriers: a slot is overwritten after every read of it, and read after every write
+    while (step < NEWTON_STEPS) & (change > done):
+        z = tl.sqrt(slot_norm(p_y, RC, BM, TC) / slot_norm(p_x, RC, BM, TC))
+        tl.debug_barrier()
+        norm, change = newton_update(p_x, p_y, z, RC, BM, TC)
+        tl.debug_barrier()
+        step += 1
+        if change > done:
+            x = tl.load(p_x + row * RC + column_of)
+            invert_transposed(p_y, x, r, norm * rounding(TC), RC)
+            tl.debug_barrier()
+
+
+@triton.jit
+def slot_norm(p_slot, RC: tl.constexpr, BM: tl.constexpr, TC: tl.constexpr):
+    """Frobenius norm of a slot."""
+    square = tl.full((), 0.0, TC)
+    for top in range(0, RC, BM):
+        x = tl.load(p_slot + (top + tl.arange(0, BM))[:, None] * RC + tl.arange(0, RC)[None, :])
+        square += tl.sum(tl.sum(x * x, 1), 0)
+    return tl.sqrt(square)
+
+
+@triton.jit
+def newton_update(p_x, p_y, z, RC: tl.constexpr, BM: tl.constexpr, TC: tl.constexpr):
+    """`X <- (z X + Y / z) / 2`; returns the norm of the new X and its relative change."""
+    size, moved = tl.full((), 0.0, TC), tl.full((), 0.0, TC)
+    inverse = 1.0 / z
+    for top in range(0, RC, BM):
+        o = (top + tl.arange(0, BM))[:, None] * RC + tl.arange(0, RC)[None, :]
+        x = tl.load(p_x + o)
+        new = 0.5 * (z * x + tl.load(p_y + o) * inverse)
+        tl.store(p_x + o, new)
+        size += tl.sum(tl.sum(new * new, 1), 0)
+        moved += tl.sum(tl.sum((new - x) * (new - x), 1), 0)
+    return tl.sqrt(size), tl.sqrt(moved / size)
+
+
+@triton.jit
+def rounding(TC: tl.constexpr):
+    """The unit roundoff of a type, about."""
+    return tl.full((), 2.2e-16 if TC == tl.float64 else 1.2e-7, TC)

@@ -1,0 +1,41 @@
+"""Every Triton kernel compiles for sm_80 and sm_90 without a GPU, within its register and memory budget."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parent.parent
+# sm_86 and sm_89 have the least, 99 KiB a program
+SHARED_LIMIT = 99 * 1024
+
+
+def compile_table(*arguments):
+    """Rows of benchmarks/compile_table.py, from a process without the interpreter, whose flag changes triton.jit."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.compile_table", "--json", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("rank_class", [16, 32, 64])
+def test_kernels_compile_within_budget(rank_class):
+    rows = compile_table("--classes", str(rank_class), "--precisions", "float64")
+    assert len(rows) == 6 * 2
+    for row in rows:
+        assert row["shared"] <= SHARED_LIMIT, row
+        assert rank_class > 32 or row["spills"] == 0, row
+
+
+def test_other_variants_compile():
+    """Other storage types, the float32 solve, RefLoRA-S, SAVED and IDENTITY steps, AMSGrad, gradient scaling."""
+    rows = compile_table("--variants", "--classes", "16", "--capabilities", "80")
+    assert len(rows) == 8
+    for row in rows:
+        assert row["shared"] <= SHARED_LIMIT and row["spills"] == 0, row

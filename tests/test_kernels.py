@@ -1,0 +1,210 @@
+"""The Triton kernels against the float64 reference: under Triton's interpreter, or on a GPU where there is one."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+
+from conftest import affine_error
+from kernel_cases import DOUBLE, MARKS, degenerate_pairs, pair, randn
+
+from reflora import plan as col
+from reflora import reference
+from reflora.backends import triton_backend
+from reflora.contract import DEGENERATE, PLAIN, REFACTORED, SKIPPED, LoRAPair
+from reflora.plan import Plan
+
+pytestmark = MARKS
+
+
+def poisoned(monkeypatch):
+    """Results and workspaces start as NaN."""
+    empty = torch.empty
+
+    def poison(*shape, **options):
+        tensor = empty(*shape, **options)
+        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", poison)
+
+
+def read_S(p, precision="float64"):
+    """(S, S^-1) of a pair, read off gradients that are rows of I, and the result row."""
+    r = p.rank
+    gA, gB = torch.zeros_like(p.A), torch.zeros_like(p.B)
+    gA[:, :r].fill_diagonal_(1)
+    gB[:r].fill_diagonal_(1)
+    plan = Plan([p])
+    plan.bind_grads([(gA, gB)])
+    result = triton_backend.precondition(plan, False, precision)[0]
+    assert not gA[:, r:].any() and not gB[r:].any()
+    return gB[:r].cpu(), gA[:, :r].cpu(), result.cpu()
+
+
+@pytest.mark.parametrize("r", [1, 2, 4, 8, 12, 16, 32, 48, 64, 128])
+def test_S_float32_storage(r, monkeypatch):
+    poisoned(monkeypatch)
+    p = pair(r, k_B=1e3)
+    S, S_inv, result = read_S(p)
+    assert result[col.STATUS] == REFACTORED
+    assert affine_error(S, p.A.cpu(), p.B.cpu()) <= 1e-3
+    assert affine_error(S_inv, p.B.cpu().mT, p.A.cpu().mT) <= 1e-3
+    kappa = reference.condition(p.B.mT)
+    assert abs(float(result[col.KAPPA_B]) - float(kappa)) <= 1e-3 * float(kappa)
+
+
+@pytest.mark.parametrize(
+    "dtype, k_A, k_B, precision, bound",
+    [
+        (torch.float32, 3, 1e4, "float64", 1e-2),
+        (torch.float32, 1e3, 1e3, "float64", 1e-2),
+        (torch.float64, 10, 1e4, "float64", 1e-8),
+        (torch.float64, 1e4, 1e4, "float64", 1e-8),
+        (torch.float32, 3, 500, "float32", 5e-3),
+        (torch.float64, 3, 500, "float32", 5e-3),
+    ],
+)
+@pytest.mark.parametrize("r", [8, 24])
+def test_S_accuracy(dtype, k_A, k_B, precision, bound, r):
+    p = pair(r, k_A, k_B, dtype)
+    S, _, result = read_S(p, precision)
+    assert result[col.STATUS] == REFACTORED
+    assert affine_error(S, p.A.cpu(), p.B.cpu()) <= bound
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+@pytest.mark.parametrize("scale_A, scale_B", [(1e30, 1e30), (1e-30, 1e-30), (1e15, 1e-15)])
+def test_scales(scale_A, scale_B, precision):
+    p = pair(5, 3, 50, scale_A=scale_A, scale_B=scale_B)
+    S, S_inv, result = read_S(p, precision)
+    assert result[col.STATUS] == REFACTORED
+    assert affine_error(S, p.A.cpu(), p.B.cpu()) <= 5e-3
+    assert abs(float(result[col.NORM_A] / p.A.double().norm()) - 1) < 1e-6
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+def test_degenerate(precision, monkeypatch):
+    """One launch over pairs that are all singular, extreme or not finite: c I, I or nothing at all, never NaN."""
+    poisoned(monkeypatch)
+    names, pairs, statuses, scales = zip(*degenerate_pairs())
+    grads = [(torch.randn_like(p.A), torch.randn_like(p.B)) for p in pairs]
+    before = [(a.clone(), b.clone()) for a, b in grads]
+    plan = Plan(pairs)
+    plan.bind_grads(grads)
+    results = triton_backend.precondition(plan, False, precision)
+    assert results[:, col.STATUS].tolist() == [float(s) for s in statuses], names
+    for p, (gA, gB), (oldA, oldB), status, scale, result in zip(pairs, grads, before, statuses, scales, results):
+        if status == SKIPPED:
+            assert torch.equal(gA, oldA) and torch.equal(gB, oldB)
+            continue
+        c = float(reference.balance_scalar(p.A, p.B)) if scale is None else scale
+        assert float(result[col.SCALE]) == pytest.approx(c, rel=1e-5)
+        torch.testing.assert_close(gA, (oldA.double() / c).to(gA.dtype))
+        torch.testing.assert_close(gB, (oldB.double() * c).to(gB.dtype))
+
+
+def test_gradients_not_finite_or_saturating():
+    pairs = [pair(4, 3, 30) for _ in range(3)]
+    pairs[2] = pair(4, 3, 30, scale_A=1e-15, scale_B=1e15)
+    grads = [(torch.randn_like(p.A), torch.randn_like(p.B)) for p in pairs]
+    grads[0][0][1, 140] = torch.inf
+    grads[1][1][172, 3] = torch.nan
+    grads[2][1].mul_(1e30)
+    before = [(a.clone(), b.clone()) for a, b in grads]
+    plan = Plan(pairs)
+    plan.bind_grads(grads)
+    results = triton_backend.precondition(plan, False, "float64")
+    assert results[:, col.STATUS].tolist() == [SKIPPED, SKIPPED, REFACTORED]
+    for i in (0, 1):
+        assert torch.equal(grads[i][0], before[i][0])
+        torch.testing.assert_close(grads[i][1], before[i][1], equal_nan=True, rtol=0, atol=0)
+    assert grads[2][1].isfinite().all() and grads[2][1].abs().max() == torch.finfo(torch.float32).max
+
+
+def strided(tensor):
+    """The same values in memory with gaps."""
+    rows, columns = tensor.shape
+    return randn(rows, 2 * columns + 3, dtype=tensor.dtype)[:, 1 : 2 * columns + 1 : 2].copy_(tensor)
+
+
+def test_layouts_and_types_in_one_launch(monkeypatch):
+    """Ragged shapes, strided and transposed storage, experts, an idle pair, float32 and float64: one rank class."""
+    poisoned(monkeypatch)
+    base = [pair(r, 3, 50, n_in=n, n_out=m) for r, n, m in ((1, 5, 7), (3, 63, 65), (16, 130, 40), (12, 64, 128))]
+    E, r = 3, 5
+    pairs = base + [
+        LoRAPair("strided", strided(base[1].A), strided(base[1].B)),
+        LoRAPair("transposed", base[3].A.mT.contiguous().mT, base[3].B.mT.contiguous().mT),
+        LoRAPair("float64", *(x.double() for x in (base[2].A, base[2].B))),
+        LoRAPair("experts", randn(E * r, 33), randn(21, r * E), f"experts({E})"),
+        LoRAPair("idle", base[0].A.clone(), base[0].B.clone()),
+    ]
+    grads = [(torch.randn_like(p.A), torch.randn_like(p.B)) for p in pairs]
+    grads[5] = (strided(grads[5][0]), grads[5][1].contiguous())
+    grads[8] = (None, grads[8][1])
+    plan = Plan(pairs)
+    plan.bind_grads(grads)
+    expected = []
+    for p, g in zip(pairs, grads):
+        if g[0] is not None:
+            views = zip(p.views_A(p.A), p.views_B(p.B), p.views_A(g[0]), p.views_B(g[1]))
+            expected += [(gA, gB, *reference.precondition(A, B, gA, gB)) for A, B, gA, gB in views]
+    idle = grads[8][1].clone()
+    results = triton_backend.precondition(plan, False, "float64")
+    assert results[:, col.STATUS].tolist() == [REFACTORED] * (7 + E) + [PLAIN]
+    assert torch.equal(grads[8][1], idle) and results[-1, 1:].isnan().all()
+    for gA, gB, wantA, wantB in expected:
+        for got, want in ((gA, wantA), (gB, wantB)):
+            assert float((got - want).norm() / want.norm()) < (1e-10 if got.dtype == DOUBLE else 1e-5)
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+def test_refactor(precision):
+    pairs = [pair(r, 4, 200, dtype) for r in (1, 7, 20) for dtype in (torch.float32, DOUBLE)]
+    pairs.append(LoRAPair("degenerate", randn(4, 30), 5 * randn(20, 1) @ randn(1, 4)))
+    products = [p.B.double() @ p.A.double() for p in pairs]
+    plan = Plan(pairs)
+    results = triton_backend.refactor(plan, False, precision)
+    assert results[:, col.STATUS].tolist() == [REFACTORED] * 6 + [DEGENERATE]
+    for p, product in zip(pairs, products):
+        A, B = p.A.double(), p.B.double()
+        Ga, Gb = A @ A.mT, B.mT @ B
+        exact = precision == "float64" and p.A.dtype == DOUBLE
+        storage = 1e-12 if exact else 2e-6 if precision == "float64" else 1e-4
+        assert float((B @ A - product).norm() / product.norm()) < storage
+        if p.name != "degenerate":
+            assert float((Ga - Gb).norm() / Ga.norm()) < (1e-9 if exact else 1e-5 if precision == "float64" else 1e-2)
+        assert float(A.norm() / B.norm()) == pytest.approx(1, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE, torch.float16])
+def test_scalar(dtype):
+    p = LoRAPair("", randn(5, 70, dtype=dtype), 3.3 * randn(90, 5, dtype=dtype))
+    s = float(reference.balance_scalar(p.A, p.B))
+    if dtype == torch.float16:
+        s = 2.0 ** (2 * round(torch.tensor(s).log2().item() / 2))
+    gA, gB = torch.randn_like(p.A), torch.randn_like(p.B)
+    wantA, wantB = gA.double() / s, gB.double() * s
+    plan = Plan([p])
+    plan.bind_grads([(gA, gB)])
+    result = triton_backend.precondition(plan, True, "float64")[0]
+    assert result[col.STATUS] == REFACTORED and float(result[col.SCALE]) == pytest.approx(s, rel=1e-12)
+    torch.testing.assert_close(gA, wantA.to(dtype))
+    torch.testing.assert_close(gB, wantB.to(dtype))
+    wantA, wantB = p.A.double() * s**0.5, p.B.double() / s**0.5
+    triton_backend.refactor(plan, True, "float64")
+    torch.testing.assert_close(p.A, wantA.to(dtype))
+    torch.testing.assert_close(p.B, wantB.to(dtype))
+
+
+def test_scalar_leaves_zero_and_nan_alone():
+    pairs = [LoRAPair("", randn(2, 9), 0 * randn(8, 2)), LoRAPair("", randn(2, 9) * torch.nan, randn(8, 2))]
+    before = [(p.A.clone(), p.B.clone()) for p in pairs]
+    results = triton_backend.refactor(Plan(pairs), True, "float64")
+    assert results[:, col.STATUS].tolist() == [DEGENERATE, SKIPPED]
+    for p, (A, B) in zip(pairs, before):
+        torch.testing.assert_close(p.A, A, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(p.B, B)
