@@ -1,0 +1,1 @@
+"""PEFT, transformers and the published package's names. Nothing here imports transformers but trainer.py."""

@@ -1,0 +1,177 @@
+"""The published package's Refactorer: its names, its hooks and its arithmetic, made safe."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..contract import check_count, fail
+from ..optim.pairs import PairOps
+from ..optim.transport import StateMove
+from ..optim.wrapper import FLATTENED, scaler_found_inf
+from .peft import Site, find_sites
+
+SKIP_STEPS = "reflora_skip_steps"
+
+
+class Refactorer:
+    """RefLoRA through step hooks of any torch optimizer.
+
+    warmup_steps: steps before the first refactoring; none are needed, also with B = 0.
+    interval: refactor every that many steps; the steps between are plain ones.
+    use_scalar: RefLoRA-S, which refactors in `integrate_into_optimizer` and after each step, and moves the state.
+    re_init: draw A and B anew and take the difference out of the base weights.
+
+    Layers where S does not exist use `c I` (see reflora.precondition_); a layer without a gradient, or with a
+    non-finite one, is left alone. `skip_steps` lives in the integrated optimizer's state_dict, so that a resumed run
+    does not warm up again. Raises as `reflora.find_pairs`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        warmup_steps: int = 0,
+        re_init: bool = False,
+        interval: int = 1,
+        use_scalar: bool = False,
+    ) -> None:
+        check_count("warmup_steps", warmup_steps, 0)
+        check_count("interval", interval, 1)
+        self.warmup_steps, self.interval, self.use_scalar = warmup_steps, interval, use_scalar
+        sites = find_sites(model)
+        self.pairs = [site.pair for site in sites]
+        self.lora_weights = [(pair.A, pair.B) for pair in self.pairs]
+        self._ops = PairOps(self.pairs)
+        self._optimizer: Optimizer | None = None
+        self._skip_steps = warmup_steps
+        self._handles: list[Any] = []
+        self._depth = 0
+        self._written: list[tuple[int, int]] = []
+        self._first: list[tuple[Tensor, Tensor, Tensor]] = []
+        if re_init:
+            for site in sites:
+                _draw_anew(site)
+
+    @property
+    def skip_steps(self) -> int:
+        """Steps still to be left plain before the next refactoring."""
+        groups = self._optimizer.param_groups if self._optimizer is not None else [{}]
+        return groups[0].get(SKIP_STEPS, self._skip_steps)
+
+    @skip_steps.setter
+    def skip_steps(self, value: int) -> None:
+        self._skip_steps = value
+        if self._optimizer is not None:
+            self._optimizer.param_groups[0][SKIP_STEPS] = value
+
+    @torch.no_grad()
+    def dummy_step(self) -> None:
+        """Precondition the gradients in place: the same step as that of refactored factors, which are not touched."""
+        if not self._due():
+            return
+        active = [pair.A.grad is not None and pair.B.grad is not None for pair in self.pairs]
+        self._ops.precondition(active, scalar=self.use_scalar)
+
+    @torch.no_grad()
+    def step(self, optimizer: Optimizer) -> None:
+        """Refactor the factors themselves; RefLoRA-S (use_scalar) also moves the optimizer's state."""
+        if not self._due():
+            return
+        everything = [True] * len(self.pairs)
+        if not self.use_scalar:
+            self._ops.refactor(everything, scalar=False)
+            return
+        move = StateMove(optimizer, self.pairs)
+        move.apply(self._ops.refactor(everything, scalar=True))
+
+    def integrate_into_optimizer(self, optimizer: Optimizer) -> None:
+        """Register the hooks that refactor around each `optimizer.step()`; once for an optimizer.
+
+        use_scalar without a warm-up refactors at once. A state_dict loaded before the first step takes that back, since
+        it belongs to the factors as they were saved. Raises RuntimeError for an optimizer that steps none of the pairs.
+        """
+        for handle in self._handles:
+            handle.remove()
+        self._optimizer = optimizer
+        self._check_members(optimizer)
+        self.skip_steps = self.warmup_steps
+        self._depth, self._written = 0, []
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_load_state_dict_post_hook(self._after_load),
+        ]
+        if self.use_scalar:
+            before = [factor.detach().cpu().clone() for factor in self._factors()] if not self.warmup_steps else []
+            self.step(optimizer)
+            self._first = [(p, old, p.detach().cpu().clone()) for p, old in zip(self._factors(), before)]
+
+    def integrated_into(self, optimizer: Optimizer) -> bool:
+        return self._optimizer is optimizer
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # torch runs hooks for a class and again for its parent's step: a nested run finds the gradients written
+        if self._depth and self._written == self._versions():
+            self._depth += 1
+            return
+        self._depth = 1
+        self._check_members(optimizer)
+        if not self.use_scalar and not scaler_found_inf(optimizer):
+            self.dummy_step()
+        self._written = self._versions()
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._depth -= 1
+        if self._depth:
+            return
+        self._first = []
+        if self.use_scalar and not scaler_found_inf(optimizer):
+            self.step(optimizer)
+
+    @torch.no_grad()
+    def _after_load(self, optimizer: Optimizer) -> None:
+        self.skip_steps = self.skip_steps
+        for param, before, after in self._first:
+            if torch.equal(param.cpu(), after):
+                param.copy_(before)
+        self._first = []
+
+    def _due(self) -> bool:
+        waiting = self.skip_steps > 0
+        self.skip_steps = self.skip_steps - 1 if waiting else self.interval - 1
+        return not waiting
+
+    def _factors(self) -> list[Tensor]:
+        return [factor for pair in self.pairs for factor in (pair.A, pair.B)]
+
+    def _versions(self) -> list[tuple[int, int]]:
+        return [(id(p.grad), p.grad._version) for p in self._factors() if p.grad is not None]
+
+    def _check_members(self, optimizer: Optimizer) -> None:
+        owned = {param for group in optimizer.param_groups for param in group["params"]}
+        if owned.isdisjoint(self._factors()):
+            fail("optimizer", "the model's LoRA factors among its parameters", "none of them", FLATTENED, RuntimeError)
+
+
+@torch.no_grad()
+def _draw_anew(site: Site) -> None:
+    """A and B random, and the base weight less by what that changes of their product."""
+    module: Any = site.module
+    if hasattr(module, "get_param"):
+        weight = module.get_param()
+    else:
+        base = module.get_base_layer()
+        weight = getattr(base, "weight", None)
+        weight = base.in_proj_weight if weight is None else weight
+    if not weight.is_floating_point():
+        remedy = "Pass re_init=False: it is not needed, training starts from B = 0 as well."
+        fail(f"re_init of {site.pair.name}", "a floating point base weight", weight.dtype, remedy)
+    before = module.get_delta_weight(site.adapter).float()
+    for factor in (site.pair.A, site.pair.B):
+        nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+    after = module.get_delta_weight(site.adapter).float()
+    weight.copy_((weight.float() + before - after).to(weight.dtype))

@@ -1,0 +1,135 @@
+"""The LoRA pairs of a model, found by module: never by parameter order or by the spelling of a parameter's name.
+
+PEFT itself is not imported: a LoRA layer is a module with `lora_A` and `lora_B` (or `lora_embedding_A` and `_B`)
+dictionaries keyed by adapter, which holds for PEFT 0.14 to 0.21 and for every base layer, quantised ones included.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..contract import LoRAPair, as_pairs, fail
+
+# dictionaries of a layer whose update is B diag(x) A, not B A: AdaLoRA, KaSA
+SCALED_INSIDE = ("lora_E", "lora_diag")
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a pair lives: the adapter called `adapter` of the LoRA layer `module`."""
+
+    module: nn.Module
+    adapter: str
+    pair: LoRAPair
+
+
+def find_pairs(model: nn.Module, adapter: str | None = None) -> list[LoRAPair]:
+    """Every LoRA pair of `model`, named by its module's path and its adapter.
+
+    adapter: None takes each pair whose two factors are trainable, whatever its adapter; a name takes that adapter's
+        pairs, trainable or not.
+
+    Serves PEFT LoRA on linear (DoRA's magnitude is left alone), Conv1D, embedding, convolution and attention layers,
+    on quantised base layers and on `target_parameters` (layout "experts(E)"); DDP, PeftModel and torch.compile
+    wrappers are looked through. Layers whose factors are tied to an earlier layer's, grouped convolutions and layers
+    with a scaling between B and A (AdaLoRA, KaSA) are no pairs: a warning names them, and they take plain steps.
+    Raises ValueError when nothing is left, or as `reflora.contract.check_pair`.
+    """
+    return [site.pair for site in find_sites(model, adapter)]
+
+
+def find_sites(model: nn.Module, adapter: str | None = None) -> list[Site]:
+    """As `find_pairs`, with the module and the adapter of each pair."""
+    if not isinstance(model, nn.Module):
+        fail("model", "a torch.nn.Module", type(model).__name__, "Pass the model, not its parameters.", TypeError)
+    sites: list[Site] = []
+    owners: dict[int, str] = {}
+    left_out: dict[str, str] = {}
+    others: set[str] = set()
+    for site in _sites(model):
+        pair = site.pair
+        trainable = pair.A.requires_grad and pair.B.requires_grad
+        if not (trainable if adapter is None else site.adapter == adapter):
+            others.add(site.adapter)
+            continue
+        reason = _unfit(site, owners)
+        if reason is not None:
+            left_out[pair.name] = reason
+            continue
+        owners.update({t.data_ptr(): pair.name for t in (pair.A, pair.B)})
+        sites.append(site)
+    if not sites:
+        _fail_empty(model, adapter, left_out, others)
+    for reason in sorted(set(left_out.values())):
+        names = [name for name, why in left_out.items() if why == reason]
+        listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        warnings.warn(f"{len(names)} LoRA layer(s) are stepped without RefLoRA ({reason}): {listed}", stacklevel=3)
+    as_pairs([site.pair for site in sites])
+    return sites
+
+
+def _sites(model: nn.Module) -> Iterator[Site]:
+    """Each adapter of each LoRA layer; a module that is registered twice comes once."""
+    for path, module in model.named_modules():
+        for left, right in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
+            factors_A, factors_B = _by_adapter(module, left), _by_adapter(module, right)
+            for adapter in (name for name in factors_A if name in factors_B):
+                A, B = (_weight(factors[adapter], path) for factors in (factors_A, factors_B))
+                layout = _layout(module, A, left.startswith("lora_embedding"))
+                yield Site(module, adapter, LoRAPair(f"{path}.{adapter}" if path else adapter, A, B, layout))
+
+
+def _by_adapter(module: nn.Module, name: str) -> Mapping[str, Any]:
+    found = getattr(module, name, None)
+    return dict(found.items()) if isinstance(found, (nn.ModuleDict, nn.ParameterDict, Mapping)) else {}
+
+
+def _weight(factor: Any, path: str) -> Tensor:
+    weight = getattr(factor, "weight", factor)
+    if not isinstance(weight, nn.Parameter):
+        remedy = "FSDP1 and parametrisations replace parameters by views: use FSDP2 or DDP instead."
+        fail(path, "LoRA factors that are parameters", type(weight).__name__, remedy)
+    return weight
+
+
+def _layout(module: nn.Module, A: Tensor, embedding: bool) -> str:
+    experts = getattr(module, "num_experts", 1)
+    if embedding:
+        return "embedding"
+    if isinstance(experts, int) and experts > 1:
+        return f"experts({experts})"
+    return "conv" if A.dim() > 2 else "linear"
+
+
+def _unfit(site: Site, owners: Mapping[int, str]) -> str | None:
+    """Why this is no `dW = scaling * B @ A` with memory of its own, or None."""
+    pair = site.pair
+    for name in SCALED_INSIDE:
+        if site.adapter in _by_adapter(site.module, name):
+            return f"{name} stands between B and A"
+    if pair.layout == "conv" and pair.B.dim() == pair.A.dim() and pair.A.shape[0] != pair.B.shape[1]:
+        return "grouped convolution"
+    if pair.A.numel() and pair.A.data_ptr() in owners or pair.B.numel() and pair.B.data_ptr() in owners:
+        return "tied to another layer"
+    return None
+
+
+def _fail_empty(model: nn.Module, adapter: str | None, left_out: Mapping[str, str], others: set[str]) -> None:
+    got = f"{type(model).__name__} without any"
+    remedy = "Use peft.get_peft_model(model, LoraConfig(...)) first, or pass pairs=[(A, B), ...] to RefLoRAAdamW."
+    if left_out:
+        name, reason = next(iter(left_out.items()))
+        got = f"{len(left_out)} that cannot be served ({name}: {reason})"
+        remedy = "Use plain LoRA on at least one layer."
+    elif others and adapter is None:
+        got = f"only frozen ones (adapters {', '.join(sorted(others))})"
+        remedy = "Load with is_trainable=True or call model.set_adapter(name); adapter=name finds frozen pairs too."
+    elif others:
+        got = f"none of adapter {adapter!r} (adapters {', '.join(sorted(others))})"
+        remedy = "Name one of the adapters there are."
+    fail("model", "LoRA layers" + (" with two trainable factors" if adapter is None else ""), got, remedy)

@@ -1,0 +1,148 @@
+"""Operations on the pairs of an optimizer, step after step: `reflora.functional` with its tables kept between calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import plan as col
+from ..backends import Backend, resolve
+from ..contract import REFACTORED, LoRAPair, as_pairs, check_backend, check_precision
+from ..functional import Diagnostics, check_grads, diagnose, mark_written
+from ..plan import Plan
+
+
+class PairOps:
+    """One plan a device, built at the first call and again when a factor moves.
+
+    `active` everywhere: one bool a pair; the other pairs are left alone.
+    """
+
+    def __init__(self, pairs: Sequence[LoRAPair], backend: str | None = None, precision: str = "float64"):
+        check_backend(backend)
+        check_precision(precision)
+        self.pairs = list(pairs)
+        self.backend, self.precision = backend, precision
+        self._plans: list[tuple[list[int], Plan, Backend]] = []
+        self._last: tuple[list[list[int]], list[Plan], list[Tensor]] = ([], [], [])
+        self._solved: tuple[PairOps, list[int]] | None = None
+        for device in {pair.A.device for pair in self.pairs}:
+            resolve(backend, device)
+
+    def diagnostics(self) -> Diagnostics:
+        """What the last call did, layer by layer."""
+        return diagnose(self.pairs, *self._last) if self._solved is None else self._solved[0].diagnostics()
+
+    def outcome(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """STATUS and SCALE of the last call by pair, float64 `[experts]` each, on the pair's device."""
+        if self._solved is not None:
+            inner, chosen = self._solved
+            return {chosen[index]: columns for index, columns in inner.outcome().items()}
+        found: dict[int, list[Tensor]] = {}
+        for indices, plan, results in zip(*self._last):
+            for row, columns in zip(plan.rows, results[:, [col.STATUS, col.SCALE]].unbind()):
+                found.setdefault(indices[row.pair], []).append(columns)
+        return {index: (*torch.stack(rows, 1),) for index, rows in found.items()}
+
+    def precondition(self, active: Sequence[bool], scalar: bool = False) -> None:
+        """`reflora.precondition_` of each active pair's `.grad`."""
+        grads = [(p.A.grad, p.B.grad) if on else (None, None) for p, on in zip(self.pairs, active)]
+        check_grads(self.pairs, grads)
+        self._run(grads, lambda plan, backend: backend.precondition(plan, scalar, self.precision))
+        mark_written([g for sides in grads for g in sides if g is not None])
+
+    def refactor(self, active: Sequence[bool], scalar: bool) -> list[Tensor]:
+        """`reflora.refactor_` of each active pair. Returns sqrt(s), float64 `[experts]` a pair, 1 where left alone."""
+        factors = [(p.A, p.B) if on else (None, None) for p, on in zip(self.pairs, active)]
+        self._run(factors, lambda plan, backend: backend.refactor(plan, scalar, self.precision))
+        mark_written([t for sides in factors for t in sides if t is not None])
+        outcome = self.outcome()
+        columns = [outcome[index] for index in range(len(self.pairs))]
+        return [scale.sqrt().where(status == REFACTORED, 1.0) for status, scale in columns]
+
+    def solve(self, indices: Iterable[int]) -> dict[int, Tensor]:
+        """S and S^-1 of some pairs, `[experts, 2, r, r]` in float32 (float64 for float64 factors).
+
+        Read off the preconditioned rows of an identity, so that every backend serves and nothing synchronises.
+        """
+        chosen = list(indices)
+        if not chosen:
+            return {}
+        copies, grads = [], []
+        for pair in (self.pairs[i] for i in chosen):
+            A, B = (t.detach().to(_apply_dtype(t)) for t in (pair.A, pair.B))
+            copies.append(LoRAPair(pair.name, A, B, pair.layout))
+            grads.append((_identity(A, pair.views_A), _identity(B, pair.views_B)))
+        inner = PairOps(copies, self.backend, self.precision)
+        inner._run(grads, lambda plan, backend: backend.precondition(plan, False, self.precision))
+        self._solved = inner, chosen
+        found = {}
+        for index, pair, (gA, gB) in zip(chosen, copies, grads):
+            both = zip(pair.views_B(gB), pair.views_A(gA))
+            found[index] = torch.stack([torch.stack([_square(rows, pair.rank) for rows in sides]) for sides in both])
+        return found
+
+    def apply(self, saved: Mapping[int, Tensor]) -> None:
+        """`gA <- S^-1 gA`, `gB <- gB S` with the matrices that `solve` returned, for those pairs."""
+        groups: dict[tuple, tuple[list[Tensor], list[Tensor]]] = {}
+        for index, matrices in saved.items():
+            pair = self.pairs[index]
+            gA, gB = pair.A.grad, pair.B.grad
+            if gA is None or gB is None:
+                continue
+            for rows, side in ((pair.views_A(gA), 1), ([view.mT for view in pair.views_B(gB)], 0)):
+                for row, matrix in zip(rows, matrices[:, side].unbind()):
+                    views, factors = groups.setdefault((row.shape, row.dtype, row.device), ([], []))
+                    views.append(row)
+                    factors.append(matrix)
+        for (_, dtype, _), (views, factors) in groups.items():
+            top = torch.finfo(dtype).max
+            product = torch.stack(factors) @ torch.stack(views).to(factors[0].dtype)
+            torch._foreach_copy_(views, list(product.clamp(-top, top).to(dtype).unbind()))
+
+    def _run(
+        self, tensors: Sequence[tuple[Tensor | None, Tensor | None]], call: Callable[[Plan, Backend], Tensor]
+    ) -> None:
+        plans, self._solved = self._ready_plans(), None
+        results = []
+        for chosen, plan, backend in plans:
+            plan.bind_grads([tensors[i] for i in chosen])
+            results.append(call(plan, backend))
+            plan.release_grads()
+        self._last = ([chosen for chosen, _, _ in plans], [plan for _, plan, _ in plans], results)
+
+    def _ready_plans(self) -> list[tuple[list[int], Plan, Backend]]:
+        if any(pair.A.device != plan.device for _, plan, _ in self._plans for pair in plan.pairs):
+            self._plans = []
+        if not self._plans:
+            devices: dict[torch.device, list[int]] = {}
+            for index, pair in enumerate(self.pairs):
+                devices.setdefault(pair.A.device, []).append(index)
+            self._plans = [
+                (chosen, Plan([self.pairs[i] for i in chosen]), resolve(self.backend, device))
+                for device, chosen in devices.items()
+            ]
+        for _, plan, _ in self._plans:
+            if plan.moved():
+                as_pairs(plan.pairs)
+                plan.rebuild()
+        return self._plans
+
+
+def _apply_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _identity(factor: Tensor, views: Callable[[Tensor], list[Tensor]]) -> Tensor:
+    """Zeros laid out like `factor`, with ones on the diagonal of each of its `[r, n]` (or `[n, r]`) views."""
+    zeros = torch.zeros_like(factor)
+    for view in views(zeros):
+        view.diagonal().fill_(1)
+    return zeros
+
+
+def _square(rows: Tensor, r: int) -> Tensor:
+    """The `[r, r]` matrix that an identity `[r, n]` or `[n, r]` was multiplied by; for n < r it is a multiple of I."""
+    return rows[:r, :r] if min(rows.shape) >= r else rows[0, 0] * torch.eye(r, dtype=rows.dtype, device=rows.device)

@@ -1,0 +1,233 @@
+"""RefLoRA around any torch optimizer class: the gradients of its LoRA pairs are preconditioned inside `step`."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..contract import DEGENERATE, SKIPPED, PairLike, as_pairs, check_backend, check_count, check_precision, fail
+from ..functional import Diagnostics
+from .pairs import PairOps
+from .state import PHASE, SAVED
+from .transport import StateMove, check_movable, movable
+
+COUNTER, SKIPS = "reflora_steps", "reflora_skipped"
+FLATTENED = "Wrappers that flatten or replace parameters (DeepSpeed, FSDP1) cannot be served: use DDP or FSDP2."
+OPTIONS = ("pairs", "scalar", "interval", "warmup_steps", "backend", "precision")
+
+
+_classes: dict[type[Optimizer], type[Wrapped]] = {}
+
+
+def reflora_class(base: type[Optimizer]) -> type[Wrapped]:
+    """The subclass of `base` that steps with RefLoRA; the same one for every call.
+
+    Raises TypeError for what is no optimizer class, ValueError for one whose `step` needs a closure.
+    """
+    if base in _classes:
+        return _classes[base]
+    if not (isinstance(base, type) and issubclass(base, Optimizer)):
+        fail("optimizer_cls", "a subclass of torch.optim.Optimizer", repr(base), "Pass the class itself.", TypeError)
+    arguments = list(inspect.signature(base.step).parameters.values())[1:]
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [a.name for a in arguments if a.default is inspect.Parameter.empty and a.kind not in variadic]
+    if needed:
+        remedy = "It would see another preconditioner at each evaluation: use AdamW, SGD or the like."
+        fail(f"optimizer_cls {base.__name__}", "step(closure=None)", f"step({', '.join(needed)}) required", remedy)
+    members = {"base": base, "__doc__": f"{base.__name__} with RefLoRA.", "__module__": __name__}
+    _classes[base] = type(f"RefLoRA{base.__name__}", (Wrapped, base), members)
+    return _classes[base]
+
+
+class Wrapped(Optimizer):
+    """Mixed into an optimizer class by `reflora_class`.
+
+    pairs, scalar, interval, warmup_steps, backend, precision: as in RefLoRAAdamW; other arguments go to the base class.
+
+    A step evaluates the closure, if any, then preconditions once, then takes the base class's step. Hooks run once.
+    A step in which a pair has a non-finite gradient, or the gradient scaler found one, is skipped whole: no parameter,
+    state or counter changes. On a GPU that check is one read of the gradients and one host synchronisation a step;
+    RefLoRAAdamW skips single layers without either.
+    Where a layer's S stops being I (after a warm-up, or once B is no longer 0), state that the table of transport.py
+    knows is moved to the new unit of the gradients. scalar=True refactors after each step, once also before the first,
+    and moves the state; it needs a class in that table.
+    """
+
+    base: type[Optimizer]
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        pairs: Iterable[PairLike],
+        *,
+        scalar: bool = False,
+        interval: int = 1,
+        warmup_steps: int = 0,
+        backend: str | None = None,
+        precision: str = "float64",
+        **kwargs: Any,
+    ):
+        check_count("interval", interval, 1)
+        check_count("warmup_steps", warmup_steps, 0)
+        check_backend(backend)
+        check_precision(precision)
+        if scalar:
+            check_movable(self.base)
+        self.pairs = as_pairs(pairs)
+        self.scalar, self.interval, self.warmup_steps = scalar, interval, warmup_steps
+        self.backend, self.precision = backend, precision
+        self._settled: set[int] = set()
+        super().__init__(params, **kwargs)
+        for group in self.param_groups:
+            group[COUNTER], group[SKIPS] = 0, 0
+
+    @functools.cached_property
+    def _ops(self) -> PairOps:
+        return PairOps(self.pairs, self.backend, self.precision)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that were skipped for a non-finite gradient; part of the state_dict."""
+        return self.param_groups[0].get(SKIPS, 0)
+
+    def diagnostics(self) -> Diagnostics:
+        """What the last preconditioning or refactoring did, layer by layer; reading its properties synchronises."""
+        return self._ops.diagnostics()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step. Returns the closure's value, if there is a closure."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if scaler_found_inf(self):
+            return loss
+        active = self._active()
+        if not _finite([t.grad for p, on in zip(self.pairs, active) if on for t in (p.A, p.B) if t.grad is not None]):
+            self._count(SKIPS)
+            return loss
+        steps = self.param_groups[0].get(COUNTER, 0)
+        if self.scalar:
+            if steps == 0 and self.warmup_steps == 0:
+                self._refactor(active, with_grads=True)
+            _unhooked_step(self.base)(self)
+            after = steps + 1 - self.warmup_steps
+            if after >= 0 and after % self.interval == 0:
+                self._refactor(active, with_grads=False)
+        else:
+            kept = self._precondition(active, steps)
+            _unhooked_step(self.base)(self)
+            # only now: many optimizers take an empty state for the sign of a first step
+            for param, entries in kept.items():
+                self.state[param].update(entries)
+        self._count(COUNTER)
+        return loss
+
+    def _active(self) -> list[bool]:
+        """Pairs with both gradients whose factors this optimizer steps."""
+        owned = {param for group in self.param_groups for param in group["params"]}
+        if not any(p.A in owned for p in self.pairs):
+            fail("param_groups", "the factors of the pairs among them", "none of them", FLATTENED, RuntimeError)
+        return [p.A.grad is not None and p.B.grad is not None and p.A in owned and p.B in owned for p in self.pairs]
+
+    def _precondition(self, active: list[bool], steps: int) -> dict[Tensor, dict[str, Tensor]]:
+        """Gradients times S; what is to be kept in the state of A's: with an interval, the matrices newly computed."""
+        since = steps - self.warmup_steps
+        if since < 0:
+            return {}
+        chosen = [index for index, on in enumerate(active) if on]
+        fresh = {}
+        if self.interval == 1:
+            self._ops.precondition(active)
+        else:
+            saved = {i: self.state[self.pairs[i].A].get(SAVED) for i in chosen if self.pairs[i].A in self.state}
+            fresh = self._ops.solve(i for i in chosen if since % self.interval == 0 or saved.get(i) is None)
+            self._ops.apply({i: fresh[i] if i in fresh else saved[i] for i in chosen})
+        kept = {self.pairs[i].A: {SAVED: matrices} for i, matrices in fresh.items()}
+        if movable(self.base):
+            unsettled = [i for i in (fresh if self.interval > 1 else chosen) if i not in self._settled]
+            for i, phase in self._change_units(unsettled).items():
+                kept.setdefault(self.pairs[i].A, {})[PHASE] = phase
+        return kept
+
+    def _change_units(self, unsettled: list[int]) -> dict[int, Tensor]:
+        """Move the state of layers whose S has just stopped being I by c; 1 where S is not I, `[experts]` a pair.
+
+        Reads one flag a layer from the device until that layer has left I, nothing afterwards.
+        """
+        if not unsettled:
+            return {}
+        outcome = self._ops.outcome()
+        phases, units = {}, []
+        for i in unsettled:
+            status, scale = outcome[i]
+            before = self.state.get(self.pairs[i].A, {}).get(PHASE, torch.zeros_like(status)).double()
+            is_identity = (status == DEGENERATE) & (scale == 1)
+            after = before.where(status == SKIPPED, (~is_identity).double())
+            units.append(scale.where((after == 1) & (before == 0), 1.0))
+            phases[i] = after.float()
+        StateMove(self, [self.pairs[i] for i in unsettled]).apply(units)
+        self._settled.update(i for i, phase in phases.items() if phase.all())
+        return phases
+
+    def _refactor(self, active: list[bool], with_grads: bool) -> None:
+        chosen = [index for index, on in enumerate(active) if on]
+        move = StateMove(self, [self.pairs[i] for i in chosen], with_grads)
+        roots = self._ops.refactor(active, scalar=True)
+        move.apply([roots[i] for i in chosen])
+
+    def _count(self, key: str) -> None:
+        value = self.param_groups[0].get(key, 0) + 1
+        for group in self.param_groups:
+            group[key] = value
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what state_dict() gave, or the state of the base class over the same parameters."""
+        super().load_state_dict(state_dict)
+        self._settled = set()
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        for param, key in zip(params, saved):
+            entries = state_dict["state"].get(key, {})
+            for name in (SAVED, PHASE):
+                if name in entries:  # torch has cast it to the parameter's dtype
+                    self.state[param][name] = entries[name].to(param.device, copy=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in OPTIONS}}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _blank, (self.base,), {**self.__getstate__(), "_settled": set()}
+
+
+def scaler_found_inf(optimizer: Optimizer) -> bool:
+    """Whether a gradient scaler handed a base class that supports it a step to be skipped; reads it from the device."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf)
+
+
+def _finite(grads: list[Tensor]) -> bool:
+    # the 2-norm is the fast one, but may overflow where every entry is finite
+    return not grads or any(bool(torch.nn.utils.get_total_norm(grads, order).isfinite()) for order in (2.0, math.inf))
+
+
+def _unhooked_step(base: type[Optimizer]) -> Callable[..., Any]:
+    """`base.step` without the hook runner that torch puts around it: ours runs the hooks already."""
+    step: Any = base.step
+    while getattr(step, "hooked", False):
+        step = step.__wrapped__
+    return step
+
+
+def _blank(base: type[Optimizer]) -> Wrapped:
+    cls = reflora_class(base)
+    return cls.__new__(cls)
