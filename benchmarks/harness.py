@@ -1,0 +1,273 @@
+"""Measuring and writing down: the machine, interleaved times, peak memory, long-form CSV."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+QUANTILES = (20, 50, 80)
+CPU_MEMORY = "peak of live bytes in torch's CPU allocator (torch.profiler), buffers of C++ code outside it not counted"
+CUDA_MEMORY = "torch.cuda.max_memory_allocated"
+_MARK = "reflora benchmark: measured"
+
+
+# ---- the machine
+
+
+def environment(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """What a figure depends on, in words; the columns that every row of a CSV ends with."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return {
+        "device": device.type,
+        "gpu": gpu,
+        "cpu": cpu_model(),
+        "cores": str(_cores()),
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "reflora": _version("reflora"),
+        "commit": commit(),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def header(env: Mapping[str, str]) -> str:
+    """Two lines for the top of a table."""
+    machine = f"{env['gpu']}, " if env["gpu"] else ""
+    machine += f"{env['cpu']}, {env['cores']} cores, {env['threads']} threads"
+    versions = ", ".join(f"{key} {env[key]}" for key in ("python", "torch", "triton", "reflora", "commit", "dtype"))
+    return f"{machine}\n{versions}"
+
+
+def cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """Short hash of the checkout that this file lies in, with `-dirty` for uncommitted changes; "none" outside git."""
+    folder = Path(__file__).parent
+    try:
+        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude", "*"]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return "none"
+    return result.stdout.strip() or "none"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# ---- statistics
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Quantiles of one measurement, in its own unit."""
+
+    p20: float
+    p50: float
+    p80: float
+    quartiles: tuple[float, float]
+    count: int
+
+
+def summarize(samples: Sequence[float]) -> Summary:
+    """Quantiles by linear interpolation. Raises ValueError for no samples."""
+    if not samples:
+        raise ValueError("expected at least one sample, got none; the run was shorter than its warm-up.")
+    values = torch.tensor(samples, dtype=torch.float64)
+    points = torch.tensor([0.2, 0.25, 0.5, 0.75, 0.8], dtype=torch.float64)
+    p20, p25, p50, p75, p80 = torch.quantile(values, points).tolist()
+    return Summary(p20, p50, p80, (p25, p75), len(samples))
+
+
+def paired_ratio(samples: Sequence[float], base: Sequence[float]) -> Summary:
+    """Quantiles of `samples[i] / base[i]`: both taken in round i, so that a slow spell of the machine cancels."""
+    return summarize([sample / reference for sample, reference in zip(samples, base, strict=True)])
+
+
+# ---- time
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Stopwatch:
+    """Seconds between entry and exit, the device idle at both ends: host time and device time."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds = 0.0
+
+    def __enter__(self) -> Stopwatch:
+        synchronize(self.device)
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        synchronize(self.device)
+        self.seconds = time.perf_counter() - self._start
+
+
+class StreamTimer:
+    """Seconds of stream time between start and stop without draining the device (CUDA events); wall time on a CPU.
+
+    `read` waits for the device and returns every interval since the last `read`.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._seconds: list[float] = []
+
+    def start(self) -> None:
+        if self.device.type == "cuda":
+            self._begin = self._event()
+        else:
+            self._begin_wall = time.perf_counter()
+
+    def stop(self) -> None:
+        if self.device.type == "cuda":
+            self._spans.append((self._begin, self._event()))
+        else:
+            self._seconds.append(time.perf_counter() - self._begin_wall)
+
+    def read(self) -> list[float]:
+        synchronize(self.device)
+        seconds = self._seconds + [begin.elapsed_time(end) / 1e3 for begin, end in self._spans]
+        self._spans, self._seconds = [], []
+        return seconds
+
+    @staticmethod
+    def _event() -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def interleave(cases: Mapping[str, Callable[[int], None]], rounds: int, label: str) -> None:
+    """Call every case once a round, `case(round)`, starting with another case each round. A case that must not count
+    (a warm-up, a failure) says so itself: this only keeps the order fair and the bar moving."""
+    names = list(cases)
+    for index in progress(range(rounds), label):
+        shift = index % len(names)
+        for name in names[shift:] + names[:shift]:
+            cases[name](index)
+
+
+def progress(items: Iterable[int], label: str) -> Iterable[int]:
+    """A bar on a terminal, a line now and then elsewhere, on stderr."""
+    slow = {} if sys.stderr.isatty() else {"mininterval": 15.0, "ncols": 80}
+    return tqdm(items, desc=label, file=sys.stderr, **slow)
+
+
+# ---- memory
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device, before: Callable[[], object] | None = None) -> int:
+    """Most bytes that `work` has live at once beyond what is live when it starts (see CPU_MEMORY and CUDA_MEMORY).
+
+    `before` runs first and is not measured. What `work` frees counts only if it was allocated in `before` or in `work`:
+    on a CPU the profiler knows no older block.
+    """
+    before = before or (lambda: None)
+    gc.collect()  # a discarded optimizer that is freed while work runs would hide as much of the peak
+    if device.type == "cuda":
+        before()
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        live = torch.cuda.memory_allocated(device)
+        work()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - live
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        before()
+        with torch.profiler.record_function(_MARK):
+            work()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    return _peak(events)
+
+
+def _peak(events: Iterable[Mapping[str, Any]]) -> int:
+    """Largest sum of allocations and frees after the mark's start."""
+    events = list(events)
+    start = next(e["ts"] for e in events if e.get("name") == _MARK and "dur" in e)
+    live = peak = 0
+    changes = [(e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]"]
+    for _, change in sorted(entry for entry in changes if entry[0] >= start):
+        live += change
+        peak = max(peak, live)
+    return peak
+
+
+# ---- output
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One row of a CSV: what was measured, on which method of which case, in which unit."""
+
+    benchmark: str
+    case: str
+    method: str
+    metric: str
+    unit: str
+    summary: Summary
+
+
+def write_csv(path: Path, rows: Sequence[Measurement], env: Mapping[str, str]) -> None:
+    """One measurement a row: benchmark, case, method, metric, unit, p20, p50, p80, samples, then the machine."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        names = ("benchmark", "case", "method", "metric", "unit", *(f"p{q}" for q in QUANTILES), "samples")
+        writer.writerow([*names, *env])
+        for row in rows:
+            s = row.summary
+            what = [row.benchmark, row.case, row.method, row.metric, row.unit]
+            numbers = [f"{value:.6g}" for value in (s.p20, s.p50, s.p80)]
+            writer.writerow([*what, *numbers, s.count, *env.values()])
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Plain text, the first column to the left, the others to the right."""
+    widths = [max(map(len, cells)) for cells in zip(columns, *rows)]
+    lines = []
+    for cells in (columns, ["-" * width for width in widths], *rows):
+        first, *rest = (cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths)))
+        lines.append("  ".join([first, *rest]).rstrip())
+    return "\n".join(lines)
