@@ -5,10 +5,10 @@
 namespace reflora {
 namespace REFLORA_ISA {
 
-// gradient, parameter, m and v are first multiplied by grad, param, first, second (1, 1, 1, 1 most of the time)
+// gradient, parameter and m are first multiplied by grad, param and first (1, 1, 1 most of the time), v by first^2
 template <class T>
 struct Update {
-    T grad, param, first, second;
+    T grad, param, first;
     T decay, one_minus_beta1, beta2, one_minus_beta2, correction2, eps, step_size;
     bool amsgrad;
 };
@@ -17,7 +17,7 @@ struct Update {
 template <class T>
 INLINE Update<T> make_update(const double* h, double count, double grad, double param, double move) {
     const double bias1 = 1 - __builtin_pow(h[BETA1], count), bias2 = 1 - __builtin_pow(h[BETA2], count);
-    return {T(h[MAXIMIZE] != 0 ? -grad : grad), T(param), T(move), T(move * move),
+    return {T(h[MAXIMIZE] != 0 ? -grad : grad), T(param), T(move),
             T(1 - h[LR] * h[WEIGHT_DECAY]), T(1 - h[BETA1]), T(h[BETA2]), T(1 - h[BETA2]),
             T(1 / root(bias2)), T(h[EPS]), T(h[LR] / bias1), h[AMSGRAD] != 0};
 }
@@ -30,18 +30,20 @@ INLINE void update_run(const Update<T>& u, const T* RESTRICT g, int64_t inc, S* 
     for (int64_t i = 0; i < n; ++i) {
         const int64_t o = i * stride;
         const T grad = saturated(g[i * inc] * u.grad, top);
-        T first = T(widen(m[o])) * u.first, second = T(widen(v[o])) * u.second;
+        T first = T(widen(m[o])) * u.first, second = T(widen(v[o])) * u.first * u.first;
         first += (grad - first) * u.one_minus_beta1;
         second = second * u.beta2 + u.one_minus_beta2 * grad * grad;
         narrow_saturated(first, m + o);
         narrow_saturated(second, v + o);
         if (AMSGRAD_ON) {
-            const T highest = T(widen(x[o])) * u.second;
+            const T highest = T(widen(x[o])) * u.first * u.first;
             second = highest > second ? highest : second;
             narrow_saturated(second, x + o);
         }
         const T denominator = root(second) * u.correction2 + u.eps;
-        narrow_saturated(T(widen(p[o])) * u.param * u.decay - u.step_size * first / denominator, p + o);
+        // eps = 0 and no gradient yet: 0 / 0 is no step
+        const T step = first == 0 ? T(0) : u.step_size * first / denominator;
+        narrow_saturated(T(widen(p[o])) * u.param * u.decay - step, p + o);
     }
 }
 

@@ -15,9 +15,7 @@ struct Dense {
 
     template <int MR, int NV>
     INLINE void gram_block(const T* RESTRICT P, int64_t count, int64_t rp, int64_t i0, int64_t j0, T* RESTRICT C) {
-        V acc[MR][NV];
-        for (int i = 0; i < MR; ++i)
-            for (int v = 0; v < NV; ++v) acc[i][v] = load<V>(C + (i0 + i) * rp + j0 + v * W);
+        V acc[MR][NV] = {};  // of this panel alone: summed in one chain, long factors lose digits
         for (int64_t k = 0; k < count; ++k) {
             const T* p = P + k * rp;
             V b[NV];
@@ -26,7 +24,10 @@ struct Dense {
                 for (int v = 0; v < NV; ++v) acc[i][v] += p[i0 + i] * b[v];
         }
         for (int i = 0; i < MR; ++i)
-            for (int v = 0; v < NV; ++v) store<V>(C + (i0 + i) * rp + j0 + v * W, acc[i][v]);
+            for (int v = 0; v < NV; ++v) {
+                T* c = C + (i0 + i) * rp + j0 + v * W;
+                store<V>(c, load<V>(c) + acc[i][v]);
+            }
     }
 
     // C += P^T P over `count` rows of P [count, rp], at least the upper triangle. Eight rows at a time keep enough sums in

@@ -104,7 +104,9 @@ struct RowOp {
     void adamw() {
         double move = 1;  // what A's moments are multiplied by; B's by its inverse
         float* phase = reinterpret_cast<float*>(row[PHASE]);
-        if (job.source == FRESH) {
+        // zeros: this layer has had no S yet, so it is due now
+        const bool due = job.source == FRESH || (job.source == SAVED_S && *reinterpret_cast<const T*>(row[SAVED]) == 0);
+        if (due) {
             Solution x;
             if (!solved(x, false)) return skip();
             const bool identity = x.status == DEGENERATE && x.c == 1;

@@ -96,12 +96,12 @@ template <class S>
 static void gram(const Dense& d, const Factor<S>& f, double* panel, Gram& out) {
     double scale = 1;
     out.kappa = __builtin_inf();
+    for (int64_t i = 0; i < d.rp * d.rp; ++i) out.unit[i] = 0;
     if (sizeof(S) == 8) {  // products of narrower types are exact in double and cannot leave its range
         out.norm = largest(f);
         if (!(out.norm > 0) || out.norm > Storage<S>::max) return;
         scale = power_of_two(-exponent_of(out.norm < 1e-300 ? 1e-300 : out.norm));
     }
-    for (int64_t i = 0; i < d.rp * d.rp; ++i) out.unit[i] = 0;
     for (int64_t k = 0; k < f.n; k += CHUNK) {
         const int64_t count = least(CHUNK, f.n - k);
         pack(f, k, count, d.rp, scale, panel);
@@ -111,14 +111,16 @@ static void gram(const Dense& d, const Factor<S>& f, double* panel, Gram& out) {
     double trace = 0;
     for (int64_t i = 0; i < d.r; ++i) trace += out.unit[i * d.rp + i];
     out.norm = root(trace) / scale;
-    if (!(trace > 0) || !(trace < d.huge) || f.n < f.r) return;
+    if (!(trace > 0) || !(trace < d.huge)) return;
     for (int64_t i = 0; i < d.r * d.rp; ++i) out.unit[i] /= trace, out.U[i] = out.unit[i];
+    if (f.n < f.r) return;
     if (d.cholesky(out.U, out.E)) out.kappa = d.norm(out.U) * d.norm(out.E);
     if (out.kappa != out.kappa) out.kappa = __builtin_inf();
 }
 
 // ||Ga - Gb||_F / ||Ga||_F of the Grams themselves, from those over their traces
 static double balance(const Dense& d, const Gram& a, const Gram& b) {
+    if (!(a.norm > 0)) return __builtin_inf();
     const double ratio = (b.norm / a.norm) * (b.norm / a.norm);
     double apart = 0, whole = 0;
     for (int64_t i = 0; i < d.r * d.rp; ++i) {

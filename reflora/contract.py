@@ -31,7 +31,7 @@ def fail(what: str, expected: object, got: object, remedy: str, error: type[Exce
     raise error(f"{what}: expected {expected}, got {got}. {remedy}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LoRAPair:
     """One LoRA adapter of one layer: leaf tensors A and B with `dW = scaling * B @ A`.
 
@@ -86,7 +86,7 @@ def as_pairs(pairs: Iterable[PairLike]) -> list[LoRAPair]:
     Raises ValueError or TypeError naming the pair: shapes that do not match, a dtype outside
     float32/float64/bfloat16/float16, two devices or dtypes in a pair, overlapping storage.
     """
-    if isinstance(pairs, (LoRAPair, Tensor)):
+    if isinstance(pairs, (LoRAPair, Tensor)) or not isinstance(pairs, Iterable):
         fail("pairs", "a list of (A, B) pairs", type(pairs).__name__, "Wrap a single pair in a list.", TypeError)
     checked = []
     for index, pair in enumerate(pairs):
@@ -133,7 +133,7 @@ def _check_shapes(pair: LoRAPair) -> None:
     elif layout == "conv":
         ok = A.dim() > 2 and B.dim() > 2 and A.shape[0] == B.shape[1] and B.shape[2:].numel() == 1
         expected = "A [r, in, *kernel] and B [n_out, r, 1, ...]"
-    elif pair.experts >= 1 and layout.startswith("experts("):
+    elif re.fullmatch(r"experts\([1-9]\d*\)", layout):
         E = pair.experts
         ok = A.dim() in (2, 3) and B.dim() in (2, 3) and (A.shape[0] == E if A.dim() == 3 else A.shape[0] % E == 0)
         r = A.shape[1] if A.dim() == 3 else A.shape[0] // E

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from . import plan as col
 from .backends import resolve
 from .contract import (
     DEGENERATE,
+    PLAIN,
     REFACTORED,
     SKIPPED,
     LoRAPair,
@@ -20,7 +21,7 @@ from .contract import (
     check_precision,
     fail,
 )  # fmt: skip
-from .plan import Plan
+from .plan import Plan, by_device
 
 Grads = Sequence[tuple[Tensor | None, Tensor | None]]
 
@@ -58,6 +59,11 @@ class Diagnostics:
         return self._count(SKIPPED)
 
     @property
+    def inactive(self) -> int:
+        """Layers that took a plain step, or none: no gradient for both factors, or a warm-up step."""
+        return self._count(PLAIN)
+
+    @property
     def status(self) -> Tensor:
         """0 refactored, 1 degenerate, 2 skipped, 3 inactive; `[layers]`."""
         return self._column(col.STATUS).int()
@@ -93,7 +99,8 @@ class Diagnostics:
     def __repr__(self) -> str:
         return (
             f"Diagnostics(refactored={self.refactored}, degenerate={self.degenerate}, skipped={self.skipped}, "
-            f"worst_balance={self.worst_balance:.2e}, worst_condition={self.worst_condition:.2e})"
+            f"inactive={self.inactive}, worst_balance={self.worst_balance:.2e}, "
+            f"worst_condition={self.worst_condition:.2e})"
         )
 
 
@@ -163,11 +170,9 @@ def check_grads(pairs: Sequence[LoRAPair], grads: Grads) -> None:
                 )
 
 
-def over_devices(pairs: list[LoRAPair], run) -> Diagnostics:  # type: ignore[no-untyped-def]
+def over_devices(pairs: list[LoRAPair], run: Callable[[Plan], Tensor]) -> Diagnostics:
     """`run(plan)` once a device; the results in the order of `pairs`."""
-    groups: dict[torch.device, list[int]] = {}
-    for index, pair in enumerate(pairs):
-        groups.setdefault(pair.A.device, []).append(index)
+    groups = by_device(pairs)
     plans = [Plan([pairs[i] for i in indices]) for indices in groups.values()]
     return diagnose(pairs, list(groups.values()), plans, [run(plan) for plan in plans])
 

@@ -70,7 +70,7 @@ class Plan:
         self.table[:, columns + [B_SIDE + N, R, DTYPE, ACTIVE]] = torch.tensor(entries, dtype=torch.int64)
         self.tensors: dict[int, list[Tensor]] = {}
         self.pair_tensors: dict[int, list[Tensor]] = {}
-        self._seen = [(pair.A.data_ptr(), pair.B.data_ptr()) for pair in self.pairs]
+        self._seen = self._where()
         self._pair_of_row = torch.tensor([row.pair for row in self.rows])
         self._expert_of_row = torch.tensor([row.expert for row in self.rows])
         factors = [[pair.A for pair in self.pairs], [pair.B for pair in self.pairs]]
@@ -78,8 +78,11 @@ class Plan:
         self._offsets = {side: self._from_base(side, t) for side, t in zip((A_SIDE, B_SIDE), factors)}
 
     def moved(self) -> bool:
-        """Whether a factor's memory is not where the table says."""
-        return any(pair.A.data_ptr() != a or pair.B.data_ptr() != b for pair, (a, b) in zip(self.pairs, self._seen))
+        """Whether a factor is not where, or not what, the table says: `.data` may have been replaced."""
+        return self._where() != self._seen
+
+    def _where(self) -> list[tuple[int, torch.dtype, torch.Size, tuple[int, ...]]]:
+        return [(t.data_ptr(), t.dtype, t.shape, t.stride()) for pair in self.pairs for t in (pair.A, pair.B)]
 
     def classes(self) -> dict[int, list[int]]:
         """Row numbers by rank class: 16, 32, 64, 128, and 0 for r > 128."""
@@ -143,6 +146,14 @@ class Plan:
     def _from_base(self, side: int, factors: list[Tensor]) -> Tensor:
         base = torch.tensor([t.data_ptr() for t in factors], dtype=torch.int64)
         return self.table[:, side + P] - base[self._pair_of_row]
+
+
+def by_device(pairs: Sequence[LoRAPair]) -> dict[torch.device, list[int]]:
+    """Which pairs lie on each device; a plan serves one."""
+    groups: dict[torch.device, list[int]] = {}
+    for index, pair in enumerate(pairs):
+        groups.setdefault(pair.A.device, []).append(index)
+    return groups
 
 
 def _side(view: Tensor, transposed: bool) -> tuple[int, int, int, int]:

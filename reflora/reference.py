@@ -14,10 +14,15 @@ from torch import Tensor
 
 
 def geometric_mean(X: Tensor, Y: Tensor) -> Tensor:
-    """`X # Y = X^(1/2) (X^(-1/2) Y X^(-1/2))^(1/2) X^(1/2)` of SPD `[..., n, n]` (paper, Lemma 7)."""
-    root = sqrtm(X)
-    inverse_root = torch.linalg.inv(root)
-    return _symmetric(root @ sqrtm(inverse_root @ Y.double() @ inverse_root) @ root)
+    """`X # Y = X^(1/2) (X^(-1/2) Y X^(-1/2))^(1/2) X^(1/2)` of SPD `[..., n, n]` (paper, Lemma 7).
+
+    By Cholesky factors and one SVD, `Ly^T Lx^-T = U diag(s) V^T`, `X # Y = Lx V diag(s) V^T Lx^T`: the formula above
+    would square the condition number.
+    """
+    Lx, Ly = (torch.linalg.cholesky(_symmetric(M.double())) for M in (X, Y))
+    _, s, Vh = torch.linalg.svd(torch.linalg.solve_triangular(Lx, Ly, upper=False).mT)
+    half = (Lx @ Vh.mT) * s.sqrt().unsqueeze(-2)
+    return half @ half.mT
 
 
 def sqrtm(X: Tensor) -> Tensor:

@@ -293,3 +293,18 @@ def test_results_do_not_depend_on_threads_or_company():
         torch.set_num_threads(threads)
     for A, B in outputs[1:]:
         assert torch.equal(A, outputs[0][0]) and torch.equal(B, outputs[0][1])
+
+
+def test_balance_where_a_layer_is_degenerate(backend):
+    A, B = torch.randn(6, 4), torch.randn(9, 6)  # n < r
+    Ga, Gb = A.double() @ A.double().mT, B.double().mT @ B.double()
+    pairs = [(A, B), (torch.randn(4, 10), torch.zeros(9, 4)), (torch.zeros(4, 10), torch.randn(9, 4))]
+    grads = [(torch.randn_like(a), torch.randn_like(b)) for a, b in pairs]
+    balance = precondition_(pairs, grads, backend=backend).balance.tolist()
+    assert balance == pytest.approx([float((Ga - Gb).norm() / Ga.norm()), 1.0, float("inf")])
+
+
+def test_float64_storage_of_long_factors(fast_backend):
+    for r in (2, 8, 32):
+        A, B = spectrum_pair(r, 1536, 2048, 3.0, 1e4)
+        assert affine_error(read_S(A, B, fast_backend)[0], A, B) <= 1e-8

@@ -11,9 +11,9 @@ if not torch.cuda.is_available():
 from conftest import affine_error
 from kernel_cases import DOUBLE, MARKS, degenerate_pairs, pair, randn
 
+from reflora import contract, reference
 from reflora import plan as col
-from reflora import reference
-from reflora.backends import triton_backend
+from reflora.backends import FRESH, IDENTITY, SAVED, triton_backend
 from reflora.contract import DEGENERATE, PLAIN, REFACTORED, SKIPPED, LoRAPair
 from reflora.plan import Plan
 
@@ -208,3 +208,51 @@ def test_scalar_leaves_zero_and_nan_alone():
     for p, (A, B) in zip(pairs, before):
         torch.testing.assert_close(p.A, A, rtol=0, atol=0, equal_nan=True)
         assert torch.equal(p.B, B)
+
+
+def test_ranks_past_128_go_through_torch():
+    """One plan: some rows by kernels, some by the torch backend, results in the plan's order."""
+    pairs = [pair(4, 3, 30), pair(130, 3, 30), pair(20, 3, 30)]
+    grads = [(torch.randn_like(p.A), torch.randn_like(p.B)) for p in pairs]
+    expected = [reference.precondition(p.A.cpu(), p.B.cpu(), a.cpu(), b.cpu()) for p, (a, b) in zip(pairs, grads)]
+    plan = Plan(pairs)
+    plan.bind_grads(grads)
+    results = triton_backend.precondition(plan, False, "float64")
+    assert results[:, col.STATUS].tolist() == [REFACTORED] * 3
+    for got, want in zip(grads, expected):
+        for x, y in zip(got, want):
+            assert float((x.cpu() - y).norm() / y.norm()) < 1e-5
+    for p, result in zip(pairs, results):
+        assert float(result[col.NORM_A]) == pytest.approx(float(p.A.double().norm()), rel=1e-9)
+
+
+def test_unavailable_says_why(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert triton_backend.unavailable(torch.device("cpu")) is None
+    assert "on the CPU" in triton_backend.unavailable(torch.device("cuda"))
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert "CUDA device" in triton_backend.unavailable(torch.device("cpu"))
+    monkeypatch.setattr(triton_backend, "find_spec", lambda name: None)
+    assert "not installed" in triton_backend.unavailable(torch.device("cuda"))
+
+
+def test_table_mirrors_the_plan():
+    from reflora.kernels import table
+
+    names = [name for name in dir(table) if hasattr(getattr(table, name), "value")]
+    assert len(names) == 44
+    homes = {"SAVED_S": SAVED, "IDENTITY": IDENTITY, "FRESH": FRESH}
+    for name in names:
+        want = homes.get(name, getattr(col, name, getattr(contract, name, None)))
+        assert getattr(table, name).value == want, name
+
+
+def test_no_rows_of_the_table_are_missed():
+    """A plan rebuilt with other rows is prepared anew."""
+    pairs = [pair(3, 3, 10, n_in=20, n_out=30), pair(5, 3, 10, n_in=20, n_out=30)]
+    plan = Plan(pairs)
+    assert len(triton_backend.refactor(plan, False, "float64")) == 2
+    plan.pairs = [pair(6, 3, 10, n_in=20, n_out=30)] * 1
+    plan.rebuild()
+    results = triton_backend.refactor(plan, False, "float64")
+    assert results.shape == (1, col.RESULTS) and results[0, col.STATUS] == REFACTORED

@@ -98,3 +98,22 @@ def test_bad_input():
         linalg.geometric_mean(torch.eye(3), torch.eye(4))
     with pytest.raises(ValueError, match="backend"):
         linalg.polar(torch.eye(3), backend="cusolver")
+
+
+def test_extreme_scales_and_infinities(fast_backend):
+    X, Y = spd((), 5, 10.0), spd((), 5, 20.0)
+    for scale in (1e-250, 1e-160, 1e160, 1e250):
+        Q, H = linalg.polar(X * scale, backend=fast_backend)
+        assert close(Q, torch.eye(5, dtype=torch.float64), 1e-10) and close(H, X * scale, 1e-10)
+        mean = linalg.geometric_mean(X * scale, Y / scale, backend=fast_backend)
+        assert close(mean, reference.geometric_mean(X, Y), 1e-10)
+        assert close(linalg.sqrtm(X * scale, backend=fast_backend) / scale**0.5, reference.sqrtm(X), 1e-10)
+    X[1, 2] = torch.inf
+    assert all(out.isnan().all() for out in linalg.polar(X, backend=fast_backend))
+
+
+def test_the_reference_mean_is_symmetric_in_its_arguments():
+    for condition in (1e6, 1e10):
+        X, Y = spd((), 6, condition), spd((), 6, condition)
+        mean = reference.geometric_mean(X, Y)
+        assert close(reference.geometric_mean(Y, X), mean, 1e-9)

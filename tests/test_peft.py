@@ -200,3 +200,20 @@ def test_no_heavy_import():
         "assert not {'peft', 'transformers'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(reflora.__file__).parents[1])
+
+
+def test_factors_whose_weight_is_not_their_matrix_are_left_out():
+    """BD-LoRA's block-diagonal factors, for one."""
+
+    class BlockDiagonalLinear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 32))
+
+    model = nn.Sequential(nn.Module(), nn.Module())
+    for layer, A in zip(model, (BlockDiagonalLinear(), nn.Linear(32, 8, bias=False))):
+        layer.lora_A = nn.ModuleDict({"default": A})
+        layer.lora_B = nn.ModuleDict({"default": nn.Linear(8, 16, bias=False)})
+    with pytest.warns(UserWarning, match="BlockDiagonalLinear factors"):
+        pairs = reflora.find_pairs(model)
+    assert [pair.name for pair in pairs] == ["1.default"]

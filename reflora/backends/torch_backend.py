@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import plan as col
 from ..contract import DEGENERATE, PLAIN, REFACTORED, SKIPPED
 from ..plan import A_SIDE, B_SIDE, Plan
-from . import FRESH, IDENTITY, AdamWStep
+from . import FRESH, IDENTITY, SAVED, AdamWStep
 from .torch_solve import Gram, Solution, gram, newton_polar, solve
 
 NAME = "torch"
@@ -138,9 +138,14 @@ class _AdamW:
             _, _, after = _solve_stacks(self.P[0], self.P[1], group, step.precision, True)
             self._scalar_refactor(after, grads)
         self._store()
-        if step.source == IDENTITY and not scalar:
-            solution = solution._replace(status=solution.status.where(solution.status == SKIPPED, PLAIN))
-        _record(results, group, a, b, solution)
+        _record(results, group, a, b, solution if scalar else self._reported(solution))
+
+    def _reported(self, solution: Solution) -> Solution:
+        """What is not of this step's making is not reported: S of a warm-up (PLAIN) or of an earlier step."""
+        other = torch.full_like(solution.status, PLAIN if self.step.source == IDENTITY else REFACTORED)
+        keep = self.fresh | (solution.status == SKIPPED)
+        balance = solution.balance.where(self.fresh, torch.nan)
+        return solution._replace(status=solution.status.where(keep, other), balance=balance)
 
     def _gradient(self, side: int) -> Tensor:
         g = self.group.stack(side, col.G).to(self.group.apply)
@@ -156,25 +161,28 @@ class _AdamW:
     def _precondition(self, solution: Solution, grads: list[Tensor]) -> list[Tensor]:
         """S of this step applied to the gradients; moments moved where S stops or starts being I."""
         source, phases = self.step.source, torch.stack(self.group.once(col.PHASE))
-        if source in (IDENTITY, FRESH):
-            identity = torch.full_like(self.done, source == IDENTITY)
-            if source == FRESH:
-                identity = (solution.status == DEGENERATE) & (solution.scale == 1)
-            leaving, entering = self.done & ~identity & (phases == 0), self.done & identity & (phases != 0)
-            ones = torch.ones_like(solution.scale)
-            c = solution.scale.where(leaving, (1 / solution.scale).where(entering, ones))
-            self._move_moments((1 / c).to(self.group.apply))
-            new_phase = (~identity).to(phases.dtype).where(self.done, phases)
-            torch._foreach_copy_(self.group.once(col.PHASE), list(new_phase.unbind(0)))
+        due = self.done if source == FRESH else torch.zeros_like(self.done)
+        if source == SAVED:  # zeros: a layer has had no S yet, so it is due now
+            saved = torch.stack(self.group.once(col.SAVED))
+            due = self.done & (saved[:, 0, 0, 0] == 0)
+        self.fresh = due
+        identity = torch.full_like(self.done, source == IDENTITY)
+        identity = ((solution.status == DEGENERATE) & (solution.scale == 1)).where(due, identity)
+        changes = due | (self.done & (source == IDENTITY))
+        leaving, entering = changes & ~identity & (phases == 0), changes & identity & (phases != 0)
+        ones = torch.ones_like(solution.scale)
+        c = solution.scale.where(leaving, (1 / solution.scale).where(entering, ones))
+        self._move_moments((1 / c).to(self.group.apply))
+        phases = (~identity).to(phases.dtype).where(changes, phases)
+        torch._foreach_copy_(self.group.once(col.PHASE), list(phases.unbind(0)))
         if source == IDENTITY:
             return grads
         S, S_inv = solution.S, solution.S_inv
-        if source == FRESH and self.step.keep:
-            saved = self.group.once(col.SAVED)
-            new = torch.stack([S, S_inv], 1).where(self.done.view(-1, 1, 1, 1), torch.stack(saved))
-            torch._foreach_copy_(saved, list(new.unbind(0)))
-        elif source != FRESH:
-            S, S_inv = torch.stack(self.group.once(col.SAVED)).unbind(1)
+        if self.step.keep:
+            kept = self.group.once(col.SAVED)
+            both = torch.stack([S, S_inv], 1).where(due.view(-1, 1, 1, 1), torch.stack(kept))
+            torch._foreach_copy_(kept, list(both.unbind(0)))
+            S, S_inv = both.unbind(1)
         return [_saturated(S_inv @ grads[0]), _saturated(S @ grads[1])]
 
     def _scalar_refactor(self, solution: Solution, grads: list[Tensor]) -> list[Tensor]:
@@ -188,9 +196,9 @@ class _AdamW:
     def _move_moments(self, factor: Tensor) -> None:
         """A's gradients are in units `factor [b]` times larger from here on, B's in units `1 / factor`."""
         for i, f in enumerate((factor.view(-1, 1, 1), 1 / factor.view(-1, 1, 1))):
-            self.M[i], self.V[i] = self.M[i] * f, self.V[i] * (f * f)
+            self.M[i], self.V[i] = self.M[i] * f, self.V[i] * f * f  # f * f itself may leave the range
             if self.amsgrad:
-                self.X[i] = self.X[i] * (f * f)
+                self.X[i] = self.X[i] * f * f
 
     def _update(self, grads: list[Tensor]) -> None:
         apply = self.group.apply
@@ -208,7 +216,9 @@ class _AdamW:
                 second = torch.where(self._hyper(side, col.AMSGRAD) != 0, self.X[i], second)
             denom = second.sqrt() / (1 - beta2**count).sqrt().to(apply) + eps.to(apply)
             decayed = self.P[i] * (1 - lr * decay).to(apply)
-            self.P[i] = decayed - (lr / (1 - beta1**count)).to(apply) * self.M[i] / denom
+            # eps = 0 and no gradient yet: 0 / 0 is no step
+            ratio = torch.where(self.M[i] == 0, 0.0, self.M[i] / denom)
+            self.P[i] = decayed - (lr / (1 - beta1**count)).to(apply) * ratio
 
     def _store(self) -> None:
         for i, side in enumerate((A_SIDE, B_SIDE)):

@@ -98,7 +98,9 @@ def solve(a: Gram, b: Gram, apply: torch.dtype, precision: str) -> Solution:
     P = (root * (La_inv.mT @ C).double()).where(keep, root * eye)
     C_inv_T = torch.linalg.solve_triangular(C.where(keep, eye), eye.expand_as(C), upper=False).mT
     P_inv_T = ((La @ C_inv_T).double() / root).where(keep, eye / root)
-    distance = _frobenius(a.unit.double() - c_col**2 * b.unit) / _frobenius(a.unit.double())
+    ratio = torch.where(a.norm > 0, b.norm / a.norm, torch.inf).view(-1, 1, 1)
+    distance = _frobenius(a.unit.double() - ratio**2 * b.unit) / _frobenius(a.unit.double())
+    distance = distance.where(a.norm.view(-1, 1, 1) > 0, torch.inf)
     return Solution(
         S.where(keep, c_col * eye).to(apply), S_inv.where(keep, eye / c_col).to(apply),
         P, P_inv_T, status, c, distance.view(-1),

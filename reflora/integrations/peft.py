@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..contract import LoRAPair, as_pairs, fail
 
 # dictionaries of a layer whose update is B diag(x) A, not B A: AdaLoRA, KaSA
+PLAIN_FACTORS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 SCALED_INSIDE = ("lora_E", "lora_diag")
 
 
@@ -26,6 +27,7 @@ class Site:
     module: nn.Module
     adapter: str
     pair: LoRAPair
+    factors: tuple[Any, Any]
 
 
 def find_pairs(model: nn.Module, adapter: str | None = None) -> list[LoRAPair]:
@@ -81,7 +83,8 @@ def _sites(model: nn.Module) -> Iterator[Site]:
             for adapter in (name for name in factors_A if name in factors_B):
                 A, B = (_weight(factors[adapter], path) for factors in (factors_A, factors_B))
                 layout = _layout(module, A, left.startswith("lora_embedding"))
-                yield Site(module, adapter, LoRAPair(f"{path}.{adapter}" if path else adapter, A, B, layout))
+                pair = LoRAPair(f"{path}.{adapter}" if path else adapter, A, B, layout)
+                yield Site(module, adapter, pair, (factors_A[adapter], factors_B[adapter]))
 
 
 def _by_adapter(module: nn.Module, name: str) -> Mapping[str, Any]:
@@ -109,6 +112,9 @@ def _layout(module: nn.Module, A: Tensor, embedding: bool) -> str:
 def _unfit(site: Site, owners: Mapping[int, str]) -> str | None:
     """Why this is no `dW = scaling * B @ A` with memory of its own, or None."""
     pair = site.pair
+    for factor in site.factors:
+        if isinstance(factor, nn.Module) and not isinstance(factor, PLAIN_FACTORS):
+            return f"{type(factor).__name__} factors"  # of BD-LoRA, say: the weight is not the matrix
     for name in SCALED_INSIDE:
         if site.adapter in _by_adapter(site.module, name):
             return f"{name} stands between B and A"

@@ -89,7 +89,9 @@ def update(
             store(p_x, o, x, chosen, code, DTYPE)
             v = tl.where(chosen, x, v)
         p = load(p_p, o, mask, code, DTYPE, WIDE) * p_factor
-        p = p * decay - step_size * (m / (tl.sqrt(v) * correction + eps))
+        # eps = 0 and no gradient yet: 0 / 0 is no step
+        denominator = tl.where(m == 0, 1.0, tl.sqrt(v) * correction + eps)
+        p = p * decay - step_size * (m / denominator)
         store(p_p, o, p, mask, code, DTYPE)
     return count
 
@@ -182,6 +184,59 @@ def move_saved(
 
 
 @triton.jit
+def has_saved(p_row, r, code, RC: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr):
+    """Whether the row's SAVED address holds an S; zeros stand for none."""
+    STORED: tl.constexpr = DTYPE if (DTYPE == MIXED or DTYPE == FLOAT64) else FLOAT32
+    stored = tl.where(code == FLOAT64, FLOAT64, FLOAT32)
+    i = tl.arange(0, RC)
+    diagonal = load(column(p_row, col.SAVED), i * (r + 1), i < r, stored, STORED, WIDE)
+    return tl.max(tl.abs(diagonal), 0) > 0
+
+
+@triton.jit
+def plain_status(
+    p_row, row, results, r, code, STATUS: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """(status, c) of a row whose S is not computed: STATUS or SKIPPED; the ratio of the norms, 1 where of no use."""
+    nan = tl.full((), float("nan"), tl.float64)
+    norm_a, exponent_a = side_norm(p_row, r, code, col.A_SIDE, RC, BN, DTYPE, WIDE)
+    norm_b, exponent_b = side_norm(p_row, r, code, col.B_SIDE, RC, BN, DTYPE, WIDE)
+    finite = (norm_a < float("inf")) & (norm_b < float("inf"))
+    finite = finite & finite_grads(p_row, r, code, RC, BN, DTYPE, WIDE)
+    status = tl.where(finite, STATUS, col.SKIPPED)
+    c, useful = ratio(norm_a, exponent_a, norm_b, exponent_b, code)
+    report(results, row, status, nan, nan, nan, c, norm_a, norm_b)
+    return status, tl.where(useful, c, 1.0)
+
+
+@triton.jit
+def take_fresh(
+    p_row, row, results, work, index, r, code, phase, KEEP: tl.constexpr, KAPPA_MAX: tl.constexpr, RC: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr,
+    SCALED: tl.constexpr,
+):  # fmt: skip
+    """S and S^-1 of this step into their slots. Returns (status, new phase, what A's moments are multiplied by)."""
+    status, kappa_a, kappa_b, balance, c, norm_a, norm_b = decide(
+        p_row, work, index, r, code, KAPPA_MAX, RC, BN, BM, DTYPE, WIDE, TC, SCALED
+    )
+    status = tl.where(finite_grads(p_row, r, code, RC, BN, DTYPE, WIDE), status, col.SKIPPED)
+    if status == col.REFACTORED:
+        polar_of_pair(work, index, r, RC, BM, BK, TC, False)
+        if form_s(work, index, r, c, code, RC, BM, BK, WIDE, TC) == 0:
+            status = tl.full((), col.DEGENERATE, tl.int32)
+    if status == col.DEGENERATE:
+        form_scaled_identity(work, index, c, 1.0 / c, RC, WIDE)
+    if KEEP:
+        if status != col.SKIPPED:
+            move_saved(p_row, work, index, r, code, True, RC, DTYPE, WIDE)
+    new_phase = tl.where((status == col.DEGENERATE) & (c == 1.0), 0.0, 1.0)
+    m_factor = tl.where((phase == 0) & (new_phase != 0), 1.0 / c, 1.0)
+    report(results, row, status, kappa_a, kappa_b, balance, c, norm_a, norm_b)
+    return status, new_phase, m_factor
+
+
+@triton.jit
 def adamw_kernel(
     table, rows, results, work, hypers, grad_scale, found_inf, SOURCE: tl.constexpr, KEEP: tl.constexpr,
     BEFORE: tl.constexpr, AFTER: tl.constexpr, AMSGRAD: tl.constexpr, KAPPA_MAX: tl.constexpr, RC: tl.constexpr,
@@ -209,35 +264,23 @@ def adamw_kernel(
         new_phase = phase
         m_factor = tl.full((), 1.0, tl.float64)
         if SOURCE == col.FRESH:
-            status, kappa_a, kappa_b, balance, c, norm_a, norm_b = decide(
-                p_row, work, index, r, code, KAPPA_MAX, RC, BN, BM, DTYPE, WIDE, TC, SCALED
-            )
-            status = tl.where(finite_grads(p_row, r, code, RC, BN, DTYPE, WIDE), status, col.SKIPPED)
-            if status == col.REFACTORED:
-                polar_of_pair(work, index, r, RC, BM, BK, TC, False)
-                if form_s(work, index, r, c, code, RC, BM, BK, WIDE, TC) == 0:
-                    status = tl.full((), col.DEGENERATE, tl.int32)
-            if status == col.DEGENERATE:
-                form_scaled_identity(work, index, c, 1.0 / c, RC, WIDE)
-            if KEEP:
-                if status != col.SKIPPED:
-                    move_saved(p_row, work, index, r, code, True, RC, DTYPE, WIDE)
-            new_phase = tl.where((status == col.DEGENERATE) & (c == 1.0), 0.0, 1.0)
-            m_factor = tl.where((phase == 0) & (new_phase != 0), 1.0 / c, m_factor)
-            report(results, row, status, kappa_a, kappa_b, balance, c, norm_a, norm_b)
-        else:
-            norm_a, exponent_a = side_norm(p_row, r, code, col.A_SIDE, RC, BN, DTYPE, WIDE)
-            norm_b, exponent_b = side_norm(p_row, r, code, col.B_SIDE, RC, BN, DTYPE, WIDE)
-            finite = (norm_a < float("inf")) & (norm_b < float("inf"))
-            finite = finite & finite_grads(p_row, r, code, RC, BN, DTYPE, WIDE)
-            status = tl.where(finite, col.PLAIN if SOURCE == col.IDENTITY else col.REFACTORED, col.SKIPPED)
-            c, useful = ratio(norm_a, exponent_a, norm_b, exponent_b, code)
-            if SOURCE == col.SAVED_S:
+            status, new_phase, m_factor = take_fresh(
+                p_row, row, results, work, index, r, code, phase, KEEP, KAPPA_MAX, RC, BN, BM, BK, DTYPE, WIDE, TC,
+                SCALED,
+            )  # fmt: skip
+        elif SOURCE == col.SAVED_S:
+            if has_saved(p_row, r, code, RC, DTYPE, WIDE):
+                status, c = plain_status(p_row, row, results, r, code, col.REFACTORED, RC, BN, DTYPE, WIDE)
                 move_saved(p_row, work, index, r, code, False, RC, DTYPE, WIDE)
-            else:
-                new_phase = tl.full((), 0.0, tl.float32)
-                m_factor = tl.where(useful & (phase != 0), c, m_factor)
-            report(results, row, status, nan, nan, nan, c, norm_a, norm_b)
+            else:  # this layer has had no S yet, so it is due now
+                status, new_phase, m_factor = take_fresh(
+                    p_row, row, results, work, index, r, code, phase, KEEP, KAPPA_MAX, RC, BN, BM, BK, DTYPE, WIDE, TC,
+                    SCALED,
+                )  # fmt: skip
+        else:
+            status, c = plain_status(p_row, row, results, r, code, col.PLAIN, RC, BN, DTYPE, WIDE)
+            new_phase = tl.full((), 0.0, tl.float32)
+            m_factor = tl.where(phase != 0, c, m_factor)
         if status != col.SKIPPED:
             one = tl.full((), 1.0, tl.float64)
             update_both(

@@ -105,6 +105,9 @@ def gram_panel(
 ):  # fmt: skip
     """Rows first to first + BM of a Gram."""
     acc = tl.zeros([BM, RC], TC)
+    # sums of blocks are added up: one chain over n loses a digit of S. A factor that the compiler does not know to be 1
+    # keeps it from making a chain of them again
+    one = tl.where(n > 0, 1.0, 0.0).to(TC)
     for start in range(0, n, BN):
         x = load_block(address, 0, RC, start, sr, sn, r, n, code, factor, SIDE, BN, DTYPE, WIDE, TC, SCALED)
         if BM == RC:
@@ -112,9 +115,10 @@ def gram_panel(
         else:
             left = load_block(address, first, BM, start, sr, sn, r, n, code, factor, SIDE, BN, DTYPE, WIDE, TC, SCALED)
         if SIDE == col.A_SIDE:
-            acc = tl.dot(left, tl.trans(x), acc, input_precision="ieee", out_dtype=TC)
+            part = tl.dot(left, tl.trans(x), input_precision="ieee", out_dtype=TC)
         else:
-            acc = tl.dot(tl.trans(left), x, acc, input_precision="ieee", out_dtype=TC)
+            part = tl.dot(tl.trans(left), x, input_precision="ieee", out_dtype=TC)
+        acc += part * one
     i, j = first + tl.arange(0, BM), tl.arange(0, RC)
     tl.store(p_slot + i[:, None] * RC + j[None, :], acc)
 

@@ -1,4 +1,4 @@
-"""The columns of reflora/plan.py as compile-time constants; tests/test_plan.py holds the two to each other."""
+"""The columns of reflora/plan.py as compile-time constants; tests/test_kernels.py holds the two to each other."""
 
 import triton.language as tl
 

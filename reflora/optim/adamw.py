@@ -14,9 +14,10 @@ from torch.optim.adamw import adamw
 from ..backends import FRESH, IDENTITY, SAVED, AdamWStep, resolve
 from ..contract import LoRAPair, PairLike, as_pairs, check_backend, check_count, check_precision, fail
 from ..functional import Diagnostics, diagnose
+from ..plan import by_device
 from . import state as keys
 from .binding import Binding, Slot
-from .state import adopt, init_param
+from .state import adopt, fit, init_param
 
 COUNTER = "reflora_steps"
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -33,6 +34,7 @@ class RefLoRAAdamW(Optimizer):
     warmup_steps: first steps with S = I. Not needed for safety: degenerate layers (B = 0 at PEFT's start) are found on
         the device, layer by layer, and use S = c I. `10**9` gives AdamW itself.
     backend: None (the fastest that can serve the device), "triton", "cpp" or "torch". precision: of Grams and solve.
+    foreach, fused: taken for torch's sake and ignored, the step is always fused.
 
     A layer with a non-finite gradient or factor is skipped, its state untouched, and counted in `diagnostics()`.
     State per parameter is torch.optim.AdamW's; what else steers a resumed run is in the state_dict too.
@@ -57,14 +59,20 @@ class RefLoRAAdamW(Optimizer):
         warmup_steps: int = 0,
         backend: str | None = None,
         precision: str = "float64",
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
     ):
-        _check_options(lr, betas, eps, weight_decay, interval, warmup_steps, backend, precision)
+        _check_hypers(float(lr), betas, eps, weight_decay)
+        unserved = {"capturable": capturable, "differentiable": differentiable}
+        _check_options(interval, warmup_steps, backend, precision, unserved)
         params, pairs = _flatten(params, pairs)
         self.pairs = as_pairs(pairs)
         self.scalar, self.interval, self.warmup_steps = scalar, interval, warmup_steps
         self.backend, self.precision = backend, precision
         self._bindings: list[Binding] = []
-        self._key: list[tuple[int, int]] | None = None
+        self._key: list[tuple[int, ...]] | None = None
         self._slots: list[Slot | None] = []
         self._plain: list[list[Tensor]] = []
         defaults = {
@@ -114,7 +122,7 @@ class RefLoRAAdamW(Optimizer):
         source = IDENTITY if count < self.warmup_steps else FRESH if due else SAVED
         return {
             "source": IDENTITY if self.scalar else source,
-            "keep": self.interval > 1,
+            "keep": self.interval > 1 and not self.scalar,
             "scalar_before": self.scalar and count == 0 and self.warmup_steps == 0,
             "scalar_after": self.scalar and after,
         }
@@ -125,11 +133,12 @@ class RefLoRAAdamW(Optimizer):
         Returns, by group, parameters of pairs that cannot be preconditioned because their partner has no gradient.
         """
         amsgrad = any(group["amsgrad"] for group in self.param_groups)
+        keep_S = self.interval > 1 and not self.scalar
         slots = self._membership()
         strays: dict[int, list[Tensor]] = {}
         for binding in self._ready_bindings():
-            binding.bind_state(self.state, [slots[i] for i in binding.chosen], amsgrad, self.interval > 1)
-            for factor, group in binding.bind_grads():
+            binding.bind_state(self.state, [slots[i] for i in binding.chosen], amsgrad, keep_S)
+            for factor, group in binding.bind_grads(self.state):
                 strays.setdefault(group, []).append(factor)
         return strays
 
@@ -149,18 +158,15 @@ class RefLoRAAdamW(Optimizer):
         if any(pair.A.device != b.plan.device for b in self._bindings for pair in b.pairs):
             self._bindings = []
         if not self._bindings:
-            devices: dict[torch.device, list[int]] = {}
-            for index, pair in enumerate(self.pairs):
-                devices.setdefault(pair.A.device, []).append(index)
             self._bindings = [
                 Binding([self.pairs[i] for i in chosen], chosen, resolve(self.backend, device))
-                for device, chosen in devices.items()
+                for device, chosen in by_device(self.pairs).items()
             ]
         return self._bindings
 
     def _membership(self) -> list[Slot | None]:
         """The groups of each pair's A and B (None if either is in no group); kept until the groups change."""
-        key = [(id(group["params"]), len(group["params"])) for group in self.param_groups]
+        key = [tuple(map(id, group["params"])) for group in self.param_groups]
         if key != self._key:
             group_of = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
             self._slots = [
@@ -178,9 +184,12 @@ class RefLoRAAdamW(Optimizer):
             for device in {p.device for p in params}:
                 chosen = [p for p in params if p.device == device]
                 for p in chosen:
+                    if p.grad is not None and p.grad.layout is not torch.strided:
+                        fail("a gradient", "a dense tensor", p.grad.layout, "Use sparse=False.", RuntimeError)
                     init_param(self.state[p], p, group["amsgrad"], 1)
+                    fit(self.state[p], p, 1)
                 columns = [[self.state[p].get(name) for p in chosen] for name in keys.MOMENTS]
-                fused = device.type in FUSED_DEVICES
+                fused = device.type in FUSED_DEVICES and not any(p.is_complex() for p in chosen)
                 adamw(
                     chosen, [p.grad for p in chosen], columns[0], columns[1],
                     columns[2] if group["amsgrad"] else [], [self.state[p]["step"] for p in chosen],
@@ -225,10 +234,10 @@ class RefLoRAAdamW(Optimizer):
 
 def _flatten(params: Iterable[Any], pairs: Iterable[PairLike] | None) -> tuple[Any, Iterable[PairLike]]:
     """A bare list of pairs as parameters and pairs; torch alone would read a tuple as (name, parameter)."""
-    if isinstance(params, Tensor):
+    if isinstance(params, Tensor) or not isinstance(params, Iterable):
         return params, pairs or []  # torch words this error itself
     params = list(params)
-    bare = [isinstance(p, LoRAPair) or (isinstance(p, tuple) and isinstance(p[0], Tensor)) for p in params]
+    bare = [isinstance(p, LoRAPair) or (isinstance(p, tuple) and all(isinstance(t, Tensor) for t in p)) for p in params]
     if any(bare):
         if not all(bare) or pairs is not None:
             fail(
@@ -246,20 +255,24 @@ def _flatten(params: Iterable[Any], pairs: Iterable[PairLike] | None) -> tuple[A
 
 
 def _hypers(group: dict[str, Any]) -> list[float]:
-    beta1, beta2 = group["betas"]
-    flags = [float(group["amsgrad"]), float(group["maximize"])]
-    return [float(group["lr"]), float(beta1), float(beta2), group["eps"], group["weight_decay"], *flags, 0.0]
+    lr, eps, decay, betas = float(group["lr"]), group["eps"], group["weight_decay"], group["betas"]
+    _check_hypers(lr, betas, eps, decay)
+    return [lr, *map(float, betas), eps, decay, float(group["amsgrad"]), float(group["maximize"]), 0.0]
 
 
-def _check_options(
-    lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float,
-    interval: int, warmup_steps: int, backend: str | None, precision: str,
-) -> None:  # fmt: skip
-    if float(lr) < 0 or eps < 0 or weight_decay < 0:
-        fail("lr, eps, weight_decay", "numbers >= 0", (float(lr), eps, weight_decay), "Use maximize=True for ascent.")
-    if not all(0 <= float(beta) < 1 for beta in betas):
+def _check_hypers(lr: float, betas: Any, eps: float, weight_decay: float) -> None:
+    """Here and before every step, since schedulers write param_groups; nan fails too."""
+    if not (lr >= 0 and eps >= 0 and weight_decay >= 0):
+        fail("lr, eps, weight_decay", "numbers >= 0", (lr, eps, weight_decay), "Use maximize=True for ascent.")
+    if len(betas) != 2 or not all(0 <= float(beta) < 1 for beta in betas):
         fail("betas", "two numbers in [0, 1)", betas, "The defaults are (0.9, 0.999).")
+
+
+def _check_options(interval: int, warmup_steps: int, backend: str | None, precision: str, unserved: dict) -> None:
     check_count("interval", interval, 1)
     check_count("warmup_steps", warmup_steps, 0)
     check_backend(backend)
     check_precision(precision)
+    for name, value in unserved.items():
+        if value:
+            fail(name, "False", value, "The fused step is not differentiable and not captured in graphs yet.")

@@ -14,7 +14,7 @@ from ..backends import AdamWStep, Backend
 from ..contract import LoRAPair, as_pairs, fail
 from ..functional import mark_written
 from ..plan import A_SIDE, B_SIDE, Plan
-from .state import MOMENTS, PHASE, SAVED, init_pair, init_param
+from .state import MOMENTS, PHASE, SAVED, fit, init_pair, init_param, leave_units
 
 Slot = tuple[int, int]
 
@@ -27,8 +27,7 @@ class Binding:
         self.plan = Plan(self.pairs)
         self.results: Tensor | None = None
         self._owner: Any = None
-        self._states: list[dict[str, Any]] = []
-        self._bound: list[Tensor] = []
+        self._bound: list[Tensor | None] = []
         self._options: tuple[Any, ...] = ()
 
     def bind_state(
@@ -41,15 +40,18 @@ class Binding:
             self._owner = None
         names = (*MOMENTS[: 3 if amsgrad else 2], "step")
         options = (slots, names, keep_S)
-        if self._owner is state and self._options == options and state.get(self.pairs[0].A) is self._states[0]:
-            now = [entries.get(name) for entries in self._states for name in names]
-            if all(map(is_, now, self._bound)):
-                return
-        for pair in self.pairs:
-            for factor in (pair.A, pair.B):
-                init_param(state[factor], factor, amsgrad, pair.experts)
-            init_pair(state[pair.A], pair, keep_S)
-        sides = [[state[pair.A] for pair in self.pairs], [state[pair.B] for pair in self.pairs]]
+        if self._owner is state and self._options == options and all(map(is_, self._now(state), self._bound)):
+            return
+        self._options = options
+        sides: tuple[list[Any], list[Any]] = ([], [])
+        for pair, slot in zip(self.pairs, slots):
+            for factor, states in zip((pair.A, pair.B), sides):
+                # a pair that this optimizer does not own is never active: its row points at the factor, harmlessly
+                entries = state[factor] if slot else dict.fromkeys(MOMENTS, factor)
+                init_param(entries, factor, amsgrad, pair.experts)
+                fit(entries, factor, pair.experts)
+                states.append(entries)
+            init_pair(sides[0][-1], pair, keep_S)
         for index, (side, states) in enumerate(zip((A_SIDE, B_SIDE), sides)):
             for column, name in zip((col.M, col.V, col.X), names[:-1]):
                 self.plan.bind(side, column, [entries[name] for entries in states])
@@ -58,25 +60,39 @@ class Binding:
         self.plan.bind_once(col.PHASE, [entries[PHASE] for entries in sides[0]])
         if keep_S:
             self.plan.bind_once(col.SAVED, [entries[SAVED] for entries in sides[0]])
-        self._owner, self._options, self._states = state, options, [*sides[0], *sides[1]]
-        self._bound = [entries[name] for entries in self._states for name in names]
+        self._owner, self._bound = state, self._now(state)
 
-    def bind_grads(self) -> list[tuple[Tensor, int]]:
-        """Point at this step's gradients; returns factors whose partner has none, with their group."""
+    def _now(self, state: MutableMapping[Tensor, Any]) -> list[Tensor | None]:
+        """The state tensors of every pair, to see whether one has been replaced."""
+        slots, names, keep_S = self._options
+        found: list[Tensor | None] = []
+        for pair, slot in zip(self.pairs, slots):
+            if slot:
+                a, b = state.get(pair.A, {}), state.get(pair.B, {})
+                found += [a.get(PHASE), a.get(SAVED) if keep_S else None]
+                for name in names:
+                    found += [a.get(name), b.get(name)]
+        return found
+
+    def bind_grads(self, state: MutableMapping[Tensor, Any]) -> list[tuple[Tensor, int]]:
+        """Point at this step's gradients; returns factors whose partner has none, with their group.
+
+        The moments of such a pair are moved back to units of S = I: it takes plain steps.
+        """
         grads: list[tuple[Tensor | None, Tensor | None]] = []
-        strays = []
+        strays: list[tuple[Tensor, int]] = []
         for pair, slot in zip(self.pairs, self._options[0]):
             a, b = pair.A.grad, pair.B.grad
-            if slot is None or a is None or b is None:
-                if slot is not None:
-                    strays += [
-                        (t, g) for t, g, grad in ((pair.A, slot[0], a), (pair.B, slot[1], b)) if grad is not None
-                    ]
+            if slot is not None and a is not None and b is not None:
+                _check_grad(pair, pair.A, a)
+                _check_grad(pair, pair.B, b)
+            else:
+                owned = [] if slot is None else [(pair.A, slot[0], a), (pair.B, slot[1], b)]
+                lone = [(factor, group) for factor, group, grad in owned if grad is not None]
+                if lone:
+                    leave_units(state[pair.A], state[pair.B], pair)
+                strays += lone
                 a = b = None
-            elif a.layout is not torch.strided or b.layout is not torch.strided:
-                fail(
-                    f"{pair.name}, gradient", "a dense tensor", a.layout, "Use sparse=False in the layer.", RuntimeError
-                )
             grads.append((a, b))
         self.plan.bind_grads(grads)
         self._written = [t for pair, (a, _) in zip(self.pairs, grads) if a is not None for t in (pair.A, pair.B)]
@@ -89,3 +105,10 @@ class Binding:
         self.results = self.backend.adamw(self.plan, step)
         self.plan.release_grads()
         mark_written(self._written)
+
+
+def _check_grad(pair: LoRAPair, factor: Tensor, grad: Tensor) -> None:
+    if grad.layout is not torch.strided or grad.dtype is not factor.dtype:
+        remedy = "Densify or cast the gradient before the step."
+        got = f"{grad.dtype}, {grad.layout}"
+        fail(f"{pair.name}, gradient", f"{factor.dtype}, strided, like its factor", got, remedy)

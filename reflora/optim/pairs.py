@@ -11,7 +11,7 @@ from .. import plan as col
 from ..backends import Backend, resolve
 from ..contract import REFACTORED, LoRAPair, as_pairs, check_backend, check_precision
 from ..functional import Diagnostics, check_grads, diagnose, mark_written
-from ..plan import Plan
+from ..plan import Plan, by_device
 
 
 class PairOps:
@@ -117,12 +117,9 @@ class PairOps:
         if any(pair.A.device != plan.device for _, plan, _ in self._plans for pair in plan.pairs):
             self._plans = []
         if not self._plans:
-            devices: dict[torch.device, list[int]] = {}
-            for index, pair in enumerate(self.pairs):
-                devices.setdefault(pair.A.device, []).append(index)
             self._plans = [
                 (chosen, Plan([self.pairs[i] for i in chosen]), resolve(self.backend, device))
-                for device, chosen in devices.items()
+                for device, chosen in by_device(self.pairs).items()
             ]
         for _, plan, _ in self._plans:
             if plan.moved():

@@ -21,6 +21,34 @@ def zeros_like(param: Tensor) -> Tensor:
     return zeros
 
 
+def fit(state: dict[str, Any], param: Tensor, experts: int) -> None:
+    """Make moments and step count match their parameter in dtype, device and strides, which the kernels rely on.
+
+    Needed after a load, and after `model.to(...)` has replaced the parameter's data. Raises ValueError where a moment
+    has not the parameter's shape.
+    """
+    for name in MOMENTS:
+        moment = state.get(name)
+        if moment is None:
+            continue
+        if moment.shape != param.shape:
+            remedy = "The state belongs to another model or rank."
+            fail(f"state {name!r}", tuple(param.shape), tuple(moment.shape), remedy)
+        ours, theirs = (param.dtype, param.device, param.stride()), (moment.dtype, moment.device, moment.stride())
+        if ours != theirs:
+            state[name] = zeros_like(param).copy_(moment)
+    if "step" in state:
+        state["step"] = _counts(state["step"], param, experts)
+
+
+def _counts(step: Any, param: Tensor, experts: int) -> Tensor:
+    """A step count as one float32 an expert, or as a scalar, on the parameter's device."""
+    step = torch.as_tensor(step).to(device=param.device, dtype=torch.float32)
+    if experts > 1:
+        return step if step.dim() else step.expand(experts).clone()
+    return step.max() if step.dim() else step
+
+
 def init_param(state: dict[str, Any], param: Tensor, amsgrad: bool, experts: int) -> None:
     """torch.optim.AdamW's entries; `step` has one count an expert for experts pairs, `[E]`, else it is a scalar."""
     if "step" not in state:
@@ -34,14 +62,33 @@ def init_pair(state: dict[str, Any], pair: LoRAPair, keep_S: bool) -> None:
     """Entries of A for its pair.
 
     reflora_phase `[E]` float32: 1 where the moments are in units of a refactored layer, 0 where S = I was last used.
-    reflora_S `[E, 2, r, r]`: the last S and S^-1, kept only for interval > 1.
+    reflora_S `[E, 2, r, r]`: the last S and S^-1, kept only for interval > 1; zeros before the first.
     """
     device, experts, r = pair.A.device, pair.experts, pair.rank
     if PHASE not in state:
         state[PHASE] = torch.zeros(experts, dtype=torch.float32, device=device)
-    if keep_S and SAVED not in state:
+    state[PHASE] = state[PHASE].to(device)
+    if keep_S:
         dtype = torch.float64 if pair.A.dtype == torch.float64 else torch.float32
-        state[SAVED] = torch.eye(r, dtype=dtype, device=device).expand(experts, 2, r, r).contiguous()
+        saved = state.get(SAVED)
+        if saved is None:  # zeros: none yet, the kernels then compute one
+            saved = torch.zeros(experts, 2, r, r)
+        state[SAVED] = saved.to(dtype=dtype, device=device)
+
+
+def leave_units(state_A: dict[str, Any], state_B: dict[str, Any], pair: LoRAPair) -> None:
+    """Moments of a pair that takes plain steps from here on, back in units of S = I; nothing where they are already."""
+    if PHASE not in state_A:
+        return
+    phases = state_A[PHASE]
+    for expert, (A, B) in enumerate(zip(pair.views_A(pair.A), pair.views_B(pair.B))):
+        c = torch.linalg.vector_norm(B, dtype=torch.float64) / torch.linalg.vector_norm(A, dtype=torch.float64)
+        c = c.where((phases[expert] != 0) & c.isfinite() & (c > 0), torch.ones_like(c))
+        for state, views, by in ((state_A, pair.views_A, c), (state_B, pair.views_B, 1 / c)):
+            for name, power in zip(MOMENTS, (by, by * by, by * by)):
+                if name in state:
+                    views(state[name])[expert].mul_(power.to(state[name].dtype))
+    phases.zero_()
 
 
 def adopt(state: dict[str, Any], raw: dict[str, Any], param: Tensor, experts: int) -> None:
@@ -50,17 +97,9 @@ def adopt(state: dict[str, Any], raw: dict[str, Any], param: Tensor, experts: in
     torch casts every loaded tensor to the parameter's dtype, which would round S and the phase: take those from `raw`.
     Raises ValueError for a moment whose shape is not the parameter's.
     """
-    for name in MOMENTS:
-        if name not in state:
-            continue
-        if state[name].shape != param.shape:
-            remedy = "The state belongs to another model or rank."
-            fail(f"loaded state {name!r}", tuple(param.shape), tuple(state[name].shape), remedy)
-        if state[name].stride() != param.stride():
-            state[name] = zeros_like(param).copy_(state[name])
-    if "step" in state:
-        step = torch.as_tensor(raw["step"]).to(device=param.device, dtype=torch.float32)
-        state["step"] = (step.expand(experts) if experts > 1 else step.reshape(())).clone()
+    if "step" in raw:
+        state["step"] = torch.as_tensor(raw["step"]).clone()
+    fit(state, param, experts)
     for name in (PHASE, SAVED):
         if name in raw:
             state[name] = raw[name].to(param.device).clone()
