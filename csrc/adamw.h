@@ -22,35 +22,42 @@ INLINE Update<T> make_update(const double* h, double count, double grad, double 
             T(1 / root(bias2)), T(h[EPS]), T(h[LR] / bias1), h[AMSGRAD] != 0};
 }
 
-template <bool AMSGRAD_ON, class T, class S>
+// what the arithmetic of a plain step cannot take out of the range of float32 and float64 needs no check
+template <bool PLAIN_STEP, class S, class T>
+INLINE void put(T x, S* out) {
+    if (PLAIN_STEP && sizeof(S) >= 4) narrow(x, out);
+    else narrow_saturated(x, out);
+}
+
+// PLAIN_STEP: contiguous, no amsgrad, moments stay in their units
+template <bool PLAIN_STEP, class T, class S>
 INLINE void update_run(const Update<T>& u, const T* RESTRICT g, int64_t inc, S* RESTRICT p, S* RESTRICT m, S* RESTRICT v,
                        S* RESTRICT x, int64_t stride, int64_t n) {
     const T top = sizeof(T) == 8 ? T(1e153) : T(1e18);  // its square stays in range too
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
-        const int64_t o = i * stride;
-        const T grad = saturated(g[i * inc] * u.grad, top);
-        T first = T(widen(m[o])) * u.first, second = T(widen(v[o])) * u.first * u.first;
+        const int64_t o = PLAIN_STEP ? i : i * stride;
+        const T grad = saturated(g[PLAIN_STEP ? i : i * inc] * u.grad, top);
+        T first = T(widen(m[o])), second = T(widen(v[o]));
+        if (!PLAIN_STEP) first *= u.first, second = second * u.first * u.first;
         first += (grad - first) * u.one_minus_beta1;
         second = second * u.beta2 + u.one_minus_beta2 * grad * grad;
-        narrow_saturated(first, m + o);
-        narrow_saturated(second, v + o);
-        if (AMSGRAD_ON) {
+        put<PLAIN_STEP>(first, m + o);
+        put<PLAIN_STEP>(second, v + o);
+        if (!PLAIN_STEP && u.amsgrad) {
             const T highest = T(widen(x[o])) * u.first * u.first;
             second = highest > second ? highest : second;
-            narrow_saturated(second, x + o);
+            put<PLAIN_STEP>(second, x + o);
         }
-        const T denominator = root(second) * u.correction2 + u.eps;
-        // eps = 0 and no gradient yet: 0 / 0 is no step
-        const T step = first == 0 ? T(0) : u.step_size * first / denominator;
-        narrow_saturated(T(widen(p[o])) * u.param * u.decay - step, p + o);
+        // eps = 0 and no gradient yet: 0 / 0 is no step. A select on the divisor keeps the loop in vectors
+        const T divisor = root(second) * u.correction2 + u.eps + (first == 0 ? T(1) : T(0));
+        put<PLAIN_STEP>(T(widen(p[o])) * u.param * u.decay - u.step_size * first / divisor, p + o);
     }
 }
 
 template <class T, class S>
 INLINE void update_strided(const Update<T>& u, const T* g, int64_t inc, S* p, S* m, S* v, S* x, int64_t stride, int64_t n) {
-    if (u.amsgrad) return update_run<true>(u, g, inc, p, m, v, x, stride, n);
-    if (inc == 1 && stride == 1) return update_run<false>(u, g, 1, p, m, v, x, 1, n);
+    if (inc == 1 && stride == 1 && !u.amsgrad && u.first == 1) return update_run<true>(u, g, 1, p, m, v, x, 1, n);
     update_run<false>(u, g, inc, p, m, v, x, stride, n);
 }
 
