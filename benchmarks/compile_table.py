@@ -82,6 +82,8 @@ def variants(classes: Iterable[int], capabilities: Iterable[int]) -> Iterator[Ca
         ("precondition", "float32", "bfloat16", {}),
         ("precondition", "float64", "float16", {"SCALAR": True}),
         ("refactor", "float32", "float64", {}),
+        ("refactor", "float64", "float16", {}),
+        ("adamw", "float64", "bfloat16", {}),
         ("adamw", "float64", "float64", {"KEEP": True, **amp}),
         ("adamw", "float64", "bfloat16", {"SOURCE": 2, **amp}),
         ("adamw", "float64", "float32", {"SOURCE": 0}),

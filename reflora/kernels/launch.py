@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..contract import KAPPA_MAX, STORAGE_DTYPES
 from ..plan import Plan
-from .dtypes import MIXED
+from .dtypes import BFLOAT16, FLOAT16, MIXED
 from .pair import SLOTS
 
 WARPS = {16: 2, 32: 4, 64: 8, 128: 16}
@@ -36,7 +36,7 @@ class Group:
         block_n = max(16, BLOCK_N[self.rank_class] // (2 if self.wide == torch.float64 else 1))
         return {
             "RC": self.rank_class, "BN": block_n, "BM": BLOCK_M[self.rank_class],
-            "BK": BLOCK_K[self.rank_class], "DTYPE": self.dtype, "WIDE": TYPES[self.wide],
+            "BK": BLOCK_K[self.rank_class], "WIDE": TYPES[self.wide],
         }  # fmt: skip
 
     @property
@@ -58,8 +58,14 @@ TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def solve_constants(group: Group, precision: str) -> dict[str, Any]:
-    """The compute type, and what follows from it."""
+    """The compute type, and what follows from it.
+
+    16-bit rows go through the run-time branch in front of a float64 solve: a 16-bit load straight in front of a float64
+    dot makes Triton choose an operand layout that its code generator refuses ("fp64 don't support largeK MMA").
+    """
+    narrow = group.dtype in (BFLOAT16.value, FLOAT16.value)
     return {
+        "DTYPE": MIXED.value if narrow and precision == "float64" else group.dtype,
         "KAPPA_MAX": KAPPA_MAX[precision],
         "TC": TYPES[getattr(torch, precision)],
         "SCALED": precision == "float32" or group.wide == torch.float64,
