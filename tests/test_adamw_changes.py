@@ -186,3 +186,17 @@ def test_torch_options_are_taken_or_refused():
     RefLoRAAdamW(pairs, foreach=True, fused=True, capturable=False, differentiable=False)
     with pytest.raises(ValueError, match="differentiable: expected False"):
         RefLoRAAdamW(pairs, differentiable=True)
+
+
+def test_a_refused_step_changes_nothing(fast_backend):
+    """A sparse gradient in a plain parameter: the pairs, stepped first, must not have moved either."""
+    pairs = leaf_pairs([(4, 30, 21)], torch.float32)
+    table = torch.nn.Embedding(5, 3, sparse=True)
+    optimizer = RefLoRAAdamW([*factors(pairs), table.weight], pairs=pairs, lr=1e-2, backend=fast_backend)
+    before = [t.detach().clone() for t in factors(pairs)]
+    backward(pairs, targets(pairs))
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="expected a dense tensor"):
+        optimizer.step()
+    assert all(torch.equal(t, old) for t, old in zip(factors(pairs), before))
+    assert optimizer.param_groups[0]["reflora_steps"] == 0

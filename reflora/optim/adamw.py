@@ -104,8 +104,9 @@ class RefLoRAAdamW(Optimizer):
         if found_inf is not None and (not found_inf.is_cuda or self._host_counts()) and float(found_inf):
             return loss
         count = self.param_groups[0][COUNTER]
+        hypers = self._checked()
         strays = self._bind_pairs()
-        self._step_pairs(count)
+        self._step_pairs(count, hypers)
         self._step_plain(strays)
         for group in self.param_groups:
             group[COUNTER] = count + 1
@@ -127,6 +128,14 @@ class RefLoRAAdamW(Optimizer):
             "scalar_after": self.scalar and after,
         }
 
+    def _checked(self) -> Tensor:
+        """The hyperparameter table. What a step refuses is refused here, before anything has changed."""
+        self._membership()
+        for grad in (p.grad for params in self._plain for p in params):
+            if grad is not None and grad.layout is not torch.strided:
+                fail("a gradient", "a dense tensor", grad.layout, "Use sparse=False.", RuntimeError)
+        return torch.tensor([_hypers(group) for group in self.param_groups], dtype=torch.float64)
+
     def _bind_pairs(self) -> dict[int, list[Tensor]]:
         """Point every device's plan at this step's gradients.
 
@@ -142,8 +151,7 @@ class RefLoRAAdamW(Optimizer):
                 strays.setdefault(group, []).append(factor)
         return strays
 
-    def _step_pairs(self, count: int) -> None:
-        hypers = torch.tensor([_hypers(group) for group in self.param_groups], dtype=torch.float64)
+    def _step_pairs(self, count: int, hypers: Tensor) -> None:
         schedule = self._schedule(count)
         for binding in self._bindings:
             scale, found_inf = (self._amp(name, binding.plan.device) for name in ("grad_scale", "found_inf"))
@@ -184,8 +192,6 @@ class RefLoRAAdamW(Optimizer):
             for device in {p.device for p in params}:
                 chosen = [p for p in params if p.device == device]
                 for p in chosen:
-                    if p.grad is not None and p.grad.layout is not torch.strided:
-                        fail("a gradient", "a dense tensor", p.grad.layout, "Use sparse=False.", RuntimeError)
                     init_param(self.state[p], p, group["amsgrad"], 1)
                     fit(self.state[p], p, 1)
                 columns = [[self.state[p].get(name) for p in chosen] for name in keys.MOMENTS]
