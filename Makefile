@@ -6,6 +6,7 @@ OUT ?= benchmarks/out
 ARGS ?=
 # two workers with a thread each; a test that wants more threads asks torch for them
 WORKERS ?= 2
+CAPABILITIES ?= 80,86,89,90,100
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -q
@@ -14,7 +15,7 @@ export PYTHONDONTWRITEBYTECODE :=
 DEPS := $(VENV)/.deps
 BUILT := $(VENV)/.built
 
-.PHONY: help test pytest lint format build bench gpu compile-table clean
+.PHONY: help test pytest lint format build bench steps scaling gpu compile-table clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,8 +42,15 @@ bench: $(BUILT)  ## LoRA against RefLoRA on a real model: table, CSV and PNG und
 gpu:  ## on a GPU machine without network: build, pytest -m gpu, benchmarks, all under OUT=
 	PYTHON=$(PYTHON) .ci/gpu $(OUT)
 
-compile-table: $(BUILT)  ## registers, spills and shared memory of every Triton kernel; no GPU needed
-	$(PY) -m benchmarks.compile_table $(ARGS)
+steps: $(BUILT)  ## cost of optimizer.step() over fused AdamW's, without a model: table, CSV and PNG under OUT
+	$(PY) -m benchmarks.kernels step --out $(OUT) $(ARGS)
+
+scaling: $(BUILT)  ## the same against rank, number of layers and width
+	$(PY) -m benchmarks.kernels scaling --out $(OUT) $(ARGS)
+
+compile-table: $(BUILT)  ## registers, spills and shared memory of every Triton kernel, and loops of its solve; no GPU
+	$(PY) -m benchmarks.compile_table --capabilities $(CAPABILITIES) $(ARGS)
+	$(PY) -m benchmarks.sass
 
 clean:  ## remove everything that make has made
 	rm -rf $(VENV) build dist reflora.egg-info .pytest_cache .mypy_cache .ruff_cache benchmarks/out reflora/_C*.so

@@ -1,6 +1,6 @@
-"""Compiles every Triton kernel for sm_80 and sm_90 without a GPU and tables its registers, spills and shared memory.
+"""Compiles every Triton kernel without a GPU and tables its registers, spills and shared memory, by architecture.
 
-    python -m benchmarks.compile_table [--classes 16,32] [--capabilities 80,90] [--kernels precondition] [--no-write]
+    python -m benchmarks.compile_table [--classes 16,32] [--capabilities 80,86,89,90,100] [--kernels precondition]
 
 Writes benchmarks/results/compile_table.csv and .md.
 """
@@ -15,19 +15,21 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 CLASSES = (16, 32, 64, 128)
-CAPABILITIES = (80, 90)
+# by capability: most shared memory a block can opt in to, KiB (CUDA C++ Programming Guide, technical specifications)
+SHARED_LIMITS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
+CAPABILITIES = tuple(SHARED_LIMITS)
 PRECISIONS = ("float64", "float32")
-PAIR_KERNELS = ("precondition", "refactor", "adamw")
-MATRIX_KERNELS = ("polar", "geometric_mean", "sqrtm")
 RESULTS = Path(__file__).parent / "results"
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Figures:
-    """registers a thread; spills: bytes of local memory a thread; shared: bytes a program; seconds of compile time."""
+    """registers a thread; spills: bytes of local memory a thread; shared: bytes a program; seconds of compile time.
+
+    limit: KiB of shared memory that the architecture grants a block; fits: whether shared is within.
+    """
 
     kernel: str
     rank_class: int
@@ -55,13 +60,22 @@ class Figures:
     registers: int
     spills: int
     shared: int
+    limit: int
+    fits: str
     seconds: float
 
 
+def kernel_names() -> list[str]:
+    """All kernels, as `reflora.kernels.variants` names them."""
+    from reflora.kernels.variants import MATRIX_KERNELS, PAIR_KERNELS
+
+    return [*PAIR_KERNELS, *MATRIX_KERNELS]
+
+
 def cases(
-    classes: Iterable[int] = CLASSES,
-    capabilities: Iterable[int] = CAPABILITIES,
-    kernels: Iterable[str] = PAIR_KERNELS + MATRIX_KERNELS,
+    classes: Iterable[int],
+    capabilities: Iterable[int],
+    kernels: Iterable[str],
     storages: Iterable[str] = ("float32",),
     precisions: Iterable[str] = PRECISIONS,
 ) -> Iterator[Case]:
@@ -77,17 +91,21 @@ def cases(
 def variants(classes: Iterable[int], capabilities: Iterable[int]) -> Iterator[Case]:
     """What the table leaves out: other storage types and the kernels' other modes."""
     amp = {"AMSGRAD": True, "grad_scale": "*fp32", "found_inf": "*fp32"}
+    kept = {"SCHEDULED": True, "KEEP": True}
     others: list[tuple[str, str, str, dict[str, Any]]] = [
         ("precondition", "float64", "mixed", {}),
         ("precondition", "float32", "bfloat16", {}),
         ("precondition", "float64", "float16", {"SCALAR": True}),
         ("refactor", "float32", "float64", {}),
         ("refactor", "float64", "float16", {}),
-        ("adamw", "float64", "bfloat16", {}),
-        ("adamw", "float64", "float64", {"KEEP": True, **amp}),
-        ("adamw", "float64", "bfloat16", {"SOURCE": 2, **amp}),
-        ("adamw", "float64", "float32", {"SOURCE": 0}),
-        ("adamw", "float64", "float32", {"SOURCE": 0, "BEFORE": True, "AFTER": True, **amp}),
+        ("gram", "float64", "bfloat16", kept),
+        ("gram", "float64", "float64", {"CARRY": True, "CHECK": False, **amp}),
+        ("update", "float64", "bfloat16", {"state": "float32", "seed": "i64"}),
+        ("update", "float64", "float64", {"CARRY": True, **amp}),
+        ("row", "float64", "mixed", {**kept, **amp}),
+        ("row", "float64", "bfloat16", {"state": "float32", "MASTER": True}),
+        ("scalar", "float64", "bfloat16", {}),
+        ("scalar", "float64", "float64", amp),
     ]
     for kernel, precision, storage, changed in others:
         for rank_class in classes:
@@ -95,8 +113,8 @@ def variants(classes: Iterable[int], capabilities: Iterable[int]) -> Iterator[Ca
                 yield Case(kernel, rank_class, precision, storage, capability, tuple(changed.items()))
 
 
-def compile_case(case: Case) -> Figures:
-    """Compile one case and read its cubin; needs TRITON_INTERPRET unset before triton is imported."""
+def build(case: Case) -> tuple[Any, dict[str, int]]:
+    """Compile one case: (what Triton made, launch options). Needs TRITON_INTERPRET unset before triton is imported."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.compiler import compile as triton_compile
@@ -107,36 +125,44 @@ def compile_case(case: Case) -> Figures:
         case.kernel, case.rank_class, case.precision, case.storage, **dict(case.changed)
     )
     source = ASTSource(kernel, signature, constexprs=constants)
-    start = time.perf_counter()
     compiled = triton_compile(source, target=GPUTarget("cuda", case.capability, 32), options=options)
+    return compiled, options
+
+
+def compile_case(case: Case) -> Figures:
+    """Compile one case and read its cubin."""
+    import reflora.kernels.variants  # noqa: F401  the import is not the compiler's time
+
+    start = time.perf_counter()
+    compiled, options = build(case)
     seconds = time.perf_counter() - start
-    registers, stack = _resources(compiled.asm["cubin"])
+    text = dump(compiled.asm["cubin"], "cuobjdump", "--dump-resource-usage")
+    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+    spills = int(usage["STACK"]) + int(usage["LOCAL"])
     what = (case.kernel, case.rank_class, case.precision, case.storage, case.capability)
-    shared = compiled.metadata.shared
-    return Figures(*what, options["num_warps"], registers, stack, shared, round(seconds, 1))
+    shared, limit = compiled.metadata.shared, SHARED_LIMITS[case.capability]
+    fits = "yes" if shared <= limit << 10 else "no"
+    return Figures(*what, options["num_warps"], int(usage["REG"]), spills, shared, limit, fits, round(seconds, 1))
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of stack frame and local memory) of a cubin, read by the cuobjdump in the Triton package."""
+def dump(cubin: bytes, tool: str, *arguments: str) -> str:
+    """What a tool of the Triton package prints about a cubin."""
     import triton
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run(
-            [str(tool), "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
-    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
-    return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
+        command = [str(path), *arguments, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def compile_all(chosen: Iterable[Case], workers: int = 2) -> list[Figures]:
-    """Compile in fresh processes, without the interpreter, in the order given."""
+def in_processes(work: Callable[[Item], Result], items: Iterable[Item], workers: int = 2) -> list[Result]:
+    """`work` of each item in fresh processes, without the interpreter, in the order given."""
     os.environ.pop("TRITON_INTERPRET", None)
-    chosen = list(chosen)
+    items = list(items)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        return list(pool.map(compile_case, chosen))
+        return list(pool.map(work, items))
 
 
 def markdown(rows: list[Figures]) -> str:
@@ -149,8 +175,8 @@ def markdown(rows: list[Figures]) -> str:
 def main(arguments: list[str] | None = None) -> list[Figures]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--classes", default=",".join(map(str, CLASSES)))
-    parser.add_argument("--capabilities", default=",".join(map(str, CAPABILITIES)))
-    parser.add_argument("--kernels", default=",".join(PAIR_KERNELS + MATRIX_KERNELS))
+    parser.add_argument("--capabilities", default="80,90", help=f"of {', '.join(map(str, CAPABILITIES))}")
+    parser.add_argument("--kernels", help="default: all that reflora.kernels.variants names")
     parser.add_argument("--storages", default="float32")
     parser.add_argument("--precisions", default=",".join(PRECISIONS))
     parser.add_argument("--variants", action="store_true", help="the kernels' other modes in place of the table")
@@ -160,9 +186,13 @@ def main(arguments: list[str] | None = None) -> list[Figures]:
     options = parser.parse_args(arguments)
     classes = [int(c) for c in options.classes.split(",")]
     capabilities = [int(c) for c in options.capabilities.split(",")]
-    words = (options.kernels.split(","), options.storages.split(","), options.precisions.split(","))
+    unknown = [str(c) for c in capabilities if c not in SHARED_LIMITS]
+    if unknown:
+        parser.error(f"--capabilities: expected some of {', '.join(map(str, CAPABILITIES))}, got {', '.join(unknown)}")
+    kernels = options.kernels.split(",") if options.kernels else kernel_names()
+    words = (kernels, options.storages.split(","), options.precisions.split(","))
     chosen = variants(classes, capabilities) if options.variants else cases(classes, capabilities, *words)
-    rows = compile_all(chosen, options.workers)
+    rows = in_processes(compile_case, chosen, options.workers)
     if options.json:
         print("\n".join(json.dumps(asdict(row)) for row in rows))
         return rows
@@ -170,8 +200,8 @@ def main(arguments: list[str] | None = None) -> list[Figures]:
     if not (options.no_write or options.variants):
         import triton
 
-        units = "Spills are bytes of stack and local memory a thread, shared memory is bytes a program."
-        head = f"Triton {triton.__version__}. {units}\n\n"
+        units = "Spills are bytes of stack and local memory a thread, shared memory is bytes a program"
+        head = f"Triton {triton.__version__}. {units}; limit: KiB that the architecture grants a block.\n\n"
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / "compile_table.md").write_text(head + markdown(rows))
         with open(RESULTS / "compile_table.csv", "w", newline="") as file:

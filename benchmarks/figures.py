@@ -1,10 +1,12 @@
-"""Figures of the benchmarks, drawn for a column of a paper: matplotlib, bars from zero, a value on each."""
+"""Figures of the benchmarks, drawn for a page of a paper: matplotlib, colours that hold in grey print, 300 dpi."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from .harness import Measurement
 
@@ -12,10 +14,15 @@ from .harness import Measurement
 COLOURS = {
     "LoRA": "#8c8c8c",
     "RefLoRA": "#0072B2",
+    "RefLoRA, carried Grams": "#009E73",
     "RefLoRA-S": "#56B4E9",
     "published RefLoRA": "#D55E00",
     "published RefLoRA-S": "#E69F00",
+    "PEFT Riemannian": "#CC79A7",
 }
+MARKERS = dict(zip(COLOURS, "|osD^v<"))
+_STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6}
+_GRID = {"color": "#dddddd", "linewidth": 0.5, "zorder": 0}
 # metric, axis title, form of a value, least height of the axis (kilobytes must not look like much)
 _PANELS = (
     ("throughput to LoRA", "throughput (LoRA = 1)", "{:.3f}", 0.0),
@@ -24,35 +31,49 @@ _PANELS = (
 )
 
 
-def overhead(path: Path, rows: Sequence[Measurement], env: Mapping[str, str]) -> bool:
-    """Throughput, step time and memory side by side (as the paper's Figure 3b), quantiles 20 to 80 as whiskers.
-
-    False, and nothing written, where matplotlib is not installed: a GPU machine may lack it, and the CSV has it all.
-    """
+def _pyplot() -> Any:
+    """matplotlib.pyplot without a screen; None where it is not installed: a GPU machine may lack it."""
     if importlib.util.find_spec("matplotlib") is None:
-        return False
+        return None
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def _save(pyplot: Any, figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=300)
+    pyplot.close(figure)
+
+
+# ---- training: bars
+
+
+def overhead(path: Path, rows: Sequence[Measurement], env: Mapping[str, str]) -> bool:
+    """Throughput, step time and memory side by side (as the paper's Figure 3b), quantiles 20 to 80 as whiskers.
+
+    False, and nothing written, where matplotlib is not installed; so for every figure.
+    """
+    pyplot = _pyplot()
+    if pyplot is None:
+        return False
     panels = [panel for panel in _PANELS if any(row.metric == panel[0] for row in rows)]
-    style = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6}
-    with pyplot.rc_context(style):
+    with pyplot.rc_context(_STYLE):
         figure, axes = pyplot.subplots(1, len(panels), figsize=(2.35 * len(panels), 2.5), squeeze=False)
         for axis, (metric, title, form, least) in zip(axes[0], panels):
             _bars(axis, [row for row in rows if row.metric == metric], form)
             axis.set_ylabel(title)
             axis.set_ylim(top=max(axis.get_ylim()[1], least))
-        figure.suptitle(_caption(rows, env), fontsize=6.5, color="#555555", y=0.99)
+        figure.suptitle(f"{rows[0].case} · {_machine(env)}", fontsize=6.5, color="#555555", y=0.99)
         figure.tight_layout(w_pad=2.0)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=300)
-        pyplot.close(figure)
+        _save(pyplot, figure, path)
     return True
 
 
-def _bars(axis, rows: Sequence[Measurement], form: str) -> None:  # type: ignore[no-untyped-def]
+def _bars(axis: Any, rows: Sequence[Measurement], form: str) -> None:
     labels = [row.method for row in rows]
     values = [row.summary.p50 for row in rows]
     spread = [[row.summary.p50 - row.summary.p20 for row in rows], [row.summary.p80 - row.summary.p50 for row in rows]]
@@ -72,6 +93,164 @@ def _bars(axis, rows: Sequence[Measurement], form: str) -> None:  # type: ignore
     axis.set_ylim(min(0.0, 1.3 * min(values)), 1.18 * max(*tops, 1e-9))
 
 
-def _caption(rows: Sequence[Measurement], env: Mapping[str, str]) -> str:
+# ---- steps: a row of dots a case
+
+
+def step(path: Path, rows: Sequence[Measurement], env: Mapping[str, str]) -> bool:
+    """Ratio to fused AdamW on a logarithmic axis, and the share of the copy bandwidth that was reached."""
+    pyplot = _pyplot()
+    kind = _kind(rows)
+    titles = {f"{kind} to LoRA": f"step time, fused AdamW = 1 ({kind})", "of copy bandwidth": "share of copy bandwidth"}
+    panels = [(metric, title) for metric, title in titles.items() if any(row.metric == metric for row in rows)]
+    if pyplot is None or not panels:
+        return False
+    with pyplot.rc_context(_STYLE):
+        cases = list(dict.fromkeys(row.case for row in rows))
+        methods = [label for label in COLOURS if any(row.method == label for row in rows)]
+        size = (3.6 * len(panels) + 0.6, 0.24 * len(methods) * len(cases) * 0.5 + 1.1)
+        figure, axes = pyplot.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
+        for axis, (metric, title) in zip(axes[0], panels):
+            _dots(axis, [row for row in rows if row.metric == metric], cases, methods)
+            axis.set_xlabel(title)
+        ratio, *share = axes[0]
+        ratio.set_xscale("log")
+        low, high = ratio.get_xlim()
+        ratio.set_xlim(low, high * (high / low) ** 0.12)  # room for the last number
+        _plain_ticks(ratio.xaxis, *ratio.get_xlim())
+        for axis in share:
+            axis.set_xlim(0, max(1.0, axis.get_xlim()[1]))
+        _finish(figure, [ratio], env, len(methods))
+        _save(pyplot, figure, path)
+    return True
+
+
+def _dots(axis: Any, rows: Sequence[Measurement], cases: Sequence[str], methods: Sequence[str]) -> None:
+    pitch = 0.8 / max(len(methods), 2)
+    for index, method in enumerate(methods):
+        own = [row for row in rows if row.method == method]
+        y = [cases.index(row.case) + pitch * (index - (len(methods) - 1) / 2) for row in own]
+        x = [row.summary.p50 for row in own]
+        error = [[row.summary.p50 - row.summary.p20 for row in own], [row.summary.p80 - row.summary.p50 for row in own]]
+        axis.errorbar(x, y, xerr=error, label=method, **_mark(method), linestyle="none", elinewidth=0.8, zorder=3)
+        for row, height in zip(own, y):
+            place = {"xytext": (4, 0), "textcoords": "offset points", "ha": "left", "va": "center_baseline"}
+            axis.annotate(_number(row.summary.p50), (row.summary.p80, height), **place, fontsize=5.5, color="#333333")
+    for line in range(1, len(cases)):
+        axis.axhline(line - 0.5, color="#bbbbbb", linewidth=0.5)
+    axis.set_yticks(range(len(cases)), [case.replace(" (", "\n(", 1) for case in cases])
+    axis.tick_params(axis="y", length=0)
+    axis.set_ylim(len(cases) - 0.5, -0.5)
+    axis.grid(axis="x", which="major", **_GRID)
+
+
+# ---- scaling: lines
+
+
+def scaling(
+    path: Path, panels: Mapping[str, Sequence[tuple[int, Sequence[Measurement]]]], base: Any, env: Mapping[str, str]
+) -> bool:
+    """Ratio to fused AdamW against each size; base: what has the others as attributes.
+
+    Methods far above the rest get a row of their own, so that the rest can be told apart.
+    """
+    pyplot = _pyplot()
+    kind = _kind([row for panel in panels.values() for _, rows in panel for row in rows])
+    lines: dict[tuple[str, str], list[tuple[int, Measurement]]] = {}
+    for name, panel in panels.items():
+        for x, rows in panel:
+            for row in (row for row in rows if row.metric == f"{kind} to LoRA"):
+                lines.setdefault((row.method, name), []).append((x, row))
+    groups = _levels({key: [row.summary.p50 for _, row in points] for key, points in lines.items()})
+    if pyplot is None or not groups:
+        return False
+    with pyplot.rc_context(_STYLE):
+        figure, axes = pyplot.subplots(
+            len(groups), len(panels), figsize=(2.4 * len(panels), 2.5 if len(groups) == 1 else 3.4), squeeze=False,
+            sharex="col", sharey="row", height_ratios=[1, 2][-len(groups) :],
+        )  # fmt: skip
+        for row_of_axes, methods in zip(axes, groups):
+            for axis, (name, panel) in zip(row_of_axes, panels.items()):
+                for method in methods:
+                    _line(axis, method, lines.get((method, name), []))
+                axis.set_xscale("log", base=2)
+                axis.set_xticks([x for x, _ in panel], [str(x) for x, _ in panel])
+                axis.minorticks_off()
+                axis.grid(axis="both", which="major", **_GRID)
+            row_of_axes[0].set_yscale("log")
+            low, high = row_of_axes[0].get_ylim()
+            row_of_axes[0].set_ylim(low, max(high, 1.5 * low))
+            _plain_ticks(row_of_axes[0].yaxis, *row_of_axes[0].get_ylim())
+        for top, bottom, name in zip(axes[0], axes[-1], panels):
+            bottom.set_xlabel(name)
+            others = (f"{key} {getattr(base, key)}" for key in panels if key != name)
+            top.set_title(", ".join(others), fontsize=7, color="#555555")
+        axes[-1][0].set_ylabel(f"step time over\nfused AdamW's ({kind})")
+        _finish(figure, [axis for row_of_axes in axes[::-1] for axis in row_of_axes[:1]], env, sum(map(len, groups)))
+        _save(pyplot, figure, path)
+    return True
+
+
+def _levels(values: Mapping[tuple[str, str], Sequence[float]]) -> list[list[str]]:
+    """Methods in one row of panels, or in two, the higher first, where at least twofold lies between all of them."""
+    methods = [label for label in COLOURS if any(label == method for method, _ in values)]
+    low, high = (
+        {m: pick(v for (n, _), own in values.items() if n == m for v in own) for m in methods} for pick in (min, max)
+    )
+    for split in sorted(low.values()):
+        below, above = [m for m in methods if low[m] < split], [m for m in methods if low[m] >= split]
+        if below and split > 2 * max(high[m] for m in below):
+            return [above, below]
+    return [methods] if methods else []
+
+
+def _line(axis: Any, method: str, points: Sequence[tuple[int, Measurement]]) -> None:
+    x = [value for value, _ in points]
+    summaries = [row.summary for _, row in points]
+    if method == "LoRA":
+        axis.axhline(1.0, color=COLOURS[method], linewidth=1.0, label=method, zorder=2)
+        return
+    axis.plot(x, [s.p50 for s in summaries], label=method, linewidth=1.0, zorder=3, **_mark(method))
+    axis.fill_between(x, [s.p20 for s in summaries], [s.p80 for s in summaries], color=COLOURS[method], alpha=0.2, lw=0)
+
+
+# ---- what they share
+
+
+def _mark(method: str) -> dict[str, Any]:
+    return {"color": COLOURS[method], "marker": MARKERS[method], "markersize": 3.5}
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.0f}"
+
+
+def _kind(rows: Sequence[Measurement]) -> str:
+    """Time on the device where it was measured, else wall time."""
+    return "gpu" if any(row.metric == "gpu to LoRA" for row in rows) else "wall"
+
+
+def _plain_ticks(axis: Any, low: float, high: float) -> None:
+    """Plain numbers on a logarithmic axis: 1, 2, 5, 10, ..., in a short range evenly spaced ones."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+    steps = [digit * 10.0**power for power in range(-3, 5) for digit in (1, 2, 5)]
+    if sum(low <= value <= high for value in steps) < 3:
+        steps = list(MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high))
+    axis.set_major_locator(FixedLocator([value for value in steps if low <= value <= high]))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _finish(figure: Any, axes: Sequence[Any], env: Mapping[str, str], count: int) -> None:
+    """One legend of all `axes` above, the machine below."""
+    handles, labels = (list(chain(*part)) for part in zip(*(axis.get_legend_handles_labels() for axis in axes)))
+    columns = min(count, 3)
+    figure.legend(handles, labels, loc="upper center", ncols=columns, frameon=False, handlelength=1.5)
+    height = figure.get_size_inches()[1]
+    figure.text(0.5, 0.04 / height, _machine(env), fontsize=6, color="#555555", ha="center", va="bottom")
+    figure.tight_layout(rect=(0, 0.16 / height, 1, 1 - 0.17 * -(-count // columns) / height - 0.05 / height))
+
+
+def _machine(env: Mapping[str, str]) -> str:
     machine = env["gpu"] or f"{env['cpu']}, {env['cores']} cores"
-    return f"{rows[0].case} · {machine} · torch {env['torch']} · reflora {env['reflora']} ({env['commit']})"
+    return f"{machine} · torch {env['torch']} · reflora {env['reflora']} ({env['commit']})"

@@ -166,7 +166,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     default = {1, options.warmup + 1, options.warmup + 2, 50, 100, 200, options.steps}
     options.watch = sorted(set(options.watch or default))
-    reason = methods.unserved(options.backend, torch.device(options.device))
+    reason = methods.unserved(options.backend, torch.device(options.device)) or methods.missing(options.methods)
     if reason:
         parser.error(reason)
     for name in ("steps", "batch", "rank"):

@@ -23,6 +23,7 @@ from tqdm import tqdm
 QUANTILES = (20, 50, 80)
 CPU_MEMORY = "peak of live bytes in torch's CPU allocator (torch.profiler), buffers of C++ code outside it not counted"
 CUDA_MEMORY = "torch.cuda.max_memory_allocated"
+Event = Mapping[str, Any]
 _MARK = "reflora benchmark: measured"
 
 
@@ -124,11 +125,11 @@ def synchronize(device: torch.device) -> None:
 
 
 class Stopwatch:
-    """Seconds between entry and exit, the device idle at both ends: host time and device time."""
+    """`seconds` between entry and exit, the device idle at both ends; `host`: those before the wait for the device."""
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.seconds = 0.0
+        self.seconds = self.host = 0.0
 
     def __enter__(self) -> Stopwatch:
         synchronize(self.device)
@@ -136,6 +137,7 @@ class Stopwatch:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.host = time.perf_counter() - self._start
         synchronize(self.device)
         self.seconds = time.perf_counter() - self._start
 
@@ -163,6 +165,10 @@ class StreamTimer:
         else:
             self._seconds.append(time.perf_counter() - self._begin_wall)
 
+    def overtaken(self) -> bool:
+        """Whether the device has come to the last start by now, so that what the host still does may count."""
+        return self.device.type != "cuda" or self._begin.query()
+
     def read(self) -> list[float]:
         synchronize(self.device)
         seconds = self._seconds + [begin.elapsed_time(end) / 1e3 for begin, end in self._spans]
@@ -176,14 +182,21 @@ class StreamTimer:
         return event
 
 
-def interleave(cases: Mapping[str, Callable[[int], None]], rounds: int, label: str) -> None:
-    """Call every case once a round, `case(round)`, starting with another case each round. A case that must not count
-    (a warm-up, a failure) says so itself: this only keeps the order fair and the bar moving."""
+def interleave(
+    cases: Mapping[str, Callable[[int], None]], rounds: int, label: str, seconds: float = float("inf")
+) -> None:
+    """Call every case once a round, `case(round)`, starting with another case each round; no new round after `seconds`.
+
+    A case that must not count (a warm-up, a failure) says so itself: this only keeps the order fair and the bar moving.
+    """
     names = list(cases)
+    end = time.monotonic() + seconds
     for index in progress(range(rounds), label):
         shift = index % len(names)
         for name in names[shift:] + names[:shift]:
             cases[name](index)
+        if time.monotonic() > end:
+            break
 
 
 def progress(items: Iterable[int], label: str) -> Iterable[int]:
@@ -211,20 +224,27 @@ def peak_bytes(work: Callable[[], object], device: torch.device, before: Callabl
         work()
         synchronize(device)
         return torch.cuda.max_memory_allocated(device) - live
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+
+    def marked() -> None:
         before()
         with torch.profiler.record_function(_MARK):
             work()
+
+    return _peak(trace(marked, torch.profiler.ProfilerActivity.CPU, profile_memory=True))
+
+
+def trace(work: Callable[[], object], *activities: torch.profiler.ProfilerActivity, **options: Any) -> list[Event]:
+    """What torch.profiler sees of `work`, as the events of a Chrome trace."""
+    with torch.profiler.profile(activities=list(activities), **options) as profile:
+        work()
     with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    return _peak(events)
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        return json.loads(path.read_text())["traceEvents"]
 
 
-def _peak(events: Iterable[Mapping[str, Any]]) -> int:
+def _peak(events: Sequence[Event]) -> int:
     """Largest sum of allocations and frees after the mark's start."""
-    events = list(events)
     start = next(e["ts"] for e in events if e.get("name") == _MARK and "dur" in e)
     live = peak = 0
     changes = [(e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]"]

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .baselines import published_reflora
+from .baselines import peft_riemannian, published_reflora
 
 LABELS = {
     "lora": "LoRA",
     "reflora": "RefLoRA",
+    "reflora-carried": "RefLoRA, carried Grams",
     "reflora-s": "RefLoRA-S",
     "published": "published RefLoRA",
     "published-s": "published RefLoRA-S",
+    "riemannian": "PEFT Riemannian",
 }
 DEFAULT = ("lora", "reflora", "reflora-s", "published")
 
@@ -35,22 +38,35 @@ def build(
     name: str, parameters: Sequence[Tensor], pairs: Sequence[tuple[Tensor, Tensor]], setting: Setting
 ) -> Optimizer:
     """The optimizer of the method `name` of LABELS. `parameters` include the factors of `pairs`."""
-    common = {"lr": setting.lr, "weight_decay": setting.weight_decay}
-    if name in ("reflora", "reflora-s"):
+    common: dict[str, Any] = {"lr": setting.lr, "weight_decay": setting.weight_decay}
+    if name in ("reflora", "reflora-carried", "reflora-s"):
         import reflora
 
         return reflora.RefLoRAAdamW(
             parameters,
             pairs=pairs,
             scalar=name == "reflora-s",
+            carry_grams=name == "reflora-carried",
             warmup_steps=setting.warmup_steps,
             backend=setting.backend,
             **common,
         )
+    if name == "riemannian":
+        return peft_riemannian.optimizer(parameters, pairs, **common)
     optimizer = torch.optim.AdamW(parameters, fused=True, **common)
     if name in ("published", "published-s"):
         published_reflora.attach(optimizer, pairs, setting.warmup_steps, scalar=name == "published-s")
     return optimizer
+
+
+def missing(names: Sequence[str]) -> str | None:
+    """Why one of the methods cannot be built from what is installed, or None. For a parser to ask."""
+    if "riemannian" in names:
+        try:
+            from peft.optimizers import create_riemannian_optimizer  # noqa: F401
+        except ImportError as error:
+            return f"--methods: riemannian needs a PEFT with create_riemannian_optimizer ({error})"
+    return None
 
 
 def unserved(backend: str | None, device: torch.device) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -32,8 +33,13 @@ def layers(name: str) -> list[tuple[int, int]]:
     raise ValueError(f"shapes: expected one of {', '.join(NAMES)}, got {name!r}.")
 
 
+def size(layers: Sequence[tuple[int, int]], rank: int) -> int:
+    """How many parameters the LoRA factors of `layers` have."""
+    return rank * sum(n_in + n_out for n_in, n_out in layers)
+
+
 def random_pairs(
-    name: str,
+    layers: Sequence[tuple[int, int]],
     rank: int,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -46,7 +52,7 @@ def random_pairs(
     """
     generator = torch.Generator().manual_seed(seed)
     pairs = []
-    for n_in, n_out in layers(name):
+    for n_in, n_out in layers:
         A = (2 * torch.rand(rank, n_in, generator=generator) - 1) / math.sqrt(n_in)
         B = torch.randn(n_out, rank, generator=generator) * torch.logspace(0, -math.log10(condition), rank)
         basis = torch.linalg.qr(torch.randn(rank, rank, generator=generator)).Q

@@ -114,7 +114,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     unknown = [name for name in options.methods if name not in methods.LABELS]
     if unknown:
         parser.error(f"--methods: expected some of {', '.join(methods.LABELS)}, got {', '.join(unknown)}")
-    reason = methods.unserved(options.backend, options.device)
+    reason = methods.unserved(options.backend, options.device) or methods.missing(options.methods)
     if reason:
         parser.error(reason)
     for name, least in (("rank", 1), ("batch", 1), ("length", 3), ("warmup", 0)):

@@ -1,6 +1,7 @@
 // The AdamW update of one side (torch.optim.AdamW's arithmetic), fused with what is applied to its gradient.
 #pragma once
 #include "apply.h"
+#include "weights.h"
 
 namespace reflora {
 namespace REFLORA_ISA {
@@ -22,17 +23,10 @@ INLINE Update<T> make_update(const double* h, double count, double grad, double 
             T(1 / root(bias2)), T(h[EPS]), T(h[LR] / bias1), h[AMSGRAD] != 0};
 }
 
-// what the arithmetic of a plain step cannot take out of the range of float32 and float64 needs no check
-template <bool PLAIN_STEP, class S, class T>
-INLINE void put(T x, S* out) {
-    if (PLAIN_STEP && sizeof(S) >= 4) narrow(x, out);
-    else narrow_saturated(x, out);
-}
-
 // PLAIN_STEP: contiguous, no amsgrad, moments stay in their units
-template <bool PLAIN_STEP, class T, class S>
-INLINE void update_run(const Update<T>& u, const T* RESTRICT g, int64_t inc, S* RESTRICT p, S* RESTRICT m, S* RESTRICT v,
-                       S* RESTRICT x, int64_t stride, int64_t n) {
+template <bool PLAIN_STEP, class T, class S, class Q, class Weights>
+INLINE void update_run(const Update<T>& u, const T* RESTRICT g, int64_t inc, S* RESTRICT p, Q* RESTRICT m, Q* RESTRICT v,
+                       Q* RESTRICT x, const Weights weights, int64_t stride, int64_t n) {
     const T top = sizeof(T) == 8 ? T(1e153) : T(1e18);  // its square stays in range too
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
@@ -51,35 +45,44 @@ INLINE void update_run(const Update<T>& u, const T* RESTRICT g, int64_t inc, S* 
         }
         // eps = 0 and no gradient yet: 0 / 0 is no step. A select on the divisor keeps the loop in vectors
         const T divisor = root(second) * u.correction2 + u.eps + (first == 0 ? T(1) : T(0));
-        put<PLAIN_STEP>(T(widen(p[o])) * u.param * u.decay - u.step_size * first / divisor, p + o);
+        const T value = weights.template read<T>(p, o) * u.param * u.decay - u.step_size * first / divisor;
+        weights.template write<PLAIN_STEP>(value, p, o, i);
     }
 }
 
-template <class T, class S>
-INLINE void update_strided(const Update<T>& u, const T* g, int64_t inc, S* p, S* m, S* v, S* x, int64_t stride, int64_t n) {
-    if (inc == 1 && stride == 1 && !u.amsgrad && u.first == 1) return update_run<true>(u, g, 1, p, m, v, x, 1, n);
-    update_run<false>(u, g, inc, p, m, v, x, stride, n);
+template <class T, class S, class Q, class Weights>
+INLINE void update_strided(const Update<T>& u, const T* g, int64_t inc, S* p, Q* m, Q* v, Q* x, const Weights& weights,
+                           int64_t stride, int64_t n) {
+    if (inc == 1 && stride == 1 && !u.amsgrad && u.first == 1)
+        return update_run<true>(u, g, 1, p, m, v, x, weights, 1, n);
+    update_run<false>(u, g, inc, p, m, v, x, weights, stride, n);
 }
 
-// Preconditions the gradient by M (null: I) and updates parameter and moments block by block.
-template <class T, class S>
-static void update_side(const int64_t* row, int side, const T* m, const T* mt, int64_t ldm, const Update<T>& u, T* in, T* out) {
+// Preconditions the gradient by M (null: I) and updates parameter and moments (stored as Q) block by block. CARRY is
+// known at compile time: the loops of a step that carries nothing would lose registers to it.
+template <bool CARRY, class Q, class T, class S, class Weights>
+static void update_side(const int64_t* row, int side, const T* m, const T* mt, int64_t ldm, const Update<T>& u,
+                        const Weights& weights, Carry* carry, T* in, T* out) {
     const Factor<S> p = factor<S>(row, side, P), g = factor<S>(row, side, G);
-    S *first = reinterpret_cast<S*>(row[side + M]), *second = reinterpret_cast<S*>(row[side + V]);
-    S* top = reinterpret_cast<S*>(row[side + X]);
+    Q *first = reinterpret_cast<Q*>(row[side + M]), *second = reinterpret_cast<Q*>(row[side + V]);
+    Q* top = reinterpret_cast<Q*>(row[side + X]);
     for_blocks<T, S>(g, m, mt, ldm, in, out, [&](const T* values, int64_t li, int64_t lk, int64_t k0, int64_t count) {
         const bool along_r = p.transposed();
         if (along_r && p.sn == p.r && li == 1 && lk == p.r) {  // the whole block is one run
             const int64_t o = k0 * p.sn;
-            return update_strided(u, values, 1, p.p + o, first + o, second + o, top + o, 1, count * p.r);
+            const Weights own = weights.run(o, k0 * p.r, 1);
+            update_strided(u, values, 1, p.p + o, first + o, second + o, top + o, own, 1, count * p.r);
+        } else {
+            const int64_t outer = along_r ? count : p.r, inner = along_r ? p.r : count;
+            const int64_t lo = along_r ? lk : li, lin = along_r ? li : lk;
+            const int64_t so = along_r ? p.sn : p.sr, si = along_r ? p.sr : p.sn;
+            for (int64_t i = 0; i < outer; ++i) {
+                const int64_t o = k0 * p.sn + i * so;
+                const Weights own = weights.run(o, k0 * p.r + i * (along_r ? p.r : 1), along_r ? 1 : p.r);
+                update_strided(u, values + i * lo, lin, p.p + o, first + o, second + o, top + o, own, si, inner);
+            }
         }
-        const int64_t outer = along_r ? count : p.r, inner = along_r ? p.r : count;
-        const int64_t lo = along_r ? lk : li, lin = along_r ? li : lk;
-        const int64_t so = along_r ? p.sn : p.sr, si = along_r ? p.sr : p.sn;
-        for (int64_t i = 0; i < outer; ++i) {
-            const int64_t o = k0 * p.sn + i * so;
-            update_strided(u, values + i * lo, lin, p.p + o, first + o, second + o, top + o, si, inner);
-        }
+        if constexpr (CARRY) carry->add(p, k0, count);
     });
 }
 

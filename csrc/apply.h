@@ -130,23 +130,37 @@ static void apply_in_place(const Factor<S>& f, const T* m, const T* mt, int64_t 
     });
 }
 
-// f := factor * f
-template <class S>
-static void scale_in_place(const Factor<S>& f, double factor) {
-    using T = decltype(widen(S{}));
-    const T by = T(factor);
+// each(offset) for every element; runs of stride 1 are loops of their own, so that they come out in vectors
+template <class S, class Each>
+INLINE void for_elements(const Factor<S>& f, Each each) {
     if (f.dense()) {
-        for (int64_t i = 0; i < f.r * f.n; ++i) narrow_saturated(widen(f.p[i]) * by, f.p + i);
+        for (int64_t i = 0; i < f.r * f.n; ++i) each(i);
         return;
     }
     const bool along_r = f.transposed();
     const int64_t outer = along_r ? f.n : f.r, inner = along_r ? f.r : f.n;
     const int64_t so = along_r ? f.sn : f.sr, si = along_r ? f.sr : f.sn;
     for (int64_t o = 0; o < outer; ++o) {
-        S* p = f.p + o * so;
-        if (si == 1) for (int64_t i = 0; i < inner; ++i) narrow_saturated(widen(p[i]) * by, p + i);
-        else for (int64_t i = 0; i < inner; ++i) narrow_saturated(widen(p[i * si]) * by, p + i * si);
+        if (si == 1) for (int64_t i = 0; i < inner; ++i) each(o * so + i);
+        else for (int64_t i = 0; i < inner; ++i) each(o * so + i * si);
     }
+}
+
+// f := factor * f
+template <class S>
+static void scale_in_place(const Factor<S>& f, double factor) {
+    const auto by = decltype(widen(S{}))(factor);
+    for_elements(f, [&](int64_t o) { narrow_saturated(widen(f.p[o]) * by, f.p + o); });
+}
+
+// w := factor * w for the master weights w of f, and f := w
+template <class S>
+static void scale_master(const Factor<S>& f, float* w, double factor) {
+    const float by = float(factor);
+    for_elements(f, [&](int64_t o) {
+        w[o] = saturated(w[o] * by, float(Storage<S>::max));
+        narrow(w[o], f.p + o);
+    });
 }
 
 }  // namespace REFLORA_ISA

@@ -31,8 +31,8 @@ struct Dense {
     }
 
     // C += P^T P over `count` rows of P [count, rp], at least the upper triangle. Eight rows at a time keep enough sums in
-    // flight to hide the latency of one
-    void gram_add(const T* P, int64_t count, T* C) const {
+    // flight to hide the latency of one; inlined into its callers they would not stay in registers
+    __attribute__((noinline)) void gram_add(const T* P, int64_t count, T* C) const {
         for (int64_t i0 = 0; i0 < r; i0 += 8) {
             int64_t j0 = i0;
             for (; j0 + 3 * W <= rp; j0 += 3 * W) gram_block<8, 3>(P, count, rp, i0, j0, C);

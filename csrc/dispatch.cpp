@@ -93,12 +93,21 @@ void parallel(int64_t count, size_t bytes, int threads, const Body& body) {
 
 std::string instruction_set() { return chosen().name; }
 
+int64_t kept_doubles(const int64_t* table, int64_t rows) {
+    int64_t total = 0;
+    for (int64_t i = 0; i < rows; ++i) total += chosen().kernels->kept_doubles(table[i * COLUMNS + R]);
+    return total;
+}
+
 void run_rows(const int64_t* table, int64_t rows, double* results, const Job& job, int threads) {
     const Kernels& k = *chosen().kernels;
     int64_t top = 1;
     for (int64_t i = 0; i < rows; ++i) top = table[i * COLUMNS + R] > top ? table[i * COLUMNS + R] : top;
+    std::vector<double*> kept(size_t(rows), nullptr);
+    double* next = job.kept;
+    for (int64_t i = 0; next && i < rows; ++i) kept[size_t(i)] = next, next += k.kept_doubles(table[i * COLUMNS + R]);
     parallel(rows, k.work_bytes(top), threads, [&](int64_t i, void* work) {
-        k.row(table + i * COLUMNS, results + i * RESULTS, job, work);
+        k.row(table + i * COLUMNS, results + i * RESULTS, kept[size_t(i)], job, work);
     });
 }
 

@@ -6,6 +6,9 @@
 
 namespace reflora {
 
+// how many doubles job.kept takes
+int64_t kept_doubles(const int64_t* table, int64_t rows);
+
 void run_rows(const int64_t* table, int64_t rows, double* results, const Job& job, int threads);
 
 // batch of contiguous n x n matrices; y and out2 may be null where `f` does not use them

@@ -92,31 +92,64 @@ static double factor_norm(const Factor<S>& f) {
     return root(sum) / scale;
 }
 
-template <class S>
-static void gram(const Dense& d, const Factor<S>& f, double* panel, Gram& out) {
-    double scale = 1;
+// from the sums over all blocks in out.unit, of a factor of n columns times `scale`
+INLINE void finish_gram(const Dense& d, int64_t n, double scale, Gram& out) {
     out.kappa = __builtin_inf();
-    for (int64_t i = 0; i < d.rp * d.rp; ++i) out.unit[i] = 0;
-    if (sizeof(S) == 8) {  // products of narrower types are exact in double and cannot leave its range
-        out.norm = largest(f);
-        if (!(out.norm > 0) || out.norm > Storage<S>::max) return;
-        scale = power_of_two(-exponent_of(out.norm < 1e-300 ? 1e-300 : out.norm));
-    }
-    for (int64_t k = 0; k < f.n; k += CHUNK) {
-        const int64_t count = least(CHUNK, f.n - k);
-        pack(f, k, count, d.rp, scale, panel);
-        d.gram_add(panel, count, out.unit);
-    }
     d.mirror(out.unit);
     double trace = 0;
     for (int64_t i = 0; i < d.r; ++i) trace += out.unit[i * d.rp + i];
     out.norm = root(trace) / scale;
     if (!(trace > 0) || !(trace < d.huge)) return;
     for (int64_t i = 0; i < d.r * d.rp; ++i) out.unit[i] /= trace, out.U[i] = out.unit[i];
-    if (f.n < f.r) return;
+    if (n < d.r) return;
     if (d.cholesky(out.U, out.E)) out.kappa = d.norm(out.U) * d.norm(out.E);
     if (out.kappa != out.kappa) out.kappa = __builtin_inf();
 }
+
+template <class S>
+static void gram(const Dense& d, const Factor<S>& f, double* panel, Gram& out) {
+    double scale = 1;
+    for (int64_t i = 0; i < d.rp * d.rp; ++i) out.unit[i] = 0;
+    if (sizeof(S) == 8) {  // products of narrower types are exact in double and cannot leave its range
+        const double top = largest(f);
+        out.norm = top, out.kappa = __builtin_inf();
+        if (!(top > 0) || top > Storage<S>::max) return;
+        scale = power_of_two(-exponent_of(top < 1e-300 ? 1e-300 : top));
+    }
+    for (int64_t k = 0; k < f.n; k += CHUNK) {
+        const int64_t count = least(CHUNK, f.n - k);
+        pack(f, k, count, d.rp, scale, panel);
+        d.gram_add(panel, count, out.unit);
+    }
+    finish_gram(d, f.n, scale, out);
+}
+
+// Whether products and sums of these values and of the same values over the power of two of the largest have the same
+// digits: then nothing is rounded at the ends of double's range.
+INLINE bool free_to_scale(const double* x, int64_t n) {
+    const double low = power_of_two(-200), high = power_of_two(200);
+    int64_t outside = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        const double a = magnitude(x[i]);
+        outside |= int64_t(!((a >= low && a <= high) || a == 0));
+    }
+    return outside == 0;
+}
+
+// The sums of gram(), block by block in its order, while the blocks of a new factor are in cache. float64 goes unscaled,
+// its largest element is not known yet: `exact` says that the Gram over its trace will come out the same.
+struct Carry {
+    const Dense& d;
+    double *panel, *sums;
+    bool exact = true;
+
+    template <class S>
+    void add(const Factor<S>& f, int64_t k, int64_t count) {
+        pack(f, k, count, d.rp, 1, panel);
+        if (sizeof(S) == 8) exact = free_to_scale(panel, count * d.rp) && exact;
+        d.gram_add(panel, count, sums);
+    }
+};
 
 // ||Ga - Gb||_F / ||Ga||_F of the Grams themselves, from those over their traces
 static double balance(const Dense& d, const Gram& a, const Gram& b) {

@@ -29,6 +29,9 @@ template <> struct Storage<double> { static constexpr double max = 1.79769313486
 template <> struct Storage<bf16> { static constexpr double max = 3.3895313892515355e38; };
 template <> struct Storage<f16> { static constexpr double max = 65504; };
 
+template <class S> constexpr bool is_bf16 = false;
+template <> constexpr bool is_bf16<bf16> = true;
+
 INLINE void narrow(float x, float* out) { *out = x; }
 INLINE void narrow(double x, double* out) { *out = x; }
 INLINE void narrow(double x, float* out) { *out = float(x); }

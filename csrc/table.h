@@ -5,11 +5,11 @@
 
 namespace reflora {
 
-// one side of a row: element (i, k), i < r, at P + i * SR + k * SN; M, V, X share the strides of P
-enum Side { P, P_SR, P_SN, G, G_SR, G_SN, M, V, X, STEP, HYPER, N, SIDE };
-enum Row { R = 2 * SIDE, DTYPE, ACTIVE, PHASE, SAVED, COLUMNS = 32 };
+// one side of a row: element (i, k), i < r, at P + i * SR + k * SN; M, V, X (of type STATE) and W share the strides of P
+enum Side { P, P_SR, P_SN, G, G_SR, G_SN, M, V, X, W, STEP, HYPER, N, SIDE };
+enum Row { R = 2 * SIDE, DTYPE, STATE, ACTIVE, PHASE, COUNT, SAVED, KEPT, TAG, COLUMNS = 40 };
 enum Result { STATUS, KAPPA_A, KAPPA_B, BALANCE, SCALE, NORM_A, NORM_B, RESULTS = 8 };
-enum Hyper { LR, BETA1, BETA2, EPS, WEIGHT_DECAY, AMSGRAD, MAXIMIZE, HYPERS = 8 };
+enum Hyper { LR, BETA1, BETA2, EPS, WEIGHT_DECAY, AMSGRAD, MAXIMIZE, LR_AT, LR_DTYPE, HYPERS = 10 };
 
 enum DType { F32, F64, BF16, F16 };
 enum Status { REFACTORED, DEGENERATE, SKIPPED, PLAIN };
@@ -22,17 +22,20 @@ struct Job {
     bool scalar;
     double kappa_max;
     // AdamW only
-    Source source;
-    bool keep, scalar_before, scalar_after;
+    int64_t warmup_steps, interval;
     const double* hypers;
     double grad_scale;
+    bool check, found_inf, stochastic;
+    uint64_t seed;
+    double* kept;  // Grams of the factors as the last step left them, kept_doubles(r) a row; null: not carried
 };
 
 // Every instruction set has its own copy of these, chosen once by dispatch.cpp.
 struct Kernels {
-    // one table row; work holds work_bytes(r) bytes, 64-byte aligned
-    void (*row)(const int64_t* row, double* result, const Job& job, void* work);
+    // one table row; kept: its own part of job.kept; work holds work_bytes(r) bytes, 64-byte aligned
+    void (*row)(const int64_t* row, double* result, double* kept, const Job& job, void* work);
     size_t (*work_bytes)(int64_t r);
+    int64_t (*kept_doubles)(int64_t r);
     // one n x n matrix in, one or two out, in double; work holds work_bytes(n) bytes
     void (*matrix)(Function f, const double* x, const double* y, double* out, double* out2, int64_t n, void* work);
 };

@@ -8,6 +8,7 @@ namespace reflora {
 namespace REFLORA_ISA {
 
 #define INLINE static inline __attribute__((always_inline))
+#define MEMBER inline __attribute__((always_inline))
 #define RESTRICT __restrict__
 
 template <class T, int BYTES = 64>

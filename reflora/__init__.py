@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "LoRAPair": "contract",
-    "Diagnostics": "functional",
+    "Diagnostics": "diagnostics",
     "precondition_": "functional",
     "refactor_": "functional",
     "RefLoRAAdamW": "optim.adamw",
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from . import linalg as linalg
     from . import reference as reference
     from .contract import LoRAPair as LoRAPair
-    from .functional import Diagnostics as Diagnostics
+    from .diagnostics import Diagnostics as Diagnostics
     from .functional import precondition_ as precondition_
     from .functional import refactor_ as refactor_
     from .optim.adamw import RefLoRAAdamW as RefLoRAAdamW

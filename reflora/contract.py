@@ -48,8 +48,8 @@ class LoRAPair:
 
     @property
     def experts(self) -> int:
-        match = re.fullmatch(r"experts\((\d+)\)", self.layout)
-        return int(match[1]) if match else 1
+        number = self.layout.removeprefix("experts(").removesuffix(")")
+        return int(number) if number.isdigit() else 1
 
     @property
     def rank(self) -> int:

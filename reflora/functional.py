@@ -1,4 +1,7 @@
-"""Refactoring and preconditioning over lists of pairs, in place and without autograd, and what they report."""
+"""Refactoring and preconditioning over lists of pairs, in place and without autograd.
+
+Under torch.compile each is one operator, `torch.ops.reflora.refactor_` and `torch.ops.reflora.precondition_`.
+"""
 
 from __future__ import annotations
 
@@ -7,101 +10,12 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from . import plan as col
 from .backends import resolve
-from .contract import (
-    DEGENERATE,
-    PLAIN,
-    REFACTORED,
-    SKIPPED,
-    LoRAPair,
-    PairLike,
-    as_pairs,
-    check_backend,
-    check_precision,
-    fail,
-)  # fmt: skip
-from .plan import Plan, by_device
+from .contract import LoRAPair, PairLike, as_pairs, check_backend, check_precision, fail
+from .diagnostics import Diagnostics, diagnose, row_names
+from .plan import REPORTED, Plan, by_device
 
 Grads = Sequence[tuple[Tensor | None, Tensor | None]]
-
-
-class Diagnostics:
-    """What a step did, layer by layer. Tensors stay on their devices: reading a property synchronises.
-
-    `names[i]` is the layer of entry i; an experts pair has one entry an expert. Inactive layers (no gradient) have
-    status PLAIN (3) and NaN elsewhere.
-    """
-
-    def __init__(self, names: list[str], results: list[Tensor], order: list[int]):
-        self.names = names
-        self._results, self._order = results, order
-
-    def _column(self, column: int) -> Tensor:
-        return torch.cat([r[:, column].cpu() for r in self._results])[self._order] if self._results else torch.empty(0)
-
-    def _count(self, status: int) -> int:
-        return int((self._column(col.STATUS) == status).sum())
-
-    @property
-    def refactored(self) -> int:
-        """Layers that used the S of Theorem 3 (or Theorem 5 for scalar=True)."""
-        return self._count(REFACTORED)
-
-    @property
-    def degenerate(self) -> int:
-        """Layers that used S = c I, or I where a norm is zero."""
-        return self._count(DEGENERATE)
-
-    @property
-    def skipped(self) -> int:
-        """Layers left alone because a factor or a gradient was not finite."""
-        return self._count(SKIPPED)
-
-    @property
-    def inactive(self) -> int:
-        """Layers that took a plain step, or none: no gradient for both factors, or a warm-up step."""
-        return self._count(PLAIN)
-
-    @property
-    def status(self) -> Tensor:
-        """0 refactored, 1 degenerate, 2 skipped, 3 inactive; `[layers]`."""
-        return self._column(col.STATUS).int()
-
-    @property
-    def balance(self) -> Tensor:
-        """`||A A^T - B^T B||_F / ||A A^T||_F` before the step, `[layers]`."""
-        return self._column(col.BALANCE)
-
-    @property
-    def condition_A(self) -> Tensor:
-        """`||L||_F ||L^-1||_F` of the Cholesky factor of `A A^T`, `[layers]`; inf where numerically singular."""
-        return self._column(col.KAPPA_A)
-
-    @property
-    def condition_B(self) -> Tensor:
-        """The same of `B^T B`."""
-        return self._column(col.KAPPA_B)
-
-    @property
-    def scale(self) -> Tensor:
-        """`||B||_F / ||A||_F`, `[layers]`."""
-        return self._column(col.SCALE)
-
-    @property
-    def worst_balance(self) -> float:
-        return _worst(self.balance)
-
-    @property
-    def worst_condition(self) -> float:
-        return _worst(torch.maximum(self.condition_A, self.condition_B))
-
-    def __repr__(self) -> str:
-        return (
-            f"Diagnostics(refactored={self.refactored}, degenerate={self.degenerate}, skipped={self.skipped}, "
-            f"inactive={self.inactive}, worst_balance={self.worst_balance:.2e}, "
-            f"worst_condition={self.worst_condition:.2e})"
-        )
 
 
 def refactor_(
@@ -113,6 +27,11 @@ def refactor_(
     scalar refactoring, pairs with a zero or non-finite factor are left alone. Optimizer state is not moved: inside
     training use RefLoRAAdamW. Raises as `reflora.contract.as_pairs` and `reflora.backends.resolve`. Paper, section 3.
     """
+    if torch.compiler.is_compiling():
+        named, factors, layouts = _flat(pairs)
+        with torch.no_grad():
+            results = torch.ops.reflora.refactor_(factors, layouts, scalar, backend or "", precision)
+        return Diagnostics(row_names(named), [results], list(range(len(row_names(named)))))
     check_backend(backend)
     check_precision(precision)
     checked = as_pairs(pairs)
@@ -139,6 +58,14 @@ def precondition_(
     (S = I where a norm is zero). Products past the storage range saturate. scalar=True uses `s I` throughout.
     Raises as `refactor_`, and ValueError for gradients that do not match. Paper, section 3.3.
     """
+    if torch.compiler.is_compiling():
+        named, factors, layouts = _flat(pairs)
+        sides = [(pair.A.grad, pair.B.grad) for pair in named] if grads is None else list(grads)
+        both = [index for index, (a, b) in enumerate(sides) if a is not None and b is not None]
+        flat = [g for index in both for g in sides[index]]
+        with torch.no_grad():
+            results = torch.ops.reflora.precondition_(factors, flat, both, layouts, scalar, backend or "", precision)
+        return Diagnostics(row_names(named), [results], list(range(len(row_names(named)))))
     check_backend(backend)
     check_precision(precision)
     checked = as_pairs(pairs)
@@ -177,25 +104,56 @@ def over_devices(pairs: list[LoRAPair], run: Callable[[Plan], Tensor]) -> Diagno
     return diagnose(pairs, list(groups.values()), plans, [run(plan) for plan in plans])
 
 
-def diagnose(
-    pairs: Sequence[LoRAPair], indices: list[list[int]], plans: list[Plan], results: list[Tensor]
-) -> Diagnostics:
-    """Results of several plans, whose pairs are `pairs[indices]`, as one Diagnostics in the order of `pairs`."""
-    keys = [(indices[k][row.pair], row.expert) for k, plan in enumerate(plans) for row in plan.rows]
-    order = sorted(range(len(keys)), key=keys.__getitem__)
-    names = []
-    for position in order:
-        index, expert = keys[position]
-        pair = pairs[index]
-        names.append(f"{pair.name}[{expert}]" if pair.layout.startswith("experts") else pair.name)
-    return Diagnostics(names, results, order)
-
-
 def mark_written(tensors: Sequence[Tensor]) -> None:
     """Writes through raw pointers bypass autograd's version counters."""
     torch.autograd.graph.increment_version(tensors)
 
 
-def _worst(values: Tensor) -> float:
-    values = values[~values.isnan()]
-    return float(values.max()) if len(values) else float("nan")
+def _flat(pairs: Iterable[PairLike]) -> tuple[list[LoRAPair], list[Tensor], str]:
+    """(pairs, A and B in turns, layouts) as an operator takes them, which does the checking."""
+    named = [p if isinstance(p, LoRAPair) else LoRAPair(f"pair {i}", *p) for i, p in enumerate(pairs)]
+    return named, [t for pair in named for t in (pair.A, pair.B)], ";".join([pair.layout for pair in named])
+
+
+def _unflat(factors: list[Tensor], layouts: str) -> list[LoRAPair]:
+    sides = zip(factors[::2], factors[1::2], layouts.split(";"))
+    return [LoRAPair(f"pair {i}", A, B, layout) for i, (A, B, layout) in enumerate(sides)]
+
+
+def _ordered(found: Diagnostics, device: torch.device) -> Tensor:
+    """Results in the order of the pairs, on one device; a table of their own, which an operator must return."""
+    tables = [table[:, :REPORTED].to(device) for table in found.tables]
+    return tables[0].contiguous() if len(tables) == 1 else torch.cat(tables)[found.order]
+
+
+@torch.library.custom_op("reflora::refactor_", mutates_args=("factors",))
+def _refactor_op(factors: list[Tensor], layouts: str, scalar: bool, backend: str, precision: str) -> Tensor:
+    """factors: A and B of each pair in turns. Returns float64 `[rows, REPORTED]` (reflora/plan.py)."""
+    found = refactor_(_unflat(factors, layouts), scalar, backend or None, precision)
+    return _ordered(found, factors[0].device)
+
+
+@torch.library.custom_op("reflora::precondition_", mutates_args=("grads",))
+def _precondition_op(
+    factors: list[Tensor],
+    grads: list[Tensor],
+    both: list[int],
+    layouts: str,
+    scalar: bool,
+    backend: str,
+    precision: str,
+) -> Tensor:
+    """grads: of A and B in turns, of the pairs numbered `both`. Returns as `reflora::refactor_`."""
+    pairs = _unflat(factors, layouts)
+    given: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(pairs)
+    for place, index in enumerate(both):
+        given[index] = (grads[2 * place], grads[2 * place + 1])
+    return _ordered(precondition_(pairs, given, scalar, backend or None, precision), factors[0].device)
+
+
+@_refactor_op.register_fake
+@_precondition_op.register_fake
+def _(factors: list[Tensor], *args: object) -> Tensor:
+    layouts = next(arg for arg in args if isinstance(arg, str))
+    rows = sum(pair.experts for pair in _unflat(factors, layouts))
+    return factors[0].new_empty(rows, REPORTED, dtype=torch.float64)

@@ -9,27 +9,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 from .contract import RANK_CLASSES, STORAGE_DTYPES, LoRAPair, fail
 
-# columns of one side; strides in elements. M, V, X (exp_avg, exp_avg_sq, max_exp_avg_sq) share the strides of P.
-P, P_SR, P_SN, G, G_SR, G_SN, M, V, X, STEP, HYPER, N = range(12)
-SIDE = 12
+# columns of one side; strides in elements. M, V, X (exp_avg, exp_avg_sq, max_exp_avg_sq, of storage type STATE) and W
+# (float32 master weights, 0 where there are none) share the strides of P.
+P, P_SR, P_SN, G, G_SR, G_SN, M, V, X, W, STEP, HYPER, N = range(13)
+SIDE = 13
 A_SIDE, B_SIDE = 0, SIDE
-# columns of the row; PHASE and SAVED are pointers, 0 where unused
-R, DTYPE, ACTIVE, PHASE, SAVED = range(2 * SIDE, 2 * SIDE + 5)
-COLUMNS = 32
+# columns of the row; PHASE, COUNT and SAVED are pointers, 0 where unused. KEPT: 1 where nobody has written the factors
+# since the last step. TAG: the row's number among all of the optimizer's, whatever the device
+R, DTYPE, STATE, ACTIVE, PHASE, COUNT, SAVED, KEPT, TAG = range(2 * SIDE, 2 * SIDE + 9)
+COLUMNS = 40
 
 # columns of the float64 result table, one row a table row
 STATUS, KAPPA_A, KAPPA_B, BALANCE, SCALE, NORM_A, NORM_B = range(7)
-RESULTS = 8
+RESULTS, REPORTED = 8, 7
 
 # columns of the float64 hyperparameter table, one row a parameter group
-LR, BETA1, BETA2, EPS, WEIGHT_DECAY, AMSGRAD, MAXIMIZE = range(7)
-HYPERS = 8
+# LR_AT: address of a tensor on the device to read the learning rate from in place of LR, 0: none; LR_DTYPE: its type
+LR, BETA1, BETA2, EPS, WEIGHT_DECAY, AMSGRAD, MAXIMIZE, LR_AT, LR_DTYPE = range(9)
+HYPERS = 10
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,14 @@ class Plan:
     """The rows of pairs that share a device, as an int64 table on the CPU, `[rows, COLUMNS]`.
 
     What a column points at is also kept as tensors, one a pair, in `tensors[side + column]` and
-    `pair_tensors[column]`, for the backend that works on tensors.
+    `pair_tensors[column]`, for the backend that works on tensors. `memory` is what a backend keeps between calls; it is
+    emptied when a factor has moved.
     """
 
     def __init__(self, pairs: Sequence[LoRAPair]):
         self.pairs = list(pairs)
         self.device = self.pairs[0].A.device
+        self.factors = [t for pair in self.pairs for t in (pair.A, pair.B)]
         self.rebuild()
 
     def rebuild(self) -> None:
@@ -68,21 +74,26 @@ class Plan:
             entries.append([*a, *b, row.A.shape[0], STORAGE_DTYPES.index(row.A.dtype), 1])
         columns = [A_SIDE + P, A_SIDE + P_SR, A_SIDE + P_SN, A_SIDE + N, B_SIDE + P, B_SIDE + P_SR, B_SIDE + P_SN]
         self.table[:, columns + [B_SIDE + N, R, DTYPE, ACTIVE]] = torch.tensor(entries, dtype=torch.int64)
+        self.table[:, STATE] = self.table[:, DTYPE]
+        self.table[:, TAG] = torch.arange(len(self.rows))
+        self.memory: dict[str, object] = {}
         self.tensors: dict[int, list[Tensor]] = {}
         self.pair_tensors: dict[int, list[Tensor]] = {}
         self._seen = self._where()
         self._pair_of_row = torch.tensor([row.pair for row in self.rows])
         self._expert_of_row = torch.tensor([row.expert for row in self.rows])
-        factors = [[pair.A for pair in self.pairs], [pair.B for pair in self.pairs]]
-        self._strides = [[t.stride() for t in side] for side in factors]
-        self._offsets = {side: self._from_base(side, t) for side, t in zip((A_SIDE, B_SIDE), factors)}
+        sides = {A_SIDE: self.factors[::2], B_SIDE: self.factors[1::2]}
+        self._strides = {side: list(map(Tensor.stride, factors)) for side, factors in sides.items()}
+        self._sizes = {side: _sizes(factors)[self._pair_of_row] for side, factors in sides.items()}
+        self._offsets = {side: self._from_base(side, factors) for side, factors in sides.items()}
 
     def moved(self) -> bool:
         """Whether a factor is not where, or not what, the table says: `.data` may have been replaced."""
         return self._where() != self._seen
 
-    def _where(self) -> list[tuple[int, torch.dtype, torch.Size, tuple[int, ...]]]:
-        return [(t.data_ptr(), t.dtype, t.shape, t.stride()) for pair in self.pairs for t in (pair.A, pair.B)]
+    def _where(self) -> list[list[object]]:
+        read = (Tensor.data_ptr, Tensor.stride, Tensor.size, attrgetter("dtype"))
+        return [list(map(function, self.factors)) for function in read]
 
     def classes(self) -> dict[int, list[int]]:
         """Row numbers by rank class: 16, 32, 64, 128, and 0 for r > 128."""
@@ -94,20 +105,18 @@ class Plan:
 
     def bind_grads(self, grads: Sequence[tuple[Tensor | None, Tensor | None]]) -> None:
         """Point at this step's gradients, one `(gA, gB)` a pair; a pair without both is inactive."""
-        active: list[bool] = []
-        sides: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for (grad_a, grad_b), pair in zip(grads, self.pairs):
-            both = grad_a is not None and grad_b is not None
-            active.append(both)
-            sides[0].append(grad_a if both and grad_a is not None else pair.A)
-            sides[1].append(grad_b if both and grad_b is not None else pair.B)
-        self.table[:, ACTIVE] = torch.tensor(active, dtype=torch.int64)[self._pair_of_row]
-        for side, tensors, strides in zip((A_SIDE, B_SIDE), sides, self._strides):
-            self.bind(side, G, tensors)
+        active = [a is not None and b is not None for a, b in grads]
+        self.set(ACTIVE, active)
+        for side, number in ((A_SIDE, 0), (B_SIDE, 1)):
+            given = zip(grads, active, self.factors[number::2])
+            tensors: list[Tensor] = [sides[number] if both else factor for sides, both, factor in given]  # type: ignore[misc]
+            self._bind(side, G, tensors, self._sizes[side])
             self.table[:, side + G_SR : side + G_SN + 1] = self.table[:, side + P_SR : side + P_SN + 1]
-            for number, tensor in enumerate(tensors):
-                if tensor.stride() != strides[number]:
-                    self._bind_strided(side, number, tensor)
+            strides = list(map(Tensor.stride, tensors))
+            if strides != self._strides[side]:
+                for index, tensor in enumerate(tensors):
+                    if strides[index] != self._strides[side][index]:
+                        self._bind_strided(side, index, tensor)
 
     def release_grads(self) -> None:
         """Let go of the gradients, which would otherwise outlive zero_grad."""
@@ -115,21 +124,41 @@ class Plan:
             self.tensors.pop(side + G, None)
 
     def bind(self, side: int, column: int, tensors: Sequence[Tensor]) -> None:
-        """Point `column` at one tensor a pair that is laid out like the factor itself."""
+        """Point `column` at one tensor a pair that is laid out like the factor itself, of any type."""
+        self._bind(side, column, tensors, _sizes(tensors)[self._pair_of_row])
+
+    def _bind(self, side: int, column: int, tensors: Sequence[Tensor], sizes: Tensor) -> None:
         self.tensors[side + column] = list(tensors)
-        base = torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64)
-        self.table[:, side + column] = base[self._pair_of_row] + self._offsets[side]
+        self.table[:, side + column] = _pointers(tensors)[self._pair_of_row] + self._offsets[side] * sizes
+
+    def bind_some(self, side: int, column: int, tensors: Sequence[Tensor | None]) -> None:
+        """As `bind`; 0 for a pair that has none."""
+        if any(t is not None for t in tensors):
+            factors = self.factors[0 if side == A_SIDE else 1 :: 2]
+            self.bind(side, column, [factor if t is None else t for t, factor in zip(tensors, factors)])
+            self.table[:, side + column] *= torch.tensor([t is not None for t in tensors])[self._pair_of_row]
+        else:
+            self.tensors.pop(side + column, None)
+            self.table[:, side + column] = 0
 
     def bind_once(self, column: int, tensors: Sequence[Tensor]) -> None:
         """Point `column` at one contiguous tensor a pair, `[E, ...]` with an entry an expert, or a scalar."""
         self.pair_tensors[column] = list(tensors)
-        base = torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64)
         stride = torch.tensor([t.stride(0) * t.element_size() if t.dim() else 0 for t in tensors])
-        self.table[:, column] = base[self._pair_of_row] + stride[self._pair_of_row] * self._expert_of_row
+        self.table[:, column] = _pointers(tensors)[self._pair_of_row] + stride[self._pair_of_row] * self._expert_of_row
 
     def bind_groups(self, side: int, groups: Sequence[int]) -> None:
         """The row of the hyperparameter table that a side of each pair uses."""
-        self.table[:, side + HYPER] = torch.tensor(groups, dtype=torch.int64)[self._pair_of_row]
+        self.set(side + HYPER, groups)
+
+    def set(self, column: int, values: Sequence[int]) -> None:
+        """One number a pair into `column` of all its rows."""
+        self.table[:, column] = torch.tensor(values, dtype=torch.int64)[self._pair_of_row]
+
+    def tag(self, first: Sequence[int]) -> None:
+        """Number the rows: those of a pair count up from its entry in `first`."""
+        self.set(TAG, first)
+        self.table[:, TAG] += self._expert_of_row
 
     def _bind_strided(self, side: int, number: int, tensor: Tensor) -> None:
         pair = self.pairs[number]
@@ -144,8 +173,8 @@ class Plan:
             self.table[row, [side + G, side + G_SR, side + G_SN]] = torch.tensor([pointer, sr, sn])
 
     def _from_base(self, side: int, factors: list[Tensor]) -> Tensor:
-        base = torch.tensor([t.data_ptr() for t in factors], dtype=torch.int64)
-        return self.table[:, side + P] - base[self._pair_of_row]
+        """Where each row begins in its factor, in elements."""
+        return (self.table[:, side + P] - _pointers(factors)[self._pair_of_row]) // self._sizes[side]
 
 
 def by_device(pairs: Sequence[LoRAPair]) -> dict[torch.device, list[int]]:
@@ -154,6 +183,14 @@ def by_device(pairs: Sequence[LoRAPair]) -> dict[torch.device, list[int]]:
     for index, pair in enumerate(pairs):
         groups.setdefault(pair.A.device, []).append(index)
     return groups
+
+
+def _pointers(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.tensor(list(map(Tensor.data_ptr, tensors)), dtype=torch.int64)
+
+
+def _sizes(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.tensor(list(map(Tensor.element_size, tensors)), dtype=torch.int64)
 
 
 def _side(view: Tensor, transposed: bool) -> tuple[int, int, int, int]:

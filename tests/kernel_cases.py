@@ -9,7 +9,7 @@ from conftest import spectrum_pair
 from reflora import plan as col
 from reflora import reference
 from reflora.backends import FRESH, IDENTITY, SAVED, AdamWStep, triton_backend
-from reflora.contract import DEGENERATE, SKIPPED, LoRAPair
+from reflora.contract import DEGENERATE, SKIPPED, STORAGE_DTYPES, LoRAPair
 from reflora.plan import A_SIDE, B_SIDE, HYPERS, Plan
 
 DOUBLE = torch.float64
@@ -45,8 +45,8 @@ def degenerate_pairs():
 class Fused:
     """Pairs with optimizer state bound to a plan; hypers[0] serves every A, hypers[1] every B."""
 
-    def __init__(self, pairs, hypers, backend=triton_backend):
-        self.pairs, self.backend, self.plan = pairs, backend, Plan(pairs)
+    def __init__(self, pairs, hypers, backend=triton_backend, state_dtype=None, master=False):
+        self.pairs, self.backend, self.plan, self.state_dtype = pairs, backend, Plan(pairs), state_dtype
         self.options = [{**DEFAULTS, **h} for h in hypers]
         self.hypers = torch.zeros(2, HYPERS, dtype=DOUBLE)
         for row, options in zip(self.hypers, self.options):
@@ -54,29 +54,47 @@ class Fused:
         self.state = {}
         for side, factors in ((A_SIDE, [p.A for p in pairs]), (B_SIDE, [p.B for p in pairs])):
             for column in (col.M, col.V, col.X):
-                self.state[side + column] = [torch.zeros_like(f) for f in factors]
+                dtype = self.state_dtype
+                self.state[side + column] = [torch.zeros_like(f, dtype=dtype or f.dtype) for f in factors]
                 self.plan.bind(side, column, self.state[side + column])
             self.state[side + col.STEP] = [torch.zeros(p.experts, device=p.A.device) for p in pairs]
             self.plan.bind_once(side + col.STEP, self.state[side + col.STEP])
             self.plan.bind_groups(side, [side // col.SIDE] * len(pairs))
-        self.state[col.PHASE] = [torch.zeros(p.experts, device=p.A.device) for p in pairs]
+            if master:
+                self.state[side + col.W] = [f.float() for f in factors]
+                self.plan.bind(side, col.W, self.state[side + col.W])
+        if state_dtype:
+            self.plan.set(col.STATE, [STORAGE_DTYPES.index(state_dtype)] * len(pairs))
+        for column in (col.PHASE, col.COUNT):
+            self.state[column] = [torch.zeros(p.experts, device=p.A.device) for p in pairs]
         self.state[col.SAVED] = [
-            torch.full((p.experts, 2, p.rank, p.rank), torch.nan, device=p.A.device).to(
+            torch.zeros(p.experts, 2, p.rank, p.rank, device=p.A.device).to(
                 DOUBLE if p.A.dtype == DOUBLE else torch.float32
             ) for p in pairs
         ]  # fmt: skip
-        for column in (col.PHASE, col.SAVED):
+        for column in (col.PHASE, col.COUNT, col.SAVED):
             self.plan.bind_once(column, self.state[column])
 
-    def step(self, grads, source, keep=False, scalar_before=False, scalar_after=False, precision="float64", **amp):
+    def step(self, grads, source, keep=False, scalar_before=False, scalar_after=False, count=None, **options):
+        """A step at a count, and with a schedule, at which every row does what is named."""
         self.plan.bind_grads(grads)
-        step = AdamWStep(self.hypers, source, keep, scalar_before, scalar_after, precision, **amp)
+        scalar = scalar_before or scalar_after
+        late = 1 if source == SAVED or (scalar and not scalar_before) else 0
+        for counts in self.state[col.COUNT]:
+            counts.fill_(late if count is None else count)
+        step = AdamWStep(
+            self.hypers, scalar=scalar, warmup_steps=10**9 if source == IDENTITY and not scalar else 0,
+            interval=10**6 if keep or source == SAVED else 1, **options,
+        )  # fmt: skip
         return self.backend.adamw(self.plan, step)
 
     def snapshot(self):
         """Copies of factors and state (but for the saved S), pair after pair."""
-        columns = [tensors for column, tensors in self.state.items() if column != col.SAVED]
+        columns = [tensors for column, tensors in self.state.items() if column not in (col.SAVED, col.COUNT)]
         return [t.clone() for i, p in enumerate(self.pairs) for t in (p.A, p.B, *(c[i] for c in columns))]
+
+    def counts(self):
+        return [int(c) for counts in self.state[col.COUNT] for c in counts]
 
 
 class Oracle:

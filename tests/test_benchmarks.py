@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import spectrum_pair
 
-from benchmarks import batches, data, finetune_sst2, harness, hub, methods, optimizer_step, shapes, throughput
+from benchmarks import batches, data, finetune_sst2, harness, hub, methods, shapes, throughput
 from benchmarks.baselines import published_reflora
 from reflora import reference
 
@@ -119,7 +119,7 @@ def test_shapes_have_the_published_sizes() -> None:
 
 
 def test_random_pairs_are_leaves_of_the_asked_condition() -> None:
-    for A, B in shapes.random_pairs("minilm", 8, torch.float64, condition=50.0)[:6]:
+    for A, B in shapes.random_pairs(shapes.layers("minilm"), 8, torch.float64, condition=50.0)[:6]:
         assert A.shape[0] == B.shape[1] == 8 and A.is_leaf and B.requires_grad and B.is_contiguous()
         values = torch.linalg.svdvals(B.detach())
         assert 30 < values[0] / values[-1] < 80
@@ -276,15 +276,6 @@ def test_bad_options_get_one_clear_line(arguments: list[str], message: str, caps
 def test_missing_data_file_gets_one_clear_line() -> None:
     with pytest.raises(SystemExit, match="throughput: --data: no file or folder 'absent.jsonl'"):
         throughput.main(["--data", "absent.jsonl", "--device", "cpu"])
-
-
-def test_optimizer_step_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--shapes", "minilm", "--rank", "4", "--rounds", "2", "--warm", "1", "--device", "cpu"]
-    optimizer_step.main([*arguments, "--out", str(tmp_path)])
-    rows = list(csv.DictReader((tmp_path / "optimizer_step_cpu.csv").open()))
-    ratios = {row["method"]: float(row["p50"]) for row in rows if row["unit"] == "ratio"}
-    assert set(ratios) == {methods.LABELS[name] for name in methods.DEFAULT} and ratios["LoRA"] == 1
-    assert "minilm (36 pairs) r=4 alone" in capsys.readouterr().out
 
 
 def test_finetuning_series_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

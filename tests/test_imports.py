@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("reference", "contract", "_C"),
     ("plan",),
+    ("diagnostics",),
     ("kernels",),
     ("backends",),
     ("functional", "linalg"),

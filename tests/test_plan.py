@@ -23,7 +23,7 @@ def enum(name):
     return values
 
 
-@pytest.mark.parametrize("name, size", [("Side", 13), ("Row", 6), ("Result", 8), ("Hyper", 8)])
+@pytest.mark.parametrize("name, size", [("Side", 14), ("Row", 10), ("Result", 8), ("Hyper", 10)])
 def test_header_mirrors_the_columns(name, size):
     values = enum(name)
     assert len(values) == size

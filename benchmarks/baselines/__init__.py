@@ -1,1 +1,1 @@
-"""What reflora is measured against, in plain torch. Nothing in here imports reflora."""
+"""What reflora is measured against, in plain torch or PEFT. Nothing in here imports reflora."""

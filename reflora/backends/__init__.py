@@ -15,7 +15,7 @@ from torch import Tensor
 from ..contract import check_backend, fail
 from ..plan import Plan
 
-# where the S of an AdamW step comes from
+# where the S of an AdamW step comes from: warm-up, computed now, kept from an earlier step
 IDENTITY, FRESH, SAVED = range(3)
 
 
@@ -23,19 +23,31 @@ IDENTITY, FRESH, SAVED = range(3)
 class AdamWStep:
     """What one fused step does, beside what the plan's table points at.
 
-    hypers: float64 `[groups, HYPERS]` on the CPU. source: IDENTITY (warm-up), FRESH (compute S) or SAVED (reuse).
-    keep: store S and S^-1 where the SAVED column points. scalar_before, scalar_after: refactor by the balance scalar
-    (RefLoRA-S) before and after the update. grad_scale, found_inf: float32 scalars on the device, or None.
+    Every row finds from its own counter n (COUNT) where its S comes from: IDENTITY for n < warmup_steps, FRESH every
+    `interval` steps from there on, SAVED in between. scalar: RefLoRA-S, at the same steps.
+
+    hypers: float64 `[groups, HYPERS]` on the CPU. lrs: by group, the tensor on the device behind LR_AT, or None.
+    check: search the gradients for inf and nan and skip a row that has one. carry: keep the Grams of the updated
+    factors for the next step. seed: of stochastic rounding to bfloat16 factors, None for rounding to nearest.
+    grad_scale, found_inf: float32 scalars on the device, or None.
     """
 
     hypers: Tensor
-    source: int
-    keep: bool
-    scalar_before: bool
-    scalar_after: bool
-    precision: str
+    scalar: bool = False
+    warmup_steps: int = 0
+    interval: int = 1
+    precision: str = "float64"
+    check: bool = True
+    carry: bool = False
+    seed: int | None = None
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
+    lrs: tuple[Tensor | None, ...] = ()
+
+    @property
+    def keep(self) -> bool:
+        """Whether S is stored where the SAVED column points."""
+        return self.interval > 1 and not self.scalar
 
 
 class Backend(Protocol):

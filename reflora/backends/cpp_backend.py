@@ -5,6 +5,8 @@ Grams and solve are always float64 here: precision="float32" only lowers the bou
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -42,9 +44,10 @@ def precondition(plan: Plan, scalar: bool, precision: str) -> Tensor:
 
 def adamw(plan: Plan, step: AdamWStep) -> Tensor:
     return _run(
-        plan, step.precision, kind=_ADAMW, scalar=step.scalar_before or step.scalar_after, source=step.source,
-        keep=step.keep, scalar_before=step.scalar_before, scalar_after=step.scalar_after,
+        plan, step.precision, kind=_ADAMW, scalar=step.scalar, warmup_steps=step.warmup_steps, interval=step.interval,
         hypers=step.hypers.data_ptr(), grad_scale=1.0 if step.grad_scale is None else float(step.grad_scale),
+        check=step.check, found_inf=step.found_inf is not None and float(step.found_inf) != 0,
+        seed=None if step.seed is None else step.seed % 2**64, kept=_kept(plan, step.carry and not step.scalar),
     )  # fmt: skip
 
 
@@ -64,6 +67,17 @@ def sqrtm(X: Tensor, precision: str, inverse: bool) -> Tensor:
     out = torch.empty_like(X)
     _matrices(_INVSQRTM if inverse else _SQRTM, X, None, out, None)
     return out
+
+
+def _kept(plan: Plan, carry: bool) -> int:
+    """Address of what a row keeps for the next step: a flag and both Grams, float64. A step without forgets them."""
+    if not carry:
+        plan.memory.pop(NAME, None)
+        return 0
+    if NAME not in plan.memory:
+        size = _C.kept_doubles(table=plan.table.data_ptr(), rows=len(plan.rows))
+        plan.memory[NAME] = torch.zeros(size, dtype=torch.float64)
+    return cast(Tensor, plan.memory[NAME]).data_ptr()
 
 
 def _run(plan: Plan, precision: str, **job: object) -> Tensor:

@@ -107,6 +107,21 @@ def solve(a: Gram, b: Gram, apply: torch.dtype, precision: str) -> Solution:
     )  # fmt: skip
 
 
+def balance(a: Gram, b: Gram, solution: Solution, storage: torch.dtype, apply: torch.dtype) -> Solution:
+    """`solution` with S = s I, `s = ||B||_F / ||A||_F` (RefLoRA-S); degenerate where s is of no use.
+
+    For factors of 16 bits sqrt(s) is a power of two: multiplying them by it rounds nothing.
+    """
+    s = b.norm / a.norm
+    if storage in (torch.bfloat16, torch.float16):
+        s = torch.exp2(2 * (s.log2() / 2).round())
+    useful = (s >= torch.finfo(apply).tiny) & (s <= torch.finfo(apply).max)
+    s = s.where(useful, 1.0)
+    status = torch.full_like(s, REFACTORED).where(useful, DEGENERATE).where(solution.status != SKIPPED, SKIPPED)
+    column, eye = s.view(-1, 1, 1), torch.eye(a.unit.shape[1], dtype=torch.float64, device=s.device)
+    return solution._replace(S=(column * eye).to(apply), S_inv=(eye / column).to(apply), status=status, scale=s)
+
+
 def _frobenius(X: Tensor) -> Tensor:
     return torch.linalg.vector_norm(X, dim=(1, 2), keepdim=True)
 

@@ -52,7 +52,10 @@ def precondition(plan: Plan, scalar: bool, precision: str) -> Tensor:
 
 
 def adamw(plan: Plan, step: AdamWStep) -> Tensor:
-    from ..kernels.adamw import adamw as launch
+    if step.scalar:
+        from ..kernels.adamw_scalar import adamw_scalar as launch
+    else:
+        from ..kernels.adamw import adamw as launch
 
     return _serve(
         plan,

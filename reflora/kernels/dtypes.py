@@ -39,8 +39,8 @@ def load(address, offsets, mask, code, DTYPE: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _store_as(address, offsets, values, mask, STORED: tl.constexpr):
-    # a finite product past the storage range saturates; inf - inf inside one has no sign left and becomes 0
+def _saturate(values, STORED: tl.constexpr):
+    """A finite product past the storage range saturates; inf - inf inside one has no sign left and becomes 0."""
     if STORED == tl.float64:
         top = 1.7976931348623157e308
     elif STORED == tl.float32:
@@ -50,10 +50,46 @@ def _store_as(address, offsets, values, mask, STORED: tl.constexpr):
     else:
         top = 65504.0
     limit = tl.full((), top, values.dtype)
-    values = tl.where(values == values, tl.minimum(tl.maximum(values, -limit), limit), tl.zeros_like(values))
-    if STORED == tl.bfloat16 or STORED == tl.float16:
-        values = values.to(tl.float32)
-    tl.store(address.to(tl.pointer_type(STORED)) + offsets, values.to(STORED), mask=mask)
+    return tl.where(values == values, tl.minimum(tl.maximum(values, -limit), limit), tl.zeros_like(values))
+
+
+@triton.jit
+def _round_as(values, STORED: tl.constexpr):
+    values = _saturate(values, STORED)
+    if STORED == tl.bfloat16:
+        # to nearest, ties to even, in bits: the interpreter's own cast cuts off
+        bits = values.to(tl.float32).to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & tl.full((), 0xFFFF0000, tl.uint32)
+        return bits.to(tl.float32, bitcast=True).to(tl.bfloat16)
+    elif STORED == tl.float16:
+        return values.to(tl.float32).to(tl.float16)
+    else:
+        return values.to(STORED)
+
+
+@triton.jit
+def rounded(values, code, DTYPE: tl.constexpr):
+    """`values` (float32 or float64) as they come back from storage: rounded once, saturated to its range."""
+    if DTYPE == FLOAT32:
+        return _round_as(values, tl.float32).to(values.dtype)
+    elif DTYPE == FLOAT64:
+        return _round_as(values, tl.float64).to(values.dtype)
+    elif DTYPE == BFLOAT16:
+        return _round_as(values, tl.bfloat16).to(values.dtype)
+    elif DTYPE == FLOAT16:
+        return _round_as(values, tl.float16).to(values.dtype)
+    else:
+        # a float32 launch holds no float64 row
+        single = _round_as(values, tl.float32).to(values.dtype)
+        brain, half = _round_as(values, tl.bfloat16).to(values.dtype), _round_as(values, tl.float16).to(values.dtype)
+        narrow = tl.where(code == BFLOAT16, brain, half)
+        wide = tl.where(code == FLOAT64, _saturate(values, values.dtype), single)
+        return tl.where(code >= BFLOAT16, narrow, wide)
+
+
+@triton.jit
+def _store_as(address, offsets, values, mask, STORED: tl.constexpr):
+    tl.store(address.to(tl.pointer_type(STORED)) + offsets, _round_as(values, STORED), mask=mask)
 
 
 @triton.jit

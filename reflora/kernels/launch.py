@@ -1,60 +1,112 @@
-"""What every launcher needs: the plan's table on its device, and a group of rows with its constants a rank class."""
+"""What every launcher needs: groups of rows with their constants a rank class, and their buffers on the device."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from ..contract import KAPPA_MAX, STORAGE_DTYPES
-from ..plan import Plan
+from ..plan import A_SIDE, B_SIDE, DTYPE, STATE, Plan, W
+from . import routes
+from .chunks import CHUNKS, HEADER
 from .dtypes import BFLOAT16, FLOAT16, MIXED
-from .pair import SLOTS
+from .pair import SLOTS_FLOAT32, SLOTS_FLOAT64
+from .routes import Route
+from .staging import OnDevice, to_device
 
-WARPS = {16: 2, 32: 4, 64: 8, 128: 16}
-# columns of a factor in a block; the rows and the inner block of a product
-BLOCK_N = {16: 64, 32: 64, 64: 32, 128: 16}
-BLOCK_M = {16: 16, 32: 32, 64: 64, 128: 32}
-BLOCK_K = {16: 16, 32: 16, 64: 16, 128: 16}
+TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+# a chunk has at least so many blocks, so that a small layer is not cut into programs with nothing to do
+LEAST_BLOCKS = 4
 
 
-@dataclass(frozen=True)
 class Group:
-    """The rows of a rank class, the longest first. numbers: int32 row numbers `[programs]` on the plan's device."""
+    """The rows of a rank class, the longest first, and what their kernels share.
 
-    rank_class: int
-    numbers: Tensor
-    dtype: int
-    wide: torch.dtype
+    numbers: int32 row numbers `[rows]` on the plan's device. dtype, state: storage codes of factors and moments, MIXED
+    where rows differ. wide: the type S is applied in. master: whether a row has master weights.
+    """
+
+    def __init__(
+        self, rank_class: int, numbers: Tensor, dtype: int, state: int, wide: torch.dtype, master: bool = False,
+        sizes: list[tuple[int, int]] | None = None,
+    ):  # fmt: skip
+        self.rank_class, self.numbers = rank_class, numbers
+        self.dtype, self.state, self.wide, self.master = dtype, state, wide, master
+        self.sizes = sizes or []
+
+    @cached_property
+    def route(self) -> Route:
+        device = self.numbers.device
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        return routes.route_of(self.rank_class, capability)
 
     @property
+    def block_n(self) -> int:
+        return max(16, self.route.block_n // (2 if self.wide == torch.float64 else 1))
+
+    @cached_property
     def constants(self) -> dict[str, Any]:
-        block_n = max(16, BLOCK_N[self.rank_class] // (2 if self.wide == torch.float64 else 1))
         return {
-            "RC": self.rank_class, "BN": block_n, "BM": BLOCK_M[self.rank_class],
-            "BK": BLOCK_K[self.rank_class], "WIDE": TYPES[self.wide],
+            "RC": self.rank_class, "BN": self.block_n, "BM": self.route.block_m, "BK": self.route.block_k,
+            "WIDE": TYPES[self.wide],
         }  # fmt: skip
 
     @property
     def options(self) -> dict[str, int]:
-        return launch_options(self.rank_class)
+        return launch_options(self.route.warps)
 
+    def update_options(self, carry: bool) -> dict[str, int]:
+        return launch_options(self.route.carry_warps if carry else self.route.update_warps)
+
+    @cached_property
     def workspace(self) -> Tensor:
         elements = self.rank_class * self.rank_class + self.rank_class
-        return torch.empty(len(self.numbers), SLOTS.value, elements, dtype=torch.float64, device=self.numbers.device)
+        slots = SLOTS_FLOAT64.value if self.wide == torch.float64 else SLOTS_FLOAT32.value
+        return torch.empty(len(self.numbers), slots, elements, dtype=torch.float64, device=self.numbers.device)
+
+    @cached_property
+    def headers(self) -> Tensor:
+        return torch.zeros(len(self.numbers), HEADER.value, dtype=torch.float64, device=self.numbers.device)
+
+    @cached_property
+    def arrivals(self) -> Tensor:
+        return torch.zeros(len(self.numbers), dtype=torch.int32, device=self.numbers.device)
+
+    @cached_property
+    def _widths(self) -> list[int]:
+        return [chunk_width(n_a, n_b, self.block_n) for n_a, n_b in self.sizes]
+
+    @cached_property
+    def widths(self) -> Tensor:
+        """Columns of a chunk, int32 `[rows]`."""
+        return to_device(torch.tensor(self._widths, dtype=torch.int32), self.numbers.device)
+
+    @cached_property
+    def items(self) -> Tensor:
+        """(entry in numbers, chunk) of every chunk, int32 `[programs, 2]`."""
+        items = [
+            (index, chunk)
+            for index, (sizes, width) in enumerate(zip(self.sizes, self._widths))
+            for chunk in range(sum(-(-n // width) for n in sizes))
+        ]
+        return to_device(torch.tensor(items, dtype=torch.int32), self.numbers.device)
 
 
-def launch_options(rank_class: int) -> dict[str, int]:
+def chunk_width(n_a: int, n_b: int, block: int) -> int:
+    """Columns of a chunk of a row, a multiple of `block`; at most CHUNKS chunks in all. Depends on no other row."""
+    blocks = max(LEAST_BLOCKS, -(-(n_a + n_b) // (CHUNKS.value * block)))
+    while -(-n_a // (blocks * block)) - (-n_b // (blocks * block)) > CHUNKS.value:
+        blocks += 1
+    return blocks * block
+
+
+def launch_options(warps: int) -> dict[str, int]:
     # left to itself, ptxas spills a few bytes to raise the occupancy of programs that are one to a multiprocessor
-    warps = WARPS[rank_class]
     return {"num_warps": warps, "num_stages": 1, "maxnreg": min(255, 65536 // (32 * warps))}
-
-
-TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def solve_constants(group: Group, precision: str) -> dict[str, Any]:
@@ -63,74 +115,52 @@ def solve_constants(group: Group, precision: str) -> dict[str, Any]:
     16-bit rows go through the run-time branch in front of a float64 solve: a 16-bit load straight in front of a float64
     dot makes Triton choose an operand layout that its code generator refuses ("fp64 don't support largeK MMA").
     """
-    narrow = group.dtype in (BFLOAT16.value, FLOAT16.value)
     return {
-        "DTYPE": MIXED.value if narrow and precision == "float64" else group.dtype,
+        "DTYPE": _branched(group.dtype, precision),
         "KAPPA_MAX": KAPPA_MAX[precision],
         "TC": TYPES[getattr(torch, precision)],
         "SCALED": precision == "float32" or group.wide == torch.float64,
     }
 
 
-class _Copy:
-    """A tensor of the host on the device, copied again only when its values have changed."""
-
-    def __init__(self) -> None:
-        self._seen: Tensor | None = None
-        self._copy: Tensor | None = None
-
-    def __call__(self, tensor: Tensor, device: torch.device) -> Tensor:
-        if device.type == "cpu":
-            return tensor.contiguous()
-        if self._seen is None or self._copy is None or not torch.equal(self._seen, tensor):
-            self._seen = tensor.clone()
-            self._copy = to_device(tensor, device)
-        return self._copy
+def _branched(code: int, precision: str) -> int:
+    narrow = code in (BFLOAT16.value, FLOAT16.value)
+    return MIXED.value if narrow and precision == "float64" else code
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on `device`, without a wait."""
-    if device.type == "cpu":
-        return tensor
-    # the caching host allocator holds a pinned block back until the copies that read it are done
-    return tensor.pin_memory().to(device, non_blocking=True)
+def state_constants(group: Group, precision: str) -> dict[str, Any]:
+    return {"STATE": _branched(group.state, precision), "MASTER": group.master}
 
 
 class Prepared:
     """A plan's groups, and the plan's table and a step's hyperparameters on the device."""
 
     def __init__(self, plan: Plan):
-        self._rows = plan.rows
-        self._table, self._hypers = _Copy(), _Copy()
+        self.table, self.hypers = OnDevice(plan.device), OnDevice(plan.device)
         classes = plan.classes()
         self.oversized = classes.pop(0, [])
         self.oversized_index = to_device(torch.tensor(self.oversized, dtype=torch.int64), plan.device)
         self.groups = [_group(plan, rank_class, numbers) for rank_class, numbers in sorted(classes.items())]
 
-    def current(self, plan: Plan) -> bool:
-        return self._rows is plan.rows
-
-    def table(self, plan: Plan) -> Tensor:
-        return self._table(plan.table, plan.device)
-
-    def hypers(self, plan: Plan, hypers: Tensor) -> Tensor:
-        return self._hypers(hypers, plan.device)
-
-
-_prepared: WeakKeyDictionary[Plan, Prepared] = WeakKeyDictionary()
-
 
 def prepare(plan: Plan) -> Prepared:
-    prepared = _prepared.get(plan)
-    if prepared is None or not prepared.current(plan):
-        prepared = _prepared[plan] = Prepared(plan)
+    prepared = plan.memory.get("triton")
+    if not isinstance(prepared, Prepared):
+        prepared = plan.memory["triton"] = Prepared(plan)
     return prepared
 
 
 def _group(plan: Plan, rank_class: int, numbers: list[int]) -> Group:
-    rows = [plan.rows[number] for number in numbers]
-    dtypes = {row.A.dtype for row in rows}
-    dtype = STORAGE_DTYPES.index(dtypes.pop()) if len(dtypes) == 1 else MIXED.value
-    wide = torch.float64 if any(row.A.dtype == torch.float64 for row in rows) else torch.float32
-    longest = sorted(numbers, key=lambda n: -(plan.rows[n].A.shape[1] + plan.rows[n].B.shape[0]))
-    return Group(rank_class, to_device(torch.tensor(longest, dtype=torch.int32), plan.device), dtype, wide)
+    sizes = {n: (plan.rows[n].A.shape[1], plan.rows[n].B.shape[0]) for n in numbers}
+    longest = sorted(numbers, key=lambda n: -sum(sizes[n]))
+    wide = torch.float64 if STORAGE_DTYPES.index(torch.float64) in plan.table[numbers, DTYPE] else torch.float32
+    master = bool((plan.table[numbers][:, [A_SIDE + W, B_SIDE + W]] != 0).any())
+    return Group(
+        rank_class, to_device(torch.tensor(longest, dtype=torch.int32), plan.device), _code(plan, numbers, DTYPE),
+        _code(plan, numbers, STATE), wide, master, [sizes[n] for n in longest],
+    )  # fmt: skip
+
+
+def _code(plan: Plan, numbers: list[int], column: int) -> int:
+    codes = plan.table[numbers, column].unique().tolist()
+    return int(codes[0]) if len(codes) == 1 else MIXED.value

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..contract import RANK_CLASSES
 from .dtypes import exponent_of, power_of_two
-from .launch import BLOCK_K, BLOCK_M, TYPES, launch_options
+from .launch import TYPES, launch_options
+from .routes import route_of
 from .solve import factor
 
 # slots of the workspace of a program, `[RC * RC + RC]` elements of TC each
@@ -94,9 +95,13 @@ def configuration(X: Tensor, precision: str) -> tuple[Tensor, dict[str, Any], di
     compute = getattr(torch, precision)
     elements = rank_class * rank_class + rank_class
     work = torch.empty(len(X), SLOTS.value, elements, dtype=compute, device=X.device)
-    return work, constants(rank_class, precision), launch_options(rank_class)
+    return work, constants(rank_class, precision), options(rank_class)
 
 
 def constants(rank_class: int, precision: str) -> dict[str, Any]:
-    compute = TYPES[getattr(torch, precision)]
-    return {"RC": rank_class, "BM": BLOCK_M[rank_class], "BK": BLOCK_K[rank_class], "TC": compute}
+    route = route_of(rank_class, None)
+    return {"RC": rank_class, "BM": route.block_m, "BK": route.block_k, "TC": TYPES[getattr(torch, precision)]}
+
+
+def options(rank_class: int) -> dict[str, int]:
+    return launch_options(route_of(rank_class, None).warps)

@@ -7,20 +7,8 @@ from torch import Tensor
 from ..plan import Plan
 from . import table as col
 from .launch import prepare, solve_constants
-from .pair import (
-    SLOT_A,
-    SLOT_B,
-    apply,
-    column,
-    decide,
-    finite_grads,
-    form_s,
-    form_scaled_identity,
-    polar_of_pair,
-    report,
-    rescale,
-    slot,
-)  # fmt: skip
+from .mean import decide, form_s, form_scaled_identity, mixer, polar_of_pair
+from .pair import apply, area_of, column, finite_grads, report, rescale
 from .scalar import decide_scalar
 
 
@@ -33,6 +21,7 @@ def precondition_kernel(
     index = tl.program_id(0)
     row = tl.load(rows + index)
     p_row = table + row.to(tl.int64) * col.COLUMNS
+    area = area_of(work, index, RC, WIDE)
     r, code = column(p_row, col.R).to(tl.int32), column(p_row, col.DTYPE).to(tl.int32)
     nan = tl.full((), float("nan"), tl.float64)
     if column(p_row, col.ACTIVE) == 0:
@@ -47,17 +36,17 @@ def precondition_kernel(
         report(results, row, status, nan, nan, nan, s, norm_a, norm_b)
     else:
         status, kappa_a, kappa_b, balance, c, norm_a, norm_b = decide(
-            p_row, work, index, r, code, KAPPA_MAX, RC, BN, BM, DTYPE, WIDE, TC, SCALED
+            p_row, area, r, code, KAPPA_MAX, RC, BN, BM, DTYPE, WIDE, TC, SCALED
         )
         status = tl.where(finite_grads(p_row, r, code, RC, BN, DTYPE, WIDE), status, col.SKIPPED)
         if status == col.REFACTORED:
-            polar_of_pair(work, index, r, RC, BM, BK, TC, False)
-            if form_s(work, index, r, c, code, RC, BM, BK, WIDE, TC) == 0:
+            polar_of_pair(area, r, RC, BM, BK, TC, False)
+            if form_s(area, r, c, code, RC, BM, BK, WIDE, TC) == 0:
                 status = tl.full((), col.DEGENERATE, tl.int32)
         if status == col.DEGENERATE:
-            form_scaled_identity(work, index, c, 1.0 / c, RC, WIDE)
+            form_scaled_identity(area, c, 1.0 / c, RC, WIDE)
         if status != col.SKIPPED:
-            p_s, p_inverse = slot(work, index, SLOT_A, RC, WIDE), slot(work, index, SLOT_B, RC, WIDE)
+            p_s, p_inverse = mixer(area, False, RC, WIDE), mixer(area, True, RC, WIDE)
             apply(p_row, p_inverse, r, code, col.G, col.A_SIDE, RC, BN, BK, DTYPE, WIDE, WIDE)
             apply(p_row, p_s, r, code, col.G, col.B_SIDE, RC, BN, BK, DTYPE, WIDE, WIDE)
         report(results, row, status, kappa_a, kappa_b, balance, c, norm_a, norm_b)
@@ -66,8 +55,9 @@ def precondition_kernel(
 def precondition(plan: Plan, scalar: bool, precision: str, results: Tensor) -> None:
     """Every row of r <= 128, one launch a rank class; results float64 `[rows, RESULTS]` are written row by row."""
     prepared = prepare(plan)
+    table = prepared.table(plan.table)
     for group in prepared.groups:
         precondition_kernel[(len(group.numbers),)](
-            prepared.table(plan), group.numbers, results, group.workspace(), SCALAR=scalar, **group.constants,
+            table, group.numbers, results, group.workspace, SCALAR=scalar, **group.constants,
             **solve_constants(group, precision), **group.options,
         )  # fmt: skip

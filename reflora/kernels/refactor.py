@@ -7,35 +7,23 @@ from torch import Tensor
 from ..plan import Plan
 from . import table as col
 from .launch import prepare, solve_constants
-from .pair import (
-    SLOT_A,
-    SLOT_B,
-    SLOT_N,
-    SLOT_X,
-    SLOT_Y,
-    apply,
-    column,
-    decide,
-    polar_of_pair,
-    report,
-    rescale,
-    slot,
-)  # fmt: skip
+from .mean import decide, polar_of_pair
+from .pair import SLOT_A, SLOT_B, SLOT_N, SLOT_X, SLOT_Y, apply, area_of, column, report, rescale, slot
 from .scalar import decide_scalar
 from .solve import FACTOR_INVERSE, FACTOR_T, PLAIN, factor, finish, multiply
 
 
 @triton.jit
-def form_p(work, index, r, c, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, TC: tl.constexpr, TP: tl.constexpr):
+def form_p(area, r, c, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, TC: tl.constexpr, TP: tl.constexpr):
     """`P^T = sqrt(c) C^T La^-1` into SLOT_N and `P^-T = La C^-T / sqrt(c)` into SLOT_A, as TP elements.
 
     `H = Q^T N = C C^T`. Returns 1 if H is positive definite and P finite, else 0.
     """
-    p_a, p_b = slot(work, index, SLOT_A, RC, TC), slot(work, index, SLOT_B, RC, TC)
-    p_x, p_y = slot(work, index, SLOT_X, RC, TC), slot(work, index, SLOT_Y, RC, TC)
+    p_a, p_b = slot(area, SLOT_A, RC, TC), slot(area, SLOT_B, RC, TC)
+    p_x, p_y = slot(area, SLOT_X, RC, TC), slot(area, SLOT_Y, RC, TC)
     one = tl.full((), 1.0, tl.float64)
     largest_double = tl.full((), 1.7976931348623157e308, tl.float64)
-    multiply(p_y, p_x, PLAIN, True, slot(work, index, SLOT_N, RC, TC), PLAIN, False, r, RC, BM, BK, TC)
+    multiply(p_y, p_x, PLAIN, True, slot(area, SLOT_N, RC, TC), PLAIN, False, r, RC, BM, BK, TC)
     tl.debug_barrier()
     finish(p_b, p_y, one, largest_double, True, RC, BM, TC)
     tl.debug_barrier()
@@ -44,8 +32,8 @@ def form_p(work, index, r, c, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constex
     multiply(p_y, p_a, FACTOR_T, True, p_b, FACTOR_INVERSE, True, r, RC, BM, BK, TC)
     tl.debug_barrier()
     root = tl.sqrt(c)
-    fits = finish(slot(work, index, SLOT_N, RC, TP), p_x, root, largest_double, False, RC, BM, TP)
-    fits &= finish(slot(work, index, SLOT_A, RC, TP), p_y, 1.0 / root, largest_double, False, RC, BM, TP)
+    fits = finish(slot(area, SLOT_N, RC, TP), p_x, root, largest_double, False, RC, BM, TP)
+    fits &= finish(slot(area, SLOT_A, RC, TP), p_y, 1.0 / root, largest_double, False, RC, BM, TP)
     tl.debug_barrier()
     return tl.where(kappa < float("inf"), fits, 0)
 
@@ -59,6 +47,7 @@ def refactor_kernel(
     index = tl.program_id(0)
     row = tl.load(rows + index)
     p_row = table + row.to(tl.int64) * col.COLUMNS
+    area = area_of(work, index, RC, WIDE)
     r, code = column(p_row, col.R).to(tl.int32), column(p_row, col.DTYPE).to(tl.int32)
     nan = tl.full((), float("nan"), tl.float64)
     if column(p_row, col.ACTIVE) == 0:
@@ -71,13 +60,13 @@ def refactor_kernel(
         report(results, row, status, nan, nan, nan, root * root, norm_a, norm_b)
     else:
         status, kappa_a, kappa_b, balance, c, norm_a, norm_b = decide(
-            p_row, work, index, r, code, KAPPA_MAX, RC, BN, BM, DTYPE, WIDE, TC, SCALED
+            p_row, area, r, code, KAPPA_MAX, RC, BN, BM, DTYPE, WIDE, TC, SCALED
         )
         TP: tl.constexpr = TC if WIDE == tl.float32 else WIDE
         if status == col.REFACTORED:
-            polar_of_pair(work, index, r, RC, BM, BK, TC, True)
-            if form_p(work, index, r, c, RC, BM, BK, TC, TP) == 1:
-                p_n, p_a = slot(work, index, SLOT_N, RC, TP), slot(work, index, SLOT_A, RC, TP)
+            polar_of_pair(area, r, RC, BM, BK, TC, True)
+            if form_p(area, r, c, RC, BM, BK, TC, TP) == 1:
+                p_n, p_a = slot(area, SLOT_N, RC, TP), slot(area, SLOT_A, RC, TP)
                 apply(p_row, p_n, r, code, col.P, col.A_SIDE, RC, BN, BK, DTYPE, WIDE, TP)
                 apply(p_row, p_a, r, code, col.P, col.B_SIDE, RC, BN, BK, DTYPE, WIDE, TP)
             else:
@@ -92,8 +81,9 @@ def refactor_kernel(
 def refactor(plan: Plan, scalar: bool, precision: str, results: Tensor) -> None:
     """Every row of r <= 128, one launch a rank class; results float64 `[rows, RESULTS]` are written row by row."""
     prepared = prepare(plan)
+    table = prepared.table(plan.table)
     for group in prepared.groups:
         refactor_kernel[(len(group.numbers),)](
-            prepared.table(plan), group.numbers, results, group.workspace(), SCALAR=scalar, **group.constants,
+            table, group.numbers, results, group.workspace, SCALAR=scalar, **group.constants,
             **solve_constants(group, precision), **group.options,
         )  # fmt: skip

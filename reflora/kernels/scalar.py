@@ -5,7 +5,8 @@ import triton.language as tl
 
 from . import table as col
 from .dtypes import BFLOAT16, exponent_of, load, power_of_two
-from .pair import block_zeros, column, largest, offsets, ratio
+from .mean import ratio
+from .pair import block_zeros, column, largest, offsets
 
 
 @triton.jit
@@ -18,7 +19,7 @@ def side_norm(
     exponent = tl.full((), 0, tl.int64)
     factor = tl.full((), 1.0, tl.float64)
     if WIDE == tl.float64:
-        top = largest(address, sr, sn, r, n, code, SIDE, RC, BN, DTYPE, WIDE)
+        top = largest(address, sr, sn, r, 0, n, code, SIDE, RC, BN, DTYPE, WIDE)
         exponent = exponent_of(tl.where((top > 0) & (top < float("inf")), top, 1.0))
         exponent = tl.minimum(tl.maximum(exponent, -1000), 1000)
         factor = power_of_two(-exponent)

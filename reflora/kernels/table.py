@@ -3,22 +3,20 @@
 import triton.language as tl
 
 # columns of one side; strides in elements
-P, P_SR, P_SN, G, G_SR, G_SN, M, V, X, STEP, HYPER, N = (tl.constexpr(c) for c in range(12))
-SIDE = tl.constexpr(12)
-A_SIDE, B_SIDE = tl.constexpr(0), tl.constexpr(12)
+P, P_SR, P_SN, G, G_SR, G_SN, M, V, X, W, STEP, HYPER, N = (tl.constexpr(c) for c in range(13))
+SIDE = tl.constexpr(13)
+A_SIDE, B_SIDE = tl.constexpr(0), tl.constexpr(13)
 # columns of the row
-R, DTYPE, ACTIVE, PHASE, SAVED = (tl.constexpr(c) for c in range(24, 29))
-COLUMNS = tl.constexpr(32)
+R, DTYPE, STATE, ACTIVE, PHASE, COUNT, SAVED, KEPT, TAG = (tl.constexpr(c) for c in range(26, 35))
+COLUMNS = tl.constexpr(40)
 
 # columns of the float64 result table
 STATUS, KAPPA_A, KAPPA_B, BALANCE, SCALE, NORM_A, NORM_B = (tl.constexpr(c) for c in range(7))
 RESULTS = tl.constexpr(8)
 
 # columns of the float64 hyperparameter table
-LR, BETA1, BETA2, EPS, WEIGHT_DECAY, AMSGRAD, MAXIMIZE = (tl.constexpr(c) for c in range(7))
-HYPERS = tl.constexpr(8)
+LR, BETA1, BETA2, EPS, WEIGHT_DECAY, AMSGRAD, MAXIMIZE, LR_AT, LR_DTYPE = (tl.constexpr(c) for c in range(9))
+HYPERS = tl.constexpr(10)
 
 # values of the STATUS column (reflora/contract.py)
 REFACTORED, DEGENERATE, SKIPPED, PLAIN = (tl.constexpr(c) for c in range(4))
-# where the S of an AdamW step comes from (reflora/backends)
-IDENTITY, FRESH, SAVED_S = (tl.constexpr(c) for c in range(3))

@@ -7,47 +7,57 @@ from typing import Any
 import torch
 
 from ..contract import STORAGE_DTYPES
-from .adamw import adamw_kernel
+from .adamw import gram_kernel, row_kernel, update_kernel
+from .adamw_scalar import scalar_kernel
 from .dtypes import MIXED
 from .geometric_mean import geometric_mean_kernel
-from .launch import Group, launch_options, solve_constants
+from .launch import Group, solve_constants, state_constants
 from .matrices import constants as matrix_constants
+from .matrices import options as matrix_options
 from .polar import polar_kernel
 from .precondition import precondition_kernel
 from .refactor import refactor_kernel
 from .sqrtm import sqrtm_kernel
-from .table import FRESH
 
 Variant = tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]
 
-PAIR = {"table": "*i64", "rows": "*i32", "results": "*fp64", "work": "*fp64"}
-PAIR_KERNELS = {"precondition": precondition_kernel, "refactor": refactor_kernel, "adamw": adamw_kernel}
-PAIR_CONSTANTS: dict[str, dict[str, Any]] = {
-    "precondition": {"SCALAR": False},
-    "refactor": {"SCALAR": False},
-    "adamw": {
-        "SOURCE": FRESH.value, "KEEP": False, "BEFORE": False, "AFTER": False, "AMSGRAD": False, "grad_scale": None,
-        "found_inf": None,
-    },
+PAIR = {
+    "table": "*i64", "rows": "*i32", "results": "*fp64", "work": "*fp64", "hypers": "*fp64", "items": "*i32",
+    "widths": "*i32", "headers": "*fp64", "arrivals": "*i32", "warmup": "i32", "interval": "i32",
+}  # fmt: skip
+PAIR_KERNELS = {
+    "precondition": precondition_kernel, "refactor": refactor_kernel, "gram": gram_kernel, "update": update_kernel,
+    "row": row_kernel, "scalar": scalar_kernel,
+}  # fmt: skip
+AMP = {"grad_scale": None, "found_inf": None, "seed": None}
+PAIR_CONSTANTS: dict[str, Any] = {
+    "SCALAR": False, "SCHEDULED": False, "KEEP": False, "CARRY": False, "CHECK": True, "AMSGRAD": False,
+    "MASTER": False, **AMP,
 }  # fmt: skip
 MATRIX_KERNELS = {"polar": polar_kernel, "geometric_mean": geometric_mean_kernel, "sqrtm": sqrtm_kernel}
 
 
-def variant(name: str, rank_class: int, precision: str, storage: str, **changed: Any) -> Variant:
+def variant(
+    name: str, rank_class: int, precision: str, storage: str, state: str | None = None, **changed: Any
+) -> Variant:  # fmt: skip
     """(kernel, signature, constants, options) of kernel `name` for tensors stored as `storage` (pairs: or "mixed").
 
-    changed: constants in place of PAIR_CONSTANTS; a type ("*fp32") makes a signature entry of one.
+    state: how moments are stored, default as the factors. changed: constants in place of PAIR_CONSTANTS; a type
+    ("*fp32", "i64") makes a signature entry of one.
     """
     if name in MATRIX_KERNELS:
         return _matrix_variant(name, rank_class, precision, storage)
     wide = torch.float64 if storage in ("mixed", "float64") else torch.float32
     code = MIXED.value if storage == "mixed" else STORAGE_DTYPES.index(getattr(torch, storage))
-    group = Group(rank_class, torch.zeros(1, dtype=torch.int32), code, wide)
-    constants = {**group.constants, **solve_constants(group, precision), **PAIR_CONSTANTS[name], **changed}
-    pointers = {key: value for key, value in constants.items() if isinstance(value, str)}
-    constants = {key: value for key, value in constants.items() if key not in pointers}
-    signature = {**PAIR, "hypers": "*fp64", **pointers}
-    return _complete(PAIR_KERNELS[name], signature, constants, group.options)
+    state = code if state is None else STORAGE_DTYPES.index(getattr(torch, state))
+    group = Group(rank_class, torch.zeros(1, dtype=torch.int32), code, state, wide)
+    kernel = PAIR_KERNELS[name]
+    constants = {**PAIR_CONSTANTS, **group.constants, **solve_constants(group, precision)}
+    constants = {**constants, **state_constants(group, precision), **changed}
+    typed = {key: value for key, value in constants.items() if isinstance(value, str)}
+    constants = {key: constants[key] for key in kernel.arg_names if key in constants and key not in typed}
+    options = group.update_options(constants["CARRY"]) if name == "update" else group.options
+    return _complete(kernel, {**PAIR, **typed}, constants, options)
 
 
 def _matrix_variant(name: str, rank_class: int, precision: str, storage: str) -> Variant:
@@ -58,7 +68,7 @@ def _matrix_variant(name: str, rank_class: int, precision: str, storage: str) ->
     constants = matrix_constants(rank_class, precision)
     if name == "sqrtm":
         constants["INVERSE"] = False
-    return _complete(kernel, signature, constants, launch_options(rank_class))
+    return _complete(kernel, signature, constants, matrix_options(rank_class))
 
 
 def _complete(kernel: Any, signature: dict[str, str], constants: dict[str, Any], options: dict[str, int]) -> Variant:

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from itertools import chain
+from itertools import accumulate, chain
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.adamw import adamw
 
-from ..backends import FRESH, IDENTITY, SAVED, AdamWStep, resolve
-from ..contract import LoRAPair, PairLike, as_pairs, check_backend, check_count, check_precision, fail
-from ..functional import Diagnostics, diagnose
+from ..backends import AdamWStep, resolve
+from ..contract import PairLike, as_pairs, fail
+from ..diagnostics import Diagnostics, diagnose, row_names
 from ..plan import by_device
 from . import state as keys
 from .binding import Binding, Slot
-from .state import adopt, fit, init_param
+from .groups import flatten, hyper_table, lr_on_host
+from .options import check_hypers, check_options, check_storage
+from .plain import amp_scalar, step_plain
+from .state import LIKE_TORCH, Storage, adopt
+from .traced import TracedStep
 
-COUNTER = "reflora_steps"
-FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
+SEED = "reflora_seed"
+_GRAD = attrgetter("grad")
 
 
-class RefLoRAAdamW(Optimizer):
+class RefLoRAAdamW(TracedStep, Optimizer):
     """AdamW (decoupled weight decay) with RefLoRA preconditioning of LoRA pairs (arXiv 2505.18877).
 
     params: what torch optimizers take (parameters, groups, named parameters), or a bare list of pairs.
@@ -35,6 +39,18 @@ class RefLoRAAdamW(Optimizer):
         the device, layer by layer, and use S = c I. `10**9` gives AdamW itself.
     backend: None (the fastest that can serve the device), "triton", "cpp" or "torch". precision: of Grams and solve.
     foreach, fused: taken for torch's sake and ignored, the step is always fused.
+
+    carry_grams: keep the factors' Grams from one step to the next, which saves reading them once (4 of 32 bytes a
+        float32 parameter). Writes that bump `_version` are seen; after one that does not, through `.data`, raw memory
+        or torch's own fused optimizers, call `invalidate()`. Never used while a CUDA graph is captured, nor after.
+    check_grads: skip a layer whose gradient is not finite, which costs one more read of it. With False, and under a
+        GradScaler, which has looked already, what is NaN in a preconditioned gradient counts as 0.
+    state_dtype: torch.float32 keeps the moments of 16-bit factors in float32; None, like torch, in the factor's dtype.
+    master_weights: float32 copies of 16-bit factors (state "master"), with moments in float32.
+    stochastic_rounding: bfloat16 factors are rounded up or down with the probability that makes the mean exact;
+        reproducible, the seed is drawn from torch's generator here and kept in the param_groups.
+    capturable: taken for torch's sake: a step can always be captured in a CUDA graph, after one that was not. Pass lr
+        as a tensor on the device for a scheduler to be heard by replays.
 
     A layer with a non-finite gradient or factor is skipped, its state untouched, and counted in `diagnostics()`.
     State per parameter is torch.optim.AdamW's; what else steers a resumed run is in the state_dict too.
@@ -59,29 +75,39 @@ class RefLoRAAdamW(Optimizer):
         warmup_steps: int = 0,
         backend: str | None = None,
         precision: str = "float64",
+        carry_grams: bool = False,
+        check_grads: bool = True,
+        state_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
         differentiable: bool = False,
     ):
-        _check_hypers(float(lr), betas, eps, weight_decay)
-        unserved = {"capturable": capturable, "differentiable": differentiable}
-        _check_options(interval, warmup_steps, backend, precision, unserved)
-        params, pairs = _flatten(params, pairs)
+        check_hypers(lr_on_host(lr), betas, eps, weight_decay)
+        check_options(interval, warmup_steps, backend, precision, differentiable)
+        check_storage(state_dtype, master_weights, stochastic_rounding, carry_grams and scalar)
+        params, pairs = flatten(params, pairs)
         self.pairs = as_pairs(pairs)
         self.scalar, self.interval, self.warmup_steps = scalar, interval, warmup_steps
         self.backend, self.precision = backend, precision
+        self.carry_grams, self.check_grads = carry_grams, check_grads
+        self.storage = Storage(state_dtype is not None or master_weights, master_weights)
         self._bindings: list[Binding] = []
         self._key: list[tuple[int, ...]] | None = None
         self._slots: list[Slot | None] = []
         self._plain: list[list[Tensor]] = []
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
-            "amsgrad": amsgrad, "maximize": maximize, COUNTER: 0,
+            "amsgrad": amsgrad, "maximize": maximize,
         }  # fmt: skip
+        if stochastic_rounding:
+            defaults[SEED] = int(torch.empty((), dtype=torch.int64).random_())
         super().__init__(params, defaults)
         for pair in self.pairs:
             resolve(backend, pair.A.device)
+        self._register()
 
     @property
     def backends(self) -> dict[str, str]:
@@ -90,6 +116,9 @@ class RefLoRAAdamW(Optimizer):
 
     def diagnostics(self) -> Diagnostics:
         """What the last step did, layer by layer; reading its properties synchronises with the device."""
+        if self._traced_results is not None:
+            names = row_names(self.traced_pairs())
+            return Diagnostics(names, [self._traced_results], list(range(len(names))))
         done = [(b, b.results) for b in self._bindings if b.results is not None]
         return diagnose(self.pairs, [b.chosen for b, _ in done], [b.plan for b, _ in done], [r for _, r in done])
 
@@ -100,41 +129,37 @@ class RefLoRAAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and (not found_inf.is_cuda or self._host_counts()) and float(found_inf):
-            return loss
-        count = self.param_groups[0][COUNTER]
-        hypers = self._checked()
-        strays = self._bind_pairs()
-        self._step_pairs(count, hypers)
-        self._step_plain(strays)
-        for group in self.param_groups:
-            group[COUNTER] = count + 1
+        if torch.compiler.is_compiling():
+            self._step_traced()
+        else:
+            self._traced_results = None
+            self._step_eagerly()
         return loss
 
-    def _host_counts(self) -> bool:
-        """Whether a step skipped by the gradient scaler must not advance a counter on the host."""
-        return self.interval > 1 or self.param_groups[0][COUNTER] <= self.warmup_steps
+    def _step_eagerly(self) -> None:
+        self._check()
+        tables = self._tables()
+        strays = self._bind_pairs()
+        self._step_pairs(tables)
+        for number, group in enumerate(self.param_groups):
+            step_plain(self, [(p, LIKE_TORCH) for p in self._plain[number]], group)
+            step_plain(self, [(p, self.storage) for p in strays.get(number, ())], group)
 
-    def _schedule(self, count: int) -> dict[str, Any]:
-        """Where step number `count` (from 0) takes its S from; the published schedule, with S kept between."""
-        due = count >= self.warmup_steps and (count - self.warmup_steps) % self.interval == 0
-        after = count + 1 >= self.warmup_steps and (count + 1 - self.warmup_steps) % self.interval == 0
-        source = IDENTITY if count < self.warmup_steps else FRESH if due else SAVED
-        return {
-            "source": IDENTITY if self.scalar else source,
-            "keep": self.interval > 1 and not self.scalar,
-            "scalar_before": self.scalar and count == 0 and self.warmup_steps == 0,
-            "scalar_after": self.scalar and after,
-        }
+    def invalidate(self) -> None:
+        """Forget carried Grams (carry_grams=True); for after a write to a factor that autograd does not see."""
+        for binding in self._bindings:
+            binding.invalidate()
 
-    def _checked(self) -> Tensor:
-        """The hyperparameter table. What a step refuses is refused here, before anything has changed."""
+    def _check(self) -> None:
+        """What a step refuses in the parameters of no pair is refused before anything has changed."""
         self._membership()
         for grad in (p.grad for params in self._plain for p in params):
             if grad is not None and grad.layout is not torch.strided:
                 fail("a gradient", "a dense tensor", grad.layout, "Use sparse=False.", RuntimeError)
-        return torch.tensor([_hypers(group) for group in self.param_groups], dtype=torch.float64)
+
+    def _tables(self) -> dict[torch.device, tuple[Tensor, tuple[Tensor | None, ...]]]:
+        """The hyperparameters for each device, checked."""
+        return {b.plan.device: hyper_table(self.param_groups, b.plan.device) for b in self._ready_bindings()}
 
     def _bind_pairs(self) -> dict[int, list[Tensor]]:
         """Point every device's plan at this step's gradients.
@@ -147,29 +172,34 @@ class RefLoRAAdamW(Optimizer):
         strays: dict[int, list[Tensor]] = {}
         for binding in self._ready_bindings():
             binding.bind_state(self.state, [slots[i] for i in binding.chosen], amsgrad, keep_S)
-            for factor, group in binding.bind_grads(self.state):
+            for factor, group in binding.bind_grads(self.state, list(map(_GRAD, binding.plan.factors))):
                 strays.setdefault(group, []).append(factor)
         return strays
 
-    def _step_pairs(self, count: int, hypers: Tensor) -> None:
-        schedule = self._schedule(count)
+    def _step_pairs(self, tables: dict[torch.device, tuple[Tensor, tuple[Tensor | None, ...]]]) -> None:
         for binding in self._bindings:
-            scale, found_inf = (self._amp(name, binding.plan.device) for name in ("grad_scale", "found_inf"))
-            binding.run(AdamWStep(hypers, precision=self.precision, grad_scale=scale, found_inf=found_inf, **schedule))
-
-    def _amp(self, name: str, device: torch.device) -> Tensor | None:
-        value = getattr(self, name, None)
-        return None if value is None else value.to(device=device, dtype=torch.float32)
+            device = binding.plan.device
+            hypers, lrs = tables[device]
+            scale, found_inf = (amp_scalar(self, name, device) for name in ("grad_scale", "found_inf"))
+            step = AdamWStep(
+                hypers, self.scalar, self.warmup_steps, self.interval, self.precision, lrs=lrs,
+                check=self.check_grads and found_inf is None, carry=self.carry_grams,
+                seed=self.param_groups[0].get(SEED), grad_scale=scale, found_inf=found_inf,
+            )  # fmt: skip
+            binding.run(step)
 
     def _ready_bindings(self) -> list[Binding]:
         """One a device; made anew when a factor has changed its device."""
-        if any(pair.A.device != b.plan.device for b in self._bindings for pair in b.pairs):
+        if any({*map(attrgetter("device"), b.plan.factors)} != {b.plan.device} for b in self._bindings):
             self._bindings = []
         if not self._bindings:
+            first_rows = [0, *accumulate(pair.experts for pair in self.pairs)]
             self._bindings = [
-                Binding([self.pairs[i] for i in chosen], chosen, resolve(self.backend, device))
-                for device, chosen in by_device(self.pairs).items()
-            ]
+                Binding(
+                    [self.pairs[i] for i in chosen], chosen, resolve(self.backend, device), self.storage,
+                    [first_rows[i] for i in chosen],
+                ) for device, chosen in by_device(self.pairs).items()
+            ]  # fmt: skip
         return self._bindings
 
     def _membership(self) -> list[Slot | None]:
@@ -185,26 +215,6 @@ class RefLoRAAdamW(Optimizer):
             self._key = key
         return self._slots
 
-    def _step_plain(self, strays: dict[int, list[Tensor]]) -> None:
-        """Parameters in no active pair, by torch's own fused AdamW."""
-        for number, group in enumerate(self.param_groups):
-            params = [p for p in (*self._plain[number], *strays.get(number, ())) if p.grad is not None]
-            for device in {p.device for p in params}:
-                chosen = [p for p in params if p.device == device]
-                for p in chosen:
-                    init_param(self.state[p], p, group["amsgrad"], 1)
-                    fit(self.state[p], p, 1)
-                columns = [[self.state[p].get(name) for p in chosen] for name in keys.MOMENTS]
-                fused = device.type in FUSED_DEVICES and not any(p.is_complex() for p in chosen)
-                adamw(
-                    chosen, [p.grad for p in chosen], columns[0], columns[1],
-                    columns[2] if group["amsgrad"] else [], [self.state[p]["step"] for p in chosen],
-                    fused=fused, foreach=not fused, grad_scale=self._amp("grad_scale", device),
-                    found_inf=self._amp("found_inf", device), amsgrad=group["amsgrad"], maximize=group["maximize"],
-                    beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
-                    weight_decay=group["weight_decay"], eps=group["eps"],
-                )  # fmt: skip
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what state_dict() gave, or the state of a torch.optim.AdamW over the same parameters.
 
@@ -215,7 +225,7 @@ class RefLoRAAdamW(Optimizer):
         saved = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
         raw = {p: state_dict["state"].get(key, {}) for p, key in zip(params, saved)}
         for param, entries in raw.items():
-            for name in keys.MOMENTS:
+            for name in (*keys.MOMENTS, keys.MASTER):
                 if name in entries and entries[name].shape != param.shape:
                     remedy = "The state belongs to another model or rank."
                     fail(f"loaded state {name!r}", tuple(param.shape), tuple(entries[name].shape), remedy)
@@ -223,11 +233,15 @@ class RefLoRAAdamW(Optimizer):
         experts = {t: pair.experts for pair in self.pairs for t in (pair.A, pair.B)}
         for param, entries in raw.items():
             if entries:
-                adopt(self.state[param], entries, param, experts.get(param, 1))
+                storage = self.storage if param in experts else LIKE_TORCH
+                adopt(self.state[param], entries, param, experts.get(param, 1), storage)
         self._bindings = []
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("pairs", "scalar", "interval", "warmup_steps", "backend", "precision")
+        kept = (
+            "pairs", "scalar", "interval", "warmup_steps", "backend", "precision", "carry_grams", "check_grads",
+            "storage",
+        )  # fmt: skip
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -236,49 +250,4 @@ class RefLoRAAdamW(Optimizer):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
         self._bindings, self._key = [], None
-
-
-def _flatten(params: Iterable[Any], pairs: Iterable[PairLike] | None) -> tuple[Any, Iterable[PairLike]]:
-    """A bare list of pairs as parameters and pairs; torch alone would read a tuple as (name, parameter)."""
-    if isinstance(params, Tensor) or not isinstance(params, Iterable):
-        return params, pairs or []  # torch words this error itself
-    params = list(params)
-    bare = [isinstance(p, LoRAPair) or (isinstance(p, tuple) and all(isinstance(t, Tensor) for t in p)) for p in params]
-    if any(bare):
-        if not all(bare) or pairs is not None:
-            fail(
-                "params",
-                "either parameters or pairs",
-                "both",
-                "Pass parameters as params and pairs as pairs=.",
-                TypeError,
-            )
-        return [t for p in params for t in ((p.A, p.B) if isinstance(p, LoRAPair) else p)], params
-    if pairs is None:
-        remedy = "Pass pairs=reflora.find_pairs(model), or use reflora.create_reflora_optimizer(model, lr=...)."
-        raise ValueError(f"pairs: expected the LoRA pairs among the parameters, got None. {remedy}")
-    return params, pairs
-
-
-def _hypers(group: dict[str, Any]) -> list[float]:
-    lr, eps, decay, betas = float(group["lr"]), group["eps"], group["weight_decay"], group["betas"]
-    _check_hypers(lr, betas, eps, decay)
-    return [lr, *map(float, betas), eps, decay, float(group["amsgrad"]), float(group["maximize"]), 0.0]
-
-
-def _check_hypers(lr: float, betas: Any, eps: float, weight_decay: float) -> None:
-    """Here and before every step, since schedulers write param_groups; nan fails too."""
-    if not (lr >= 0 and eps >= 0 and weight_decay >= 0):
-        fail("lr, eps, weight_decay", "numbers >= 0", (lr, eps, weight_decay), "Use maximize=True for ascent.")
-    if len(betas) != 2 or not all(0 <= float(beta) < 1 for beta in betas):
-        fail("betas", "two numbers in [0, 1)", betas, "The defaults are (0.9, 0.999).")
-
-
-def _check_options(interval: int, warmup_steps: int, backend: str | None, precision: str, unserved: dict) -> None:
-    check_count("interval", interval, 1)
-    check_count("warmup_steps", warmup_steps, 0)
-    check_backend(backend)
-    check_precision(precision)
-    for name, value in unserved.items():
-        if value:
-            fail(name, "False", value, "The fused step is not differentiable and not captured in graphs yet.")
+        self._register()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
-from operator import is_
+from dataclasses import replace
+from itertools import chain, repeat
+from operator import attrgetter, is_, is_not, itemgetter
 from typing import Any
 
 import torch
@@ -11,24 +13,35 @@ from torch import Tensor
 
 from .. import plan as col
 from ..backends import AdamWStep, Backend
-from ..contract import LoRAPair, as_pairs, fail
+from ..contract import STORAGE_DTYPES, LoRAPair, as_pairs, fail
 from ..functional import mark_written
 from ..plan import A_SIDE, B_SIDE, Plan
-from .state import MOMENTS, PHASE, SAVED, fit, init_pair, init_param, leave_units
+from .state import MASTER, MOMENTS, PHASE, SAVED, STEPS, Storage, fit, init_pair, init_param, leave_units
 
 Slot = tuple[int, int]
+_DTYPE, _LAYOUT, _VERSION = map(attrgetter, ("dtype", "layout", "_version"))
 
 
 class Binding:
-    """`pairs` are entries `chosen` of the optimizer's pairs; `results` is what the last step returned."""
+    """`pairs` are entries `chosen` of the optimizer's pairs; `results` is what the last step returned.
 
-    def __init__(self, pairs: Sequence[LoRAPair], chosen: list[int], backend: Backend):
-        self.pairs, self.chosen, self.backend = list(pairs), chosen, backend
+    first_rows: the number, among the rows of all pairs of the optimizer, of each pair's first row.
+    """
+
+    def __init__(
+        self, pairs: Sequence[LoRAPair], chosen: list[int], backend: Backend, storage: Storage, first_rows: list[int]
+    ):
+        self.pairs, self.chosen, self.backend, self.storage = list(pairs), chosen, backend, storage
+        self.first_rows = first_rows
         self.plan = Plan(self.pairs)
         self.results: Tensor | None = None
         self._owner: Any = None
-        self._bound: list[Tensor | None] = []
+        self._bound: list[Tensor] = []
+        self._owned: list[list[Tensor]] = [[], []]
         self._options: tuple[Any, ...] = ()
+        self._written: list[Tensor] = []
+        self._versions: list[int] = []
+        self._captured = False
 
     def bind_state(
         self, state: MutableMapping[Tensor, Any], slots: list[Slot | None], amsgrad: bool, keep_S: bool
@@ -38,77 +51,123 @@ class Binding:
             as_pairs(self.pairs)
             self.plan.rebuild()
             self._owner = None
-        names = (*MOMENTS[: 3 if amsgrad else 2], "step")
+        masters = all(map(self.storage.has_master, self.plan.factors))
+        names = (*MOMENTS[: 3 if amsgrad else 2], "step", *([MASTER] if masters else []))
         options = (slots, names, keep_S)
-        if self._owner is state and self._options == options and all(map(is_, self._now(state), self._bound)):
-            return
-        self._options = options
+        if self._owner is state and self._options == options:
+            now = self._now(state)
+            if now and len(now) == len(self._bound) and all(map(is_, now, self._bound)):
+                return
+        self._options, self._versions = options, []
+        self._owned = [
+            [factor for factor, slot in zip(factors, slots) if slot]
+            for factors in (self.plan.factors[::2], self.plan.factors[1::2])
+        ]
         sides: tuple[list[Any], list[Any]] = ([], [])
         for pair, slot in zip(self.pairs, slots):
             for factor, states in zip((pair.A, pair.B), sides):
                 # a pair that this optimizer does not own is never active: its row points at the factor, harmlessly
                 entries = state[factor] if slot else dict.fromkeys(MOMENTS, factor)
-                init_param(entries, factor, amsgrad, pair.experts)
-                fit(entries, factor, pair.experts)
+                init_param(entries, factor, amsgrad, pair.experts, self.storage)
+                fit(entries, factor, pair.experts, self.storage)
                 states.append(entries)
             init_pair(sides[0][-1], pair, keep_S)
         for index, (side, states) in enumerate(zip((A_SIDE, B_SIDE), sides)):
-            for column, name in zip((col.M, col.V, col.X), names[:-1]):
+            for column, name in zip((col.M, col.V, col.X), MOMENTS[: 3 if amsgrad else 2]):
                 self.plan.bind(side, column, [entries[name] for entries in states])
+            self.plan.bind_some(side, col.W, [entries.get(MASTER) for entries in states])
             self.plan.bind_once(side + col.STEP, [entries["step"] for entries in states])
             self.plan.bind_groups(side, [slot[index] if slot else 0 for slot in slots])
-        self.plan.bind_once(col.PHASE, [entries[PHASE] for entries in sides[0]])
-        if keep_S:
-            self.plan.bind_once(col.SAVED, [entries[SAVED] for entries in sides[0]])
+        self.plan.set(col.STATE, [STORAGE_DTYPES.index(self.storage.dtype(pair.A)) for pair in self.pairs])
+        self.plan.tag(self.first_rows)
+        for column, name in ((col.PHASE, PHASE), (col.COUNT, STEPS), *([(col.SAVED, SAVED)] if keep_S else [])):
+            self.plan.bind_once(column, [entries[name] for entries in sides[0]])
         self._owner, self._bound = state, self._now(state)
 
-    def _now(self, state: MutableMapping[Tensor, Any]) -> list[Tensor | None]:
-        """The state tensors of every pair, to see whether one has been replaced."""
+    def _now(self, state: MutableMapping[Tensor, Any]) -> list[Tensor]:
+        """The state tensors of every owned pair, to see whether one has been replaced; none if one is missing."""
         slots, names, keep_S = self._options
-        found: list[Tensor | None] = []
-        for pair, slot in zip(self.pairs, slots):
-            if slot:
-                a, b = state.get(pair.A, {}), state.get(pair.B, {})
-                found += [a.get(PHASE), a.get(SAVED) if keep_S else None]
-                for name in names:
-                    found += [a.get(name), b.get(name)]
-        return found
+        per_pair = (*names, PHASE, STEPS, *([SAVED] if keep_S else []))
+        try:
+            found = [
+                chain.from_iterable(map(itemgetter(*wanted), map(state.__getitem__, self._owned[side])))
+                for side, wanted in enumerate((per_pair, names))
+            ]
+            return list(chain(*found))
+        except KeyError:
+            return []
 
-    def bind_grads(self, state: MutableMapping[Tensor, Any]) -> list[tuple[Tensor, int]]:
-        """Point at this step's gradients; returns factors whose partner has none, with their group.
+    def bind_grads(
+        self, state: MutableMapping[Tensor, Any], grads: Sequence[Tensor | None]
+    ) -> list[tuple[Tensor, int]]:
+        """Point at this step's gradients, of A and B in turns.
 
-        The moments of such a pair are moved back to units of S = I: it takes plain steps.
+        Returns factors whose partner has none, with their group: they take plain steps, so the moments of such a pair
+        are moved back to units of S = I.
         """
-        grads: list[tuple[Tensor | None, Tensor | None]] = []
+        slots, factors = self._options[0], self.plan.factors
+        sides = list(zip(grads[::2], grads[1::2]))
         strays: list[tuple[Tensor, int]] = []
-        for pair, slot in zip(self.pairs, self._options[0]):
-            a, b = pair.A.grad, pair.B.grad
-            if slot is not None and a is not None and b is not None:
-                _check_grad(pair, pair.A, a)
-                _check_grad(pair, pair.B, b)
-            else:
+        complete = None not in slots and all(map(is_not, grads, repeat(None)))
+        if not complete:
+            for index, (pair, slot, (a, b)) in enumerate(zip(self.pairs, slots, sides)):
+                if slot is not None and a is not None and b is not None:
+                    continue
                 owned = [] if slot is None else [(pair.A, slot[0], a), (pair.B, slot[1], b)]
                 lone = [(factor, group) for factor, group, grad in owned if grad is not None]
                 if lone:
                     leave_units(state[pair.A], state[pair.B], pair)
                 strays += lone
-                a = b = None
-            grads.append((a, b))
-        self.plan.bind_grads(grads)
-        self._written = [t for pair, (a, _) in zip(self.pairs, grads) if a is not None for t in (pair.A, pair.B)]
+                sides[index] = (None, None)
+        active = factors
+        if not complete:
+            active = [t for pair, (a, _) in zip(self.pairs, sides) if a is not None for t in (pair.A, pair.B)]
+        self._check(active, [g for g in chain.from_iterable(sides) if g is not None])
+        self.plan.bind_grads(sides)
+        self._written = active
         return strays
 
+    def _check(self, factors: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+        """Gradients are dense and of their factors' type."""
+        if list(map(_DTYPE, factors)) == list(map(_DTYPE, grads)) and {*map(_LAYOUT, grads)} <= {torch.strided}:
+            return
+        for factor, grad in zip(factors, grads):
+            if grad.layout is not torch.strided or grad.dtype is not factor.dtype:
+                name = next(pair.name for pair in self.pairs if pair.A is factor or pair.B is factor)
+                remedy = "Densify or cast the gradient before the step."
+                got = f"{grad.dtype}, {grad.layout}"
+                fail(f"{name}, gradient", f"{factor.dtype}, strided, like its factor", got, remedy)
+
     def run(self, step: AdamWStep) -> None:
+        """One step of the pairs with gradients."""
         if not self._written:
             self.results = None
             return
+        if step.carry:
+            step = self._carried(step)
         self.results = self.backend.adamw(self.plan, step)
         self.plan.release_grads()
         mark_written(self._written)
+        if step.carry:
+            self._versions = list(map(_VERSION, self.plan.factors))
 
+    def _carried(self, step: AdamWStep) -> AdamWStep:
+        """Tell the table whose Grams of the last step are still those of the factors.
 
-def _check_grad(pair: LoRAPair, factor: Tensor, grad: Tensor) -> None:
-    if grad.layout is not torch.strided or grad.dtype is not factor.dtype:
-        remedy = "Densify or cast the gradient before the step."
-        got = f"{grad.dtype}, {grad.layout}"
-        fail(f"{pair.name}, gradient", f"{factor.dtype}, strided, like its factor", got, remedy)
+        A replayed graph writes the factors and runs no Python: none are carried there, nor after it.
+        """
+        if self.plan.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self._captured = True
+        if self._captured:
+            return replace(step, carry=False)
+        now = list(map(_VERSION, self.plan.factors))
+        if now == self._versions:
+            self.plan.table[:, col.KEPT] = 1
+            return step
+        known = [a == b for a, b in zip(now, self._versions)] or [False] * len(now)
+        self.plan.set(col.KEPT, [a and b for a, b in zip(known[::2], known[1::2])])
+        return step
+
+    def invalidate(self) -> None:
+        """Forget the Grams of the last step."""
+        self._versions = []

@@ -10,7 +10,8 @@ from torch import Tensor
 from .. import plan as col
 from ..backends import Backend, resolve
 from ..contract import REFACTORED, LoRAPair, as_pairs, check_backend, check_precision
-from ..functional import Diagnostics, check_grads, diagnose, mark_written
+from ..diagnostics import Diagnostics, diagnose
+from ..functional import check_grads, mark_written
 from ..plan import Plan, by_device
 
 

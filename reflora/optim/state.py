@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,33 +11,57 @@ from torch import Tensor
 from ..contract import LoRAPair, fail
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-PHASE, SAVED = "reflora_phase", "reflora_S"
+MASTER = "master"
+PHASE, STEPS, SAVED = "reflora_phase", "reflora_steps", "reflora_S"
+HALF = (torch.bfloat16, torch.float16)
 
 
-def zeros_like(param: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Storage:
+    """What is kept in float32 beside 16-bit factors: their moments, and the weights themselves."""
+
+    moments: bool = False
+    master: bool = False
+
+    def dtype(self, factor: Tensor) -> torch.dtype:
+        """Of the moments of a factor."""
+        return torch.float32 if self.moments and factor.dtype in HALF else factor.dtype
+
+    def has_master(self, factor: Tensor) -> bool:
+        return self.master and factor.dtype in HALF
+
+
+# parameters in no pair keep what torch's AdamW keeps
+LIKE_TORCH = Storage()
+
+
+def zeros_like(param: Tensor, dtype: torch.dtype) -> Tensor:
     """Zeros with the parameter's own strides, which the kernels rely on."""
-    zeros = torch.zeros_like(param, memory_format=torch.preserve_format)
+    zeros = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
     if zeros.stride() != param.stride():
-        zeros = torch.empty_strided(param.shape, param.stride(), dtype=param.dtype, device=param.device).zero_()
+        zeros = torch.empty_strided(param.shape, param.stride(), dtype=dtype, device=param.device).zero_()
     return zeros
 
 
-def fit(state: dict[str, Any], param: Tensor, experts: int) -> None:
+def fit(state: dict[str, Any], param: Tensor, experts: int, storage: Storage) -> None:
     """Make moments and step count match their parameter in dtype, device and strides, which the kernels rely on.
 
     Needed after a load, and after `model.to(...)` has replaced the parameter's data. Raises ValueError where a moment
     has not the parameter's shape.
     """
-    for name in MOMENTS:
-        moment = state.get(name)
-        if moment is None:
+    for name in (*MOMENTS, MASTER):
+        kept = state.get(name)
+        if kept is None:
             continue
-        if moment.shape != param.shape:
+        if kept.shape != param.shape:
             remedy = "The state belongs to another model or rank."
-            fail(f"state {name!r}", tuple(param.shape), tuple(moment.shape), remedy)
-        ours, theirs = (param.dtype, param.device, param.stride()), (moment.dtype, moment.device, moment.stride())
+            fail(f"state {name!r}", tuple(param.shape), tuple(kept.shape), remedy)
+        dtype = torch.float32 if name == MASTER else storage.dtype(param)
+        ours, theirs = (dtype, param.device, param.stride()), (kept.dtype, kept.device, kept.stride())
         if ours != theirs:
-            state[name] = zeros_like(param).copy_(moment)
+            state[name] = zeros_like(param, dtype).copy_(kept)
+    if MASTER in state and not storage.has_master(param):
+        del state[MASTER]
     if "step" in state:
         state["step"] = _counts(state["step"], param, experts)
 
@@ -49,25 +74,32 @@ def _counts(step: Any, param: Tensor, experts: int) -> Tensor:
     return step.max() if step.dim() else step
 
 
-def init_param(state: dict[str, Any], param: Tensor, amsgrad: bool, experts: int) -> None:
-    """torch.optim.AdamW's entries; `step` has one count an expert for experts pairs, `[E]`, else it is a scalar."""
+def init_param(state: dict[str, Any], param: Tensor, amsgrad: bool, experts: int, storage: Storage) -> None:
+    """torch.optim.AdamW's entries; `step` has one count an expert for experts pairs, `[E]`, else it is a scalar.
+
+    master: float32, like the factor, where storage asks for it.
+    """
     if "step" not in state:
         state["step"] = torch.zeros((experts,) if experts > 1 else (), dtype=torch.float32, device=param.device)
     for name in MOMENTS[: 3 if amsgrad else 2]:
         if name not in state:
-            state[name] = zeros_like(param)
+            state[name] = zeros_like(param, storage.dtype(param))
+    if MASTER not in state and storage.has_master(param):
+        state[MASTER] = zeros_like(param, torch.float32).copy_(param.detach())
 
 
 def init_pair(state: dict[str, Any], pair: LoRAPair, keep_S: bool) -> None:
     """Entries of A for its pair.
 
     reflora_phase `[E]` float32: 1 where the moments are in units of a refactored layer, 0 where S = I was last used.
+    reflora_steps `[E]` float32: steps that the pair has taken part in, which steer warm-up and interval.
     reflora_S `[E, 2, r, r]`: the last S and S^-1, kept only for interval > 1; zeros before the first.
     """
     device, experts, r = pair.A.device, pair.experts, pair.rank
-    if PHASE not in state:
-        state[PHASE] = torch.zeros(experts, dtype=torch.float32, device=device)
-    state[PHASE] = state[PHASE].to(device)
+    for name in (PHASE, STEPS):
+        if name not in state:
+            state[name] = torch.zeros(experts, dtype=torch.float32, device=device)
+        state[name] = state[name].to(device)
     if keep_S:
         dtype = torch.float64 if pair.A.dtype == torch.float64 else torch.float32
         saved = state.get(SAVED)
@@ -91,15 +123,15 @@ def leave_units(state_A: dict[str, Any], state_B: dict[str, Any], pair: LoRAPair
     phases.zero_()
 
 
-def adopt(state: dict[str, Any], raw: dict[str, Any], param: Tensor, experts: int) -> None:
+def adopt(state: dict[str, Any], raw: dict[str, Any], param: Tensor, experts: int, storage: Storage) -> None:
     """Fit a loaded state to its parameter.
 
-    torch casts every loaded tensor to the parameter's dtype, which would round S and the phase: take those from `raw`.
-    Raises ValueError for a moment whose shape is not the parameter's.
+    torch casts every loaded tensor to the parameter's dtype, which would round what is kept in a wider one: take that
+    from `raw`. Raises ValueError for a moment whose shape is not the parameter's.
     """
     if "step" in raw:
         state["step"] = torch.as_tensor(raw["step"]).clone()
-    fit(state, param, experts)
-    for name in (PHASE, SAVED):
+    for name in (*MOMENTS, MASTER, PHASE, STEPS, SAVED):
         if name in raw:
             state[name] = raw[name].to(param.device).clone()
+    fit(state, param, experts, storage)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..contract import DEGENERATE, SKIPPED, PairLike, as_pairs, check_backend, check_count, check_precision, fail
-from ..functional import Diagnostics
+from ..diagnostics import Diagnostics
 from .pairs import PairOps
 from .state import PHASE, SAVED
 from .transport import StateMove, check_movable, movable

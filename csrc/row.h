@@ -1,0 +1,249 @@
+// One table row: refactor, precondition, or an AdamW step.
+#pragma once
+#include "adamw.h"
+
+namespace reflora {
+namespace REFLORA_ISA {
+
+static_assert(sizeof(void*) == 8, "the table holds 64-bit pointers");
+
+constexpr int64_t KEPT_HEADER = 8;  // doubles before the Grams that are carried to the next step
+
+// S: storage, T: type that the matrix S is applied in; Grams and solve are in double
+template <class S, class T>
+struct RowOp {
+    const int64_t* row;
+    double* result;
+    double* kept;  // 1 where the Grams of the factors follow, from KEPT_HEADER on, as Carry left them
+    const Job& job;
+    Arena arena;
+    Dense d{row[R], padded<double>(row[R])};
+    Factor<S> a = factor<S>(row, 0, P), b = factor<S>(row, SIDE, P);
+    Factor<S> ga = factor<S>(row, 0, G), gb = factor<S>(row, SIDE, G);
+    const double tiny = sizeof(T) == 8 ? 2.2250738585072014e-308 : 1.1754943508222875e-38;
+    const double top = sizeof(T) == 8 ? 1.7976931348623157e308 : 3.4028234663852886e38;
+    int64_t rp = padded<T>(row[R]);
+    T *in = nullptr, *out = nullptr, *left = nullptr, *right = nullptr;
+
+    void run() {
+        for (int i = 0; i < RESULTS; ++i) result[i] = __builtin_nan("");
+        result[STATUS] = PLAIN;
+        if (kept && !row[KEPT]) *kept = 0;
+        if (!row[ACTIVE] || job.found_inf) return;
+        in = arena.take<T>(size_t(padded<float>(row[R]) * CHUNK));
+        out = arena.take<T>(size_t(padded<float>(row[R]) * CHUNK));
+        if (job.kind != REFACTOR && job.check && !(all_finite(ga) && all_finite(gb))) return skip();
+        if (job.kind == ADAMW) return adamw();
+        return job.scalar ? apply_scalar() : apply_full();
+    }
+
+    void skip() { result[STATUS] = SKIPPED; }
+
+    bool scalar_norms(double& s) {  // false: skip. s = 0 where it is of no use
+        const double na = factor_norm(a), nb = factor_norm(b);
+        result[NORM_A] = na, result[NORM_B] = nb;
+        if (!(na <= Storage<double>::max && nb <= Storage<double>::max)) return false;
+        s = nb / na;
+        if (sizeof(S) == 2 && usable_scale(s, tiny, top)) s = __builtin_exp2(2 * __builtin_rint(__builtin_log2(s) / 2));
+        if (!usable_scale(s, tiny, top)) s = 0;
+        result[SCALE] = s != 0 ? s : 1;
+        return true;
+    }
+
+    void apply_scalar() {
+        double s = 0;
+        if (!scalar_norms(s)) return skip();
+        result[STATUS] = s != 0 ? REFACTORED : DEGENERATE;
+        if (s == 0) return;
+        if (job.kind == PRECONDITION) scale_in_place(ga, 1 / s), scale_in_place(gb, s);
+        else scale_in_place(a, root(s)), scale_in_place(b, 1 / root(s));
+    }
+
+    // Grams and S; false: a factor is not finite
+    bool solved(Solution& x, bool factors) {
+        const size_t size = size_t(d.rp * d.rp);
+        x.S = x.S_inv = x.P = x.P_inv_T = nullptr;
+        double* first = arena.take<double>(size), *second = arena.take<double>(size);
+        (factors ? x.P : x.S) = first, (factors ? x.P_inv_T : x.S_inv) = second;
+        for (size_t i = 0; i < size; ++i) first[i] = second[i] = 0;
+        Arena scratch = arena;
+        double* panel = scratch.take<double>(size_t(d.rp * CHUNK));
+        Gram g[2];
+        for (Gram& one : g) one.unit = scratch.take<double>(size), one.U = scratch.take<double>(size), one.E = scratch.take<double>(size);
+        if (kept && *kept) {
+            for (int side = 0; side < 2; ++side)
+                for (size_t i = 0; i < size; ++i) g[side].unit[i] = sums(side)[i];
+            finish_gram(d, a.n, 1, g[0]);
+            finish_gram(d, b.n, 1, g[1]);
+        } else {
+            gram(d, a, panel, g[0]);
+            gram(d, b, panel, g[1]);
+        }
+        result[NORM_A] = g[0].norm, result[NORM_B] = g[1].norm;
+        if (!(g[0].norm <= Storage<double>::max && g[1].norm <= Storage<double>::max)) return false;
+        result[KAPPA_A] = g[0].kappa, result[KAPPA_B] = g[1].kappa;
+        solve(d, g[0], g[1], job.kappa_max, tiny, top, scratch, x);
+        result[STATUS] = x.status, result[SCALE] = x.c, result[BALANCE] = balance(d, g[0], g[1]);
+        return true;
+    }
+
+    void apply_full() {
+        Solution x;
+        if (!solved(x, job.kind == REFACTOR)) return skip();
+        if (job.kind == PRECONDITION) {
+            round_S(x);
+            apply_in_place<T, S>(ga, left, left, rp, in, out);
+            apply_in_place<T, S>(gb, right, right, rp, in, out);
+            return;
+        }
+        double* turned = arena.take<double>(size_t(d.rp * d.rp));
+        double *cin = arena.take<double>(size_t(d.rp * CHUNK)), *cout = arena.take<double>(size_t(d.rp * CHUNK));
+        d.transpose(x.P, turned);
+        apply_in_place<double, S>(a, turned, x.P, d.rp, cin, cout);
+        d.transpose(x.P_inv_T, turned);
+        apply_in_place<double, S>(b, turned, x.P_inv_T, d.rp, cin, cout);
+    }
+
+    // S^-1 for A and S for B, rounded to the type they are applied in
+    void round_S(const Solution& x) {
+        left = arena.take<T>(size_t(rp * rp)), right = arena.take<T>(size_t(rp * rp));
+        for (int64_t i = 0; i < rp * rp; ++i) left[i] = right[i] = 0;
+        for (int64_t i = 0; i < d.r; ++i)
+            for (int64_t j = 0; j < d.r; ++j)
+                left[i * rp + j] = T(x.S_inv[i * d.rp + j]), right[i * rp + j] = T(x.S[i * d.rp + j]);
+    }
+
+    // Where S comes from is found from the number of steps that this row has taken part in.
+    void adamw() {
+        float* count = reinterpret_cast<float*>(row[COUNT]);
+        const int64_t steps = int64_t(*count), since = steps - job.warmup_steps;
+        const bool next_is_fresh = since + 1 >= 0 && (since + 1) % job.interval == 0;
+        const bool before = steps == 0 && job.warmup_steps == 0;
+        const Source source = job.scalar || since < 0 ? IDENTITY : since % job.interval == 0 ? FRESH : SAVED_S;
+        const bool refactors = job.scalar && (before || next_is_fresh);
+        const bool done = refactors ? scalar_step(before, next_is_fresh) : step(source, next_is_fresh);
+        if (!done) return skip();
+        *count += 1;
+    }
+
+    bool step(Source source, bool next_is_fresh) {  // false: skip
+        double move = 1;  // what A's moments are multiplied by; B's by its inverse
+        float* phase = reinterpret_cast<float*>(row[PHASE]);
+        // zeros: this layer has had no S yet, so it is due now
+        if (source == FRESH || (source == SAVED_S && *reinterpret_cast<const T*>(row[SAVED]) == 0)) {
+            Solution x;
+            if (!solved(x, false)) return false;
+            const bool identity = x.status == DEGENERATE && x.c == 1;
+            if (!identity) round_S(x);
+            if (job.interval > 1) keep(identity);
+            move = change_phase(phase, identity, x.c);
+        } else {
+            if (!(all_finite(a) && all_finite(b))) return false;
+            if (source == SAVED_S) recall(), result[STATUS] = REFACTORED;
+            else if (*phase != 0) {
+                double s = 0;
+                scalar_norms(s);
+                move = change_phase(phase, true, s != 0 ? s : 1);
+            }
+        }
+        const double scale = 1 / job.grad_scale;
+        Carry carry{d, nullptr, nullptr};
+        const bool carried = kept && next_is_fresh;  // only a fresh S reads them
+        if (carried) carry.panel = arena.take<double>(size_t(d.rp * CHUNK));
+        update(0, left, scale, 1, move, carried ? &carry : nullptr);
+        update(SIDE, right, scale, 1, 1 / move, carried ? &carry : nullptr);
+        if (kept) *kept = carried && carry.exact;
+        return true;
+    }
+
+    double change_phase(float* phase, bool identity, double c) {
+        const bool was_identity = *phase == 0;
+        *phase = identity ? 0.0f : 1.0f;
+        return was_identity == identity ? 1 : identity ? c : 1 / c;
+    }
+
+    void keep(bool identity) {
+        T* saved = reinterpret_cast<T*>(row[SAVED]);
+        for (int64_t i = 0; i < d.r; ++i)
+            for (int64_t j = 0; j < d.r; ++j) {
+                saved[i * d.r + j] = identity ? T(i == j) : right[i * rp + j];
+                saved[(d.r + i) * d.r + j] = identity ? T(i == j) : left[i * rp + j];
+            }
+    }
+
+    void recall() {
+        const T* saved = reinterpret_cast<const T*>(row[SAVED]);
+        left = arena.take<T>(size_t(rp * rp)), right = arena.take<T>(size_t(rp * rp));
+        for (int64_t i = 0; i < rp * rp; ++i) left[i] = right[i] = 0;
+        for (int64_t i = 0; i < d.r; ++i)
+            for (int64_t j = 0; j < d.r; ++j)
+                right[i * rp + j] = saved[i * d.r + j], left[i * rp + j] = saved[(d.r + i) * d.r + j];
+    }
+
+    double* sums(int side) { return kept + KEPT_HEADER + (side ? d.rp * d.rp : 0); }
+
+    const double* hypers(int side) { return job.hypers + row[side + HYPER] * HYPERS; }
+
+    // one side's step: gradient, parameter and moments times grad, param and move, the gradient mixed by `by` (null: I)
+    void update(int side, const T* by, double grad, double param, double move, Carry* carry) {
+        float* steps = reinterpret_cast<float*>(row[side + STEP]);
+        const float taken = *steps;
+        *steps = taken + 1;
+        const Update<T> u = make_update<T>(hypers(side), *steps, grad, param, move);
+        if (carry) {
+            carry->sums = sums(side);
+            for (int64_t i = 0; i < d.rp * d.rp; ++i) carry->sums[i] = 0;
+        }
+        const auto run = [&](auto moment, const auto& weights) {
+            using Q = decltype(moment);
+            if (carry) update_side<true, Q, T, S>(row, side, by, by, rp, u, weights, carry, in, out);
+            else update_side<false, Q, T, S>(row, side, by, by, rp, u, weights, carry, in, out);
+        };
+        if constexpr (sizeof(S) == 2) {
+            const auto typed = [&](const auto& weights) {
+                return row[STATE] == F32 ? run(float{}, weights) : run(S{}, weights);
+            };
+            if (row[side + W]) return typed(Master{reinterpret_cast<float*>(row[side + W])});
+            if constexpr (is_bf16<S>) {
+                if (job.stochastic) return typed(stochastic(job.seed, row[TAG], side, int64_t(taken)));
+            }
+            typed(Nearest{});
+        } else {
+            run(S{}, Nearest{});
+        }
+    }
+
+    bool scalar_step(bool before, bool after) {  // false: skip
+        double s = 1;
+        if (!scalar_norms(s)) return false;
+        result[STATUS] = s != 0 ? REFACTORED : DEGENERATE;
+        const double by = before && s != 0 ? root(s) : 1, scale = 1 / job.grad_scale;
+        update(0, nullptr, scale / by, by, 1 / by, nullptr);
+        update(SIDE, nullptr, scale * by, 1 / by, by, nullptr);
+        if (!after || !scalar_norms(s) || s == 0) return true;
+        scale_side(0, root(s));
+        scale_side(SIDE, 1 / root(s));
+        return true;
+    }
+
+    void scale_side(int side, double by) {
+        const Factor<S>& f = side ? b : a;
+        if (row[side + W]) scale_master(f, reinterpret_cast<float*>(row[side + W]), by);
+        else scale_in_place(f, by);
+        if (row[STATE] == F32) scale_moments<float>(side, by);
+        else scale_moments<S>(side, by);
+    }
+
+    template <class Q>
+    void scale_moments(int side, double by) {
+        Factor<Q> f = factor<Q>(row, side, P);
+        const bool amsgrad = hypers(side)[AMSGRAD] != 0;
+        for (int column = M; column <= (amsgrad ? X : V); ++column) {
+            f.p = reinterpret_cast<Q*>(row[side + column]);
+            scale_in_place(f, column == M ? 1 / by : 1 / (by * by));
+        }
+    }
+};
+
+}  // namespace REFLORA_ISA
+}  // namespace reflora

@@ -1,0 +1,244 @@
+"""The fused RefLoRA-AdamW step in batched torch operations.
+
+Nothing on the device is read by the host: what differs from row to row is chosen by torch.where, so that a step can be
+captured in a CUDA graph as far as torch's own linear algebra can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from .. import plan as col
+from ..contract import DEGENERATE, PLAIN, REFACTORED, SKIPPED
+from ..plan import A_SIDE, B_SIDE, Plan
+from . import AdamWStep
+from .torch_groups import SIDES, Group, chosen, groups, record, results_of, saturated, skip
+from .torch_rounding import round_stochastically, row_key
+from .torch_solve import Gram, Solution, gram
+
+
+@dataclass
+class Memory:
+    """What is kept from one step to the next.
+
+    grams: of the factors as the last step has left them, by (rows, precision). keys: of stochastic rounding, `[b]` a
+    side, by (seed, *tags); kept because a CUDA graph takes no numbers from the host.
+    """
+
+    grams: dict[tuple, tuple[Gram, Gram]] = field(default_factory=dict)
+    keys: dict[tuple, list[Tensor]] = field(default_factory=dict)
+
+
+class Hypers(NamedTuple):
+    lr: float | Tensor
+    beta1: float
+    beta2: float
+    eps: float
+    decay: float
+    amsgrad: bool
+    maximize: bool
+
+
+def adamw(plan: Plan, step: AdamWStep, rows: Sequence[int] | None = None) -> Tensor:
+    results = results_of(plan)
+    memory = cast(Memory, plan.memory.setdefault("torch", Memory()))
+    # a group that does not take part, or is made up of other rows, starts afresh: its factors may have changed since
+    carried, memory.grams = memory.grams, {}
+    for group in groups(plan, rows):
+        key = (tuple(group.rows), step.precision)
+        # Grams of rows that nobody has written come out the same when they are computed along with the others
+        grams = carried.get(key) if all(group.column(col.KEPT)) else None
+        GroupStep(group, step, memory).run(results, grams or group.grams(step.precision))
+        if step.carry and not step.scalar:
+            memory.grams[key] = group.grams(step.precision)
+    return chosen(results, rows)
+
+
+def schedule(count: Tensor, step: AdamWStep) -> tuple[Tensor, Tensor]:
+    """(S = I, S computed now) of rows that have done `count` steps; elsewhere the last S is used again."""
+    past = count - step.warmup_steps
+    return past < 0, (past >= 0) & (past % step.interval == 0)
+
+
+def scalar_schedule(count: Tensor, step: AdamWStep) -> tuple[Tensor, Tensor]:
+    """(refactored before the update, after it): after every step that a fresh S would follow."""
+    before = (count == 0) & (step.warmup_steps == 0)
+    past = count + 1 - step.warmup_steps
+    return before, (past >= 0) & (past % step.interval == 0)
+
+
+class GroupStep:
+    """One group's step. Sides are lists `[A, B]`; moments in units of S move by `[1 / c, c]`."""
+
+    def __init__(self, group: Group, step: AdamWStep, memory: Memory):
+        self.group, self.step, self.memory = group, step, memory
+        self.device = group.plan.device
+        self.hypers = [self._hypers(index) for index in group.hypers]
+        self.count = torch.stack(group.once(col.COUNT)).long()
+
+    def run(self, results: Tensor, grams: tuple[Gram, Gram]) -> None:
+        group, step = self.group, self.step
+        solution = group.solve(*grams, step.precision, step.scalar)
+        grads = [self._gradient(side, h) for side, h in zip(SIDES, self.hypers)]
+        if step.check:
+            solution = skip(solution, *grads)
+        self.done = solution.status < SKIPPED
+        if step.found_inf is not None:
+            self.done &= step.found_inf.to(self.device) == 0
+        self._load()
+        if step.scalar:
+            reported = self._scalar_step(solution, grads)
+        else:
+            reported, grads = self._precondition(solution, grads)
+            self._update(grads)
+        self._store()
+        record(results, group, *grams, reported)
+
+    def _hypers(self, index: int) -> Hypers:
+        lr, beta1, beta2, eps, decay, amsgrad, maximize = self.step.hypers[index, : col.LR_AT].tolist()
+        device_lr = self.step.lrs[index] if index < len(self.step.lrs) else None
+        return Hypers(
+            lr if device_lr is None else device_lr.reshape(()).to(self.device, torch.float64),
+            beta1, beta2, eps, decay, amsgrad != 0, maximize != 0,
+        )  # fmt: skip
+
+    def _gradient(self, side: int, hypers: Hypers) -> Tensor:
+        g = self.group.stack(side, col.G).to(self.group.apply)
+        if self.step.grad_scale is not None:
+            g = g / self.step.grad_scale.to(self.device)
+        return -g if hypers.maximize else g
+
+    def _load(self) -> None:
+        def wide(column: int) -> list[Tensor]:
+            return [self.group.stack(side, column).to(self.group.apply) for side in SIDES]
+
+        self.P, self.M, self.V = wide(col.P), wide(col.M), wide(col.V)
+        self.X = [
+            self.group.stack(side, col.X).to(self.group.apply) if h.amsgrad else None
+            for side, h in zip(SIDES, self.hypers)
+        ]
+        if self.group.master:
+            # where w does not round to p, somebody has written the factor
+            for i, (p, w) in enumerate(zip(self.P, wide(col.W))):
+                self.P[i] = w.where(w.to(self.group.dtype) == p, p)
+
+    def _scalar_step(self, solution: Solution, grads: list[Tensor]) -> Solution:
+        """RefLoRA-S; rows that are not refactored in this step take a plain one."""
+        before, after = scalar_schedule(self.count, self.step)
+        plain = ~(before | after)
+        self._change_phase(self.done & plain, plain, solution)
+        self._update(self._scalar_refactor(solution, before, grads))
+        # by norms of what is stored, not of what has been rounded away
+        a, b = (gram(p.to(self.group.dtype), getattr(torch, self.step.precision)) for p in self.P)
+        self._scalar_refactor(self.group.solve(a, b, self.step.precision, True), after, grads)
+        return self._reported(solution, ~plain, PLAIN)
+
+    def _precondition(self, solution: Solution, grads: list[Tensor]) -> tuple[Solution, list[Tensor]]:
+        """(what is reported, gradients mixed by this step's S); moments are moved where S stops or starts being I."""
+        group = self.group
+        warm_up, due = schedule(self.count, self.step)
+        S, S_inv = solution.S, solution.S_inv
+        if self.step.keep:
+            kept = group.once(col.SAVED)
+            saved = torch.stack(kept)
+            due = due | (~warm_up & (saved[:, 0, 0, 0] == 0))  # zeros: this row has had no S yet
+            both = torch.stack([S, S_inv], 1).where((self.done & due).view(-1, 1, 1, 1), saved)
+            torch._foreach_copy_(kept, list(both.unbind(0)))
+            S, S_inv = both.unbind(1)
+        unsolved = (solution.status == DEGENERATE) & (solution.scale == 1)
+        self._change_phase(self.done & (due | warm_up), warm_up | unsolved, solution)
+        reported = self._reported(solution, due, torch.where(warm_up, PLAIN, REFACTORED).double())
+        plain = warm_up.view(-1, 1, 1)
+        return reported, [g.where(plain, mixed) for g, mixed in zip(grads, (S_inv @ grads[0], S @ grads[1]))]
+
+    def _reported(self, solution: Solution, own: Tensor, other: Tensor | int) -> Solution:
+        """What is not of this step's making is not reported: S of a warm-up or of an earlier step."""
+        status = solution.status.where(own | (solution.status == SKIPPED), other)
+        if self.step.found_inf is not None:
+            status = status.where(self.step.found_inf.to(self.device) == 0, PLAIN)
+        return solution._replace(status=status, balance=solution.balance.where(own, torch.nan))
+
+    def _change_phase(self, changes: Tensor, identity: Tensor, solution: Solution) -> None:
+        """Rows with `changes` use S = I or not from here on, and their moments are in units of that."""
+        kept = self.group.once(col.PHASE)
+        phases = torch.stack(kept)
+        leaving, entering = changes & ~identity & (phases == 0), changes & identity & (phases != 0)
+        c = solution.scale.where(leaving, (1 / solution.scale).where(entering, 1.0))
+        self._move_moments((1 / c).to(self.group.apply))
+        torch._foreach_copy_(kept, list((~identity).to(phases.dtype).where(changes, phases).unbind(0)))
+
+    def _scalar_refactor(self, solution: Solution, where: Tensor, grads: list[Tensor]) -> list[Tensor]:
+        use = self.done & where & (solution.status == REFACTORED)
+        root = solution.scale.sqrt().where(use, 1.0).to(self.group.apply)
+        self._move_moments(1 / root)
+        root = root.view(-1, 1, 1)
+        self.P = [self.P[0] * root, self.P[1] / root]
+        return [grads[0] / root, grads[1] * root]
+
+    def _move_moments(self, factor: Tensor) -> None:
+        """A's gradients are in units `factor [b]` times larger from here on, B's in units `1 / factor`."""
+        for i, f in enumerate((factor.view(-1, 1, 1), 1 / factor.view(-1, 1, 1))):
+            self.M[i], self.V[i] = self.M[i] * f, self.V[i] * f * f  # f * f itself may leave the range
+            x = self.X[i]
+            if x is not None:
+                self.X[i] = x * f * f
+
+    def _update(self, grads: list[Tensor]) -> None:
+        apply = self.group.apply
+        # squares stay finite
+        top = torch.finfo(apply).max ** 0.5 / 10
+        for i, (side, h) in enumerate(zip(SIDES, self.hypers)):
+            t = self._steps(side).double().view(-1, 1, 1) + 1
+            g = saturated(grads[i], top)
+            self.M[i] = self.M[i] + (1 - h.beta1) * (g - self.M[i])
+            self.V[i] = second = h.beta2 * self.V[i] + (1 - h.beta2) * g * g
+            x = self.X[i]
+            if x is not None:
+                self.X[i] = second = x.maximum(second)
+            denom = second.sqrt() / (1 - h.beta2**t).sqrt().to(apply) + h.eps
+            # eps = 0 and no gradient yet: 0 / 0 is no step
+            ratio = torch.where(self.M[i] == 0, 0.0, self.M[i] / denom)
+            self.P[i] = self.P[i] * (1 - h.lr * h.decay) - (h.lr / (1 - h.beta1**t)).to(apply) * ratio
+        self._round()
+
+    def _steps(self, side: int) -> Tensor:
+        return torch.stack(self.group.once(side + col.STEP)).long()
+
+    def _round(self) -> None:
+        """P as it will be stored; master weights keep what was computed."""
+        dtype = self.group.dtype
+        self.P = [saturated(p, torch.finfo(dtype).max) for p in self.P]
+        if self.group.master:
+            return
+        if self.step.seed is not None and dtype == torch.bfloat16:
+            keys = zip(self.P, self._keys(self.step.seed), SIDES)
+            rounded = [round_stochastically(p, key, self._steps(side)) for p, key, side in keys]
+        else:
+            rounded = [p.to(dtype) for p in self.P]
+        self.P = [p.to(self.group.apply) for p in rounded]
+
+    def _keys(self, seed: int) -> list[Tensor]:
+        tags, keys = self.group.column(col.TAG), self.memory.keys
+        which = (seed, *tags)
+        if which not in keys:
+            keys[which] = [torch.tensor([row_key(seed, tag, s) for tag in tags], device=self.device) for s in (0, 1)]
+        return keys[which]
+
+    def _store(self) -> None:
+        columns: list[tuple[int, Sequence[Tensor | None]]]
+        columns = [(col.P, self.P), (col.M, self.M), (col.V, self.V), (col.X, self.X)]
+        if self.group.master:
+            columns.append((col.W, self.P))
+        for i, side in enumerate(SIDES):
+            for column, values in columns:
+                value = values[i]
+                if value is not None:
+                    self.group.write(side, column, value, self.done)
+        for column in (A_SIDE + col.STEP, B_SIDE + col.STEP, col.COUNT):
+            counts = self.group.once(column)
+            torch._foreach_add_(counts, list(self.done.to(counts[0].dtype).unbind(0)))

@@ -1,0 +1,126 @@
+"""Rows of a plan that one batched torch operation can serve: what they point at as stacks, and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import plan as col
+from ..contract import PLAIN, SKIPPED
+from ..plan import A_SIDE, B_SIDE, Plan
+from .torch_solve import Gram, Solution, balance, gram, solve
+
+SIDES = (A_SIDE, B_SIDE)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of one shape, dtype, type of state and hyperparameters.
+
+    Stacks are `[b, r, n]` copies; `views` are where they go back to. hypers: rows of the hyperparameter table that A
+    and B use. master: whether there are float32 master weights.
+    """
+
+    plan: Plan
+    rows: list[int]
+    hypers: tuple[int, int]
+    master: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.plan.rows[self.rows[0]].A.dtype
+
+    @property
+    def apply(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def eye(self) -> Tensor:
+        return torch.eye(self.plan.rows[self.rows[0]].A.shape[0], dtype=torch.float64, device=self.plan.device)
+
+    def column(self, column: int) -> list[int]:
+        """Entries of the table itself."""
+        entries = self.plan.table[:, column].tolist()
+        return [entries[number] for number in self.rows]
+
+    def views(self, side: int, column: int) -> list[Tensor]:
+        """What a column of these rows points at, as `[r, n]` views."""
+        found = []
+        for number in self.rows:
+            row = self.plan.rows[number]
+            pair = self.plan.pairs[row.pair]
+            if column == col.P:
+                found.append(row.B.mT if side == B_SIDE else row.A)
+                continue
+            tensor = self.plan.tensors[side + column][row.pair].detach()
+            views = pair.views_B(tensor) if side == B_SIDE else pair.views_A(tensor)
+            found.append(views[row.expert].mT if side == B_SIDE else views[row.expert])
+        return found
+
+    def stack(self, side: int, column: int) -> Tensor:
+        return torch.stack(self.views(side, column))
+
+    def once(self, column: int) -> list[Tensor]:
+        """What a column with one entry a row points at."""
+        tensors = [self.plan.pair_tensors[column][self.plan.rows[n].pair] for n in self.rows]
+        return [t[self.plan.rows[n].expert] if t.dim() else t for n, t in zip(self.rows, tensors)]
+
+    def write(self, side: int, column: int, values: Tensor, where: Tensor) -> None:
+        """Rows with `where` take `values [b, r, n]`, saturated to the storage range; the others stay as they are."""
+        views = self.views(side, column)
+        old = torch.stack(views)
+        new = saturated(values, torch.finfo(old.dtype).max).to(old.dtype).where(where.view(-1, 1, 1), old)
+        torch._foreach_copy_(views, list(new.unbind(0)))
+
+    def grams(self, precision: str) -> tuple[Gram, Gram]:
+        """Of the factors as they are stored now."""
+        compute = getattr(torch, precision)
+        return gram(self.stack(A_SIDE, col.P), compute), gram(self.stack(B_SIDE, col.P), compute)
+
+    def solve(self, a: Gram, b: Gram, precision: str, scalar: bool) -> Solution:
+        solution = solve(a, b, self.apply, precision)
+        return balance(a, b, solution, self.dtype, self.apply) if scalar else solution
+
+
+def groups(plan: Plan, rows: Sequence[int] | None) -> Iterator[Group]:
+    """The active ones of `rows` (None: of all rows)."""
+    found: dict[tuple, list[int]] = {}
+    table = plan.table.tolist()
+    for number in range(len(plan.rows)) if rows is None else rows:
+        row, entries = plan.rows[number], table[number]
+        if entries[col.ACTIVE]:
+            hypers, master = (entries[A_SIDE + col.HYPER], entries[B_SIDE + col.HYPER]), entries[A_SIDE + col.W] != 0
+            key = (hypers, master, entries[col.STATE], row.A.shape, row.B.shape, row.A.dtype)
+            found.setdefault(key, []).append(number)
+    return (Group(plan, numbers, key[0], key[1]) for key, numbers in found.items())
+
+
+def skip(solution: Solution, *grads: Tensor) -> Solution:
+    """Rows with a gradient that is not finite are skipped."""
+    finite = torch.stack([g.isfinite().all(2).all(1) for g in grads]).all(0)
+    return solution._replace(status=solution.status.where(finite, SKIPPED))
+
+
+def saturated(values: Tensor, top: float) -> Tensor:
+    """inf - inf inside a product has no sign left and becomes 0."""
+    return values.nan_to_num(0.0, top, -top).clamp(-top, top)
+
+
+def results_of(plan: Plan) -> Tensor:
+    results = torch.full((len(plan.rows), col.RESULTS), torch.nan, dtype=torch.float64, device=plan.device)
+    results.select(1, col.STATUS).fill_(PLAIN)
+    return results
+
+
+def chosen(results: Tensor, rows: Sequence[int] | None) -> Tensor:
+    """`results[rows]` without carrying an index to the device."""
+    return results if rows is None else torch.stack([results[number] for number in rows])
+
+
+def record(results: Tensor, group: Group, a: Gram, b: Gram, solution: Solution) -> None:
+    columns = (solution.status, a.kappa, b.kappa, solution.balance, solution.scale, a.norm, b.norm)
+    values = torch.stack([c.double() for c in columns], 1)
+    torch._foreach_copy_([results[number, : len(columns)] for number in group.rows], list(values.unbind(0)))

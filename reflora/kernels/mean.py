@@ -1,0 +1,140 @@
+"""From two Grams to S = (A A^T)^-1 # (B^T B): condition, polar factor, S and its inverse (docs/mathematics.md)."""
+
+import triton
+import triton.language as tl
+
+from . import table as col
+from .dtypes import normal_range, power_of_two
+from .gram import gram
+from .pair import SLOT_A, SLOT_B, SLOT_N, SLOT_X, SLOT_Y, column, slot
+from .solve import FACTOR_INVERSE, FACTOR_T, PLAIN, factor, finish, multiply, newton_polar
+
+
+@triton.jit
+def decide(
+    p_row, area, r, code, KAPPA_MAX: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+    DTYPE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """Grams and their Cholesky factors, packed into SLOT_A and SLOT_B, and what follows from them.
+
+    Returns (status, kappa_a, kappa_b, balance, c, norm_a, norm_b): int32 and float64 scalars, c = 1 where the ratio of
+    the norms is of no use as a scale.
+    """
+    p_a, p_b = slot(area, SLOT_A, RC, TC), slot(area, SLOT_B, RC, TC)
+    scale_a, norm_a, exponent_a = gram(p_row, p_a, r, code, col.A_SIDE, RC, BN, BM, DTYPE, WIDE, TC, SCALED)
+    scale_b, norm_b, exponent_b = gram(p_row, p_b, r, code, col.B_SIDE, RC, BN, BM, DTYPE, WIDE, TC, SCALED)
+    c, useful = ratio(norm_a, exponent_a, norm_b, exponent_b, code)
+    status, kappa_a, kappa_b, balance = judge(
+        p_row, area, r, scale_a, norm_a, scale_b, norm_b, c, useful, KAPPA_MAX, RC, BM, TC
+    )
+    c = tl.where(useful, c, 1.0)
+    return (
+        status, kappa_a, kappa_b, balance, c, norm_a * power_of_two(exponent_a), norm_b * power_of_two(exponent_b)
+    )  # fmt: skip
+
+
+@triton.jit
+def judge(
+    p_row, area, r, scale_a, norm_a, scale_b, norm_b, c, useful, KAPPA_MAX: tl.constexpr, RC: tl.constexpr,
+    BM: tl.constexpr, TC: tl.constexpr,
+):  # fmt: skip
+    """From the Grams in SLOT_A and SLOT_B, which are factored in place: (status, kappa_a, kappa_b, balance)."""
+    p_a, p_b = slot(area, SLOT_A, RC, TC), slot(area, SLOT_B, RC, TC)
+    balance = distance(p_a, p_b, scale_a, scale_b, c, RC, BM)
+    balance = tl.where((norm_a > 0) & (norm_b > 0), balance, tl.where(norm_a > 0, 1.0, float("inf")))
+    kappa_a = factor(p_a, scale_a, r, RC)
+    kappa_b = factor(p_b, scale_b, r, RC)
+    kappa_a = tl.where(column(p_row, col.A_SIDE + col.N) < r, float("inf"), kappa_a)
+    kappa_b = tl.where(column(p_row, col.B_SIDE + col.N) < r, float("inf"), kappa_b)
+    regular = useful & (kappa_a <= KAPPA_MAX) & (kappa_b <= KAPPA_MAX)
+    finite = (norm_a < float("inf")) & (norm_b < float("inf"))
+    status = tl.where(finite, tl.where(regular, col.REFACTORED, col.DEGENERATE), col.SKIPPED)
+    return status, kappa_a, kappa_b, balance
+
+
+@triton.jit
+def ratio(norm_a, exponent_a, norm_b, exponent_b, code):
+    """c = ||B|| / ||A||, and whether c and 1 / c are normal numbers of the type it is applied in."""
+    shift = exponent_b - exponent_a
+    half = shift >> 1
+    c = norm_b / norm_a * power_of_two(half) * power_of_two(shift - half)
+    tiny, huge = normal_range(code)
+    usable = (norm_a > 0) & (norm_b > 0) & (norm_a < float("inf")) & (norm_b < float("inf"))
+    return c, usable & (c >= tiny) & (c <= huge) & (1.0 / c >= tiny) & (1.0 / c <= huge)
+
+
+@triton.jit
+def distance(p_a, p_b, scale_a, scale_b, c, RC: tl.constexpr, BM: tl.constexpr):
+    """`||Ga - Gb||_F / ||Ga||_F` of the factors themselves, from the slots of Grams and what makes their traces 1."""
+    j = tl.arange(0, RC)
+    between, size = tl.full((), 0.0, tl.float64), tl.full((), 0.0, tl.float64)
+    for top in range(0, RC, BM):
+        o = (top + tl.arange(0, BM))[:, None] * RC + j[None, :]
+        a = (tl.load(p_a + o) * scale_a).to(tl.float64)
+        d = a - (tl.load(p_b + o) * scale_b).to(tl.float64) * (c * c)
+        between += tl.sum(tl.sum(d * d, 1), 0)
+        size += tl.sum(tl.sum(a * a, 1), 0)
+    return tl.sqrt(between / size)
+
+
+@triton.jit
+def polar_of_pair(
+    area, r, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, TC: tl.constexpr, KEEP_N: tl.constexpr
+):
+    """Q of `N = Lb^T La = Q H` into SLOT_X, from the packed factors; N into SLOT_N for KEEP_N."""
+    p_a, p_b = slot(area, SLOT_A, RC, TC), slot(area, SLOT_B, RC, TC)
+    p_x, p_y = slot(area, SLOT_X, RC, TC), slot(area, SLOT_Y, RC, TC)
+    multiply(p_x, p_b, FACTOR_T, False, p_a, FACTOR_T, True, r, RC, BM, BK, TC)
+    multiply(p_y, p_b, FACTOR_INVERSE, False, p_a, FACTOR_INVERSE, True, r, RC, BM, BK, TC)
+    tl.debug_barrier()
+    if KEEP_N:
+        i = tl.arange(0, RC)
+        o = i[:, None] * RC + i[None, :]
+        tl.store(slot(area, SLOT_N, RC, TC) + o, tl.load(p_x + o))
+    newton_polar(p_x, p_y, r, RC, BM, TC)
+
+
+@triton.jit
+def form_s(
+    area, r, c, code, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr
+):
+    """`S = c La^-T Q^T Lb^T` and `S^-1 = Lb^-T Q La^T / c`, as WIDE elements, to where `mixer` finds them.
+
+    Returns 1 if every element is finite in the type that S is applied in, else 0.
+    """
+    p_a, p_b = slot(area, SLOT_A, RC, TC), slot(area, SLOT_B, RC, TC)
+    p_x, p_y = slot(area, SLOT_X, RC, TC), slot(area, SLOT_Y, RC, TC)
+    p_n = slot(area, SLOT_N, RC, TC)
+    multiply(p_y, p_x, PLAIN, True, p_b, FACTOR_T, False, r, RC, BM, BK, TC)
+    multiply(p_n, p_x, PLAIN, False, p_a, FACTOR_T, False, r, RC, BM, BK, TC)
+    tl.debug_barrier()
+    multiply(p_x, p_a, FACTOR_INVERSE, True, p_y, PLAIN, False, r, RC, BM, BK, TC)
+    tl.debug_barrier()
+    multiply(p_y, p_b, FACTOR_INVERSE, True, p_n, PLAIN, False, r, RC, BM, BK, TC)
+    tl.debug_barrier()
+    tiny, huge = normal_range(code)
+    fits = finish(mixer(area, False, RC, WIDE), p_x, c, huge, True, RC, BM, WIDE)
+    fits &= finish(mixer(area, True, RC, WIDE), p_y, 1.0 / c, huge, True, RC, BM, WIDE)
+    tl.debug_barrier()
+    return fits
+
+
+@triton.jit
+def form_scaled_identity(area, value, inverse, RC: tl.constexpr, TYPE: tl.constexpr):
+    """S becomes value I and S^-1 inverse I."""
+    i = tl.arange(0, RC)
+    o = i[:, None] * RC + i[None, :]
+    diagonal = i[:, None] == i[None, :]
+    zeros = tl.zeros([RC, RC], TYPE)
+    tl.store(mixer(area, False, RC, TYPE) + o, tl.where(diagonal, value.to(TYPE), zeros))
+    tl.store(mixer(area, True, RC, TYPE) + o, tl.where(diagonal, inverse.to(TYPE), zeros))
+    tl.debug_barrier()
+
+
+@triton.jit
+def mixer(area, INVERSE: tl.constexpr, RC: tl.constexpr, TYPE: tl.constexpr):
+    """S, or S^-1, at the beginning of an area."""
+    p = area.to(tl.pointer_type(TYPE))
+    if INVERSE:
+        p += RC * RC
+    return p

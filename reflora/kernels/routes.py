@@ -1,0 +1,45 @@
+"""Which route and how many warps a rank class takes on which device: the one table to change after a measurement.
+
+The warps are the fewest with which nothing, or least, spills (benchmarks/results/compile_table.md). The route has not
+yet been measured on a GPU: "split" is what the arithmetic of benchmarks/NOTES.md says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SPLIT, ROW = "split", "row"
+
+
+@dataclass(frozen=True)
+class Route:
+    """route: of the AdamW step. Warps of the solve, of the update, and of one that carries Grams.
+
+    block_n: columns of a factor in a block. block_m, block_k: rows and inner block of a product of matrices.
+    """
+
+    route: str
+    warps: int
+    update_warps: int
+    carry_warps: int
+    block_n: int
+    block_m: int
+    block_k: int
+
+
+# by rank class; then by compute capability, where a device needs an entry of its own
+ROUTES: dict[int, dict[tuple[int, int] | None, Route]] = {
+    16: {None: Route(SPLIT, 2, 2, 2, 32, 16, 16)},
+    32: {None: Route(SPLIT, 4, 4, 4, 32, 32, 16)},
+    64: {None: Route(SPLIT, 8, 8, 16, 32, 64, 16)},
+    128: {None: Route(SPLIT, 16, 16, 16, 16, 32, 16)},
+}
+
+# "split" or "row" for every class, to measure one against the other
+forced: str | None = None
+
+
+def route_of(rank_class: int, capability: tuple[int, int] | None) -> Route:
+    """capability: of the device, None without one (the interpreter, compiling ahead)."""
+    routes = ROUTES[rank_class]
+    return routes.get(capability, routes[None])

@@ -1,0 +1,200 @@
+"""What one program settles for a row of an AdamW step: where S comes from, whether there is a step, its scalars."""
+
+import triton
+import triton.language as tl
+
+from . import table as col
+from .chunks import (
+    CARRIED,
+    CORRECTION_A,
+    CORRECTION_B,
+    COUNT_A,
+    COUNT_B,
+    DECAY_A,
+    DECAY_B,
+    MOVE,
+    RUN,
+    STEP_SIZE_A,
+    STEP_SIZE_B,
+    any_bad,
+    counts,
+    reduce_chunks,
+)
+from .dtypes import FLOAT32, FLOAT64, MIXED, load, power_of_two, store
+from .mean import form_s, form_scaled_identity, judge, mixer, polar_of_pair, ratio
+from .pair import column, report
+
+
+@triton.jit
+def learning_rate(p_hyper):
+    """LR, or what is at LR_AT now; float64."""
+    at = tl.load(p_hyper + col.LR_AT).to(tl.int64)
+    wide = tl.load(p_hyper + col.LR_DTYPE) != 0
+    single = tl.load(at.to(tl.pointer_type(tl.float32)), mask=(at != 0) & (not wide), other=0.0).to(tl.float64)
+    double = tl.load(at.to(tl.pointer_type(tl.float64)), mask=(at != 0) & wide, other=0.0)
+    return tl.where(at != 0, tl.where(wide, double, single), tl.load(p_hyper + col.LR))
+
+
+@triton.jit
+def step_scalars(p_row, hypers, SIDE: tl.constexpr):
+    """(step size, what sqrt(v) is multiplied by, what p decays by, number of the step) of a side; float64."""
+    p_hyper = hypers + column(p_row, SIDE + col.HYPER) * col.HYPERS
+    lr, beta1, beta2 = learning_rate(p_hyper), tl.load(p_hyper + col.BETA1), tl.load(p_hyper + col.BETA2)
+    count = tl.load(column(p_row, SIDE + col.STEP).to(tl.pointer_type(tl.float32))).to(tl.float64) + 1.0
+    # beta^count in float64; log(0) is -inf and its exponential 0
+    step_size = lr / (1.0 - tl.exp(count * tl.log(beta1)))
+    correction = 1.0 / tl.sqrt(1.0 - tl.exp(count * tl.log(beta2)))
+    return step_size, correction, 1.0 - lr * tl.load(p_hyper + col.WEIGHT_DECAY), count
+
+
+@triton.jit
+def store_scalars(p_row, header, hypers):
+    """The scalars of both sides' updates into the header. Returns the numbers of their steps."""
+    step_size_a, correction_a, decay_a, count_a = step_scalars(p_row, hypers, col.A_SIDE)
+    step_size_b, correction_b, decay_b, count_b = step_scalars(p_row, hypers, col.B_SIDE)
+    tl.store(header + STEP_SIZE_A, step_size_a)
+    tl.store(header + CORRECTION_A, correction_a)
+    tl.store(header + DECAY_A, decay_a)
+    tl.store(header + COUNT_A, count_a)
+    tl.store(header + STEP_SIZE_B, step_size_b)
+    tl.store(header + CORRECTION_B, correction_b)
+    tl.store(header + DECAY_B, decay_b)
+    tl.store(header + COUNT_B, count_b)
+    return count_a, count_b
+
+
+@triton.jit
+def store_counts(p_row, count_a, count_b, steps):
+    tl.store(column(p_row, col.A_SIDE + col.STEP).to(tl.pointer_type(tl.float32)), count_a.to(tl.float32))
+    tl.store(column(p_row, col.B_SIDE + col.STEP).to(tl.pointer_type(tl.float32)), count_b.to(tl.float32))
+    address = column(p_row, col.COUNT)
+    tl.store(address.to(tl.pointer_type(tl.float32)), (steps + 1).to(tl.float32), mask=address != 0)
+
+
+@triton.jit
+def steps_of(p_row):
+    """Steps that the row has taken part in, int32."""
+    address = column(p_row, col.COUNT)
+    return tl.load(address.to(tl.pointer_type(tl.float32)), mask=address != 0, other=0.0).to(tl.int32)
+
+
+@triton.jit
+def move_saved(
+    p_row, area, r, code, TO_ROW: tl.constexpr, RC: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """S and S^-1 from the workspace to `[2, r, r]` at the row's SAVED address, or back."""
+    STORED: tl.constexpr = DTYPE if (DTYPE == MIXED or DTYPE == FLOAT64) else FLOAT32
+    stored = tl.where(code == FLOAT64, FLOAT64, FLOAT32)
+    address = column(p_row, col.SAVED)
+    i = tl.arange(0, RC)
+    o = i[:, None] * r + i[None, :]
+    mask = (i < r)[:, None] & (i < r)[None, :]
+    p_s = mixer(area, False, RC, WIDE) + i[:, None] * RC + i[None, :]
+    p_inverse = mixer(area, True, RC, WIDE) + i[:, None] * RC + i[None, :]
+    if TO_ROW:
+        store(address, o, tl.load(p_s), mask, stored, STORED)
+        store(address, o + r * r, tl.load(p_inverse), mask, stored, STORED)
+    else:
+        tl.store(p_s, load(address, o, mask, stored, STORED, WIDE))
+        tl.store(p_inverse, load(address, o + r * r, mask, stored, STORED, WIDE))
+
+
+@triton.jit
+def has_saved(p_row, r, code, RC: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr):
+    """Whether the row's SAVED address holds an S; zeros stand for none."""
+    STORED: tl.constexpr = DTYPE if (DTYPE == MIXED or DTYPE == FLOAT64) else FLOAT32
+    stored = tl.where(code == FLOAT64, FLOAT64, FLOAT32)
+    i = tl.arange(0, RC)
+    diagonal = load(column(p_row, col.SAVED), i * (r + 1), i < r, stored, STORED, WIDE)
+    return tl.max(tl.abs(diagonal), 0) > 0
+
+
+@triton.jit
+def solve_row(
+    p_row, area, r, code, scale_a, norm_a, scale_b, norm_b, c, useful, KEEP: tl.constexpr, KAPPA_MAX: tl.constexpr,
+    RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr,
+):  # fmt: skip
+    """S and S^-1 of this step, from the Grams. Returns (status, kappa_a, kappa_b, balance)."""
+    status, kappa_a, kappa_b, balance = judge(
+        p_row, area, r, scale_a, norm_a, scale_b, norm_b, c, useful, KAPPA_MAX, RC, BM, TC
+    )
+    c = tl.where(useful, c, 1.0)
+    if status == col.REFACTORED:
+        polar_of_pair(area, r, RC, BM, BK, TC, False)
+        if form_s(area, r, c, code, RC, BM, BK, WIDE, TC) == 0:
+            status = tl.full((), col.DEGENERATE, tl.int32)
+    if status == col.DEGENERATE:
+        form_scaled_identity(area, c, 1.0 / c, RC, WIDE)
+    if KEEP:
+        tl.debug_barrier()
+        move_saved(p_row, area, r, code, True, RC, DTYPE, WIDE)
+    return status, kappa_a, kappa_b, balance
+
+
+@triton.jit
+def settle(
+    p_row, row, area, header, results, hypers, width, r, code, warmup, interval, SCHEDULED: tl.constexpr,
+    KEEP: tl.constexpr, KAPPA_MAX: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    DTYPE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """From a row's chunk Grams to its header and S, its new counts, phase and report; by one program."""
+    chunks_a, chunks = counts(p_row, width)
+    scale_a, norm_a, exponent_a, scale_b, norm_b, exponent_b = reduce_chunks(
+        area, header, chunks_a, chunks, RC, BM, WIDE, TC, SCALED
+    )
+    c, useful = ratio(norm_a, exponent_a, norm_b, exponent_b, code)
+    kappa_a = tl.full((), float("nan"), tl.float64)
+    kappa_b, balance = kappa_a, kappa_a
+    finite = (norm_a < float("inf")) & (norm_b < float("inf"))
+    status = tl.full((), col.SKIPPED, tl.int32)
+    if finite & (not any_bad(header, chunks)):
+        steps = steps_of(p_row)
+        p_phase = column(p_row, col.PHASE).to(tl.pointer_type(tl.float32))
+        has_phase = column(p_row, col.PHASE) != 0
+        phase = tl.load(p_phase, mask=has_phase, other=0.0)
+        new_phase = phase
+        move = tl.full((), 1.0, tl.float64)
+        plain, saved = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
+        if SCHEDULED:
+            plain = tl.where(steps < warmup, 1, 0)
+        if KEEP:
+            # a layer that has had no S yet is due now
+            if (plain == 0) & ((steps - warmup) % interval != 0):
+                saved = tl.where(has_saved(p_row, r, code, RC, DTYPE, WIDE), 1, 0)
+        if plain == 1:
+            one = tl.full((), 1.0, tl.float64)
+            form_scaled_identity(area, one, one, RC, WIDE)
+            status = tl.full((), col.PLAIN, tl.int32)
+            new_phase = tl.full((), 0.0, tl.float32)
+            move = tl.where((phase != 0) & useful, c, 1.0)
+        elif saved == 1:
+            if KEEP:
+                move_saved(p_row, area, r, code, False, RC, DTYPE, WIDE)
+            status = tl.full((), col.REFACTORED, tl.int32)
+        else:
+            status, kappa_a, kappa_b, balance = solve_row(
+                p_row, area, r, code, scale_a, norm_a, scale_b, norm_b, c, useful, KEEP, KAPPA_MAX, RC, BM, BK, DTYPE,
+                WIDE, TC,
+            )  # fmt: skip
+            used = tl.where(useful, c, 1.0)
+            new_phase = tl.where((status == col.DEGENERATE) & (used == 1.0), 0.0, 1.0)
+            move = tl.where((phase == 0) & (new_phase != 0), 1.0 / used, 1.0)
+        tl.store(p_phase, new_phase, mask=has_phase)
+        count_a, count_b = store_scalars(p_row, header, hypers)
+        tl.store(header + MOVE, move)
+        # counts are read by all before they are written
+        tl.debug_barrier()
+        store_counts(p_row, count_a, count_b, steps)
+    tl.store(header + RUN, tl.where(status == col.SKIPPED, 0.0, 1.0))
+    # the solve has overwritten the chunk Grams
+    tl.store(header + CARRIED, 0.0)
+    norm_a, norm_b = norm_a * power_of_two(exponent_a), norm_b * power_of_two(exponent_b)
+    report(results, row, status, kappa_a, kappa_b, balance, tl.where(useful, c, 1.0), norm_a, norm_b)
+
+
+@triton.jit
+def refuse(row, header, results):
+    """A row without gradients, or a step that the gradient scaler has refused."""
+    nan = tl.full((), float("nan"), tl.float64)
+    tl.store(header + RUN, 0.0)
+    report(results, row, tl.full((), col.PLAIN, tl.int32), nan, nan, nan, nan, nan, nan)

@@ -1,0 +1,54 @@
+"""Tables of the host on the device: copied when they change, without a wait, and safe inside a captured CUDA graph."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..contract import fail
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on `device`, without a wait."""
+    if device.type == "cpu":
+        return tensor
+    # the caching host allocator holds a pinned block back until the copies that read it are done
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class OnDevice:
+    """One table of the host on its device, sent again only when its values have changed.
+
+    What a graph was captured with stays alive with this object and is never written again: a replay reads the same
+    table, and copies it again from a pinned buffer of its own where the capture had to send it.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._seen: Tensor | None = None
+        self._copy: Tensor | None = None
+        self._spare: Tensor | None = None
+        self._captured: list[Tensor] = []
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        if self.device.type == "cpu":
+            return tensor.contiguous()
+        capturing = torch.cuda.is_current_stream_capturing()
+        if self._copy is None or self._seen is None or not torch.equal(self._seen, tensor):
+            self._copy = self._send_captured(tensor) if capturing else to_device(tensor, self.device)
+            self._seen = tensor.clone()
+        if capturing:
+            self._captured.append(self._copy)
+        elif self._spare is None:
+            # page-locked memory cannot be had while a stream is captured
+            self._spare = torch.empty_like(tensor, pin_memory=True)
+        return self._copy
+
+    def _send_captured(self, tensor: Tensor) -> Tensor:
+        spare, self._spare = self._spare, None
+        if spare is None or spare.shape != tensor.shape:
+            remedy = "Take a step outside the graph before each capture."
+            fail("CUDA graph capture", "a step taken since the last capture", "none", remedy, RuntimeError)
+        spare.copy_(tensor)
+        self._captured.append(spare)
+        return spare.to(self.device, non_blocking=True)

@@ -1,0 +1,156 @@
+"""The AdamW update of a chunk of one side of a pair, fused with what its gradient is multiplied by."""
+
+import triton
+import triton.language as tl
+
+from . import table as col
+from .chunks import (
+    CORRECTION_A,
+    CORRECTION_B,
+    COUNT_A,
+    COUNT_B,
+    DECAY_A,
+    DECAY_B,
+    EXPONENT,
+    STEP_SIZE_A,
+    STEP_SIZE_B,
+    chunk_gram,
+    store_packed,
+)
+from .dtypes import BFLOAT16, FLOAT32, load, rounded, store
+from .gram import block_gram
+from .mean import mixer
+from .pair import column, mix, offsets, resident
+from .rounding import key_of, round_randomly
+
+
+@triton.jit
+def side_scalars(header, SIDE: tl.constexpr):
+    """(step size, correction of sqrt(v), decay, number of the step) that `settle` has left for a side."""
+    if SIDE == col.A_SIDE:
+        return (
+            tl.load(header + STEP_SIZE_A), tl.load(header + CORRECTION_A), tl.load(header + DECAY_A),
+            tl.load(header + COUNT_A),
+        )  # fmt: skip
+    else:
+        return (
+            tl.load(header + STEP_SIZE_B), tl.load(header + CORRECTION_B), tl.load(header + DECAY_B),
+            tl.load(header + COUNT_B),
+        )  # fmt: skip
+
+
+@triton.jit
+def moments(
+    p_row, p_hyper, o, mask, g, m_factor, state, SIDE: tl.constexpr, AMSGRAD: tl.constexpr, STATE: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """m and v of a block (the largest v for amsgrad), moved to new units by m_factor, updated by g and stored."""
+    beta1, beta2 = tl.load(p_hyper + col.BETA1), tl.load(p_hyper + col.BETA2)
+    limit = tl.full((), 1e38 if WIDE == tl.float32 else 1e307, WIDE)
+    p_m, p_v = column(p_row, SIDE + col.M), column(p_row, SIDE + col.V)
+    m = load(p_m, o, mask, state, STATE, WIDE) * m_factor
+    m = tl.minimum(tl.maximum(m, -limit), limit)
+    # which products are fused is spelt out: every variant and route then rounds alike
+    m = tl.fma((1.0 - beta1).to(WIDE), g - m, m)
+    store(p_m, o, m, mask, state, STATE)
+    # not by the square of m_factor, which may leave the range where v does not
+    v = load(p_v, o, mask, state, STATE, WIDE) * m_factor * m_factor
+    v = tl.fma((1.0 - beta2).to(WIDE) * g, g, beta2.to(WIDE) * v)
+    store(p_v, o, v, mask, state, STATE)
+    if AMSGRAD:
+        # groups without amsgrad have no X
+        p_x = column(p_row, SIDE + col.X)
+        chosen = mask & (tl.load(p_hyper + col.AMSGRAD).to(tl.int32) != 0)
+        x = tl.maximum(load(p_x, o, chosen, state, STATE, WIDE) * m_factor * m_factor, v)
+        store(p_x, o, x, chosen, state, STATE)
+        v = tl.where(chosen, x, v)
+    return m, v
+
+
+@triton.jit
+def weights(
+    p_row, o, mask, code, SIDE: tl.constexpr, MASTER: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """The weights that are updated: the factor's, or its float32 master's where that still rounds to the factor's."""
+    p = load(column(p_row, SIDE + col.P), o, mask, code, DTYPE, WIDE)
+    if MASTER:
+        address = column(p_row, SIDE + col.W)
+        w = load(address, o, mask & (address != 0), FLOAT32, FLOAT32, WIDE)
+        p = tl.where((address != 0) & (rounded(w, code, DTYPE) == p), w, p)
+    return p
+
+
+@triton.jit
+def keep_weights(
+    p_row, o, mask, p, key, columns, r, code, SIDE: tl.constexpr, MASTER: tl.constexpr, RANDOM: tl.constexpr,
+    RC: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Stores updated weights and returns what the factor now holds, 0 where masked."""
+    if MASTER:
+        address = column(p_row, SIDE + col.W)
+        store(address, o, p, mask & (address != 0), FLOAT32, FLOAT32)
+    kept = rounded(p, code, DTYPE)
+    if RANDOM:
+        i = tl.arange(0, RC).to(tl.int64)
+        if SIDE == col.A_SIDE:
+            elements = i[:, None] + columns.to(tl.int64)[None, :] * r
+        else:
+            elements = columns.to(tl.int64)[:, None] * r + i[None, :]
+        random = round_randomly(within_bfloat16(p), elements, key).to(WIDE)
+        kept = tl.where((code == BFLOAT16) & (column(p_row, SIDE + col.W) == 0), random, kept)
+    store(column(p_row, SIDE + col.P), o, kept, mask, code, DTYPE)
+    return tl.where(mask, kept, 0.0)
+
+
+@triton.jit
+def within_bfloat16(p):
+    top = tl.full((), 3.3895313892515355e38, tl.float32)
+    p = p.to(tl.float32)
+    return tl.where(p == p, tl.minimum(tl.maximum(p, -top), top), 0.0)
+
+
+@triton.jit
+def update(
+    p_row, area, header, hypers, unscale, m_factor, seed, chunk, begin, end, r, code, state, SIDE: tl.constexpr,
+    AMSGRAD: tl.constexpr, MASTER: tl.constexpr, CARRY: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr,
+):  # fmt: skip
+    """AdamW of columns begin to end of one side, the gradient multiplied by S^-1 (A) or S (B) as it is read.
+
+    unscale, m_factor: float64 scalars for the gradient and for the moments' change of units. CARRY: the Gram of the
+    updated columns is left as chunk number `chunk`, summed as `accumulate` would.
+    """
+    p_hyper = hypers + column(p_row, SIDE + col.HYPER) * col.HYPERS
+    step_size, correction, decay, count = side_scalars(header, SIDE)
+    g_factor = tl.where(tl.load(p_hyper + col.MAXIMIZE) != 0, -unscale, unscale).to(WIDE)
+    step_size, correction, decay = step_size.to(WIDE), correction.to(WIDE), decay.to(WIDE)
+    eps, m_factor = tl.load(p_hyper + col.EPS).to(WIDE), m_factor.to(WIDE)
+    limit = tl.full((), 1e38 if WIDE == tl.float32 else 1e307, WIDE)
+    RANDOM: tl.constexpr = seed is not None
+    key = tl.full((), 0, tl.uint64)
+    if RANDOM:
+        key = key_of(seed, 2 * column(p_row, col.TAG) + (0 if SIDE == col.A_SIDE else 1), count.to(tl.int64) - 1)
+    sr, sn = column(p_row, SIDE + col.P_SR), column(p_row, SIDE + col.P_SN)
+    p_g, g_sr, g_sn = column(p_row, SIDE + col.G), column(p_row, SIDE + col.G_SR), column(p_row, SIDE + col.G_SN)
+    matrix = resident(mixer(area, SIDE == col.A_SIDE, RC, WIDE), RC, BK)
+    one = tl.where(end > begin, 1.0, 0.0).to(TC)
+    acc = tl.zeros([RC, RC], TC)
+    for start in range(begin, end, BN):
+        g = mix(matrix, p_g, g_sr, g_sn, start, r, end, code, g_factor, SIDE, RC, BN, BK, DTYPE, WIDE, WIDE)
+        # past the range: saturate, so that m and p stay finite
+        g = tl.where(g == g, tl.minimum(tl.maximum(g, -limit), limit), 0.0)
+        o, mask = offsets(start, sr, sn, r, end, SIDE, RC, BN)
+        m, v = moments(p_row, p_hyper, o, mask, g, m_factor, state, SIDE, AMSGRAD, STATE, WIDE)
+        p = weights(p_row, o, mask, code, SIDE, MASTER, DTYPE, WIDE)
+        # eps = 0 and no gradient yet: 0 / 0 is no step
+        denominator = tl.where(m == 0, 1.0, tl.fma(tl.sqrt(v), correction, eps))
+        p = tl.fma(-step_size, m / denominator, p * decay)
+        p = keep_weights(
+            p_row, o, mask, p, key, start + tl.arange(0, BN), r, code, SIDE, MASTER, RANDOM, RC, DTYPE, WIDE
+        )  # fmt: skip
+        if CARRY:
+            x = p.to(TC)
+            acc += block_gram(x, x, SIDE, TC) * one
+    if CARRY:
+        store_packed(chunk_gram(area, chunk, RC, WIDE), acc, RC, TC)
+        tl.store(header + EXPONENT + chunk, 0.0)

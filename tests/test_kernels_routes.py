@@ -1,0 +1,226 @@
+"""Both routes of the AdamW kernels, carried Grams, and what is stored beside a factor."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+
+from kernel_cases import DEVICE, DOUBLE, MARKS, Fused
+
+from reflora import plan as col
+from reflora.backends import FRESH, IDENTITY, SAVED, torch_backend
+from reflora.contract import PLAIN, SKIPPED, LoRAPair
+from reflora.kernels import launch, routes
+
+pytestmark = MARKS
+
+HYPERS = [dict(lr=1e-2), dict(lr=3e-2, weight_decay=0.1, beta1=0.8, beta2=0.99)]
+
+
+@pytest.fixture(autouse=True)
+def many_chunks(monkeypatch):
+    """Chunks of one block, so that small layers have several."""
+    monkeypatch.setattr(launch, "LEAST_BLOCKS", 1)
+
+
+def pairs_of(dtype):
+    """One chunk and eight, ragged ends, n < r, experts with strides of their own."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=DOUBLE).to(DEVICE, dtype)  # noqa: E731
+    return [
+        LoRAPair("even", draw(2, 83), draw(70, 2)),
+        LoRAPair("lopsided", draw(3, 260), draw(20, 3)),
+        LoRAPair("n < r", draw(4, 3), draw(25, 4)),
+        LoRAPair("experts", draw(2 * 2, 41), draw(37, 2 * 2), "experts(2)"),
+    ]
+
+
+def gradients(pairs, seed):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda t: torch.randn(t.shape, generator=generator, dtype=DOUBLE).to(DEVICE, t.dtype)  # noqa: E731
+    return [(draw(p.A), draw(p.B)) for p in pairs]
+
+
+def everything(fused):
+    return [*fused.snapshot(), *(t.clone() for t in fused.state[col.SAVED])]
+
+
+def run(dtype, schedule, route="split", carry=False, spoil=None, fused=None, **options):
+    fused = fused or Fused(pairs_of(dtype), HYPERS)
+    routes.forced, ends = route, []
+    try:
+        for number, named in enumerate(schedule):
+            fused.plan.table[:, col.KEPT] = 1 if number else 0
+            grads = gradients(fused.pairs, number)
+            if spoil:
+                spoil(number, fused, grads)
+            result = fused.step(grads, carry=carry, **{**options, **named})
+            ends.append((result[:, col.STATUS].tolist(), everything(fused)))
+    finally:
+        routes.forced = None
+    return ends
+
+
+def assert_same(ones, others):
+    assert len(ones) == len(others)
+    for (status, tensors), (other_status, other_tensors) in zip(ones, others):
+        assert status == other_status
+        assert all(torch.equal(x, y) for x, y in zip(tensors, other_tensors))
+
+
+SCHEDULES = {
+    "fresh": [{"source": FRESH}] * 2,
+    "interval": [{"source": FRESH, "keep": True}, {"source": SAVED}, {"source": FRESH, "keep": True}],
+    "warm-up": [{"source": IDENTITY}, {"source": FRESH}, {"source": IDENTITY}],
+}
+
+
+@pytest.mark.parametrize(
+    "schedule, dtype",
+    [("fresh", torch.float32), ("fresh", DOUBLE), ("interval", torch.float32), ("warm-up", torch.float32)],
+    ids=str,
+)
+def test_routes_agree_to_the_bit(schedule, dtype):
+    assert_same(run(dtype, SCHEDULES[schedule]), run(dtype, SCHEDULES[schedule], "row"))
+
+
+@pytest.mark.parametrize(
+    "dtype, precision, route",
+    [
+        (torch.float32, "float64", "split"),
+        (torch.float32, "float64", "row"),
+        (torch.float32, "float32", "split"),
+        (DOUBLE, "float64", "split"),
+    ],
+    ids=str,
+)
+def test_carried_grams_are_fresh_ones(dtype, precision, route):
+    schedule = [{"source": FRESH}] * 2
+    fresh = run(dtype, schedule, route, precision=precision)
+    assert_same(fresh, run(dtype, schedule, route, carry=True, precision=precision))
+
+
+def test_carried_grams_are_used():
+    """Without a new version, a write behind the optimizer's back goes unseen; KEPT = 0 sees it."""
+
+    def write(kept):
+        def spoil(number, fused, grads):
+            if number == 1:
+                fused.pairs[0].B.mul_(torch.linspace(0.5, 2, 2, device=DEVICE))
+                fused.plan.table[:, col.KEPT] = kept
+
+        return spoil
+
+    seen, unseen, without = (
+        run(torch.float32, [{"source": FRESH}] * 2, carry=carry, spoil=write(kept))
+        for carry, kept in ((True, 0), (True, 1), (False, 0))
+    )
+    assert_same(seen, without)
+    assert not torch.equal(unseen[-1][1][0], without[-1][1][0])
+
+
+def test_rows_that_sit_out_a_step_with_carried_grams():
+    def spoil(number, fused, grads):
+        if number == 1:
+            grads[0][0][1, 7] = torch.nan
+            grads[1] = (None, None)
+
+    schedule = [{"source": FRESH}] * 3
+    ends = run(torch.float32, schedule, carry=True, spoil=spoil)
+    assert ends[1][0][:2] == [SKIPPED, PLAIN]
+    assert_same(run(torch.float32, schedule, spoil=spoil), ends)
+
+
+@pytest.mark.parametrize("carry", [False, True])
+def test_unchecked_gradients_cannot_spoil_a_factor(carry):
+    def spoil(number, fused, grads):
+        grads[0][0][1, 7], grads[1][1][3, 1] = torch.nan, torch.inf
+
+    ends = run(torch.float32, [{"source": FRESH}] * 2, carry=carry, spoil=spoil, check=False)
+    assert SKIPPED not in ends[-1][0]
+    assert all(t.isfinite().all() for t in ends[-1][1])
+
+
+def test_rows_count_their_steps():
+    pairs = pairs_of(torch.float32)
+    fused = Fused(pairs, HYPERS)
+    grads = gradients(pairs, 0)
+    grads[0] = (None, None)
+    grads[1][0][0, 0] = torch.nan
+    fused.step(grads, FRESH, count=3)
+    assert fused.counts() == [3, 3, 4, 4, 4]
+    fused.step(gradients(pairs, 1), FRESH, count=3, found_inf=torch.ones((), device=DEVICE))
+    assert fused.counts() == [3] * 5
+    fused.step(gradients(pairs, 1), IDENTITY, scalar_before=True, scalar_after=True, count=0)
+    assert fused.counts() == [1] * 5
+
+
+@pytest.mark.parametrize("lr_dtype", [torch.float32, DOUBLE], ids=str)
+@pytest.mark.parametrize("scalar", [False, True])
+def test_the_learning_rate_may_be_on_the_device(lr_dtype, scalar):
+    ends = []
+    for on_device in (False, True):
+        fused = Fused(pairs_of(torch.float32)[:2], HYPERS)
+        lrs = torch.tensor([0.5, 0.25], dtype=lr_dtype, device=DEVICE)
+        for row, lr in zip(fused.hypers, lrs):
+            row[col.LR] = -1.0 if on_device else float(lr)
+            if on_device:
+                row[col.LR_AT], row[col.LR_DTYPE] = lr.data_ptr(), float(lr_dtype == DOUBLE)
+        fused.step(gradients(fused.pairs, 0), FRESH, scalar_after=scalar, scalar_before=scalar)
+        ends.append(everything(fused))
+    assert all(torch.equal(x, y) for x, y in zip(*ends))
+
+
+STORED = {
+    "float32 state": dict(state_dtype=torch.float32),
+    "master weights": dict(state_dtype=torch.float32, master=True),
+    "random rounding": dict(state_dtype=torch.float32, seed=12345678901),
+    "all bfloat16": {},
+}
+
+
+@pytest.mark.parametrize("scalar", [False, True])
+@pytest.mark.parametrize("stored", STORED)
+def test_what_is_stored_beside_bfloat16_factors(stored, scalar):
+    """As the torch backend has it, but for a last bit here and there."""
+    options = dict(STORED[stored])
+    step = {name: options.pop(name) for name in ("seed",) if name in options}
+    ends = []
+    for backend in (None, torch_backend):
+        pairs = pairs_of(torch.bfloat16)[:2]
+        fused = Fused(pairs, HYPERS, **({"backend": backend} if backend else {}), **options)
+        for number in range(2):
+            first = scalar and number == 0
+            fused.step(gradients(pairs, number), FRESH, scalar_after=scalar, scalar_before=first, **step)
+            if number == 0 and "master" in options:
+                pairs[0].A[1] *= 0.5  # seen through the master weights
+        ends.append(everything(fused))
+    for ours, theirs in zip(*ends):
+        close = (ours - theirs).abs() <= 2.0**-7 * theirs.abs() + 1e-6
+        assert close.all() and (ours == theirs).float().mean() > (0.5 if ours.dtype == torch.float32 else 0.95)
+
+
+def test_chunk_widths():
+    for n_a, n_b, block in [(1, 1, 16), (768, 3072, 32), (4096, 11008, 32), (11008, 4096, 32), (10**6, 3, 16)]:
+        width = launch.chunk_width(n_a, n_b, block)
+        chunks = -(-n_a // width) - (-n_b // width)
+        assert width % block == 0 and 2 <= chunks <= 8
+
+
+def test_launches(monkeypatch):
+    """Two a rank class by the split route, one by the other; whatever the shapes."""
+    from reflora.kernels import adamw
+
+    launches = []
+    for name in ("gram_kernel", "update_kernel", "row_kernel"):
+        kernel = getattr(adamw, name)
+        original = kernel.run
+        monkeypatch.setattr(kernel, "run", lambda *a, _n=name, _r=original, **k: launches.append(_n) or _r(*a, **k))
+    run(torch.float32, [{"source": FRESH}])
+    assert launches == ["gram_kernel", "update_kernel"]
+    launches.clear()
+    run(torch.float32, [{"source": FRESH}], "row")
+    assert launches == ["row_kernel"]
