@@ -22,15 +22,15 @@ def compile_table(*arguments):
 
 def test_kernels_compile_within_budget():
     rows = compile_table("--classes", "16,32,64", "--precisions", "float64")
-    assert len(rows) == 6 * 3 * 2
+    assert len(rows) == 9 * 3 * 2
     for row in rows:
         assert row["shared"] <= SHARED_LIMIT, row
-        assert row["rank_class"] > 32 or row["spills"] == 0, row
+        assert row["spills"] == 0, row
 
 
 def test_other_variants_compile():
     """Other storage types, the float32 solve, RefLoRA-S, SAVED and IDENTITY steps, AMSGrad, gradient scaling."""
     rows = compile_table("--variants", "--classes", "16", "--capabilities", "80")
-    assert len(rows) == 10
+    assert len(rows) == 13
     for row in rows:
         assert row["shared"] <= SHARED_LIMIT and row["spills"] == 0, row

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .matrices import configuration, load_factor, matrix_slot, store_result
-from .solve import FACTOR_INVERSE, FACTOR_T, PLAIN, multiply, newton_polar
+from .solve import FACTOR_INVERSE, FACTOR_T, PLAIN, multiply, polar_factor
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -24,7 +24,7 @@ def geometric_mean_kernel(
     multiply(p_q, p_ly, FACTOR_T, False, p_lx, FACTOR_INVERSE, True, n, RC, BM, BK, TC)
     multiply(p_y, p_ly, FACTOR_INVERSE, False, p_lx, FACTOR_T, True, n, RC, BM, BK, TC)
     tl.debug_barrier()
-    newton_polar(p_q, p_y, n, RC, BM, TC)
+    polar_factor(p_q, p_y, n, RC, BM, BK, TC)
     multiply(p_y, p_q, PLAIN, True, p_ly, FACTOR_T, False, n, RC, BM, BK, TC)
     tl.debug_barrier()
     multiply(p_q, p_lx, FACTOR_T, True, p_y, PLAIN, False, n, RC, BM, BK, TC)

@@ -7,7 +7,7 @@ from . import table as col
 from .dtypes import normal_range, power_of_two
 from .gram import gram
 from .pair import SLOT_A, SLOT_B, SLOT_N, SLOT_X, SLOT_Y, column, slot
-from .solve import FACTOR_INVERSE, FACTOR_T, PLAIN, factor, finish, multiply, newton_polar
+from .solve import FACTOR_INVERSE, FACTOR_T, PLAIN, factor, finish, multiply, polar_factor
 
 
 @triton.jit
@@ -91,7 +91,7 @@ def polar_of_pair(
         i = tl.arange(0, RC)
         o = i[:, None] * RC + i[None, :]
         tl.store(slot(area, SLOT_N, RC, TC) + o, tl.load(p_x + o))
-    newton_polar(p_x, p_y, r, RC, BM, TC)
+    polar_factor(p_x, p_y, r, RC, BM, BK, TC)
 
 
 @triton.jit

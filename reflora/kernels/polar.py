@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .matrices import configuration, load_scaled, matrix_slot, store_result
-from .solve import PLAIN, frobenius, invert_transposed, multiply, newton_polar, rounding, tall
+from .solve import PLAIN, frobenius, invert_transposed, multiply, polar_factor, rounding, tall
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -34,7 +34,7 @@ def polar_kernel(
     # a singular X is moved by its rounding error, by raising pivots to it
     invert_transposed(p_y, x, n, tl.maximum(norm, 1e-3) * rounding(TC), RC)
     tl.debug_barrier()
-    newton_polar(p_x, p_y, n, RC, BM, TC)
+    polar_factor(p_x, p_y, n, RC, BM, BK, TC)
     multiply(p_y, p_x, PLAIN, True, p_first, PLAIN, False, n, RC, BM, BK, TC)
     tl.debug_barrier()
     store_result(p_Q, index, n, p_x, exponent * 0, usable, False, RC, BM)

@@ -31,7 +31,7 @@ class Route:
 ROUTES: dict[int, dict[tuple[int, int] | None, Route]] = {
     16: {None: Route(SPLIT, 2, 2, 2, 32, 16, 16)},
     32: {None: Route(SPLIT, 4, 4, 4, 32, 32, 16)},
-    64: {None: Route(SPLIT, 8, 8, 16, 32, 64, 16)},
+    64: {None: Route(SPLIT, 8, 8, 16, 32, 32, 16)},
     128: {None: Route(SPLIT, 16, 16, 16, 16, 32, 16)},
 }
 

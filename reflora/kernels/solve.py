@@ -1,4 +1,4 @@
-"""Small dense linear algebra of one program: Cholesky with its inverse, Gauss-Jordan, the polar factor by Newton.
+"""Small dense linear algebra of one program: Cholesky with its inverse, Gauss-Jordan, the polar factor.
 
 Matrices are `[RC, RC]` (RC the rank class), zero outside their leading `[r, r]`. Those that do not fit in registers
 live in slots of an L2 workspace: RC * RC elements, then a vector of RC. A slot is written and read by one program
@@ -11,7 +11,10 @@ import triton.language as tl
 
 # how the elements of a slot are read: as they are, or as L^T or L^-1 of a slot that `factor` has packed
 PLAIN, FACTOR_T, FACTOR_INVERSE = (tl.constexpr(c) for c in range(3))
-NEWTON_STEPS = tl.constexpr(12)
+# far more than any X takes: 7 to 13, up to 20 at the bound of degenerate layers
+SCHULZ_STEPS = tl.constexpr(60)
+# the largest rank class whose iterates stay in registers
+RESIDENT = tl.constexpr(32)
 
 
 @triton.jit
@@ -169,27 +172,96 @@ def invert_transposed(p_slot, T, r, floor, RC: tl.constexpr):
 
 
 @triton.jit
-def newton_polar(p_x, p_y, r, RC: tl.constexpr, BM: tl.constexpr, TC: tl.constexpr):
+def polar_factor(p_x, p_y, r, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, TC: tl.constexpr):
     """Slot `p_x` becomes the orthogonal polar factor of the X it holds; slot `p_y` holds `X^-T` and is overwritten.
 
-    Higham's scaled Newton iteration `X <- (z X + X^-T / z) / 2`; a singular X is moved by its rounding error.
+    One step of Higham's scaled Newton iteration takes the root of the condition number; the cubic Newton-Schulz steps
+    that follow, scaled as by Chen and Chow, are products of matrices only. A singular X is moved by its rounding error.
     """
-    row, column_of = tall(RC)
-    # convergence is quadratic: a change of sqrt(eps) leaves an error of eps
-    done = tl.full((), 1e-8 if TC == tl.float64 else 2e-4, TC)
-    change = tl.full((), 1.0, TC)
-    step = 0
+    z = tl.sqrt(slot_norm(p_y, RC, BM, TC) / slot_norm(p_x, RC, BM, TC))
     # barriers: a slot is overwritten after every read of it, and read after every write
-    while (step < NEWTON_STEPS) & (change > done):
-        z = tl.sqrt(slot_norm(p_y, RC, BM, TC) / slot_norm(p_x, RC, BM, TC))
+    tl.debug_barrier()
+    newton_update(p_x, p_y, z, RC, BM, TC)
+    tl.debug_barrier()
+    if RC <= RESIDENT:
+        i, j = tl.arange(0, RC)[:, None], tl.arange(0, RC)[None, :]
+        eye = tl.where((i == j) & (i < r), 1.0, 0.0).to(TC)
+        x = tl.load(p_x + i * RC + j)
+        y = tl.dot(tl.trans(x), x, input_precision="ieee", out_dtype=TC)
+        top = tl.sqrt(tl.sqrt(tl.sum(tl.sum(y * y, 1), 0)))
+        x, y = x / top, y / (top * top)
+        low, away = 1.0 / top, tl.full((), 1.0, TC)
+        step = 0
+        while (step < SCHULZ_STEPS) & (away > converged(TC)):
+            away = tl.sqrt(tl.sum(tl.sum((y - eye) * (y - eye), 1), 0))
+            own, cube, low = schulz(low)
+            x = own * x - cube * tl.dot(x, y, input_precision="ieee", out_dtype=TC)
+            y = tl.dot(tl.trans(x), x, input_precision="ieee", out_dtype=TC)
+            step += 1
         tl.debug_barrier()
-        norm, change = newton_update(p_x, p_y, z, RC, BM, TC)
+        tl.store(p_x + i * RC + j, x)
+    else:
+        multiply(p_y, p_x, PLAIN, True, p_x, PLAIN, False, r, RC, BM, BK, TC)
         tl.debug_barrier()
-        step += 1
-        if change > done:
-            x = tl.load(p_x + row * RC + column_of)
-            invert_transposed(p_y, x, r, norm * rounding(TC), RC)
+        top = tl.sqrt(slot_norm(p_y, RC, BM, TC))
+        scale = 1.0 / top
+        low, away = scale, tl.full((), 1.0, TC)
+        step = 0
+        while (step < SCHULZ_STEPS) & (away > converged(TC)):
+            away = schulz_distance(p_y, scale * scale, r, RC, BM, TC)
+            own, cube, low = schulz(low)
+            schulz_panels(p_x, p_y, own * scale, cube * scale * scale * scale, r, RC, BM, BK, TC)
             tl.debug_barrier()
+            multiply(p_y, p_x, PLAIN, True, p_x, PLAIN, False, r, RC, BM, BK, TC)
+            scale = tl.full((), 1.0, TC)
+            tl.debug_barrier()
+            step += 1
+    tl.debug_barrier()
+
+
+@triton.jit
+def schulz(low):
+    """`X <- own X - cube X X^T X` for singular values in [low, 1], and where their least one is after that."""
+    square = 3.0 / (1.0 + low + low * low)
+    root = tl.sqrt(square)
+    least = tl.minimum(0.5 * root * low * (3.0 - square * low * low), 1.0)
+    return 1.5 * root, 0.5 * root * square, least
+
+
+@triton.jit
+def schulz_distance(p_y, scale, r, RC: tl.constexpr, BM: tl.constexpr, TC: tl.constexpr):
+    """`||scale Y - I||_F` of a slot."""
+    square = tl.full((), 0.0, TC)
+    j = tl.arange(0, RC)[None, :]
+    for top in range(0, RC, BM):
+        i = top + tl.arange(0, BM)[:, None]
+        d = tl.load(p_y + i * RC + j) * scale - tl.where((i == j) & (i < r), 1.0, 0.0).to(TC)
+        square += tl.sum(tl.sum(d * d, 1), 0)
+    return tl.sqrt(square)
+
+
+@triton.jit
+def schulz_panels(p_x, p_y, own, cube, r, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, TC: tl.constexpr):
+    """`X <- own X - cube X Y`, a panel of rows at a time: it needs no other rows of X."""
+    j = tl.arange(0, RC)[None, :]
+    for top in range(0, RC, BM):
+        i = top + tl.arange(0, BM)[:, None]
+        acc = tl.zeros([BM, RC], TC)
+        for start in range(0, r, BK):
+            k = start + tl.arange(0, BK)
+            acc = tl.dot(
+                tl.load(p_x + i * RC + k[None, :]), tl.load(p_y + k[:, None] * RC + j), acc, input_precision="ieee",
+                out_dtype=TC,
+            )  # fmt: skip
+        x = own * tl.load(p_x + i * RC + j) - cube * acc
+        tl.debug_barrier()
+        tl.store(p_x + i * RC + j, x)
+
+
+@triton.jit
+def converged(TC: tl.constexpr):
+    """Convergence is quadratic: a distance of sqrt(eps) from orthogonal leaves one of eps."""
+    return tl.full((), 1e-8 if TC == tl.float64 else 2e-4, TC)
 
 
 @triton.jit
@@ -204,17 +276,11 @@ def slot_norm(p_slot, RC: tl.constexpr, BM: tl.constexpr, TC: tl.constexpr):
 
 @triton.jit
 def newton_update(p_x, p_y, z, RC: tl.constexpr, BM: tl.constexpr, TC: tl.constexpr):
-    """`X <- (z X + Y / z) / 2`; returns the norm of the new X and its relative change."""
-    size, moved = tl.full((), 0.0, TC), tl.full((), 0.0, TC)
+    """`X <- (z X + Y / z) / 2`."""
     inverse = 1.0 / z
     for top in range(0, RC, BM):
         o = (top + tl.arange(0, BM))[:, None] * RC + tl.arange(0, RC)[None, :]
-        x = tl.load(p_x + o)
-        new = 0.5 * (z * x + tl.load(p_y + o) * inverse)
-        tl.store(p_x + o, new)
-        size += tl.sum(tl.sum(new * new, 1), 0)
-        moved += tl.sum(tl.sum((new - x) * (new - x), 1), 0)
-    return tl.sqrt(size), tl.sqrt(moved / size)
+        tl.store(p_x + o, 0.5 * (z * tl.load(p_x + o) + tl.load(p_y + o) * inverse))
 
 
 @triton.jit

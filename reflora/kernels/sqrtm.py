@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .matrices import configuration, load_factor, matrix_slot, store_result
-from .solve import FACTOR_INVERSE, FACTOR_T, PLAIN, multiply, newton_polar, read, tall
+from .solve import FACTOR_INVERSE, FACTOR_T, PLAIN, multiply, polar_factor, read, tall
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -25,7 +25,7 @@ def sqrtm_kernel(
     tl.store(p_q + o, read(p_l, row, column, RC, FACTOR_T))
     tl.store(p_y + o, read(p_l, row, column, RC, FACTOR_INVERSE))
     tl.debug_barrier()
-    newton_polar(p_q, p_y, n, RC, BM, TC)
+    polar_factor(p_q, p_y, n, RC, BM, BK, TC)
     if INVERSE:
         multiply(p_y, p_l, FACTOR_INVERSE, True, p_q, PLAIN, False, n, RC, BM, BK, TC)
         exponent = -exponent
