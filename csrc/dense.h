@@ -1,5 +1,5 @@
 // r x r linear algebra on row-major matrices with padded rows: X[i * rp + j], zeros for j >= r, rp a multiple of the
-// vector width. Cholesky with its inverse, products, and the polar factor by Higham's scaled Newton iteration.
+// vector width. Cholesky with its inverse, products, and the polar factor.
 #pragma once
 #include "vec.h"
 
@@ -167,38 +167,53 @@ struct Dense {
     template <int NV>
     void eliminate_as(T* M, int64_t k, T inverse) const { eliminate_as<NV>(M, k, inverse, r, rp); }
 
-    // one Newton step X := (z X + Y / z) / 2; returns ||X_new - X_old||_F
-    T newton_step(T* RESTRICT X, const T* RESTRICT Y, T z) const {
-        const T a = z / 2, b = 1 / (2 * z);
-        V change = {};
-        for (int64_t i = 0; i < r * rp; i += W) {
-            const V x = load<V>(X + i), next = a * x + b * load<V>(Y + i);
-            change += (next - x) * (next - x);
-            store<V>(X + i, next);
-        }
-        T sum = 0;
-        for (int i = 0; i < W; ++i) sum += change[i];
-        return root(sum);
+    // X := a X + b Y
+    void combine(T* RESTRICT X, const T* RESTRICT Y, T a, T b) const {
+        for (int64_t i = 0; i < r * rp; i += W) store<V>(X + i, a * load<V>(X + i) + b * load<V>(Y + i));
+    }
+
+    // Y := X^T X
+    void square(const T* X, T* Y) const {
+        for (int64_t i = 0; i < rp * rp; i += W) store<V>(Y + i, V{});
+        gram_add(X, r, Y);
+        mirror(Y);
+    }
+
+    // X := factor X - I
+    void away_from_identity(T* X, T factor) const {
+        for (int64_t i = 0; i < r * rp; i += W) store<V>(X + i, factor * load<V>(X + i));
+        for (int64_t i = 0; i < r; ++i) X[i * rp + i] -= 1;
     }
 
     // X := orthogonal polar factor of X. Y = X^-T where known, else null. M: scratch like X; order: r integers.
+    // One step of Higham's scaled Newton iteration takes the root of the condition number; the cubic Newton-Schulz steps
+    // that follow, scaled as by Chen and Chow for singular values in [low, 1], are products of matrices only.
     void polar(T* X, T* Y, bool known, T* M, int64_t* order) const {
-        const T small = root(T(r)) * 1e-8;
-        T scale = 1;
-        for (int step = 0; step < 20; ++step) {
-            if (step || !known) {
-                for (int64_t i = 0; i < r * rp; i += W) store<V>(M + i, load<V>(X + i));
-                invert(M, order);
-                for (int64_t j = 0; j < r; ++j) {
-                    T* y = Y + order[j] * rp;
-                    for (int64_t i = 0; i < r; ++i) y[i] = M[i * rp + j];
-                    for (int64_t i = r; i < rp; ++i) y[i] = 0;
-                }
+        if (!known) {
+            for (int64_t i = 0; i < r * rp; i += W) store<V>(M + i, load<V>(X + i));
+            invert(M, order);
+            for (int64_t j = 0; j < r; ++j) {
+                T* y = Y + order[j] * rp;
+                for (int64_t i = 0; i < r; ++i) y[i] = M[i * rp + j];
+                for (int64_t i = r; i < rp; ++i) y[i] = 0;
             }
-            if (scale != 0) scale = root(norm(Y) / norm(X));
-            const T change = newton_step(X, Y, scale != 0 ? scale : 1);
-            if (!(change > small)) return;  // quadratic: the next change would be below rounding; nan leaves too
-            if (change < root(T(r)) * 0.1) scale = 0;
+        }
+        const T z = root(norm(Y) / norm(X));
+        combine(X, Y, z / 2, 1 / (2 * z));
+        square(X, Y);
+        T one = 1 / root(norm(Y)), low = one;
+        for (int step = 0; step < 60; ++step) {
+            away_from_identity(Y, one * one);
+            const T away = norm(Y);
+            low = low > 1 - away ? low : 1 - away;  // the better bound near the end, where 1 must map to 1
+            const T s = 3 / (1 + low + low * low), t = root(s);
+            matmul(X, Y, M);
+            combine(X, M, t * (3 - s) / 2 * one, -t * s / 2 * one);
+            if (!(away > 1e-8)) return;  // quadratic: what is left is below rounding; nan leaves too
+            low = t * low * (3 - s * low * low) / 2;
+            low = low < 1 ? low : 1;
+            square(X, Y);
+            one = 1;
         }
     }
 

@@ -1,5 +1,7 @@
 """polar, geometric_mean, sqrtm, invsqrtm on every backend against the float64 reference."""
 
+import math
+
 import pytest
 import torch
 from conftest import INTERPRETED_RANKS
@@ -117,3 +119,20 @@ def test_the_reference_mean_is_symmetric_in_its_arguments():
         X, Y = spd((), 6, condition), spd((), 6, condition)
         mean = reference.geometric_mean(X, Y)
         assert close(reference.geometric_mean(Y, X), mean, 1e-9)
+
+
+@pytest.mark.parametrize("r", [1, 3, 12])
+@pytest.mark.parametrize("k", [1.0, 1.001, 1.5, 1e3, 1e10])
+def test_polar_factors_are_orthogonal_to_rounding(backend, r, k):
+    """Also where the iteration has next to nothing left to do: it must stop at 1, not go past it."""
+    batch = 2 if backend == "triton" else 20
+    U, V = (torch.linalg.qr(torch.randn(batch, r, r, dtype=torch.float64)).Q for _ in range(2))
+    s = torch.logspace(0, -math.log10(k), r, dtype=torch.float64)
+    X = (U * s) @ V.mT
+    Q, H = linalg.polar(X, backend=backend)
+    eye = torch.eye(r, dtype=torch.float64)
+    assert (Q.mT @ Q - eye).abs().max() < 1e-14 * max(r, 4)
+    assert (Q @ H - X).abs().max() < 1e-14 * max(r, 4)
+    G = (V * s.clamp(min=1e-4)) @ V.mT
+    root = linalg.sqrtm(G, backend=backend)
+    assert (root @ root - G).abs().max() < 1e-14 * max(r, 4)

@@ -12,7 +12,7 @@ from ..contract import REFACTORED, SKIPPED
 from ..plan import A_SIDE, B_SIDE, Plan
 from . import AdamWStep, torch_adamw
 from .torch_groups import SIDES, chosen, groups, record, results_of, skip
-from .torch_solve import newton_polar
+from .torch_solve import polar_factor
 
 NAME = "torch"
 
@@ -73,7 +73,7 @@ def geometric_mean(X: Tensor, Y: Tensor, precision: str) -> Tensor:
     """`X # Y = Lx Q^T Ly^T` with `Ly^T Lx^-T = Q H`; NaN where X or Y is not positive definite."""
     Lx, Lx_inv = _cholesky(X, precision)
     Ly, Ly_inv = _cholesky(Y, precision)
-    Q = newton_polar(Ly.mT @ Lx_inv.mT, Ly_inv @ Lx)
+    Q = polar_factor(Ly.mT @ Lx_inv.mT, Ly_inv @ Lx)
     mean = Lx @ Q.mT @ Ly.mT
     return ((mean + mean.mT) / 2).to(X.dtype)
 
@@ -81,7 +81,7 @@ def geometric_mean(X: Tensor, Y: Tensor, precision: str) -> Tensor:
 def sqrtm(X: Tensor, precision: str, inverse: bool) -> Tensor:
     """`X^(1/2) = Q^T L^T`, or `X^(-1/2) = L^-T Q`, with `L^T = Q H`; NaN where X is not positive definite."""
     L, L_inv = _cholesky(X, precision)
-    Q = newton_polar(L.mT, L_inv)
+    Q = polar_factor(L.mT, L_inv)
     root = L_inv.mT @ Q if inverse else Q.mT @ L.mT
     return ((root + root.mT) / 2).to(X.dtype)
 

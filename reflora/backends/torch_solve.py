@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..contract import DEGENERATE, KAPPA_MAX, REFACTORED, SKIPPED
 
-NEWTON_STEPS = 11
+# enough for every X that is not degenerate, and more than most need: nothing here asks whether it has converged
+SCHULZ_STEPS = 22
 
 
 class Gram(NamedTuple):
@@ -60,13 +61,21 @@ def gram(X: Tensor, compute: torch.dtype) -> Gram:
     return Gram(unit, norm, L, L_inv, kappa.view(-1))
 
 
-def newton_polar(X: Tensor, X_inv_T: Tensor) -> Tensor:
-    """The orthogonal polar factor of X by Higham's scaled Newton iteration, given X^-T for its first step."""
-    for step in range(NEWTON_STEPS):
-        if step:
-            X_inv_T = torch.linalg.inv_ex(X).inverse.mT
-        z = (_frobenius(X_inv_T) / _frobenius(X)).sqrt() if step < NEWTON_STEPS - 3 else 1.0
-        X = (z * X + X_inv_T / z) / 2
+def polar_factor(X: Tensor, X_inv_T: Tensor) -> Tensor:
+    """The orthogonal polar factor of X `[batch, r, r]`, given X^-T.
+
+    One step of Higham's scaled Newton iteration takes the root of the condition number; the cubic Newton-Schulz steps
+    that follow, scaled as by Chen and Chow for singular values in [low, 1], are products of matrices only.
+    """
+    z = (_frobenius(X_inv_T) / _frobenius(X)).sqrt()
+    X = (z * X + X_inv_T / z) / 2
+    low = _frobenius(X.mT @ X).rsqrt()
+    X = X * low
+    for _ in range(SCHULZ_STEPS):
+        square = 3 / (1 + low + low * low)
+        root = square.sqrt()
+        X = 1.5 * root * X - 0.5 * root * square * (X @ (X.mT @ X))
+        low = (0.5 * root * low * (3 - square * low * low)).clamp(max=1.0)
     return X
 
 
@@ -77,7 +86,7 @@ def solve(a: Gram, b: Gram, apply: torch.dtype, precision: str) -> Solution:
     keep = regular.view(-1, 1, 1)
     La, La_inv, Lb, Lb_inv = (M.where(keep, eye) for M in (a.L, a.L_inv, b.L, b.L_inv))
     N = Lb.mT @ La
-    Q = newton_polar(N, Lb_inv @ La_inv.mT)
+    Q = polar_factor(N, Lb_inv @ La_inv.mT)
     C, broke = torch.linalg.cholesky_ex(_symmetric(Q.mT @ N))
 
     c = b.norm / a.norm

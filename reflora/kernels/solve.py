@@ -194,7 +194,7 @@ def polar_factor(p_x, p_y, r, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constex
         step = 0
         while (step < SCHULZ_STEPS) & (away > converged(TC)):
             away = tl.sqrt(tl.sum(tl.sum((y - eye) * (y - eye), 1), 0))
-            own, cube, low = schulz(low)
+            own, cube, low = schulz(low, away)
             x = own * x - cube * tl.dot(x, y, input_precision="ieee", out_dtype=TC)
             y = tl.dot(tl.trans(x), x, input_precision="ieee", out_dtype=TC)
             step += 1
@@ -209,7 +209,7 @@ def polar_factor(p_x, p_y, r, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constex
         step = 0
         while (step < SCHULZ_STEPS) & (away > converged(TC)):
             away = schulz_distance(p_y, scale * scale, r, RC, BM, TC)
-            own, cube, low = schulz(low)
+            own, cube, low = schulz(low, away)
             schulz_panels(p_x, p_y, own * scale, cube * scale * scale * scale, r, RC, BM, BK, TC)
             tl.debug_barrier()
             multiply(p_y, p_x, PLAIN, True, p_x, PLAIN, False, r, RC, BM, BK, TC)
@@ -220,8 +220,12 @@ def polar_factor(p_x, p_y, r, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constex
 
 
 @triton.jit
-def schulz(low):
-    """`X <- own X - cube X X^T X` for singular values in [low, 1], and where their least one is after that."""
+def schulz(low, away):
+    """`X <- own X - cube X X^T X` for singular values in [low, 1], and where their least one is after that.
+
+    away: `||X^T X - I||_F`, which gives the better bound near the end, where 1 must map to 1.
+    """
+    low = tl.maximum(low, 1.0 - away)
     square = 3.0 / (1.0 + low + low * low)
     root = tl.sqrt(square)
     least = tl.minimum(0.5 * root * low * (3.0 - square * low * low), 1.0)
