@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import attrgetter
+from itertools import chain, repeat
+from operator import attrgetter, is_not
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,10 +84,12 @@ class Plan:
         self._seen = self._where()
         self._pair_of_row = torch.tensor([row.pair for row in self.rows])
         self._expert_of_row = torch.tensor([row.expert for row in self.rows])
-        sides = {A_SIDE: self.factors[::2], B_SIDE: self.factors[1::2]}
-        self._strides = {side: list(map(Tensor.stride, factors)) for side, factors in sides.items()}
-        self._sizes = {side: _sizes(factors)[self._pair_of_row] for side, factors in sides.items()}
-        self._offsets = {side: self._from_base(side, factors) for side, factors in sides.items()}
+        self._strides = list(map(Tensor.stride, self.factors))
+        # where each row begins in its factor, in bytes and in elements
+        self._starts, self._offsets = {}, {}
+        for side, factors in ((A_SIDE, self.factors[::2]), (B_SIDE, self.factors[1::2])):
+            self._starts[side] = self.table[:, side + P] - _pointers(factors)[self._pair_of_row]
+            self._offsets[side] = self._starts[side] // _sizes(factors)[self._pair_of_row]
 
     def moved(self) -> bool:
         """Whether a factor is not where, or not what, the table says: `.data` may have been replaced."""
@@ -105,18 +109,23 @@ class Plan:
 
     def bind_grads(self, grads: Sequence[tuple[Tensor | None, Tensor | None]]) -> None:
         """Point at this step's gradients, one `(gA, gB)` a pair; a pair without both is inactive."""
-        active = [a is not None and b is not None for a, b in grads]
-        self.set(ACTIVE, active)
-        for side, number in ((A_SIDE, 0), (B_SIDE, 1)):
-            given = zip(grads, active, self.factors[number::2])
-            tensors: list[Tensor] = [sides[number] if both else factor for sides, both, factor in given]  # type: ignore[misc]
-            self._bind(side, G, tensors, self._sizes[side])
+        tensors: list[Any] = list(chain.from_iterable(grads))
+        self.table[:, ACTIVE] = 1
+        if not all(map(is_not, tensors, repeat(None))):
+            active = [a is not None and b is not None for a, b in grads]
+            self.set(ACTIVE, active)
+            both = (flag for flag in active for _ in range(2))
+            tensors = [t if flag else factor for t, flag, factor in zip(tensors, both, self.factors)]
+        pointers = _pointers(tensors).view(-1, 2)[self._pair_of_row]
+        for number, side in enumerate((A_SIDE, B_SIDE)):
+            self.tensors[side + G] = tensors[number::2]
+            self.table[:, side + G] = pointers[:, number] + self._starts[side]
             self.table[:, side + G_SR : side + G_SN + 1] = self.table[:, side + P_SR : side + P_SN + 1]
-            strides = list(map(Tensor.stride, tensors))
-            if strides != self._strides[side]:
-                for index, tensor in enumerate(tensors):
-                    if strides[index] != self._strides[side][index]:
-                        self._bind_strided(side, index, tensor)
+        strides = list(map(Tensor.stride, tensors))
+        if strides != self._strides:
+            for index, (tensor, ours) in enumerate(zip(tensors, self._strides)):
+                if strides[index] != ours:
+                    self._bind_strided((A_SIDE, B_SIDE)[index % 2], index // 2, tensor)
 
     def release_grads(self) -> None:
         """Let go of the gradients, which would otherwise outlive zero_grad."""
@@ -125,11 +134,9 @@ class Plan:
 
     def bind(self, side: int, column: int, tensors: Sequence[Tensor]) -> None:
         """Point `column` at one tensor a pair that is laid out like the factor itself, of any type."""
-        self._bind(side, column, tensors, _sizes(tensors)[self._pair_of_row])
-
-    def _bind(self, side: int, column: int, tensors: Sequence[Tensor], sizes: Tensor) -> None:
         self.tensors[side + column] = list(tensors)
-        self.table[:, side + column] = _pointers(tensors)[self._pair_of_row] + self._offsets[side] * sizes
+        starts = self._offsets[side] * _sizes(tensors)[self._pair_of_row]
+        self.table[:, side + column] = _pointers(tensors)[self._pair_of_row] + starts
 
     def bind_some(self, side: int, column: int, tensors: Sequence[Tensor | None]) -> None:
         """As `bind`; 0 for a pair that has none."""
@@ -171,10 +178,6 @@ class Plan:
         for row, view in zip((i for i, r in enumerate(self.rows) if r.pair == number), views):
             pointer, sr, sn, _ = _side(view, side == B_SIDE)
             self.table[row, [side + G, side + G_SR, side + G_SN]] = torch.tensor([pointer, sr, sn])
-
-    def _from_base(self, side: int, factors: list[Tensor]) -> Tensor:
-        """Where each row begins in its factor, in elements."""
-        return (self.table[:, side + P] - _pointers(factors)[self._pair_of_row]) // self._sizes[side]
 
 
 def by_device(pairs: Sequence[LoRAPair]) -> dict[torch.device, list[int]]:

@@ -137,9 +137,11 @@ class RefLoRAAdamW(TracedStep, Optimizer):
         return loss
 
     def _step_eagerly(self) -> None:
+        slots = self._membership()
         self._check()
-        tables = self._tables()
-        strays = self._bind_pairs()
+        bindings = self._ready_bindings()
+        tables = [hyper_table(self.param_groups, binding.plan.device) for binding in bindings]
+        strays = self._bind_pairs(slots)
         self._step_pairs(tables)
         for number, group in enumerate(self.param_groups):
             step_plain(self, [(p, LIKE_TORCH) for p in self._plain[number]], group)
@@ -152,34 +154,27 @@ class RefLoRAAdamW(TracedStep, Optimizer):
 
     def _check(self) -> None:
         """What a step refuses in the parameters of no pair is refused before anything has changed."""
-        self._membership()
         for grad in (p.grad for params in self._plain for p in params):
             if grad is not None and grad.layout is not torch.strided:
                 fail("a gradient", "a dense tensor", grad.layout, "Use sparse=False.", RuntimeError)
 
-    def _tables(self) -> dict[torch.device, tuple[Tensor, tuple[Tensor | None, ...]]]:
-        """The hyperparameters for each device, checked."""
-        return {b.plan.device: hyper_table(self.param_groups, b.plan.device) for b in self._ready_bindings()}
-
-    def _bind_pairs(self) -> dict[int, list[Tensor]]:
+    def _bind_pairs(self, slots: list[Slot | None]) -> dict[int, list[Tensor]]:
         """Point every device's plan at this step's gradients.
 
         Returns, by group, parameters of pairs that cannot be preconditioned because their partner has no gradient.
         """
         amsgrad = any(group["amsgrad"] for group in self.param_groups)
         keep_S = self.interval > 1 and not self.scalar
-        slots = self._membership()
         strays: dict[int, list[Tensor]] = {}
-        for binding in self._ready_bindings():
+        for binding in self._bindings:
             binding.bind_state(self.state, [slots[i] for i in binding.chosen], amsgrad, keep_S)
             for factor, group in binding.bind_grads(self.state, list(map(_GRAD, binding.plan.factors))):
                 strays.setdefault(group, []).append(factor)
         return strays
 
-    def _step_pairs(self, tables: dict[torch.device, tuple[Tensor, tuple[Tensor | None, ...]]]) -> None:
-        for binding in self._bindings:
+    def _step_pairs(self, tables: list[tuple[Tensor, tuple[Tensor | None, ...]]]) -> None:
+        for binding, (hypers, lrs) in zip(self._bindings, tables):
             device = binding.plan.device
-            hypers, lrs = tables[device]
             scale, found_inf = (amp_scalar(self, name, device) for name in ("grad_scale", "found_inf"))
             step = AdamWStep(
                 hypers, self.scalar, self.warmup_steps, self.interval, self.precision, lrs=lrs,
