@@ -15,10 +15,10 @@ CASES = (("deberta-v3-base", 8), ("llama-7b", 16), ("llama-7b", 32), ("llama-7b"
 # bytes a parameter: p, g and two moments read, p and two moments written
 ADAMW = 28
 ONE_READ = 4
-# eliminations of the solve: two Cholesky factors, and the Newton steps of the polar factor, the first of which is free
-NEWTON_STEPS = 7
-# products of the solve: N and N^-T, then two each for S and S^-1
-PRODUCTS = 6
+# eliminations of the solve: the Cholesky factors of both Grams, with their inverses
+ELIMINATIONS = 2
+# products of the solve: N and N^-T, two for each of 9 Newton-Schulz steps (7 to 13 in practice), two each for S and S^-1
+PRODUCTS = 24
 
 
 @dataclass(frozen=True)
@@ -66,18 +66,17 @@ def kernels(name: str, rank: int, check: bool = True) -> list[Kernel]:
     layers = shapes.layers(name)
     parameters, pairs = shapes.size(layers, rank), len(layers)
     square = 8 * rank * rank * pairs
-    eliminations = 2 + NEWTON_STEPS - 1
     return [
         Kernel("gram", parameters * ONE_READ * (1 + check), float64=2 * rank * parameters),
         # reads two Grams, writes S and its inverse
-        Kernel("solve", 4 * square, float64=2 * rank**3 * (eliminations + PRODUCTS) * pairs),
+        Kernel("solve", 4 * square, float64=2 * rank**3 * (ELIMINATIONS + PRODUCTS) * pairs),
         Kernel("update", parameters * ADAMW, float32=2 * rank * parameters),
     ]
 
 
 def rounds(rank: int) -> int:
     """Pivots that the solve takes one after the other, in all layers at once."""
-    return rank * (2 + NEWTON_STEPS - 1)
+    return rank * ELIMINATIONS
 
 
 def crossing(machine: Machine, moved: int, rate: float) -> float:

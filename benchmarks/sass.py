@@ -2,8 +2,8 @@
 
     python -m benchmarks.sass [--classes 16,32] [--capabilities 80,90] [--no-write]
 
-Writes benchmarks/results/instructions.md: the elimination loops of the r x r solve, instructions a round, where a round
-is one pivot of the elimination. Everything but `measure` and the program reads plain text, from cuobjdump -sass or from
+Writes benchmarks/results/instructions.md: the loops of the r x r solve, instructions a round, where a round is one pivot
+of an elimination or one Newton-Schulz step. Everything but `measure` and the program reads plain text, from cuobjdump -sass or from
 nvdisasm, which also names source lines (-g).
 """
 
@@ -192,9 +192,11 @@ def markdown(rows: Sequence[Row]) -> str:
 _TEXT = """# Instructions a round of the r x r solve
 
 Counted in the machine code that Triton {version} makes for float64, by `python -m benchmarks.sass`, without a GPU;
-nothing here is a time. The solve eliminates: Cholesky with its inverse and Gauss-Jordan take one pivot after the other,
-and **a round is one pivot**: r rounds an elimination. An elimination is an innermost loop that divides; "loop" is the
-function that most of its instructions come from; a kernel that has the loop twice, compiled differently, has two rows.
+nothing here is a time. **A round is one pivot** of an elimination, Cholesky with its inverse (`factor`, r rounds a Gram)
+or Gauss-Jordan (`invert_transposed`, only for `linalg.polar`, whose X comes without an inverse), **or one Newton-Schulz
+step** of the polar factor (7 to 13 in all), where X stays in registers (classes 16 and 32). Loops counted are innermost
+ones that divide; "loop" is the function that most of the instructions come from; a kernel that has the loop twice,
+compiled differently, has two rows.
 
 Each of a program's warps issues the whole row each round. Rounds depend on each other, so the length of a round is the
 chain through its reductions (SHFL, then STS, BAR, LDS between warps) and its division, not the sum of the row. "local"
