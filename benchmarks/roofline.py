@@ -17,7 +17,7 @@ ADAMW = 28
 ONE_READ = 4
 # eliminations of the solve: the Cholesky factors of both Grams, with their inverses
 ELIMINATIONS = 2
-# products of the solve: N and N^-T, two for each of 9 Newton-Schulz steps (7 to 13 in practice), two each for S and S^-1
+# products of the solve: N and N^-T, two for each of 9 Newton-Schulz steps (in practice 7 to 13), two each for S, S^-1
 PRODUCTS = 24
 
 
@@ -75,8 +75,8 @@ def kernels(name: str, rank: int, check: bool = True) -> list[Kernel]:
 
 
 def rounds(rank: int) -> int:
-    """Pivots that the solve takes one after the other, in all layers at once."""
-    return rank * ELIMINATIONS
+    """Pivots that the solve takes one after the other, in all layers at once; up to r = 64 both Grams' together."""
+    return rank if rank <= 64 else rank * ELIMINATIONS
 
 
 def crossing(machine: Machine, moved: int, rate: float) -> float:

@@ -2,9 +2,9 @@
 
     python -m benchmarks.sass [--classes 16,32] [--capabilities 80,90] [--no-write]
 
-Writes benchmarks/results/instructions.md: the loops of the r x r solve, instructions a round, where a round is one pivot
-of an elimination or one Newton-Schulz step. Everything but `measure` and the program reads plain text, from cuobjdump -sass or from
-nvdisasm, which also names source lines (-g).
+Writes benchmarks/results/instructions.md: the loops of the r x r solve, instructions a round, where a round is a pivot
+of an elimination or a Newton-Schulz step. Everything but `measure` and the program reads plain text, from cuobjdump
+-sass or from nvdisasm, which also names source lines (-g).
 """
 
 from __future__ import annotations
@@ -192,11 +192,11 @@ def markdown(rows: Sequence[Row]) -> str:
 _TEXT = """# Instructions a round of the r x r solve
 
 Counted in the machine code that Triton {version} makes for float64, by `python -m benchmarks.sass`, without a GPU;
-nothing here is a time. **A round is one pivot** of an elimination, Cholesky with its inverse (`factor`, r rounds a Gram)
-or Gauss-Jordan (`invert_transposed`, only for `linalg.polar`, whose X comes without an inverse), **or one Newton-Schulz
-step** of the polar factor (7 to 13 in all), where X stays in registers (classes 16 and 32). Loops counted are innermost
-ones that divide; "loop" is the function that most of the instructions come from; a kernel that has the loop twice,
-compiled differently, has two rows.
+nothing here is a time. **A round is one pivot** of an elimination, Cholesky with its inverse (`factor_all`; in the step
+both Grams of a layer up to r = 64 in one round) or Gauss-Jordan (`invert_transposed`, only for `linalg.polar`, whose X
+comes without an inverse), **or one Newton-Schulz step** of the polar factor (7 to 13 in all) where X stays in registers
+(classes 16 and 32). Loops counted are innermost ones that divide; "loop" is the function that most of the instructions
+come from; a kernel that has the loop twice, compiled differently, has two rows.
 
 Each of a program's warps issues the whole row each round. Rounds depend on each other, so the length of a round is the
 chain through its reductions (SHFL, then STS, BAR, LDS between warps) and its division, not the sum of the row. "local"

@@ -15,6 +15,9 @@ from .contract import LoRAPair, PairLike, as_pairs, check_backend, check_precisi
 from .diagnostics import Diagnostics, diagnose, row_names
 from .plan import REPORTED, Plan, by_device
 
+# a table of addresses is no use to a graph that inductor captures by itself
+OP_TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+
 Grads = Sequence[tuple[Tensor | None, Tensor | None]]
 
 
@@ -126,14 +129,14 @@ def _ordered(found: Diagnostics, device: torch.device) -> Tensor:
     return tables[0].contiguous() if len(tables) == 1 else torch.cat(tables)[found.order]
 
 
-@torch.library.custom_op("reflora::refactor_", mutates_args=("factors",))
+@torch.library.custom_op("reflora::refactor_", mutates_args=("factors",), tags=OP_TAGS)
 def _refactor_op(factors: list[Tensor], layouts: str, scalar: bool, backend: str, precision: str) -> Tensor:
     """factors: A and B of each pair in turns. Returns float64 `[rows, REPORTED]` (reflora/plan.py)."""
     found = refactor_(_unflat(factors, layouts), scalar, backend or None, precision)
     return _ordered(found, factors[0].device)
 
 
-@torch.library.custom_op("reflora::precondition_", mutates_args=("grads",))
+@torch.library.custom_op("reflora::precondition_", mutates_args=("grads",), tags=OP_TAGS)
 def _precondition_op(
     factors: list[Tensor],
     grads: list[Tensor],

@@ -328,3 +328,45 @@ def test_gradients_past_the_range_leave_everything_finite(backend):
     assert optimizer.diagnostics().skipped == 0
     for t in (A, B):
         assert t.isfinite().all() and all(v.isfinite().all() for v in optimizer.state[t].values())
+
+
+def test_a_state_of_another_number_of_experts_is_refused():
+    """The moments have the same shape, what is kept an expert has not."""
+    A, B = torch.randn(4 * 2, 20).requires_grad_(), torch.randn(15, 2 * 4).requires_grad_()
+    optimizers = [
+        RefLoRAAdamW([A, B], pairs=[LoRAPair("moe", A, B, layout)], interval=2)
+        for layout in ("experts(2)", "experts(4)")
+    ]
+    random_grads([A, B], torch.Generator().manual_seed(0))
+    optimizers[0].step()
+    with pytest.raises(ValueError, match="loaded state 'reflora_phase': expected .4,., got .2,."):
+        optimizers[1].load_state_dict(optimizers[0].state_dict())
+
+
+def test_hooks_on_loading_are_heard(fast_backend):
+    pairs = leaf_pairs([(4, 30, 21)], torch.float32)
+    optimizer = RefLoRAAdamW(pairs, backend=fast_backend)
+    random_grads(factors(pairs), torch.Generator().manual_seed(0))
+    optimizer.step()
+
+    def forget(_, state_dict):
+        state = {k: {**v, "exp_avg": torch.zeros_like(v["exp_avg"])} for k, v in state_dict["state"].items()}
+        return {**state_dict, "state": state}
+
+    optimizer.register_load_state_dict_pre_hook(forget)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert not any(optimizer.state[t]["exp_avg"].any() for t in factors(pairs))
+
+
+def test_a_loaded_seed_switches_nothing_on(fast_backend):
+    ends = []
+    for stochastic in (False, True):
+        torch.manual_seed(0)
+        pairs = leaf_pairs([(4, 30, 21)], torch.bfloat16)
+        other = RefLoRAAdamW(clones(pairs), stochastic_rounding=stochastic)
+        optimizer = RefLoRAAdamW(pairs, lr=1e-3, backend=fast_backend)
+        optimizer.load_state_dict(other.state_dict())
+        random_grads(factors(pairs), torch.Generator().manual_seed(0))
+        optimizer.step()
+        ends.append(pairs[0][0].detach())
+    assert torch.equal(*ends)

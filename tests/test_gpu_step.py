@@ -50,7 +50,8 @@ def launches(run):
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
         run()
         torch.cuda.synchronize()
-    names = [event.name for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    on_device = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    names = [event.name for event in on_device if not event.is_user_annotation]
     copies = [name for name in names if name.startswith(("Memcpy", "Memset"))]
     return [name for name in names if name not in copies], [name for name in copies if "DtoH" in name]
 

@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
 from kernel_cases import DEVICE, DOUBLE, MARKS, Fused, Oracle, pair, randn
 
 from reflora import plan as col
-from reflora.backends import FRESH, IDENTITY, SAVED
+from reflora.backends import FRESH, IDENTITY, SAVED, torch_backend, triton_backend
 from reflora.contract import DEGENERATE, PLAIN, REFACTORED, SKIPPED, LoRAPair
 
 pytestmark = MARKS
@@ -132,3 +132,20 @@ def test_extreme_scales_stay_finite():
     for source in (IDENTITY, FRESH, FRESH, IDENTITY, FRESH):
         fused.step(gradients(pairs, 1e12)(), source=source)
         assert all(t.isfinite().all() for t in fused.snapshot())
+
+
+def test_plain_steps_of_the_scalar_variant():
+    """Between its refactorings a layer takes AdamW's step, its moments back in units of S = I, and says so."""
+    ends = []
+    for backend in (triton_backend, torch_backend):
+        torch.manual_seed(0)
+        pairs = pairs_of(torch.float32)[:3]
+        fused = Fused(pairs, [dict(lr=1e-2)] * 2, backend)
+        fused.step(gradients(pairs)(), FRESH)
+        assert any(float(phase) == 1 for phase in fused.state[col.PHASE])
+        result = fused.step(gradients(pairs)(), SAVED, scalar_after=True, count=5)
+        assert result[:, col.STATUS].tolist() == [PLAIN] * 3
+        assert all(float(phase) == 0 for phase in fused.state[col.PHASE])
+        ends.append(fused.snapshot())
+    for ours, theirs in zip(*ends):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)

@@ -14,6 +14,7 @@ from reflora import plan as col
 from reflora.backends import FRESH, IDENTITY, SAVED, torch_backend
 from reflora.contract import PLAIN, SKIPPED, LoRAPair
 from reflora.kernels import launch, routes
+from reflora.plan import A_SIDE, B_SIDE
 
 pytestmark = MARKS
 
@@ -142,6 +143,16 @@ def test_unchecked_gradients_cannot_spoil_a_factor(carry):
     ends = run(torch.float32, [{"source": FRESH}] * 2, carry=carry, spoil=spoil, check=False)
     assert SKIPPED not in ends[-1][0]
     assert all(t.isfinite().all() for t in ends[-1][1])
+
+
+def test_gradients_past_the_range_do_not_freeze_an_element():
+    """They saturate where their squares still fit, so that v forgets them again."""
+    pairs = pairs_of(torch.float32)[:2]
+    fused = Fused(pairs, HYPERS)
+    grads = gradients(pairs, 0)
+    grads[0][0][1, 7] = 1e30
+    fused.step(grads, FRESH, check=False)
+    assert all(float(v.max()) < 1e35 for side in (A_SIDE, B_SIDE) for v in fused.state[side + col.V])
 
 
 def test_rows_count_their_steps():

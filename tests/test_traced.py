@@ -82,6 +82,59 @@ def test_a_compiled_training_step():
     assert torch.allclose(*losses, rtol=1e-4) and losses[0][-1] < losses[0][0]
 
 
+def test_eager_and_compiled_steps_in_turns():
+    """Without a recompilation, and diagnostics() tells of the last of them."""
+    pairs = leaf_pairs(SHAPES, torch.float32)
+    optimizer = RefLoRAAdamW(pairs, lr=1e-2)
+    step = torch.compile(lambda: optimizer.step(), fullgraph=True)
+    generator = torch.Generator().manual_seed(0)
+    for number in range(5):
+        random_grads(factors(pairs), generator)
+        if number == 3:
+            pairs[0][0].grad[0, 0] = torch.nan
+        (step if number % 2 else optimizer.step)()
+        assert optimizer.diagnostics().skipped == int(number == 3)
+    assert [float(optimizer.state[A]["step"]) for A, _ in pairs] == [4, 5]
+
+
+def test_compiled_steps_after_a_change_of_dtype():
+    """The state that the optimizer shows is the state that the step writes."""
+    pairs = leaf_pairs(SHAPES, torch.float32)
+    optimizer = RefLoRAAdamW(pairs, lr=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    random_grads(factors(pairs), generator)
+    optimizer.step()
+    for t in factors(pairs):
+        t.grad, t.data = None, t.data.double()
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        step = torch.compile(lambda: optimizer.step(), fullgraph=True)
+        for _ in range(2):
+            before = optimizer.state[pairs[0][0]].get("exp_avg").clone()
+            random_grads(factors(pairs), generator)
+            step()
+            now = optimizer.state[pairs[0][0]]["exp_avg"]
+            assert now.dtype == torch.float64 and not torch.equal(now, before.double())
+
+
+def test_invalidate_reaches_compiled_steps():
+    ends = []
+    for carry in (False, True):
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        pairs = leaf_pairs(SHAPES, torch.float32)
+        optimizer = RefLoRAAdamW(pairs, lr=1e-2, carry_grams=carry)
+        step = torch.compile(lambda: optimizer.step(), fullgraph=True)  # noqa: B023
+        generator = torch.Generator().manual_seed(0)
+        for number in range(4):
+            random_grads(factors(pairs), generator)
+            if number == 3:
+                pairs[0][1].data.mul_(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+                optimizer.invalidate()
+            step()
+        ends.append([t.detach().clone() for t in factors(pairs)])
+    assert all(torch.equal(x, y) for x, y in zip(*ends))
+
+
 @pytest.mark.parametrize("scalar", [False, True])
 def test_compiled_functions(fast_backend, scalar):
     pairs = leaf_pairs(SHAPES, torch.float64)

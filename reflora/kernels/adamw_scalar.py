@@ -61,13 +61,22 @@ def scalar_kernel(
         status, root, norm_a, norm_b = decide_scalar(p_row, r, code, RC, BN, DTYPE, WIDE)
         if CHECK:
             status = tl.where(finite_grads(p_row, r, code, RC, BN, DTYPE, WIDE), status, col.SKIPPED)
-        report(results, row, status, nan, nan, nan, root * root, norm_a, norm_b)
+        steps = steps_of(p_row)
+        before = (steps == 0) & (warmup == 0)
+        after = (steps + 1 >= warmup) & ((steps + 1 - warmup) % interval == 0)
+        plain = not (before | after)
+        shown = tl.where(plain & (status != col.SKIPPED), col.PLAIN, status)
+        report(results, row, shown, nan, nan, nan, root * root, norm_a, norm_b)
         if status != col.SKIPPED:
-            steps = steps_of(p_row)
             count_a, count_b = store_scalars(p_row, header, hypers)
             form_scaled_identity(area, one, one, RC, WIDE)
-            before = (steps == 0) & (warmup == 0)
+            p_phase = column(p_row, col.PHASE).to(tl.pointer_type(tl.float32))
+            has_phase = column(p_row, col.PHASE) != 0
+            phase = tl.load(p_phase, mask=has_phase, other=0.0)
+            # a plain step after full refactoring: the moments go back to units of S = I
+            move = tl.where(plain & (phase != 0) & (status == col.REFACTORED), root * root, 1.0)
             root = tl.where(before, root, 1.0)
+            move = tl.where(before, 1.0 / root, move)
             if before:
                 # the norms are read by all before a factor is moved
                 tl.debug_barrier()
@@ -81,14 +90,15 @@ def scalar_kernel(
             unscale = unscaling(grad_scale)
             n_a, n_b = column(p_row, col.A_SIDE + col.N).to(tl.int32), column(p_row, col.B_SIDE + col.N).to(tl.int32)
             update(
-                p_row, area, header, hypers, unscale / root, 1.0 / root, seed, 0, 0, n_a, r, code, state, col.A_SIDE,
+                p_row, area, header, hypers, unscale / root, move, seed, 0, 0, n_a, r, code, state, col.A_SIDE,
                 AMSGRAD, MASTER, False, RC, BN, BK, DTYPE, STATE, WIDE, TC,
             )  # fmt: skip
             update(
-                p_row, area, header, hypers, unscale * root, root, seed, 0, 0, n_b, r, code, state, col.B_SIDE,
+                p_row, area, header, hypers, unscale * root, 1.0 / move, seed, 0, 0, n_b, r, code, state, col.B_SIDE,
                 AMSGRAD, MASTER, False, RC, BN, BK, DTYPE, STATE, WIDE, TC,
             )  # fmt: skip
-            if (steps + 1 >= warmup) & ((steps + 1 - warmup) % interval == 0):
+            tl.store(p_phase, tl.where(plain, 0.0, phase), mask=has_phase)
+            if after:
                 tl.debug_barrier()
                 status, root, norm_a, norm_b = decide_scalar(p_row, r, code, RC, BN, DTYPE, WIDE)
                 tl.debug_barrier()

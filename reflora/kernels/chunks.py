@@ -179,6 +179,8 @@ def reduce_chunks(
     tl.debug_barrier()
     scale_a, norm_a = unit_trace(p_a, RC)
     scale_b, norm_b = unit_trace(p_b, RC)
+    # a reduction that fits a warp has no barrier of its own, and the diagonals are overwritten next
+    tl.debug_barrier()
     return scale_a, norm_a, exponent_a, scale_b, norm_b, exponent_b
 
 

@@ -7,7 +7,10 @@ from . import table as col
 from .dtypes import normal_range, power_of_two
 from .gram import gram
 from .pair import SLOT_A, SLOT_B, SLOT_N, SLOT_X, SLOT_Y, column, slot
-from .solve import FACTOR_INVERSE, FACTOR_T, PLAIN, factor, finish, multiply, polar_factor
+from .solve import FACTOR_INVERSE, FACTOR_T, PLAIN, factor, factor_all, finish, multiply, polar_factor
+
+# the largest rank class whose two Cholesky factors are made in one loop
+TOGETHER = tl.constexpr(64)
 
 
 @triton.jit
@@ -42,8 +45,14 @@ def judge(
     p_a, p_b = slot(area, SLOT_A, RC, TC), slot(area, SLOT_B, RC, TC)
     balance = distance(p_a, p_b, scale_a, scale_b, c, RC, BM)
     balance = tl.where((norm_a > 0) & (norm_b > 0), balance, tl.where(norm_a > 0, 1.0, float("inf")))
-    kappa_a = factor(p_a, scale_a, r, RC)
-    kappa_b = factor(p_b, scale_b, r, RC)
+    if RC <= TOGETHER:
+        both = tl.arange(0, 2)
+        apart = (RC * RC + RC) * (8 // (TC.primitive_bitwidth // 8))
+        kappa = factor_all(p_a, apart, tl.where(both == 0, scale_a, scale_b), r, RC, 2)
+        kappa_a, kappa_b = tl.max(tl.where(both == 0, kappa, 0.0), 0), tl.max(tl.where(both == 1, kappa, 0.0), 0)
+    else:
+        kappa_a = factor(p_a, scale_a, r, RC)
+        kappa_b = factor(p_b, scale_b, r, RC)
     kappa_a = tl.where(column(p_row, col.A_SIDE + col.N) < r, float("inf"), kappa_a)
     kappa_b = tl.where(column(p_row, col.B_SIDE + col.N) < r, float("inf"), kappa_b)
     regular = useful & (kappa_a <= KAPPA_MAX) & (kappa_b <= KAPPA_MAX)

@@ -107,41 +107,57 @@ def finish(
 
 @triton.jit
 def factor(p_slot, scale, r, RC: tl.constexpr):
-    """Cholesky `G = L L^T` and `L^-1` of `scale` times the symmetric matrix in a slot, packed in its place.
+    """As `factor_all`, of the matrix in one slot; scale and the condition estimate are scalars."""
+    kappa = factor_all(p_slot, 0, tl.zeros([1], scale.dtype) + scale, r, RC, 1)
+    return tl.max(kappa, 0)
 
-    `L^-1` in the lower triangle, `L^T` above it, the diagonal of L in the slot's vector. Returns the condition estimate
-    `||L||_F ||L^-1||_F`, float64, inf where a pivot was not positive.
+
+@triton.jit
+def factor_all(p_slot, apart, scale, r, RC: tl.constexpr, COUNT: tl.constexpr):
+    """Cholesky `G = L L^T` and `L^-1` of `scale` times each of COUNT symmetric matrices, packed in their place.
+
+    The matrices lie in slots `apart` elements from each other; scale `[COUNT]`. Taken together, the chain of pivots is
+    as long as for one. `L^-1` in the lower triangle, `L^T` above it, the diagonal of L in the slot's vector. Returns
+    the condition estimates `||L||_F ||L^-1||_F`, float64 `[COUNT]`, inf where a pivot was not positive.
     """
-    row, column_of = tall(RC)
-    o = row * RC + column_of
-    i = tl.arange(0, RC)
-    T = tl.load(p_slot + o) * scale
-    pivots = tl.zeros([RC], T.dtype)
-    sound = tl.full((), 1, tl.int32)
+    row3, column3 = tall(RC)
+    row, column_of = row3[None, :, :, :], column3[None, :, :, :]
+    which = tl.arange(0, COUNT)
+    o = which[:, None, None, None] * apart + row * RC + column_of
+    i = tl.arange(0, RC)[None, :]
+    T = tl.load(p_slot + o) * scale[:, None, None, None]
+    pivots = tl.zeros([COUNT, RC], T.dtype)
+    sound = tl.full([COUNT], 1, tl.int32)
     for j in range(0, r):
         # eliminate column j below the pivot; the freed column takes that of the unit triangular inverse
-        column = along_rows(tl.where(column_of == j, T, 0.0))
-        line = tl.sum(tl.where(row == j, T, 0.0), 1)[:, None, :]
-        pivot = total(tl.where(column_of == j, line, 0.0))
+        column = tl.sum(tl.sum(tl.where(column_of == j, T, 0.0), 1), 2)
+        line = tl.sum(tl.where(row == j, T, 0.0), 2)[:, :, None, :]
+        pivot = totals(tl.where(column_of == j, line, 0.0))
         usable = (pivot > 0) & (pivot < float("inf"))
         sound = tl.where(usable, sound, 0)
         inverse = 1.0 / tl.where(usable, pivot, 1.0)
-        step = tl.where(i > j, column * inverse, 0.0)[None, :, None]
+        step = tl.where(i > j, column * inverse[:, None], 0.0)[:, None, :, None]
         line = tl.where(column_of == j, 1.0, line)
         T = tl.where((column_of == j) & (row > j), 0.0, T) - step * line
-        pivots = tl.where(i == j, tl.where(usable, pivot, 1.0), pivots)
+        pivots = tl.where(i == j, tl.where(usable, pivot, 1.0)[:, None], pivots)
     diagonal = tl.sqrt(pivots)
     invert_diagonal = tl.where(i < r, 1.0 / tl.where(i < r, diagonal, 1.0), 0.0)
-    T = tl.where(row == column_of, 1.0, T) * invert_diagonal[None, :, None]
+    T = tl.where(row == column_of, 1.0, T) * invert_diagonal[:, None, :, None]
     square = T * T
     above = column_of > row
-    factor_square = total(tl.where(above, square, 0.0)) + tl.sum(diagonal * diagonal, 0)
-    kappa = tl.sqrt(factor_square) * tl.sqrt(total(tl.where(above, 0.0, square)))
+    factor_square = totals(tl.where(above, square, 0.0)) + tl.sum(diagonal * diagonal, 1)
+    kappa = tl.sqrt(factor_square) * tl.sqrt(totals(tl.where(above, 0.0, square)))
     tl.debug_barrier()
     tl.store(p_slot + o, T)
-    tl.store(p_slot + RC * RC + i, diagonal)
+    tl.store(p_slot + which[:, None] * apart + RC * RC + i, diagonal)
     tl.debug_barrier()
     return tl.where(sound == 1, kappa.to(tl.float64), float("inf"))
+
+
+@triton.jit
+def totals(x):
+    """`[COUNT]`: sums of a block of four dimensions over all but the first."""
+    return tl.sum(tl.sum(tl.sum(x, 1), 1), 1)
 
 
 @triton.jit

@@ -16,6 +16,10 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def pinned_like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, pin_memory=True)
+
+
 class OnDevice:
     """One table of the host on its device, sent again only when its values have changed.
 
@@ -33,22 +37,29 @@ class OnDevice:
     def __call__(self, tensor: Tensor) -> Tensor:
         if self.device.type == "cpu":
             return tensor.contiguous()
-        capturing = torch.cuda.is_current_stream_capturing()
-        if self._copy is None or self._seen is None or not torch.equal(self._seen, tensor):
-            self._copy = self._send_captured(tensor) if capturing else to_device(tensor, self.device)
-            self._seen = tensor.clone()
-        if capturing:
-            self._captured.append(self._copy)
-        elif self._spare is None:
+        current = self._copy is not None and self._seen is not None and torch.equal(self._seen, tensor)
+        if torch.cuda.is_current_stream_capturing():
+            return self._captured_copy(tensor, current)
+        if not current:
+            self._copy, self._seen = to_device(tensor, self.device), tensor.clone()
+        if self._spare is None or self._spare.shape != tensor.shape:
             # page-locked memory cannot be had while a stream is captured
-            self._spare = torch.empty_like(tensor, pin_memory=True)
+            self._spare = pinned_like(tensor)
+        assert self._copy is not None
         return self._copy
 
-    def _send_captured(self, tensor: Tensor) -> Tensor:
-        spare, self._spare = self._spare, None
-        if spare is None or spare.shape != tensor.shape:
-            remedy = "Take a step outside the graph before each capture."
-            fail("CUDA graph capture", "a step taken since the last capture", "none", remedy, RuntimeError)
-        spare.copy_(tensor)
-        self._captured.append(spare)
-        return spare.to(self.device, non_blocking=True)
+    def _captured_copy(self, tensor: Tensor, current: bool) -> Tensor:
+        if current and self._copy is not None:
+            copy = self._copy
+        else:
+            spare, self._spare = self._spare, None
+            if spare is None or spare.shape != tensor.shape:
+                remedy = "Take a step outside the graph before each capture."
+                fail("CUDA graph capture", "a step taken since the last capture", "none", remedy, RuntimeError)
+            spare.copy_(tensor)
+            self._captured.append(spare)
+            # recorded, not run: what is seen outside the graph stays as it was
+            copy = spare.to(self.device, non_blocking=True)
+        if not any(copy is kept for kept in self._captured):
+            self._captured.append(copy)
+        return copy

@@ -17,7 +17,7 @@ from .chunks import (
     chunk_gram,
     store_packed,
 )
-from .dtypes import BFLOAT16, FLOAT32, load, rounded, store
+from .dtypes import BFLOAT16, FLOAT16, FLOAT32, load, rounded, store
 from .gram import block_gram
 from .mean import mixer
 from .pair import column, mix, offsets, resident
@@ -88,7 +88,9 @@ def keep_weights(
     """Stores updated weights and returns what the factor now holds, 0 where masked."""
     if MASTER:
         address = column(p_row, SIDE + col.W)
-        store(address, o, p, mask & (address != 0), FLOAT32, FLOAT32)
+        top = tl.where(code == FLOAT16, 65504.0, 3.3895313892515355e38).to(WIDE)
+        within = tl.minimum(tl.maximum(p, -top), top)
+        store(address, o, within, mask & (address != 0), FLOAT32, FLOAT32)
     kept = rounded(p, code, DTYPE)
     if RANDOM:
         i = tl.arange(0, RC).to(tl.int64)
@@ -125,7 +127,8 @@ def update(
     g_factor = tl.where(tl.load(p_hyper + col.MAXIMIZE) != 0, -unscale, unscale).to(WIDE)
     step_size, correction, decay = step_size.to(WIDE), correction.to(WIDE), decay.to(WIDE)
     eps, m_factor = tl.load(p_hyper + col.EPS).to(WIDE), m_factor.to(WIDE)
-    limit = tl.full((), 1e38 if WIDE == tl.float32 else 1e307, WIDE)
+    # its square stays in range too
+    limit = tl.full((), 1e18 if WIDE == tl.float32 else 1e153, WIDE)
     RANDOM: tl.constexpr = seed is not None
     key = tl.full((), 0, tl.uint64)
     if RANDOM:

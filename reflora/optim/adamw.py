@@ -16,7 +16,7 @@ from ..contract import PairLike, as_pairs, fail
 from ..diagnostics import Diagnostics, diagnose, row_names
 from ..plan import by_device
 from . import state as keys
-from .binding import Binding, Slot
+from .binding import Binding, Slot, capturing
 from .groups import flatten, hyper_table, lr_on_host
 from .options import check_hypers, check_options, check_storage
 from .plain import amp_scalar, step_plain
@@ -47,10 +47,11 @@ class RefLoRAAdamW(TracedStep, Optimizer):
         GradScaler, which has looked already, what is NaN in a preconditioned gradient counts as 0.
     state_dtype: torch.float32 keeps the moments of 16-bit factors in float32; None, like torch, in the factor's dtype.
     master_weights: float32 copies of 16-bit factors (state "master"), with moments in float32.
-    stochastic_rounding: bfloat16 factors are rounded up or down with the probability that makes the mean exact;
-        reproducible, the seed is drawn from torch's generator here and kept in the param_groups.
-    capturable: taken for torch's sake: a step can always be captured in a CUDA graph, after one that was not. Pass lr
-        as a tensor on the device for a scheduler to be heard by replays.
+    stochastic_rounding: bfloat16 factors of pairs are rounded up or down with the probability that makes the mean
+        exact; reproducible, the seed is drawn from torch's generator here and kept in the param_groups.
+    capturable: taken for torch's sake: with Triton and r <= 128 a step can be captured in a CUDA graph, after one that
+        was not (two with carry_grams). Pass lr as a tensor on the device for replays to hear a scheduler. Capture again
+        after load_state_dict, add_param_group or moving the model.
 
     A layer with a non-finite gradient or factor is skipped, its state untouched, and counted in `diagnostics()`.
     State per parameter is torch.optim.AdamW's; what else steers a resumed run is in the state_dict too.
@@ -93,6 +94,7 @@ class RefLoRAAdamW(TracedStep, Optimizer):
         self.scalar, self.interval, self.warmup_steps = scalar, interval, warmup_steps
         self.backend, self.precision = backend, precision
         self.carry_grams, self.check_grads = carry_grams, check_grads
+        self.stochastic_rounding = stochastic_rounding
         self.storage = Storage(state_dtype is not None or master_weights, master_weights)
         self._bindings: list[Binding] = []
         self._key: list[tuple[int, ...]] | None = None
@@ -116,7 +118,7 @@ class RefLoRAAdamW(TracedStep, Optimizer):
 
     def diagnostics(self) -> Diagnostics:
         """What the last step did, layer by layer; reading its properties synchronises with the device."""
-        if self._traced_results is not None:
+        if self.last_was_traced and self._traced_results is not None:
             names = row_names(self.traced_pairs())
             return Diagnostics(names, [self._traced_results], list(range(len(names))))
         done = [(b, b.results) for b in self._bindings if b.results is not None]
@@ -132,7 +134,7 @@ class RefLoRAAdamW(TracedStep, Optimizer):
         if torch.compiler.is_compiling():
             self._step_traced()
         else:
-            self._traced_results = None
+            self.last_was_traced = False
             self._step_eagerly()
         return loss
 
@@ -140,6 +142,9 @@ class RefLoRAAdamW(TracedStep, Optimizer):
         slots = self._membership()
         self._check()
         bindings = self._ready_bindings()
+        if any(capturing(b.plan.device) and not b.stepped for b in bindings):
+            remedy = "Take a step outside the graph first, two with carry_grams=True."
+            fail("CUDA graph capture", "an optimizer that has taken a step", "none", remedy, RuntimeError)
         tables = [hyper_table(self.param_groups, binding.plan.device) for binding in bindings]
         strays = self._bind_pairs(slots)
         self._step_pairs(tables)
@@ -149,7 +154,8 @@ class RefLoRAAdamW(TracedStep, Optimizer):
 
     def invalidate(self) -> None:
         """Forget carried Grams (carry_grams=True); for after a write to a factor that autograd does not see."""
-        for binding in self._bindings:
+        twin = self.traced_twin[1]
+        for binding in (*self._bindings, *(twin._bindings if twin else ())):
             binding.invalidate()
 
     def _check(self) -> None:
@@ -179,7 +185,8 @@ class RefLoRAAdamW(TracedStep, Optimizer):
             step = AdamWStep(
                 hypers, self.scalar, self.warmup_steps, self.interval, self.precision, lrs=lrs,
                 check=self.check_grads and found_inf is None, carry=self.carry_grams,
-                seed=self.param_groups[0].get(SEED), grad_scale=scale, found_inf=found_inf,
+                seed=self.param_groups[0][SEED] if self.stochastic_rounding else None,
+                grad_scale=scale, found_inf=found_inf,
             )  # fmt: skip
             binding.run(step)
 
@@ -192,7 +199,7 @@ class RefLoRAAdamW(TracedStep, Optimizer):
             self._bindings = [
                 Binding(
                     [self.pairs[i] for i in chosen], chosen, resolve(self.backend, device), self.storage,
-                    [first_rows[i] for i in chosen],
+                    [first_rows[i] for i in chosen], self.captured,
                 ) for device, chosen in by_device(self.pairs).items()
             ]  # fmt: skip
         return self._bindings
@@ -214,18 +221,16 @@ class RefLoRAAdamW(TracedStep, Optimizer):
         """Load what state_dict() gave, or the state of a torch.optim.AdamW over the same parameters.
 
         Group options that the loaded state lacks keep the constructor's values. Raises ValueError, before anything is
-        changed, where a loaded moment has not its parameter's shape.
+        changed, where a loaded tensor has not the shape that its parameter asks for.
         """
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
         saved = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
         raw = {p: state_dict["state"].get(key, {}) for p, key in zip(params, saved)}
+        owners = {t: pair for pair in self.pairs for t in (pair.A, pair.B)}
         for param, entries in raw.items():
-            for name in (*keys.MOMENTS, keys.MASTER):
-                if name in entries and entries[name].shape != param.shape:
-                    remedy = "The state belongs to another model or rank."
-                    fail(f"loaded state {name!r}", tuple(param.shape), tuple(entries[name].shape), remedy)
+            keys.check_shapes(entries, param, owners.get(param))
         super().load_state_dict(state_dict)
-        experts = {t: pair.experts for pair in self.pairs for t in (pair.A, pair.B)}
+        experts = {t: pair.experts for t, pair in owners.items()}
         for param, entries in raw.items():
             if entries:
                 storage = self.storage if param in experts else LIKE_TORCH
@@ -235,7 +240,7 @@ class RefLoRAAdamW(TracedStep, Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         kept = (
             "pairs", "scalar", "interval", "warmup_steps", "backend", "precision", "carry_grams", "check_grads",
-            "storage",
+            "storage", "stochastic_rounding",
         )  # fmt: skip
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 

@@ -29,8 +29,9 @@ class Binding:
     """
 
     def __init__(
-        self, pairs: Sequence[LoRAPair], chosen: list[int], backend: Backend, storage: Storage, first_rows: list[int]
-    ):
+        self, pairs: Sequence[LoRAPair], chosen: list[int], backend: Backend, storage: Storage, first_rows: list[int],
+        captured: set[str],
+    ):  # fmt: skip
         self.pairs, self.chosen, self.backend, self.storage = list(pairs), chosen, backend, storage
         self.first_rows = first_rows
         self.plan = Plan(self.pairs)
@@ -41,7 +42,9 @@ class Binding:
         self._options: tuple[Any, ...] = ()
         self._written: list[Tensor] = []
         self._versions: list[int] = []
-        self._captured = False
+        # a step captured in a graph; shared by all bindings of an optimizer, and of what is made from it
+        self._captured = captured
+        self.stepped = False
 
     def bind_state(
         self, state: MutableMapping[Tensor, Any], slots: list[Slot | None], amsgrad: bool, keep_S: bool
@@ -109,6 +112,8 @@ class Binding:
         sides = list(zip(grads[::2], grads[1::2]))
         strays: list[tuple[Tensor, int]] = []
         complete = None not in slots and all(map(is_not, grads, repeat(None)))
+        given = [(f, g) for f, g in zip(factors, grads) if g is not None]
+        self._check([f for f, _ in given], [g for _, g in given])
         if not complete:
             for index, (pair, slot, (a, b)) in enumerate(zip(self.pairs, slots, sides)):
                 if slot is not None and a is not None and b is not None:
@@ -122,7 +127,6 @@ class Binding:
         active = factors
         if not complete:
             active = [t for pair, (a, _) in zip(self.pairs, sides) if a is not None for t in (pair.A, pair.B)]
-        self._check(active, [g for g in chain.from_iterable(sides) if g is not None])
         self.plan.bind_grads(sides)
         self._written = active
         return strays
@@ -143,11 +147,10 @@ class Binding:
         if not self._written:
             self.results = None
             return
-        if step.carry:
-            step = self._carried(step)
-        self.results = self.backend.adamw(self.plan, step)
+        self.results = self.backend.adamw(self.plan, self._carried(step) if step.carry else step)
         self.plan.release_grads()
         mark_written(self._written)
+        self.stepped = True
         if step.carry:
             self._versions = list(map(_VERSION, self.plan.factors))
 
@@ -156,9 +159,10 @@ class Binding:
 
         A replayed graph writes the factors and runs no Python: none are carried there, nor after it.
         """
-        if self.plan.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            self._captured = True
-        if self._captured:
+        if capturing(self.plan.device):
+            self._captured.add("yes")
+        # nor in the first step: what a capture launches must have been launched before
+        if self._captured or not self.stepped:
             return replace(step, carry=False)
         now = list(map(_VERSION, self.plan.factors))
         if now == self._versions:
@@ -171,3 +175,8 @@ class Binding:
     def invalidate(self) -> None:
         """Forget the Grams of the last step."""
         self._versions = []
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched on `device` now goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -108,6 +108,20 @@ def init_pair(state: dict[str, Any], pair: LoRAPair, keep_S: bool) -> None:
         state[SAVED] = saved.to(dtype=dtype, device=device)
 
 
+def check_shapes(entries: dict[str, Any], param: Tensor, pair: LoRAPair | None) -> None:
+    """Raises ValueError for an entry whose shape is not that of its parameter, or of its pair."""
+    wanted = {name: tuple(param.shape) for name in (*MOMENTS, MASTER)}
+    if pair is not None:
+        experts, r = pair.experts, pair.rank
+        wanted.update({PHASE: (experts,), STEPS: (experts,), SAVED: (experts, 2, r, r)})
+        if isinstance(entries.get("step"), Tensor) and entries["step"].dim():
+            wanted["step"] = (experts,)
+    for name, shape in wanted.items():
+        if name in entries and tuple(entries[name].shape) != shape:
+            remedy = "The state belongs to another model or rank."
+            fail(f"loaded state {name!r}", shape, tuple(entries[name].shape), remedy)
+
+
 def leave_units(state_A: dict[str, Any], state_B: dict[str, Any], pair: LoRAPair) -> None:
     """Moments of a pair that takes plain steps from here on, back in units of S = I; nothing where they are already."""
     if PHASE not in state_A:
@@ -132,6 +146,6 @@ def adopt(state: dict[str, Any], raw: dict[str, Any], param: Tensor, experts: in
     if "step" in raw:
         state["step"] = torch.as_tensor(raw["step"]).clone()
     for name in (*MOMENTS, MASTER, PHASE, STEPS, SAVED):
-        if name in raw:
+        if name in raw and raw[name].dtype != state[name].dtype:
             state[name] = raw[name].to(param.device).clone()
     fit(state, param, experts, storage)

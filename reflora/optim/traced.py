@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from ..contract import PLAIN, LoRAPair
+from ..functional import OP_TAGS
 from ..plan import REPORTED, STATUS
 from .binding import Binding
-from .state import LIKE_TORCH, Storage, init_pair, init_param
+from .state import LIKE_TORCH, Storage, fit, init_pair, init_param
 
 # of a group, as floats; lr is 0 where it is a tensor
 HYPERS = ("lr", "beta1", "beta2", "eps", "weight_decay", "amsgrad", "maximize")
@@ -41,9 +42,10 @@ def parameters(optimizer: Any) -> list[Tensor]:
 
 def empty_results(pairs: list[LoRAPair]) -> Tensor:
     """Float64 `[rows of all pairs, REPORTED]` of a step that has not been taken, on the device of the first."""
-    results = torch.full((sum(p.experts for p in pairs), REPORTED), torch.nan, dtype=torch.float64)
+    device = pairs[0].A.device if pairs else None
+    results = torch.full((sum(p.experts for p in pairs), REPORTED), torch.nan, dtype=torch.float64, device=device)
     results[:, STATUS] = PLAIN
-    return results.to(pairs[0].A.device) if pairs else results
+    return results
 
 
 class TracedStep:
@@ -55,12 +57,15 @@ class TracedStep:
     storage: Storage
     scalar: bool
     interval: int
+    captured: set[str]
     _membership: Callable[[], list[Any]]
     _step_eagerly: Callable[[], None]
     _bindings: list[Binding]
     _traced_results: Tensor | None
     traced_names: list[tuple[str, ...]]
     traced_twin: tuple[list[int], Any]
+    # no traced code reads it: a step in the other way than the last must not recompile anything
+    last_was_traced: bool
 
     def _step_traced(self) -> None:
         """The whole step as one operator in the traced graph."""
@@ -98,7 +103,9 @@ class TracedStep:
                 self.traced_names.append(())
                 continue
             pair, is_A = in_pairs.get(p, (None, False))
-            init_param(self.state[p], p, amsgrad, pair.experts if pair else 1, self.storage if pair else LIKE_TORCH)
+            experts, storage = (pair.experts, self.storage) if pair else (1, LIKE_TORCH)
+            init_param(self.state[p], p, amsgrad, experts, storage)
+            fit(self.state[p], p, experts, storage)
             if pair is not None and is_A:
                 init_pair(self.state[p], pair, self.interval > 1 and not self.scalar)
             self.traced_names.append(tuple(self.state[p]))
@@ -118,6 +125,7 @@ class TracedStep:
         ]  # fmt: skip
         twin: Any = copy(self)
         twin.__setstate__({**twin.__getstate__(), "param_groups": groups, "state": defaultdict(dict), "pairs": pairs})
+        twin.captured = self.captured
         return twin
 
     def step_now(self) -> Tensor:
@@ -137,11 +145,16 @@ class TracedStep:
         return report
 
     def _register(self) -> None:
+        """Anew for a copy; a loaded state changes nothing here."""
+        if _LIVE.get(getattr(self, "_handle", 0)) is self:
+            return
+        self.captured = set()
         self._handle = register(self)
         self._traced_results, self.traced_names, self.traced_twin = None, [], ([], None)
+        self.last_was_traced = False
 
 
-@torch.library.custom_op("reflora::adamw_", mutates_args=("params", "state", "results"))
+@torch.library.custom_op("reflora::adamw_", mutates_args=("params", "state", "results"), tags=OP_TAGS)
 def adamw_(
     params: list[Tensor], grads: list[Tensor], graded: list[int], state: list[Tensor], results: Tensor,
     hypers: list[float], lrs: list[Tensor], lr_groups: list[int], grad_scale: Tensor | None,
@@ -165,6 +178,7 @@ def adamw_(
         twin.param_groups[number]["lr"] = lr_tensor
     twin.grad_scale, twin.found_inf = grad_scale, found_inf
     results.copy_(twin.step_now())
+    _LIVE[handle].last_was_traced = True
     for param in aliases:
         param.grad = None
 
