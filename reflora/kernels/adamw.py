@@ -41,6 +41,20 @@ def unscaling(grad_scale):
 
 
 @triton.jit
+def gather_side(
+    p_row, area, header, carried, chunk, own_chunk, width, r, code, SIDE: tl.constexpr, CHECK: tl.constexpr,
+    SCALED: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr,
+):  # fmt: skip
+    """own_chunk: the number of the chunk within its side."""
+    begin, end = span(p_row, own_chunk, width, SIDE)
+    if carried:
+        if CHECK:
+            search(p_row, header, chunk, begin, end, r, code, SIDE, RC, BN, DTYPE, WIDE)
+    else:
+        accumulate(p_row, area, header, chunk, begin, end, r, code, SIDE, CHECK, RC, BN, DTYPE, WIDE, TC, SCALED)
+
+
+@triton.jit
 def gather(
     p_row, area, header, chunk, chunks_a, width, r, code, CARRY: tl.constexpr, CHECK: tl.constexpr,
     SCALED: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr,
@@ -50,23 +64,35 @@ def gather(
     if CARRY:
         carried = (column(p_row, col.KEPT) != 0) & (tl.load(header + CARRIED) != 0)
     if chunk < chunks_a:
-        begin, end = span(p_row, chunk, width, col.A_SIDE)
-        if carried:
-            if CHECK:
-                search(p_row, header, chunk, begin, end, r, code, col.A_SIDE, RC, BN, DTYPE, WIDE)
-        else:
-            accumulate(
-                p_row, area, header, chunk, begin, end, r, code, col.A_SIDE, CHECK, RC, BN, DTYPE, WIDE, TC, SCALED
-            )  # fmt: skip
+        gather_side(
+            p_row, area, header, carried, chunk, chunk, width, r, code, col.A_SIDE, CHECK, SCALED, RC, BN, DTYPE, WIDE,
+            TC,
+        )  # fmt: skip
     else:
-        begin, end = span(p_row, chunk - chunks_a, width, col.B_SIDE)
-        if carried:
-            if CHECK:
-                search(p_row, header, chunk, begin, end, r, code, col.B_SIDE, RC, BN, DTYPE, WIDE)
-        else:
-            accumulate(
-                p_row, area, header, chunk, begin, end, r, code, col.B_SIDE, CHECK, RC, BN, DTYPE, WIDE, TC, SCALED
-            )  # fmt: skip
+        gather_side(
+            p_row, area, header, carried, chunk, chunk - chunks_a, width, r, code, col.B_SIDE, CHECK, SCALED, RC, BN,
+            DTYPE, WIDE, TC,
+        )  # fmt: skip
+
+
+@triton.jit
+def spread_side(
+    p_row, area, header, hypers, unscale, move, seed, chunk, own_chunk, width, r, code, SIDE: tl.constexpr,
+    AMSGRAD: tl.constexpr, MASTER: tl.constexpr, CARRY: tl.constexpr, SCALED: tl.constexpr, RC: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr,
+):  # fmt: skip
+    """move: what the moments of this side are multiplied by."""
+    state = column(p_row, col.STATE).to(tl.int32)
+    # a scale that follows from the updated columns is known only after them
+    FUSED: tl.constexpr = CARRY and not SCALED
+    begin, end = span(p_row, own_chunk, width, SIDE)
+    update(
+        p_row, area, header, hypers, unscale, move, seed, chunk, begin, end, r, code, state, SIDE, AMSGRAD, MASTER,
+        FUSED, RC, BN, BK, DTYPE, STATE, WIDE, TC,
+    )  # fmt: skip
+    if CARRY and SCALED:
+        tl.debug_barrier()
+        accumulate(p_row, area, header, chunk, begin, end, r, code, SIDE, False, RC, BN, DTYPE, WIDE, TC, SCALED)
 
 
 @triton.jit
@@ -76,32 +102,17 @@ def spread(
     BK: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr,
 ):  # fmt: skip
     """The update of a chunk, and for CARRY the Gram that it leaves."""
-    state = column(p_row, col.STATE).to(tl.int32)
     move = tl.load(header + MOVE)
-    # a scale that follows from the updated columns is known only after them
-    FUSED: tl.constexpr = CARRY and not SCALED
     if chunk < chunks_a:
-        begin, end = span(p_row, chunk, width, col.A_SIDE)
-        update(
-            p_row, area, header, hypers, unscale, move, seed, chunk, begin, end, r, code, state, col.A_SIDE, AMSGRAD,
-            MASTER, FUSED, RC, BN, BK, DTYPE, STATE, WIDE, TC,
+        spread_side(
+            p_row, area, header, hypers, unscale, move, seed, chunk, chunk, width, r, code, col.A_SIDE, AMSGRAD,
+            MASTER, CARRY, SCALED, RC, BN, BK, DTYPE, STATE, WIDE, TC,
         )  # fmt: skip
-        if CARRY and SCALED:
-            tl.debug_barrier()
-            accumulate(
-                p_row, area, header, chunk, begin, end, r, code, col.A_SIDE, False, RC, BN, DTYPE, WIDE, TC, SCALED
-            )  # fmt: skip
     else:
-        begin, end = span(p_row, chunk - chunks_a, width, col.B_SIDE)
-        update(
-            p_row, area, header, hypers, unscale, 1.0 / move, seed, chunk, begin, end, r, code, state, col.B_SIDE,
-            AMSGRAD, MASTER, FUSED, RC, BN, BK, DTYPE, STATE, WIDE, TC,
+        spread_side(
+            p_row, area, header, hypers, unscale, 1.0 / move, seed, chunk, chunk - chunks_a, width, r, code,
+            col.B_SIDE, AMSGRAD, MASTER, CARRY, SCALED, RC, BN, BK, DTYPE, STATE, WIDE, TC,
         )  # fmt: skip
-        if CARRY and SCALED:
-            tl.debug_barrier()
-            accumulate(
-                p_row, area, header, chunk, begin, end, r, code, col.B_SIDE, False, RC, BN, DTYPE, WIDE, TC, SCALED
-            )  # fmt: skip
     if CARRY:
         if chunk == 0:
             tl.store(header + CARRIED, 1.0)
