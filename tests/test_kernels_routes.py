@@ -1,5 +1,6 @@
 """Both routes of the AdamW kernels, carried Grams, and what is stored beside a factor."""
 
+import dataclasses
 import os
 
 import pytest
@@ -11,7 +12,7 @@ if not torch.cuda.is_available():
 from kernel_cases import DEVICE, DOUBLE, MARKS, Fused
 
 from reflora import plan as col
-from reflora.backends import FRESH, IDENTITY, SAVED, torch_backend
+from reflora.backends import FRESH, IDENTITY, SAVED, torch_backend, triton_backend
 from reflora.contract import PLAIN, SKIPPED, LoRAPair
 from reflora.kernels import launch, routes
 from reflora.plan import A_SIDE, B_SIDE
@@ -235,3 +236,15 @@ def test_launches(monkeypatch):
     launches.clear()
     run(torch.float32, [{"source": FRESH}], "row")
     assert launches == ["row_kernel"]
+
+
+def test_a_class_without_a_kernel_on_a_device_goes_through_torch(monkeypatch):
+    """As r > 64 does where a program cannot have the shared memory that it needs."""
+    (default,) = routes.ROUTES[16].values()
+    monkeypatch.setitem(routes.ROUTES, 16, {None: dataclasses.replace(default, route=routes.TORCH)})
+    ends = []
+    for backend in (triton_backend, torch_backend):
+        fused = Fused(pairs_of(torch.float32), HYPERS, backend)
+        result = fused.step(gradients(fused.pairs, 0), FRESH)
+        ends.append([*everything(fused), result[:, : col.NORM_B + 1]])
+    assert all(torch.equal(x, y) for x, y in zip(*ends))

@@ -61,6 +61,7 @@ def adamw(plan: Plan, step: AdamWStep) -> Tensor:
         plan,
         lambda results: launch(plan, step, results),
         lambda rows: torch_backend.adamw(plan, step, rows),
+        full_step=not step.scalar,
     )
 
 
@@ -91,14 +92,23 @@ def sqrtm(X: Tensor, precision: str, inverse: bool) -> Tensor:
     return launch(X, precision, inverse)
 
 
-def _serve(plan: Plan, launch: Callable[[Tensor], None], through_torch: Callable[[list[int]], Tensor]) -> Tensor:
-    """The result table: kernels write their rows of it, rows of r > 128 come from the torch backend."""
+def _serve(
+    plan: Plan,
+    launch: Callable[[Tensor], None],
+    through_torch: Callable[[list[int]], Tensor],
+    full_step: bool = False,
+) -> Tensor:
+    """The result table: kernels write their rows of it, rows that have no kernel come from the torch backend."""
     from ..kernels.launch import prepare
 
     results = torch.empty(len(plan.rows), RESULTS, dtype=torch.float64, device=plan.device)
+    prepared = prepare(plan)
     with torch.cuda.device_of(results):
         launch(results)
-    prepared = prepare(plan)
-    if prepared.oversized:
-        results.index_copy_(0, prepared.oversized_index, through_torch(prepared.oversized))
+    left = [(prepared.oversized, prepared.oversized_index)]
+    if full_step:
+        left.append((prepared.rerouted, prepared.rerouted_index))
+    for rows, index in left:
+        if rows:
+            results.index_copy_(0, index, through_torch(rows))
     return results

@@ -220,7 +220,9 @@ def adamw(plan: Plan, step: "AdamWStep", results: Tensor) -> None:
         solve = {**group.constants, **solve_constants(group, step.precision)}
         schedule = {"SCHEDULED": step.warmup_steps > 0, "KEEP": step.keep, "CARRY": step.carry, "CHECK": step.check}
         storage = {"AMSGRAD": amsgrad, **state_constants(group, step.precision)}
-        if (routes.forced or group.route.route) == routes.ROW:
+        if group.step_route == routes.TORCH:
+            continue
+        if group.step_route == routes.ROW:
             row_kernel[(len(group.numbers),)](
                 table, group.numbers, group.widths, group.headers, results, group.workspace, hypers, step.grad_scale,
                 step.found_inf, step.seed, step.warmup_steps, step.interval, **schedule, **storage, **solve,

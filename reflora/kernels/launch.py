@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -27,22 +28,28 @@ class Group:
     """The rows of a rank class, the longest first, and what their kernels share.
 
     numbers: int32 row numbers `[rows]` on the plan's device. dtype, state: storage codes of factors and moments, MIXED
-    where rows differ. wide: the type S is applied in. master: whether a row has master weights.
+    where rows differ. wide: the type S is applied in. master: whether a row has master weights. rows: numbers, on the
+    host; sizes: `(n_in, n_out)` of each.
     """
 
     def __init__(
         self, rank_class: int, numbers: Tensor, dtype: int, state: int, wide: torch.dtype, master: bool = False,
-        sizes: list[tuple[int, int]] | None = None,
+        rows: Sequence[int] = (), sizes: Sequence[tuple[int, int]] = (),
     ):  # fmt: skip
         self.rank_class, self.numbers = rank_class, numbers
         self.dtype, self.state, self.wide, self.master = dtype, state, wide, master
-        self.sizes = sizes or []
+        self.rows, self.sizes = rows, sizes
 
     @cached_property
     def route(self) -> Route:
         device = self.numbers.device
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
         return routes.route_of(self.rank_class, capability)
+
+    @property
+    def step_route(self) -> str:
+        """How a full AdamW step is taken."""
+        return routes.forced or self.route.route
 
     @property
     def block_n(self) -> int:
@@ -141,6 +148,9 @@ class Prepared:
         self.oversized = classes.pop(0, [])
         self.oversized_index = to_device(torch.tensor(self.oversized, dtype=torch.int64), plan.device)
         self.groups = [_group(plan, rank_class, numbers) for rank_class, numbers in sorted(classes.items())]
+        # rows of a full AdamW step that have no kernel here
+        self.rerouted = [n for group in self.groups if group.step_route == routes.TORCH for n in group.rows]
+        self.rerouted_index = to_device(torch.tensor(self.rerouted, dtype=torch.int64), plan.device)
 
 
 def prepare(plan: Plan) -> Prepared:
@@ -157,7 +167,7 @@ def _group(plan: Plan, rank_class: int, numbers: list[int]) -> Group:
     master = bool((plan.table[numbers][:, [A_SIDE + W, B_SIDE + W]] != 0).any())
     return Group(
         rank_class, to_device(torch.tensor(longest, dtype=torch.int32), plan.device), _code(plan, numbers, DTYPE),
-        _code(plan, numbers, STATE), wide, master, [sizes[n] for n in longest],
+        _code(plan, numbers, STATE), wide, master, longest, [sizes[n] for n in longest],
     )  # fmt: skip
 
 

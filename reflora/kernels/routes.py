@@ -6,9 +6,9 @@ yet been measured on a GPU: "split" is what the arithmetic of benchmarks/NOTES.m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-SPLIT, ROW = "split", "row"
+SPLIT, ROW, TORCH = "split", "row", "torch"
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,9 @@ ROUTES: dict[int, dict[tuple[int, int] | None, Route]] = {
     64: {None: Route(SPLIT, 8, 8, 16, 32, 32, 16)},
     128: {None: Route(SPLIT, 16, 16, 16, 16, 32, 16)},
 }
+# without float64 tensor cores the chunk Grams of r = 128 take 128 KiB of shared memory, and these devices have 99
+for capability in ((8, 6), (8, 9), (12, 0)):
+    ROUTES[128][capability] = replace(ROUTES[128][None], route=TORCH)
 
 # "split" or "row" for every class, to measure one against the other
 forced: str | None = None
