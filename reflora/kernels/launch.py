@@ -67,7 +67,9 @@ class Group:
         return launch_options(self.route.warps)
 
     def update_options(self, carry: bool) -> dict[str, int]:
-        return launch_options(self.route.carry_warps if carry else self.route.update_warps)
+        warps = self.route.carry_warps if carry else self.route.update_warps
+        # master weights take registers of their own
+        return launch_options(warps, 255 if self.master else self.route.update_registers)
 
     @cached_property
     def workspace(self) -> Tensor:
@@ -111,9 +113,9 @@ def chunk_width(n_a: int, n_b: int, block: int) -> int:
     return blocks * block
 
 
-def launch_options(warps: int) -> dict[str, int]:
+def launch_options(warps: int, registers: int = 255) -> dict[str, int]:
     # left to itself, ptxas spills a few bytes to raise the occupancy of programs that are one to a multiprocessor
-    return {"num_warps": warps, "num_stages": 1, "maxnreg": min(255, 65536 // (32 * warps))}
+    return {"num_warps": warps, "num_stages": 1, "maxnreg": min(registers, 65536 // (32 * warps))}
 
 
 def solve_constants(group: Group, precision: str) -> dict[str, Any]:

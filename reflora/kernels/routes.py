@@ -13,7 +13,8 @@ SPLIT, ROW, TORCH = "split", "row", "torch"
 
 @dataclass(frozen=True)
 class Route:
-    """route: of the AdamW step. Warps of the solve, of the update, and of one that carries Grams.
+    """route: of the AdamW step. Warps of the solve, of the update, and of one that carries Grams; registers a thread that
+    the update may have, fewer where that costs no spills and lets more programs share a multiprocessor.
 
     block_n: columns of a factor in a block. block_m, block_k: rows and inner block of a product of matrices.
     """
@@ -25,12 +26,13 @@ class Route:
     block_n: int
     block_m: int
     block_k: int
+    update_registers: int = 255
 
 
 # by rank class; then by compute capability, where a device needs an entry of its own
 ROUTES: dict[int, dict[tuple[int, int] | None, Route]] = {
     16: {None: Route(SPLIT, 2, 2, 2, 32, 16, 16)},
-    32: {None: Route(SPLIT, 4, 4, 4, 32, 32, 16)},
+    32: {None: Route(SPLIT, 4, 4, 4, 32, 32, 16, 128)},
     64: {None: Route(SPLIT, 8, 8, 16, 32, 32, 16)},
     128: {None: Route(SPLIT, 16, 16, 16, 16, 32, 16)},
 }
