@@ -13,10 +13,11 @@ SPLIT, ROW, TORCH = "split", "row", "torch"
 
 @dataclass(frozen=True)
 class Route:
-    """route: of the AdamW step. Warps of the solve, of the update, and of one that carries Grams; registers a thread that
-    the update may have, fewer where that costs no spills and lets more programs share a multiprocessor.
+    """route: of the AdamW step. Warps of the solve, of the update, and of one that carries Grams.
 
     block_n: columns of a factor in a block. block_m, block_k: rows and inner block of a product of matrices.
+    update_registers: what a thread of the update may have, fewer where that spills nothing and lets more programs share
+    a multiprocessor.
     """
 
     route: str
