@@ -70,14 +70,15 @@ def program(module: str, *arguments: str) -> list[dict[str, object]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_elimination_loops_of_a_real_kernel_are_found() -> None:
+def test_loops_of_a_real_kernel_are_found() -> None:
+    """The elimination has no products of matrices in it, the Newton-Schulz step has them on the tensor cores."""
     rows = program("sass", "--classes", "16", "--capabilities", "90", "--kernels", "polar")
-    assert rows
+    assert {row["loop"] for row in rows} == {"solve.invert_transposed", "solve.polar_factor"}
     for row in rows:
         counts = row["counts"]
-        assert isinstance(counts, dict)
-        assert row["loop"] == "solve.invert_transposed" and row["rounds"] == 1, row
-        assert counts["DFMA"] > 0 and counts["DMMA"] == 0 and 50 < counts["total"] < 2000, row
+        assert isinstance(counts, dict) and row["rounds"] == 1, row
+        assert counts["DFMA"] > 0 and 50 < counts["total"] < 2000, row
+        assert (counts["DMMA"] > 0) == (row["loop"] == "solve.polar_factor"), row
 
 
 def test_table_has_every_architecture_and_its_limit() -> None:
