@@ -200,3 +200,54 @@ def test_a_refused_step_changes_nothing(fast_backend):
         optimizer.step()
     assert all(torch.equal(t, old) for t, old in zip(factors(pairs), before))
     assert not optimizer.state
+
+
+def test_complex_parameters_in_no_pair_are_torchs():
+    pairs = leaf_pairs([(4, 30, 21)], torch.float32)
+    ours, theirs = (torch.ones(3, dtype=torch.complex64).requires_grad_() for _ in range(2))
+    optimizer = RefLoRAAdamW([*factors(pairs), ours], pairs=pairs, lr=1e-2)
+    plain = torch.optim.AdamW([theirs], lr=1e-2)
+    for _ in range(2):
+        backward(pairs, targets(pairs))
+        ours.grad, theirs.grad = (torch.full((3,), 1 + 2j) for _ in range(2))
+        optimizer.step(), plain.step()
+    assert torch.allclose(ours, theirs)
+
+
+@pytest.mark.parametrize("spoilt", [float("nan"), float("inf")])
+def test_a_factor_without_a_partner_is_not_spoilt(fast_backend, spoilt):
+    pairs = leaf_pairs([(4, 30, 21)], torch.float32)
+    optimizer = RefLoRAAdamW(pairs, lr=1e-2, backend=fast_backend)
+    run(optimizer, pairs, targets(pairs))
+    A, B = pairs[0]
+    before, step = A.detach().clone(), float(optimizer.state[A]["step"])
+    A.grad, B.grad = torch.ones_like(A), None
+    A.grad[1, 2] = spoilt
+    optimizer.step()
+    assert torch.equal(A, before) and float(optimizer.state[A]["step"]) == step
+    assert optimizer.state[A]["exp_avg"].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(scalar="no"), "scalar: expected True or False"),
+        (dict(warmup_steps=10**30), "warmup_steps: expected less than 2.31"),
+        (dict(lr=float("inf")), "numbers >= 0"),
+    ],
+)
+def test_options_out_of_bounds_are_refused(options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        RefLoRAAdamW(leaf_pairs([(4, 30, 21)]), **options)
+
+
+def test_options_of_the_optimizer_in_a_group_are_refused():
+    pairs = leaf_pairs([(4, 30, 21)])
+    with pytest.raises(ValueError, match="parameter group 0: expected no 'interval', got 5"):
+        RefLoRAAdamW([{"params": factors(pairs), "interval": 5}], pairs=pairs)
+
+
+def test_pairs_of_another_model_are_refused():
+    pairs = leaf_pairs([(4, 30, 21)])
+    with pytest.raises(ValueError, match="factors that are among the parameters, got 1 pairs of other tensors"):
+        RefLoRAAdamW(factors(pairs), pairs=clones(pairs))

@@ -18,8 +18,8 @@ from ..plan import by_device
 from . import state as keys
 from .binding import Binding, Slot, capturing
 from .groups import flatten, hyper_table, lr_on_host
-from .options import check_hypers, check_options, check_storage
-from .plain import amp_scalar, step_plain
+from .options import check_flags, check_groups, check_hypers, check_options, check_storage
+from .plain import amp_scalar, step_plain, step_stray
 from .state import LIKE_TORCH, Storage, adopt
 from .traced import TracedStep
 
@@ -44,7 +44,8 @@ class RefLoRAAdamW(TracedStep, Optimizer):
         float32 parameter). Writes that bump `_version` are seen; after one that does not, through `.data`, raw memory
         or torch's own fused optimizers, call `invalidate()`. Never used while a CUDA graph is captured, nor after.
     check_grads: skip a layer whose gradient is not finite, which costs one more read of it. With False, and under a
-        GradScaler, which has looked already, what is NaN in a preconditioned gradient counts as 0.
+        GradScaler, which has looked already, what is NaN in a preconditioned gradient counts as 0, and what is infinite
+        as the largest number that can be squared.
     state_dtype: torch.float32 keeps the moments of 16-bit factors in float32; None, like torch, in the factor's dtype.
     master_weights: float32 copies of 16-bit factors (state "master"), with moments in float32.
     stochastic_rounding: bfloat16 factors of pairs are rounded up or down with the probability that makes the mean
@@ -87,6 +88,8 @@ class RefLoRAAdamW(TracedStep, Optimizer):
         differentiable: bool = False,
     ):
         check_hypers(lr_on_host(lr), betas, eps, weight_decay)
+        flags = {"scalar": scalar, "carry_grams": carry_grams, "check_grads": check_grads}
+        check_flags({**flags, "master_weights": master_weights, "stochastic_rounding": stochastic_rounding})
         check_options(interval, warmup_steps, backend, precision, differentiable)
         check_storage(state_dtype, master_weights, stochastic_rounding, carry_grams and scalar)
         params, pairs = flatten(params, pairs)
@@ -107,6 +110,7 @@ class RefLoRAAdamW(TracedStep, Optimizer):
         if stochastic_rounding:
             defaults[SEED] = int(torch.empty((), dtype=torch.int64).random_())
         super().__init__(params, defaults)
+        check_groups(self.param_groups, self.pairs)
         for pair in self.pairs:
             resolve(backend, pair.A.device)
         self._register()
@@ -150,7 +154,8 @@ class RefLoRAAdamW(TracedStep, Optimizer):
         self._step_pairs(tables)
         for number, group in enumerate(self.param_groups):
             step_plain(self, [(p, LIKE_TORCH) for p in self._plain[number]], group)
-            step_plain(self, [(p, self.storage) for p in strays.get(number, ())], group)
+            for p in strays.get(number, ()):
+                step_stray(self, p, self.storage, group, self.check_grads)
 
     def invalidate(self) -> None:
         """Forget carried Grams (carry_grams=True); for after a write to a factor that autograd does not see."""

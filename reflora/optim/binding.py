@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import plan as col
 from ..backends import AdamWStep, Backend
-from ..contract import STORAGE_DTYPES, LoRAPair, as_pairs, fail
+from ..contract import PLAIN, STORAGE_DTYPES, LoRAPair, as_pairs, fail
 from ..functional import mark_written
 from ..plan import A_SIDE, B_SIDE, Plan
 from .state import MASTER, MOMENTS, PHASE, SAVED, STEPS, Storage, fit, init_pair, init_param, leave_units
@@ -145,7 +145,8 @@ class Binding:
     def run(self, step: AdamWStep) -> None:
         """One step of the pairs with gradients."""
         if not self._written:
-            self.results = None
+            self.results = torch.full((len(self.plan.rows), col.RESULTS), torch.nan, dtype=torch.float64)
+            self.results[:, col.STATUS] = PLAIN
             return
         self.results = self.backend.adamw(self.plan, self._carried(step) if step.carry else step)
         self.plan.release_grads()

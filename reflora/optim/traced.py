@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from ..contract import PLAIN, LoRAPair
+from ..contract import PLAIN, LoRAPair, fail
 from ..functional import OP_TAGS
 from ..plan import REPORTED, STATUS
 from .binding import Binding
@@ -164,7 +164,11 @@ def adamw_(
 
     hypers: HYPERS of each group; lrs: learning rates that are tensors, of groups lr_groups.
     """
-    twin = _twin(_LIVE[handle], params, state)
+    original = _LIVE.get(handle)
+    if original is None:
+        remedy = "Keep the optimizer alive as long as what was compiled from its step."
+        fail("reflora::adamw_", "an optimizer", "one that is gone", remedy, RuntimeError)
+    twin = _twin(original, params, state)
     for param in parameters(twin):
         param.grad = None
     aliases = parameters(twin)
@@ -178,7 +182,7 @@ def adamw_(
         twin.param_groups[number]["lr"] = lr_tensor
     twin.grad_scale, twin.found_inf = grad_scale, found_inf
     results.copy_(twin.step_now())
-    _LIVE[handle].last_was_traced = True
+    original.last_was_traced = True
     for param in aliases:
         param.grad = None
 
