@@ -129,6 +129,20 @@ def form_s(
 
 
 @triton.jit
+def settle_s(
+    area, r, status, c, code, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr
+):
+    """S and S^-1 of a row that `judge` has found REFACTORED or DEGENERATE. Returns its status after that."""
+    if status == col.REFACTORED:
+        polar_of_pair(area, r, RC, BM, BK, TC, False)
+        if form_s(area, r, c, code, RC, BM, BK, WIDE, TC) == 0:
+            status = tl.full((), col.DEGENERATE, tl.int32)
+    if status == col.DEGENERATE:
+        form_scaled_identity(area, c, 1.0 / c, RC, WIDE)
+    return status
+
+
+@triton.jit
 def form_scaled_identity(area, value, inverse, RC: tl.constexpr, TYPE: tl.constexpr):
     """S becomes value I and S^-1 inverse I."""
     i = tl.arange(0, RC)

@@ -7,7 +7,7 @@ from torch import Tensor
 from ..plan import Plan
 from . import table as col
 from .launch import prepare, solve_constants
-from .mean import decide, form_s, form_scaled_identity, mixer, polar_of_pair
+from .mean import decide, mixer, settle_s
 from .pair import apply, area_of, column, finite_grads, report, rescale
 from .scalar import decide_scalar
 
@@ -30,6 +30,8 @@ def precondition_kernel(
         status, root, norm_a, norm_b = decide_scalar(p_row, r, code, RC, BN, DTYPE, WIDE)
         s = root * root
         status = tl.where(finite_grads(p_row, r, code, RC, BN, DTYPE, WIDE), status, col.SKIPPED)
+        # read by all before it is overwritten
+        tl.debug_barrier()
         if status == col.REFACTORED:
             rescale(p_row, 1.0 / s, r, code, col.G, col.G, col.A_SIDE, RC, BN, DTYPE, WIDE)
             rescale(p_row, s, r, code, col.G, col.G, col.B_SIDE, RC, BN, DTYPE, WIDE)
@@ -39,12 +41,7 @@ def precondition_kernel(
             p_row, area, r, code, KAPPA_MAX, RC, BN, BM, DTYPE, WIDE, TC, SCALED
         )
         status = tl.where(finite_grads(p_row, r, code, RC, BN, DTYPE, WIDE), status, col.SKIPPED)
-        if status == col.REFACTORED:
-            polar_of_pair(area, r, RC, BM, BK, TC, False)
-            if form_s(area, r, c, code, RC, BM, BK, WIDE, TC) == 0:
-                status = tl.full((), col.DEGENERATE, tl.int32)
-        if status == col.DEGENERATE:
-            form_scaled_identity(area, c, 1.0 / c, RC, WIDE)
+        status = settle_s(area, r, status, c, code, RC, BM, BK, WIDE, TC)
         if status != col.SKIPPED:
             p_s, p_inverse = mixer(area, False, RC, WIDE), mixer(area, True, RC, WIDE)
             apply(p_row, p_inverse, r, code, col.G, col.A_SIDE, RC, BN, BK, DTYPE, WIDE, WIDE)

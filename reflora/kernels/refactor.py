@@ -54,6 +54,8 @@ def refactor_kernel(
         report(results, row, tl.full((), col.PLAIN, tl.int32), nan, nan, nan, nan, nan, nan)
     elif SCALAR:
         status, root, norm_a, norm_b = decide_scalar(p_row, r, code, RC, BN, DTYPE, WIDE)
+        # read by all before it is overwritten
+        tl.debug_barrier()
         if status == col.REFACTORED:
             rescale(p_row, root, r, code, col.P, col.P, col.A_SIDE, RC, BN, DTYPE, WIDE)
             rescale(p_row, 1.0 / root, r, code, col.P, col.P, col.B_SIDE, RC, BN, DTYPE, WIDE)

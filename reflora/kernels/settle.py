@@ -21,7 +21,7 @@ from .chunks import (
     reduce_chunks,
 )
 from .dtypes import FLOAT32, FLOAT64, MIXED, load, power_of_two, store
-from .mean import form_s, form_scaled_identity, judge, mixer, polar_of_pair, ratio
+from .mean import form_scaled_identity, judge, mixer, ratio, settle_s
 from .pair import column, report
 
 
@@ -118,13 +118,7 @@ def solve_row(
     status, kappa_a, kappa_b, balance = judge(
         p_row, area, r, scale_a, norm_a, scale_b, norm_b, c, useful, KAPPA_MAX, RC, BM, TC
     )
-    c = tl.where(useful, c, 1.0)
-    if status == col.REFACTORED:
-        polar_of_pair(area, r, RC, BM, BK, TC, False)
-        if form_s(area, r, c, code, RC, BM, BK, WIDE, TC) == 0:
-            status = tl.full((), col.DEGENERATE, tl.int32)
-    if status == col.DEGENERATE:
-        form_scaled_identity(area, c, 1.0 / c, RC, WIDE)
+    status = settle_s(area, r, status, tl.where(useful, c, 1.0), code, RC, BM, BK, WIDE, TC)
     if KEEP:
         tl.debug_barrier()
         move_saved(p_row, area, r, code, True, RC, DTYPE, WIDE)
