@@ -162,18 +162,25 @@ def totals(x):
 
 @triton.jit
 def invert_transposed(p_slot, T, r, floor, RC: tl.constexpr):
-    """`T^-T` of a tall block into a slot (its leading `[r, r]`), by Gauss-Jordan with partial pivoting.
+    """`T^-T` of a tall block into a slot (its leading `[r, r]`), by Gauss-Jordan with complete pivoting.
 
-    Rows stay where they are; pivots smaller than `floor` are raised to it. A barrier comes before the slot is written.
+    Rows and columns stay where they are; pivots smaller than `floor` are raised to it. With partial pivoting they could
+    follow each other, in a nilpotent T, and the inverse would grow past all bounds. A barrier comes before the slot is
+    written.
     """
     row, column_of = tall(RC)
     i = tl.arange(0, RC)
     # row i of the result in place is column home[i] of the transposed inverse, column m is its row source[m]
     home = tl.full([RC], -1, tl.int32)
-    source = tl.zeros_like(column_of)
-    for j in range(0, r):
+    source = tl.zeros_like(column_of) - 1
+    for _ in range(0, r):
+        free = ((home < 0) & (i < r))[None, :, None] & (source < 0) & (column_of < r)
+        size = tl.where(free, tl.abs(T), -1.0)
+        top = tl.max(tl.max(tl.max(size, 0), 1), 0)
+        place = tl.where(size == top, row * RC + column_of, RC * RC)
+        place = tl.min(tl.min(tl.min(place, 0), 1), 0)
+        p, j = place // RC, place % RC
         column = along_rows(tl.where(column_of == j, T, 0.0))
-        p = tl.argmax(tl.where((home < 0) & (i < r), tl.abs(column), -1.0), 0)
         line = tl.sum(tl.where(row == p, T, 0.0), 1)[:, None, :]
         pivot = total(tl.where(column_of == j, line, 0.0))
         pivot = tl.where(tl.abs(pivot) < floor, tl.where(pivot < 0, -floor, floor), pivot)
@@ -184,7 +191,9 @@ def invert_transposed(p_slot, T, r, floor, RC: tl.constexpr):
         home = tl.where(i == p, j, home)
         source = tl.where(column_of == j, p, source)
     tl.debug_barrier()
-    tl.store(p_slot + source * RC + home[None, :, None], T, mask=(row < r) & (column_of < r))
+    # where T was not finite, some may have no place
+    placed = (home >= 0)[None, :, None] & (source >= 0)
+    tl.store(p_slot + source * RC + home[None, :, None], T, mask=placed & (row < r) & (column_of < r))
 
 
 @triton.jit
