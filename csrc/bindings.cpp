@@ -18,12 +18,22 @@ static void run(uintptr_t table, int64_t rows, uintptr_t results, int kind, bool
     run_rows(at<const int64_t>(table), rows, at<double>(results), job, threads);
 }
 
-static void matrices(int function, bool float32, uintptr_t x, uintptr_t y, uintptr_t out, uintptr_t out2, int64_t batch,
-                     int64_t n, int threads) {
+template <class T>
+static void matrices_as(Function f, uintptr_t x, uintptr_t y, const std::array<uintptr_t, 3>& out, int64_t batch, int64_t n,
+                        double root, double shift, int threads) {
+    run_matrices<T>(f, at<const T>(x), at<const T>(y), {at<T>(out[0]), at<T>(out[1]), at<T>(out[2])}, batch, n, root, shift,
+                    threads);
+}
+
+static void matrices(int function, bool float32, uintptr_t x, uintptr_t y, std::array<uintptr_t, 3> out, int64_t batch,
+                     int64_t n, double root, double shift, int threads) {
     py::gil_scoped_release release;
-    const auto f = Function(function);
-    if (float32) run_matrices(f, at<const float>(x), at<const float>(y), at<float>(out), at<float>(out2), batch, n, threads);
-    else run_matrices(f, at<const double>(x), at<const double>(y), at<double>(out), at<double>(out2), batch, n, threads);
+    (float32 ? matrices_as<float> : matrices_as<double>)(Function(function), x, y, out, batch, n, root, shift, threads);
+}
+
+static void eigh(bool float32, uintptr_t x, uintptr_t w, uintptr_t V, int64_t batch, int64_t n, int threads) {
+    py::gil_scoped_release release;
+    run_eigh(float32 ? F32 : F64, at<const void>(x), at<void>(w), at<void>(V), batch, n, threads);
 }
 
 PYBIND11_MODULE(_C, m) {
@@ -36,8 +46,10 @@ PYBIND11_MODULE(_C, m) {
     m.def("kept_doubles", [](uintptr_t table, int64_t rows) { return kept_doubles(at<const int64_t>(table), rows); },
           py::kw_only(), py::arg("table"), py::arg("rows"), "Size in float64 of what run() takes as kept.");
     m.def("matrices", &matrices, py::kw_only(), py::arg("function"), py::arg("float32"), py::arg("x"), py::arg("y"),
-          py::arg("out"), py::arg("out2"), py::arg("batch"), py::arg("n"), py::arg("threads"),
+          py::arg("out"), py::arg("batch"), py::arg("n"), py::arg("root") = 1.0, py::arg("shift") = 0.0, py::arg("threads"),
           "A batch of n x n matrices (Function in csrc/table.h); arithmetic in float64.");
+    m.def("eigh", &eigh, py::kw_only(), py::arg("float32"), py::arg("x"), py::arg("w"), py::arg("v"), py::arg("batch"),
+          py::arg("n"), py::arg("threads"), "Symmetric eigenproblems; v = 0: values only; arithmetic in the type of x.");
     m.def("instruction_set", &instruction_set, "The instruction set chosen on this processor.");
     m.attr("COLUMNS") = int(COLUMNS);
     m.attr("RESULTS") = int(RESULTS);

@@ -217,6 +217,12 @@ struct Dense {
         }
     }
 
+    // X := X (3 I - X^T X) / 2: nearer to an orthogonal matrix, if X is near to one. Y, M: scratch like X
+    void reorthogonalize(T* X, T* Y, T* M) const {
+        square(X, Y), away_from_identity(Y, 1);
+        matmul(X, Y, M), combine(X, M, 1, -0.5);
+    }
+
     void symmetrize(T* C) const {
         for (int64_t i = 0; i < r; ++i)
             for (int64_t j = 0; j < i; ++j) C[i * rp + j] = C[j * rp + i] = (C[i * rp + j] + C[j * rp + i]) / 2;

@@ -112,21 +112,46 @@ void run_rows(const int64_t* table, int64_t rows, double* results, const Job& jo
 }
 
 template <class T>
-void run_matrices(Function f, const T* x, const T* y, T* out, T* out2, int64_t batch, int64_t n, int threads) {
+void run_matrices(Function f, const T* x, const T* y, const std::array<T*, 3>& out, int64_t batch, int64_t n, double root,
+                  double shift, int threads) {
     const Kernels& k = *chosen().kernels;
+    constexpr int64_t step = 8;
     const int64_t size = n * n;
-    const size_t own = (size_t(4 * size) * sizeof(double) + 63) / 64 * 64;
-    parallel(batch, own + k.work_bytes(n), threads, [&](int64_t i, void* work) {
-        double *xd = static_cast<double*>(work), *yd = xd + size, *o = yd + size, *o2 = o + size;
-        for (int64_t j = 0; j < size; ++j) xd[j] = double(x[i * size + j]);
-        for (int64_t j = 0; y && j < size; ++j) yd[j] = double(y[i * size + j]);
-        k.matrix(f, xd, yd, o, o2, n, static_cast<char*>(work) + own);
-        for (int64_t j = 0; j < size; ++j) out[i * size + j] = T(o[j]);
-        for (int64_t j = 0; out2 && j < size; ++j) out2[i * size + j] = T(o2[j]);
+    const size_t block = (size_t(step * size) * sizeof(double) + 63) / 64 * 64;
+    parallel((batch + step - 1) / step, 5 * block + k.matrices_bytes(step, n), threads, [&](int64_t i, void* work) {
+        char* next = static_cast<char*>(work);
+        const auto take = [&] { next += block; return reinterpret_cast<double*>(next - block); };
+        const int64_t first = i * step, count = batch - first < step ? batch - first : step;
+        const auto widened = [&](const T* from) {
+            double* wide = from ? take() : nullptr;
+            for (int64_t j = 0; from && j < count * size; ++j) wide[j] = double(from[first * size + j]);
+            return wide;
+        };
+        MatrixGroup job{f, widened(x), widened(y), {}, count, n, root, shift};
+        for (int o = 0; o < 3; ++o) job.out[o] = out[size_t(o)] ? take() : nullptr;
+        k.matrices(job, next);
+        for (int o = 0; o < 3; ++o) {
+            const int64_t each = f == SVD && o == 1 ? n : size;
+            for (int64_t j = 0; job.out[o] && j < count * each; ++j) out[size_t(o)][first * each + j] = T(job.out[o][j]);
+        }
     });
 }
 
-template void run_matrices<float>(Function, const float*, const float*, float*, float*, int64_t, int64_t, int);
-template void run_matrices<double>(Function, const double*, const double*, double*, double*, int64_t, int64_t, int);
+template void run_matrices<float>(Function, const float*, const float*, const std::array<float*, 3>&, int64_t, int64_t, double,
+                                  double, int);
+template void run_matrices<double>(Function, const double*, const double*, const std::array<double*, 3>&, int64_t, int64_t,
+                                   double, double, int);
+
+void run_eigh(DType type, const void* x, void* w, void* V, int64_t batch, int64_t n, int threads) {
+    const Kernels& k = *chosen().kernels;
+    const int64_t step = k.eigh_count(type), bytes = type == F32 ? 4 : 8;
+    const char* from = static_cast<const char*>(x);
+    char *values = static_cast<char*>(w), *vectors = static_cast<char*>(V);
+    parallel((batch + step - 1) / step, k.eigh_bytes(type, n), threads, [&](int64_t i, void* work) {
+        const int64_t first = i * step, count = batch - first < step ? batch - first : step;
+        k.eigh(type, from + first * n * n * bytes, values + first * n * bytes,
+               vectors ? vectors + first * n * n * bytes : nullptr, count, n, work);
+    });
+}
 
 }  // namespace reflora

@@ -1,5 +1,6 @@
 // From two factors to S = (A A^T)^-1 # (B^T B): Grams over their traces, Cholesky, one polar factor (docs/mathematics.md).
 #pragma once
+#include "arena.h"
 #include "dense.h"
 #include "storage.h"
 
@@ -40,17 +41,6 @@ INLINE size_t bytes_for(int64_t r) {
     const size_t rp = size_t(padded<float>(r));
     return (MATRICES * rp * rp + 4 * rp * CHUNK) * 8 + (rp + 64) * 8;
 }
-
-// bump allocator over the caller's buffer
-struct Arena {
-    char* next;
-    template <class T>
-    T* take(size_t count) {
-        T* p = reinterpret_cast<T*>(next);
-        next += (count * sizeof(T) + 63) / 64 * 64;
-        return p;
-    }
-};
 
 // sum of (x * scale)^2 over n elements, in double
 template <class S>

@@ -15,7 +15,7 @@ enum DType { F32, F64, BF16, F16 };
 enum Status { REFACTORED, DEGENERATE, SKIPPED, PLAIN };
 enum Source { IDENTITY, FRESH, SAVED_S };
 enum Kind { REFACTOR, PRECONDITION, ADAMW };
-enum Function { POLAR, GEOMETRIC_MEAN, SQRTM, INVSQRTM };
+enum Function { POLAR, GEOMETRIC_MEAN, SQRTM, INVSQRTM, SVD, INV_ROOT };
 
 struct Job {
     Kind kind;
@@ -30,14 +30,30 @@ struct Job {
     double* kept;  // Grams of the factors as the last step left them, kept_doubles(r) a row; null: not carried
 };
 
+// A function of `count` matrices x (and y) [count, n, n]; out: matrices, but S [count, n] second of SVD.
+// INV_ROOT: (X + shift I)^(-1/root).
+struct MatrixGroup {
+    Function f;
+    const double *x, *y;
+    double* out[3];
+    int64_t count, n;
+    double root, shift;
+};
+
 // Every instruction set has its own copy of these, chosen once by dispatch.cpp.
 struct Kernels {
     // one table row; kept: its own part of job.kept; work holds work_bytes(r) bytes, 64-byte aligned
     void (*row)(const int64_t* row, double* result, double* kept, const Job& job, void* work);
     size_t (*work_bytes)(int64_t r);
     int64_t (*kept_doubles)(int64_t r);
-    // one n x n matrix in, one or two out, in double; work holds work_bytes(n) bytes
-    void (*matrix)(Function f, const double* x, const double* y, double* out, double* out2, int64_t n, void* work);
+    // work holds matrices_bytes
+    void (*matrices)(const MatrixGroup& job, void* work);
+    size_t (*matrices_bytes)(int64_t count, int64_t n);
+    // eigenvalues w [count, n] and, where V is not null, eigenvectors of x [count, n, n], all of `type`, F32 or F64;
+    // count at most eigh_count, work holds eigh_bytes
+    void (*eigh)(DType type, const void* x, void* w, void* V, int64_t count, int64_t n, void* work);
+    int64_t (*eigh_count)(DType type);
+    size_t (*eigh_bytes)(DType type, int64_t n);
 };
 
 }  // namespace reflora

@@ -29,6 +29,21 @@ INLINE double magnitude(double x) { return __builtin_fabs(x); }
 INLINE float magnitude(float x) { return __builtin_fabsf(x); }
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// a b + c, rounded once where the processor can, and never left to the compiler's choice: what calls this has the same
+// bits for a scalar as in a lane of a vector
+#ifdef __FP_FAST_FMA
+INLINE double fused(double a, double b, double c) { return __builtin_fma(a, b, c); }
+INLINE float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+#else
+INLINE double fused(double a, double b, double c) { return a * b + c; }
+INLINE float fused(float a, float b, float c) { return a * b + c; }
+#endif
+template <class V>
+INLINE V fused(V a, V b, V c) {
+    for (size_t k = 0; k < sizeof(V) / sizeof(c[0]); ++k) c[k] = fused(a[k], b[k], c[k]);
+    return c;
+}
+
 // r rounded up to whole 64-byte vectors
 template <class T>
 INLINE int64_t padded(int64_t r) { constexpr int W = VecOf<T>::W; return (r + W - 1) / W * W; }

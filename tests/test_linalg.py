@@ -136,3 +136,75 @@ def test_polar_factors_are_orthogonal_to_rounding(backend, r, k):
     G = (V * s.clamp(min=1e-4)) @ V.mT
     root = linalg.sqrtm(G, backend=backend)
     assert (root @ root - G).abs().max() < 1e-14 * max(r, 4)
+
+
+# X that has no inverse to begin an iteration with, or nearly none
+SINGULAR = {
+    "zero": lambda n: torch.zeros(n, n, dtype=torch.float64),
+    "nilpotent": lambda n: torch.diag(torch.ones(n - 1, dtype=torch.float64), 1),
+    "rank 1": lambda n: torch.randn(n, 1, dtype=torch.float64) @ torch.randn(1, n, dtype=torch.float64),
+    "rank n - 1": lambda n: torch.randn(n, n - 1, dtype=torch.float64) @ torch.randn(n - 1, n, dtype=torch.float64),
+    "triangular": lambda n: torch.randn(n, n, dtype=torch.float64).triu(),
+    "kahan": lambda n: torch.eye(n, dtype=torch.float64) - 0.9 * torch.ones(n, n, dtype=torch.float64).triu(1),
+    "graded": lambda n: torch.randn(n, n, dtype=torch.float64) * torch.logspace(0, -200, n, dtype=torch.float64),
+    "1e16": lambda n: torch.linalg.qr(torch.randn(n, n, dtype=torch.float64)).Q @ spd((), n, 1e16),
+    "permutation": lambda n: torch.eye(n, dtype=torch.float64)[torch.randperm(n)],
+    "gaussian": lambda n: torch.randn(n, n, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("kind", SINGULAR)
+def test_svd_and_polar_of_any_matrix(kind, fast_backend):
+    """Residual and orthogonality at most 4 times LAPACK's; the polar factors at most 20 roundings a row off."""
+    for dtype in DTYPES:
+        eps = torch.finfo(dtype).eps
+        for n in (1, 2, 5, 16, 33, 64, 128):
+            X = torch.stack([SINGULAR[kind](n) for _ in range(4)]).to(dtype)
+            off = [
+                max(float((M.double().mT @ M.double() - torch.eye(n)).flatten(1).norm(dim=1).max()) for M in (U, Vh))
+                for U, _, Vh in (linalg.svd(X, backend=fast_backend), torch.linalg.svd(X))
+            ]
+            assert off[0] <= 4 * max(off[1], eps), (n, off)
+            left = []
+            for U, S, Vh in (linalg.svd(X, backend=fast_backend), torch.linalg.svd(X)):
+                assert (S >= 0).all() and (S.diff(dim=-1) <= 0).all()
+                product = (U.double() * S.double().unsqueeze(-2)) @ Vh.double()
+                left.append(float((product - X.double()).flatten(1).norm(dim=1).max()) / max(float(X.norm()), 1e-300))
+            assert left[0] <= 4 * max(left[1], eps), (n, left)
+            Q, H = (M.double() for M in linalg.polar(X, backend=fast_backend))
+            assert (Q.mT @ Q - torch.eye(n)).norm() <= 20 * eps * n, n
+            assert (Q @ H - X.double()).norm() <= 20 * eps * n**0.5 * max(float(X.double().norm()), 1.0), n
+            assert torch.equal(H, H.mT)
+
+
+def test_signs_of_singular_vectors(fast_backend):
+    Vh = linalg.svd(torch.randn(20, 7, 7), backend=fast_backend).Vh
+    assert (Vh.gather(-1, Vh.abs().argmax(-1, keepdim=True)) > 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_inverse_roots(dtype, fast_backend):
+    for n in (1, 4, 16, 33, 128):
+        X = spd((3,), n, 1e3, dtype)
+        w, V = torch.linalg.eigh(X.double())
+        for p, eps in ((1, 0.0), (2, 1e-3), (4, 0.0), (3.5, 0.1)):
+            want = (V * (w + eps).pow(-1 / p).unsqueeze(-2)) @ V.mT
+            got = linalg.inv_root(X, p, eps=eps, backend=fast_backend)
+            assert got.dtype == dtype and torch.equal(got, got.mT)
+            assert close(got, want, 1e3 * EXACT[dtype]), (n, p)
+
+
+def test_inverse_roots_of_scaled_and_singular_matrices(fast_backend):
+    X = spd((), 5, 10.0)
+    for scale in (1e-250, 1e250):
+        got = linalg.inv_root(X * scale, 4, backend=fast_backend)
+        assert close(got * scale**0.25, linalg.inv_root(X, 4, backend=fast_backend), 1e-12)
+    x = torch.randn(6, 2, dtype=torch.float64)
+    low = x @ x.mT
+    damped = linalg.inv_root(low, 4, eps=1e-4, backend=fast_backend)
+    want = torch.linalg.matrix_power(damped, 4) @ (low + 1e-4 * torch.eye(6))
+    assert close(want, torch.eye(6, dtype=torch.float64), 1e-7)
+    assert linalg.inv_root(0 * low, 4, backend=fast_backend).isnan().all()
+    stack = torch.stack([low + torch.eye(6), -low, torch.full_like(low, torch.nan), torch.eye(6)])
+    result = linalg.inv_root(stack, 2, eps=1e-8, backend=fast_backend)
+    assert result[[0, 3]].isfinite().all() and result[[1, 2]].isnan().all()

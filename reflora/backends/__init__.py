@@ -5,6 +5,7 @@ A backend is a module with the functions of `Backend`. It is chosen once a devic
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Protocol, cast
@@ -64,12 +65,23 @@ class Backend(Protocol):
 
     def adamw(self, plan: Plan, step: AdamWStep) -> Tensor: ...
 
-    def polar(self, X: Tensor, precision: str) -> tuple[Tensor, Tensor]:
-        """`[batch, n, n]` in float32 or float64, contiguous; so below."""
+    # Functions of matrices: contiguous `[batch, n, n]`, batch > 0, of float32 or float64 in and out; results are new or
+    # written to `out`. None raises on the values.
 
-    def geometric_mean(self, X: Tensor, Y: Tensor, precision: str) -> Tensor: ...
+    def eigh(
+        self, X: Tensor, precision: str, V0: Tensor | None = None, vectors: bool = True,
+        out: tuple[Tensor, Tensor | None] | None = None,
+    ) -> tuple[Tensor, Tensor | None]: ...  # fmt: skip
 
-    def sqrtm(self, X: Tensor, precision: str, inverse: bool) -> Tensor: ...
+    def svd(self, X: Tensor, precision: str, out: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def polar(self, X: Tensor, precision: str, out: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]: ...
+
+    def geometric_mean(self, X: Tensor, Y: Tensor, precision: str, out: Tensor | None = None) -> Tensor: ...
+
+    def sqrtm(self, X: Tensor, precision: str, inverse: bool, out: Tensor | None = None) -> Tensor: ...
+
+    def inv_root(self, X: Tensor, p: float, eps: float, precision: str, out: Tensor | None = None) -> Tensor: ...
 
 
 def load(name: str) -> Backend:

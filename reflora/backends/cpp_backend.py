@@ -5,14 +5,15 @@ Grams and solve are always float64 here: precision="float32" only lowers the bou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from ..contract import KAPPA_MAX
+from ..contract import KAPPA_MAX, RANK_CLASSES
 from ..plan import RESULTS, Plan
-from . import AdamWStep
+from . import AdamWStep, torch_backend
 
 try:
     from .. import _C
@@ -22,7 +23,7 @@ except ImportError as error:
 NAME = "cpp"
 
 _REFACTOR, _PRECONDITION, _ADAMW = range(3)
-_POLAR, _GEOMETRIC_MEAN, _SQRTM, _INVSQRTM = range(4)
+_POLAR, _GEOMETRIC_MEAN, _SQRTM, _INVSQRTM, _SVD, _INV_ROOT = range(6)
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -51,22 +52,53 @@ def adamw(plan: Plan, step: AdamWStep) -> Tensor:
     )  # fmt: skip
 
 
-def polar(X: Tensor, precision: str) -> tuple[Tensor, Tensor]:
-    Q, H = torch.empty_like(X), torch.empty_like(X)
+def eigh(
+    X: Tensor, precision: str, V0: Tensor | None = None, vectors: bool = True,
+    out: tuple[Tensor, Tensor | None] | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Tridiagonal QL, in the type `precision`; V0 is of no use to it. n > 128 goes through torch."""
+    if X.shape[-1] > RANK_CLASSES[-1]:
+        return torch_backend.eigh(X, precision, V0, vectors, out)
+    w, V = out or (X.new_empty(X.shape[:2]), torch.empty_like(X) if vectors else None)
+    compute = getattr(torch, precision)
+    if X.dtype != compute:
+        values, columns = eigh(X.to(compute), precision, None, vectors)
+        return w.copy_(values), None if V is None or columns is None else V.copy_(columns)
+    _C.eigh(
+        float32=compute == torch.float32, x=X.data_ptr(), w=w.data_ptr(), v=0 if V is None else V.data_ptr(),
+        batch=X.shape[0], n=X.shape[1], threads=torch.get_num_threads(),
+    )  # fmt: skip
+    return w, V
+
+
+def svd(X: Tensor, precision: str, out: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """One-sided Jacobi. n > 128 goes through torch."""
+    if X.shape[-1] > RANK_CLASSES[-1]:
+        return torch_backend.svd(X, "float64", out)
+    U, S, Vh = out or (torch.empty_like(X), X.new_empty(X.shape[:2]), torch.empty_like(X))
+    _matrices(_SVD, X, None, U, S, Vh)
+    return U, S, Vh
+
+
+def polar(X: Tensor, precision: str, out: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    Q, H = out or (torch.empty_like(X), torch.empty_like(X))
     _matrices(_POLAR, X, None, Q, H)
     return Q, H
 
 
-def geometric_mean(X: Tensor, Y: Tensor, precision: str) -> Tensor:
-    out = torch.empty_like(X)
-    _matrices(_GEOMETRIC_MEAN, X, Y, out, None)
-    return out
+def geometric_mean(X: Tensor, Y: Tensor, precision: str, out: Tensor | None = None) -> Tensor:
+    return _matrices(_GEOMETRIC_MEAN, X, Y, torch.empty_like(X) if out is None else out)
 
 
-def sqrtm(X: Tensor, precision: str, inverse: bool) -> Tensor:
-    out = torch.empty_like(X)
-    _matrices(_INVSQRTM if inverse else _SQRTM, X, None, out, None)
-    return out
+def sqrtm(X: Tensor, precision: str, inverse: bool, out: Tensor | None = None) -> Tensor:
+    return _matrices(_INVSQRTM if inverse else _SQRTM, X, None, torch.empty_like(X) if out is None else out)
+
+
+def inv_root(X: Tensor, p: float, eps: float, precision: str, out: Tensor | None = None) -> Tensor:
+    """By `eigh` in float64. n > 128 goes through torch."""
+    if X.shape[-1] > RANK_CLASSES[-1]:
+        return torch_backend.inv_root(X, p, eps, "float64", out)
+    return _matrices(_INV_ROOT, X, None, torch.empty_like(X) if out is None else out, root=p, shift=eps)
 
 
 def _kept(plan: Plan, carry: bool) -> int:
@@ -89,9 +121,13 @@ def _run(plan: Plan, precision: str, **job: object) -> Tensor:
     return results
 
 
-def _matrices(function: int, X: Tensor, Y: Tensor | None, out: Tensor, out2: Tensor | None) -> None:
+def _matrices(
+    function: int, X: Tensor, Y: Tensor | None, *out: Tensor, root: float = 1.0, shift: float = 0.0
+) -> Tensor:
+    addresses = [result.data_ptr() for result in out]
     _C.matrices(
         function=function, float32=X.dtype == torch.float32, x=X.data_ptr(), y=0 if Y is None else Y.data_ptr(),
-        out=out.data_ptr(), out2=0 if out2 is None else out2.data_ptr(), batch=X.shape[0], n=X.shape[1],
+        out=addresses + [0] * (3 - len(out)), batch=X.shape[0], n=X.shape[1], root=root, shift=shift,
         threads=torch.get_num_threads(),
     )  # fmt: skip
+    return out[0]

@@ -12,9 +12,10 @@ from ..contract import REFACTORED, SKIPPED
 from ..plan import A_SIDE, B_SIDE, Plan
 from . import AdamWStep, torch_adamw
 from .torch_groups import SIDES, chosen, groups, record, results_of, skip
-from .torch_solve import polar_factor
+from .torch_linalg import eigh, geometric_mean, inv_root, polar, sqrtm, svd
 
 NAME = "torch"
+__all__ = ["eigh", "geometric_mean", "inv_root", "polar", "sqrtm", "svd"]
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -57,38 +58,3 @@ def precondition(plan: Plan, scalar: bool, precision: str, rows: Sequence[int] |
 def adamw(plan: Plan, step: AdamWStep, rows: Sequence[int] | None = None) -> Tensor:
     """One RefLoRA AdamW step; see AdamWStep."""
     return torch_adamw.adamw(plan, step, rows)
-
-
-def polar(X: Tensor, precision: str) -> tuple[Tensor, Tensor]:
-    """`X = Q H` by the singular value decomposition, which is safe for singular X."""
-    usable = X.isfinite().all(-1).all(-1).view(-1, 1, 1)
-    U, s, Vh = torch.linalg.svd(X.double().where(usable, torch.eye(X.shape[1], dtype=torch.float64, device=X.device)))
-    Q, H = U @ Vh, (Vh.mT * s.unsqueeze(1)) @ Vh
-    H = (H + H.mT) / 2
-    nan = torch.full_like(Q, torch.nan)
-    return Q.where(usable, nan).to(X.dtype), H.where(usable, nan).to(X.dtype)
-
-
-def geometric_mean(X: Tensor, Y: Tensor, precision: str) -> Tensor:
-    """`X # Y = Lx Q^T Ly^T` with `Ly^T Lx^-T = Q H`; NaN where X or Y is not positive definite."""
-    Lx, Lx_inv = _cholesky(X, precision)
-    Ly, Ly_inv = _cholesky(Y, precision)
-    Q = polar_factor(Ly.mT @ Lx_inv.mT, Ly_inv @ Lx)
-    mean = Lx @ Q.mT @ Ly.mT
-    return ((mean + mean.mT) / 2).to(X.dtype)
-
-
-def sqrtm(X: Tensor, precision: str, inverse: bool) -> Tensor:
-    """`X^(1/2) = Q^T L^T`, or `X^(-1/2) = L^-T Q`, with `L^T = Q H`; NaN where X is not positive definite."""
-    L, L_inv = _cholesky(X, precision)
-    Q = polar_factor(L.mT, L_inv)
-    root = L_inv.mT @ Q if inverse else Q.mT @ L.mT
-    return ((root + root.mT) / 2).to(X.dtype)
-
-
-def _cholesky(X: Tensor, precision: str) -> tuple[Tensor, Tensor]:
-    X = X.to(getattr(torch, precision))
-    L, broke = torch.linalg.cholesky_ex((X + X.mT) / 2)
-    L = L.where((broke == 0).view(-1, 1, 1), torch.nan)
-    eye = torch.eye(X.shape[1], dtype=X.dtype, device=X.device)
-    return L, torch.linalg.solve_triangular(L, eye.expand_as(L), upper=False)

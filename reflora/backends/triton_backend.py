@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
 import torch
@@ -65,31 +65,67 @@ def adamw(plan: Plan, step: AdamWStep) -> Tensor:
     )
 
 
-def polar(X: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+def polar(X: Tensor, precision: str, out: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """`[batch, n, n]` -> (Q, H)."""
     if X.shape[-1] > RANK_CLASSES[-1] or X.numel() == 0:
-        return torch_backend.polar(X, precision)
+        return torch_backend.polar(X, precision, out)
     from ..kernels.polar import polar as launch
 
-    return launch(X, precision)
+    with torch.cuda.device_of(X):
+        return launch(X, precision, out)
 
 
-def geometric_mean(X: Tensor, Y: Tensor, precision: str) -> Tensor:
+def geometric_mean(X: Tensor, Y: Tensor, precision: str, out: Tensor | None = None) -> Tensor:
     """`X # Y`; NaN where X or Y is not positive definite."""
     if X.shape[-1] > RANK_CLASSES[-1] or X.numel() == 0:
-        return torch_backend.geometric_mean(X, Y, precision)
+        return torch_backend.geometric_mean(X, Y, precision, out)
     from ..kernels.geometric_mean import geometric_mean as launch
 
-    return launch(X, Y, precision)
+    with torch.cuda.device_of(X):
+        return launch(X, Y, precision, out)
 
 
-def sqrtm(X: Tensor, precision: str, inverse: bool) -> Tensor:
+def sqrtm(X: Tensor, precision: str, inverse: bool, out: Tensor | None = None) -> Tensor:
     """`X^(1/2)`, or `X^(-1/2)`; NaN where X is not positive definite."""
     if X.shape[-1] > RANK_CLASSES[-1] or X.numel() == 0:
-        return torch_backend.sqrtm(X, precision, inverse)
+        return torch_backend.sqrtm(X, precision, inverse, out)
     from ..kernels.sqrtm import sqrtm as launch
 
-    return launch(X, precision, inverse)
+    with torch.cuda.device_of(X):
+        return launch(X, precision, inverse, out)
+
+
+def eigh(
+    X: Tensor, precision: str, V0: Tensor | None = None, vectors: bool = True,
+    out: tuple[Tensor, Tensor | None] | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """`(w [batch, n] ascending, V or None)` of the symmetric parts; V0: eigenvectors of a similar X to start from."""
+    if X.shape[-1] > RANK_CLASSES[-1] or X.numel() == 0:
+        return torch_backend.eigh(X, precision, V0, vectors, out)
+    from ..kernels.eigh import eigh as launch
+
+    with torch.cuda.device_of(X):
+        return launch(X, precision, V0, vectors, out)
+
+
+def svd(X: Tensor, precision: str, out: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """`(U, S [batch, n] descending, Vh)`."""
+    if X.shape[-1] > RANK_CLASSES[-1] or X.numel() == 0:
+        return torch_backend.svd(X, precision, out)
+    from ..kernels.svd import svd as launch
+
+    with torch.cuda.device_of(X):
+        return launch(X, precision, out)
+
+
+def inv_root(X: Tensor, p: float, eps: float, precision: str, out: Tensor | None = None) -> Tensor:
+    """`(X + eps I)^(-1/p)`; NaN where that is not positive definite."""
+    if X.shape[-1] > RANK_CLASSES[-1] or X.numel() == 0:
+        return torch_backend.inv_root(X, p, eps, precision, out)
+    from ..kernels.inv_root import inv_root as launch
+
+    with torch.cuda.device_of(X):
+        return launch(X, p, eps, precision, out)
 
 
 def _serve(

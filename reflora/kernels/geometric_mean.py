@@ -32,9 +32,9 @@ def geometric_mean_kernel(
     store_result(p_mean, index, n, p_q, (exponent_x + exponent_y) >> 1, sound_x * sound_y, True, RC, BM)
 
 
-def geometric_mean(X: Tensor, Y: Tensor, precision: str) -> Tensor:
+def geometric_mean(X: Tensor, Y: Tensor, precision: str, out: Tensor | None = None) -> Tensor:
     """`[batch, n, n]` contiguous, n <= 128; NaN where X or Y is not positive definite."""
-    mean = torch.empty_like(X)
+    mean = torch.empty_like(X) if out is None else out
     work, constants, options = configuration(X, precision)
     geometric_mean_kernel[(len(X),)](X, Y, mean, work, X.shape[-1], **constants, **options)
     return mean

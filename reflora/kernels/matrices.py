@@ -16,7 +16,7 @@ from .routes import route_of
 from .solve import factor
 
 # slots of the workspace of a program, `[RC * RC + RC]` elements of TC each
-SLOTS = tl.constexpr(4)
+SLOTS = tl.constexpr(5)
 
 
 @triton.jit

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -23,6 +25,18 @@ def polar_kernel(
         matrix_slot(work, index, 2, RC),
     )
     exponent, usable = load_scaled(p_X, index, n, p_first, False, RC, BM, TC)
+    orthogonal(p_first, p_x, p_y, n, RC, BM, BK, TC)
+    multiply(p_y, p_x, PLAIN, True, p_first, PLAIN, False, n, RC, BM, BK, TC)
+    tl.debug_barrier()
+    store_result(p_Q, index, n, p_x, exponent * 0, usable, False, RC, BM)
+    store_result(p_H, index, n, p_y, exponent, usable, True, RC, BM)
+
+
+@triton.jit
+def orthogonal(
+    p_first, p_x, p_y, n, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, TC: tl.constexpr
+):  # fmt: skip
+    """Slot `p_x` becomes the orthogonal polar factor of slot `p_first`, of any X; slot `p_y` is scratch."""
     row, column = tall(RC)
     o = row * RC + column
     x = tl.load(p_first + o)
@@ -35,15 +49,11 @@ def polar_kernel(
     invert_transposed(p_y, x, n, tl.maximum(norm, 1e-3) * rounding(TC), RC)
     tl.debug_barrier()
     polar_factor(p_x, p_y, n, RC, BM, BK, TC)
-    multiply(p_y, p_x, PLAIN, True, p_first, PLAIN, False, n, RC, BM, BK, TC)
-    tl.debug_barrier()
-    store_result(p_Q, index, n, p_x, exponent * 0, usable, False, RC, BM)
-    store_result(p_H, index, n, p_y, exponent, usable, True, RC, BM)
 
 
-def polar(X: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+def polar(X: Tensor, precision: str, out: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """`[batch, n, n]` contiguous, n <= 128 -> (Q, H) in the type of X; NaN where X is not finite."""
-    Q, H = torch.empty_like(X), torch.empty_like(X)
+    Q, H = out or (torch.empty_like(X), torch.empty_like(X))
     work, constants, options = configuration(X, precision)
     polar_kernel[(len(X),)](X, Q, H, work, X.shape[-1], **constants, **options)
     return Q, H

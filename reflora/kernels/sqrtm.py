@@ -35,9 +35,9 @@ def sqrtm_kernel(
     store_result(p_root, index, n, p_y, exponent >> 1, sound, True, RC, BM)
 
 
-def sqrtm(X: Tensor, precision: str, inverse: bool) -> Tensor:
+def sqrtm(X: Tensor, precision: str, inverse: bool, out: Tensor | None = None) -> Tensor:
     """`[batch, n, n]` contiguous, n <= 128; NaN where X is not positive definite."""
-    root = torch.empty_like(X)
+    root = torch.empty_like(X) if out is None else out
     work, constants, options = configuration(X, precision)
     sqrtm_kernel[(len(X),)](X, root, work, X.shape[-1], INVERSE=inverse, **constants, **options)
     return root

@@ -1,0 +1,22 @@
+// Scratch memory, handed out in steps of 64 bytes.
+#pragma once
+#include <cstddef>
+
+#include "vec.h"
+
+namespace reflora {
+namespace REFLORA_ISA {
+
+// bump allocator over the caller's buffer
+struct Arena {
+    char* next;
+    template <class T>
+    T* take(size_t count) {
+        T* p = reinterpret_cast<T*>(next);
+        next += (count * sizeof(T) + 63) / 64 * 64;
+        return p;
+    }
+};
+
+}  // namespace REFLORA_ISA
+}  // namespace reflora

@@ -1,0 +1,93 @@
+"""The functions on a backend: any leading dimensions and floating type in, results into `out` where it is given.
+
+Arguments have been checked (functions.py). Batches go to a backend as contiguous `[batch, n, n]` of float32 or float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..backends import resolve
+
+Out = Sequence[Tensor] | None
+MATRIX, VECTOR = 2, 1
+
+
+def eigh(X: Tensor, V0: Tensor | None, backend: str | None, precision: str, out: Out = None) -> list[Tensor]:
+    start = None if V0 is None else batch(V0.detach().to(wide(X)))
+    serve = resolve(backend, X.device).eigh
+    return into(X, (VECTOR, MATRIX), out, lambda own: serve(batch(X), precision, start, True, (own[0], own[1])))
+
+
+def eigvalsh(X: Tensor, backend: str | None, precision: str, out: Out = None) -> list[Tensor]:
+    serve = resolve(backend, X.device).eigh
+    return into(X, (VECTOR,), out, lambda own: serve(batch(X), precision, None, False, (own[0], None)))
+
+
+def svd(X: Tensor, backend: str | None, precision: str, out: Out = None) -> list[Tensor]:
+    serve = resolve(backend, X.device).svd
+    return into(X, (MATRIX, VECTOR, MATRIX), out, lambda own: serve(batch(X), precision, own))
+
+
+def polar(X: Tensor, backend: str | None, precision: str, out: Out = None) -> list[Tensor]:
+    serve = resolve(backend, X.device).polar
+    return into(X, (MATRIX, MATRIX), out, lambda own: serve(batch(X), precision, own))
+
+
+def geometric_mean(X: Tensor, Y: Tensor, backend: str | None, precision: str, out: Out = None) -> list[Tensor]:
+    serve = resolve(backend, X.device).geometric_mean
+    return into(X, (MATRIX,), out, lambda own: serve(batch(X), batch(Y), precision, own[0]))
+
+
+def sqrtm(X: Tensor, inverse: bool, backend: str | None, precision: str, out: Out = None) -> list[Tensor]:
+    serve = resolve(backend, X.device).sqrtm
+    return into(X, (MATRIX,), out, lambda own: serve(batch(X), precision, inverse, own[0]))
+
+
+def inv_root(X: Tensor, p: float, eps: float, backend: str | None, precision: str, out: Out = None) -> list[Tensor]:
+    serve = resolve(backend, X.device).inv_root
+    return into(X, (MATRIX,), out, lambda own: serve(batch(X), p, eps, precision, own[0]))
+
+
+def wide(X: Tensor) -> torch.dtype:
+    """The type that a batch of X is handed to a backend in."""
+    return X.dtype if X.dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def batch(X: Tensor) -> Tensor:
+    return X.detach().to(wide(X)).reshape(math.prod(X.shape[:-2]), *X.shape[-2:]).contiguous()
+
+
+def into(X: Tensor, kinds: Sequence[int], out: Out, run: Callable[[Sequence[Tensor]], object]) -> list[Tensor]:
+    """`run` on results of its own: `[batch, n, n]` or `[batch, n]`, contiguous. Returns them as they are asked for.
+
+    Written straight into `out` where that is laid out for it and shares no memory with X.
+    """
+    dtype, lead = wide(X), X.shape[:-2]
+    count = math.prod(lead)
+    own, copies = [], []
+    for place, kind in enumerate(kinds):
+        given = None if out is None else out[place]
+        shape = (count, *X.shape[-kind:])
+        if given is not None and given.dtype == dtype and given.is_contiguous() and not _shared(given, X):
+            own.append(given.detach().view(shape))
+        else:
+            own.append(torch.empty(shape, dtype=dtype, device=X.device))
+            copies.append((place, given))
+    if count:
+        run(own)
+    results = list(own) if out is None else list(out)
+    for place, given in copies:
+        if given is None:
+            results[place] = own[place].view(*lead, *X.shape[-kinds[place] :]).to(X.dtype)
+        else:
+            given.copy_(own[place].view(given.shape))
+    return results
+
+
+def _shared(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()

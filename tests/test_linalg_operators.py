@@ -1,0 +1,123 @@
+"""The functions of reflora.linalg as operators: shapes ahead of a run, torch.compile, gradients; and out=."""
+
+import pytest
+import torch
+
+from reflora import linalg
+
+DOUBLE = torch.float64
+
+
+def symmetric(*shape, dtype=DOUBLE):
+    X = torch.randn(*shape, shape[-1], dtype=dtype)
+    return (X + X.mT) / 2
+
+
+def spd(*shape, dtype=DOUBLE):
+    X = torch.randn(*shape, shape[-1], dtype=DOUBLE)
+    return (X @ X.mT / shape[-1] + 0.1 * torch.eye(shape[-1], dtype=DOUBLE)).to(dtype)
+
+
+# name: (function of X, its tensors)
+CALLS = {
+    "eigh": linalg.eigh,
+    "eigvalsh": linalg.eigvalsh,
+    "svd": linalg.svd,
+    "polar": linalg.polar,
+    "geometric_mean": lambda X, **options: linalg.geometric_mean(X, X + X.mT, **options),
+    "sqrtm": linalg.sqrtm,
+    "invsqrtm": linalg.invsqrtm,
+    "inv_root": lambda X, **options: linalg.inv_root(X, 4, eps=1e-6, **options),
+}
+
+
+def flat(results):
+    return (results,) if isinstance(results, torch.Tensor) else tuple(results)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_out(name, fast_backend):
+    for dtype in (torch.float32, DOUBLE, torch.bfloat16):
+        X = spd(2, 3, 5, dtype=dtype)
+        want = flat(CALLS[name](X, backend=fast_backend))
+        contiguous = [torch.full_like(result, torch.nan) for result in want]
+        strided = [torch.full((*result.shape, 2), torch.nan, dtype=dtype)[..., 0] for result in want]
+        for out in (contiguous, strided):
+            given = out[0] if len(out) == 1 else tuple(out)
+            got = flat(CALLS[name](X, out=given, backend=fast_backend))
+            assert all(one is other for one, other in zip(got, out))
+            assert all(torch.equal(one, other) for one, other in zip(got, want))
+    # over the input itself
+    X = spd(4, 5)
+    want = flat(CALLS[name](X, backend=fast_backend))
+    if len(want) == 1 and want[0].shape == X.shape:
+        assert torch.equal(CALLS[name](X, out=X, backend=fast_backend), want[0])
+
+
+def test_bad_out():
+    X = symmetric(2, 3)
+    w, V = torch.empty(2, 3, dtype=DOUBLE), torch.empty(2, 3, 3, dtype=DOUBLE)
+    with pytest.raises(TypeError, match="eigh, out: expected 2 tensors"):
+        linalg.eigh(X, out=w)
+    with pytest.raises(ValueError, match=r"out\[0\]: expected \(2, 3\)"):
+        linalg.eigh(X, out=(V, V))
+    with pytest.raises(ValueError, match=r"out\[1\]: expected .* torch.float64"):
+        linalg.eigh(X, out=(w, V.float()))
+    with pytest.raises(RuntimeError, match="Detach it"):
+        linalg.eigh(X.requires_grad_(), out=(w, V))
+    with pytest.raises(ValueError, match="V0: expected .* like X"):
+        linalg.eigh(X.detach(), V0=V[0])
+    for p in (0, -1, float("inf"), True, "4"):
+        with pytest.raises(ValueError, match="inv_root, p: expected a finite number > 0"):
+            linalg.inv_root(X.detach(), p)
+    with pytest.raises(ValueError, match="inv_root, eps"):
+        linalg.inv_root(X.detach(), 4, eps=-1.0)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_one_operator_under_compile(name):
+    X = spd(3, 4)
+    torch._dynamo.reset()
+    compiled = torch.compile(CALLS[name], fullgraph=True, backend="aot_eager")
+    for got, want in zip(flat(compiled(X)), flat(CALLS[name](X))):
+        assert torch.equal(got, want)
+
+
+def test_operators_keep_their_contract():
+    X, ops = spd(2, 4), torch.ops.reflora
+    differentiable = X.clone().requires_grad_()
+    for op, arguments in (
+        (ops.eigh, (differentiable, None, "", "float64")), (ops.eigh, (X, X.clone(), "", "float64")),
+        (ops.eigvalsh, (X, "", "float64")), (ops.svd, (X, "", "float64")), (ops.polar, (X, "", "float64")),
+        (ops.geometric_mean, (X, X + 1, "", "float64")), (ops.sqrtm, (differentiable, False, "", "float64")),
+        (ops.sqrtm, (differentiable, True, "", "float64")), (ops.inv_root, (X, 4.0, 0.0, "", "float64")),
+    ):  # fmt: skip
+        torch.library.opcheck(op, arguments)
+
+
+def test_gradients():
+    X = spd(2, 5).requires_grad_()
+
+    def of_vectors(X):
+        w, V = linalg.eigh((X + X.mT) / 2)
+        return w, V * V  # whatever their signs
+
+    assert torch.autograd.gradcheck(of_vectors, X)
+    assert torch.autograd.gradcheck(lambda X: linalg.eigvalsh((X + X.mT) / 2), X)
+    assert torch.autograd.gradcheck(lambda X: linalg.sqrtm((X + X.mT) / 2), X)
+    assert torch.autograd.gradcheck(lambda X: linalg.invsqrtm((X + X.mT) / 2), X)
+
+
+def test_gradients_where_eigenvalues_coincide():
+    X = torch.eye(4, dtype=DOUBLE).requires_grad_()
+    w, V = linalg.eigh(X)
+    (w.sum() + V.sum()).backward()
+    assert torch.allclose(X.grad, torch.eye(4, dtype=DOUBLE))
+
+
+def test_no_graph_where_none_is_asked_for():
+    X = spd(3).requires_grad_()
+    with torch.no_grad():
+        assert not linalg.eigh(X).eigenvalues.requires_grad
+    assert linalg.eigh(X).eigenvalues.requires_grad
+    assert not linalg.polar(X).Q.requires_grad
