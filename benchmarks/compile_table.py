@@ -106,6 +106,9 @@ def variants(classes: Iterable[int], capabilities: Iterable[int]) -> Iterator[Ca
         ("row", "float64", "bfloat16", {"state": "float32", "MASTER": True}),
         ("scalar", "float64", "bfloat16", {}),
         ("scalar", "float64", "float64", amp),
+        ("sqrtm", "float64", "float32", {"INVERSE": True}),
+        ("eigh", "float64", "float64", {"WARM": True}),
+        ("eigh", "float32", "float32", {"WARM": True, "VECTORS": False}),
     ]
     for kernel, precision, storage, changed in others:
         for rank_class in classes:

@@ -23,8 +23,9 @@ from . import compile_table
 from .compile_table import Case
 
 CAPABILITIES = (80, 90)
-# the kernels that have the loops with least around them: polar for Gauss-Jordan, geometric_mean for Cholesky too
-KERNELS = ("polar", "geometric_mean")
+# the kernels that have the loops with least around them: polar for Gauss-Jordan, geometric_mean for Cholesky too, eigh
+# for Jacobi rotations
+KERNELS = ("polar", "geometric_mean", "eigh")
 KINDS = {
     "DFMA": ("DFMA",), "DMUL+DADD": ("DMUL", "DADD"), "DMMA": ("DMMA",), "FFMA": ("FFMA",), "LDS": ("LDS",),
     "STS": ("STS",), "LDG": ("LDG", "LD"), "STG": ("STG", "ST"), "local": ("LDL", "STL"), "SHFL": ("SHFL",),
@@ -195,7 +196,9 @@ Counted in the machine code that Triton {version} makes for float64, by `python 
 nothing here is a time. **A round is one pivot** of an elimination, Cholesky with its inverse (`factor_all`; in the step
 both Grams of a layer up to r = 64 in one round) or Gauss-Jordan (`invert_transposed`, only for `linalg.polar`, whose X
 comes without an inverse), **or one Newton-Schulz step** of the polar factor (7 to 13 in all) where X stays in registers
-(classes 16 and 32). Loops counted are innermost ones that divide; "loop" is the function that most of the instructions
+(classes 16 and 32), **or one round of Jacobi rotations** (`meet`; n rounds are a sweep, 4 to 9 sweeps in all) or one
+Householder reflection (`reflect`) of an eigendecomposition (in class 128 two divisions a round: rounds count double).
+Loops counted are innermost ones that divide; "loop" is the function that most of the instructions
 come from; a kernel that has the loop twice, compiled differently, has two rows.
 
 Each of a program's warps issues the whole row each round. Rounds depend on each other, so the length of a round is the

@@ -7,10 +7,13 @@ from typing import Any
 import torch
 
 from ..contract import STORAGE_DTYPES
+from . import eigh, inv_root, svd
 from .adamw import gram_kernel, row_kernel, update_kernel
 from .adamw_scalar import scalar_kernel
 from .dtypes import MIXED
 from .geometric_mean import geometric_mean_kernel
+from .jacobi import constants as eigen_constants
+from .jacobi import options as eigen_options
 from .launch import Group, solve_constants, state_constants
 from .matrices import constants as matrix_constants
 from .matrices import options as matrix_options
@@ -34,7 +37,12 @@ PAIR_CONSTANTS: dict[str, Any] = {
     "SCALAR": False, "SCHEDULED": False, "KEEP": False, "CARRY": False, "CHECK": True, "AMSGRAD": False,
     "MASTER": False, **AMP,
 }  # fmt: skip
-MATRIX_KERNELS = {"polar": polar_kernel, "geometric_mean": geometric_mean_kernel, "sqrtm": sqrtm_kernel}
+EIGEN_KERNELS = {"eigh": eigh.eigh_kernel, "svd": svd.svd_kernel, "inv_root": inv_root.inv_root_kernel}
+EIGEN_WARPS = {"eigh": eigh.WARPS, "svd": svd.WARPS, "inv_root": inv_root.WARPS}
+MATRIX_KERNELS = {
+    "polar": polar_kernel, "geometric_mean": geometric_mean_kernel, "sqrtm": sqrtm_kernel, **EIGEN_KERNELS,
+}  # fmt: skip
+MATRIX_CONSTANTS = {"INVERSE": False, "VECTORS": True, "WARM": False}
 
 
 def variant(
@@ -42,11 +50,11 @@ def variant(
 ) -> Variant:  # fmt: skip
     """(kernel, signature, constants, options) of kernel `name` for tensors stored as `storage` (pairs: or "mixed").
 
-    state: how moments are stored, default as the factors. changed: constants in place of PAIR_CONSTANTS; a type
+    state: how moments are stored, default as the factors. changed: constants in place of the usual ones; a type
     ("*fp32", "i64") makes a signature entry of one.
     """
     if name in MATRIX_KERNELS:
-        return _matrix_variant(name, rank_class, precision, storage)
+        return _matrix_variant(name, rank_class, precision, storage, **changed)
     wide = torch.float64 if storage in ("mixed", "float64") else torch.float32
     code = MIXED.value if storage == "mixed" else STORAGE_DTYPES.index(getattr(torch, storage))
     state = code if state is None else STORAGE_DTYPES.index(getattr(torch, state))
@@ -60,15 +68,17 @@ def variant(
     return _complete(kernel, {**PAIR, **typed}, constants, options)
 
 
-def _matrix_variant(name: str, rank_class: int, precision: str, storage: str) -> Variant:
+def _matrix_variant(name: str, rank_class: int, precision: str, storage: str, **changed: Any) -> Variant:
     kernel = MATRIX_KERNELS[name]
     stored = {"float32": "*fp32", "float64": "*fp64"}
-    signature = {p: stored[storage] for p in ("p_X", "p_Y", "p_Q", "p_H", "p_mean", "p_root")}
-    signature.update(work=stored[precision], n="i32")
-    constants = matrix_constants(rank_class, precision)
-    if name == "sqrtm":
-        constants["INVERSE"] = False
-    return _complete(kernel, signature, constants, matrix_options(rank_class))
+    signature = {p: stored[storage] for p in kernel.arg_names if p.startswith("p_")}
+    signature.update(work=stored[precision], n="i32", p_bits="i64", eps_bits="i64")
+    eigen = name in EIGEN_KERNELS
+    constants = eigen_constants(rank_class, precision) if eigen else matrix_constants(rank_class, precision)
+    constants = {**MATRIX_CONSTANTS, **constants, **changed}
+    constants = {key: constants[key] for key in kernel.arg_names if key in constants}
+    options = eigen_options(rank_class, precision, EIGEN_WARPS[name]) if eigen else matrix_options(rank_class)
+    return _complete(kernel, signature, constants, options)
 
 
 def _complete(kernel: Any, signature: dict[str, str], constants: dict[str, Any], options: dict[str, int]) -> Variant:
