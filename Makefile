@@ -15,7 +15,7 @@ export PYTHONDONTWRITEBYTECODE :=
 DEPS := $(VENV)/.deps
 BUILT := $(VENV)/.built
 
-.PHONY: help test pytest lint format build bench steps scaling gpu compile-table clean
+.PHONY: help test pytest lint format build bench steps scaling eigh gpu compile-table clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ steps: $(BUILT)  ## cost of optimizer.step() over fused AdamW's, without a model
 
 scaling: $(BUILT)  ## the same against rank, number of layers and width
 	$(PY) -m benchmarks.kernels scaling --out $(OUT) $(ARGS)
+
+eigh: $(BUILT)  ## batched symmetric eigendecomposition against torch.linalg.eigh, in time and error
+	$(PY) -m benchmarks.kernels eigh --out $(OUT) $(ARGS)
 
 compile-table: $(BUILT)  ## registers, spills and shared memory of every Triton kernel, and loops of its solve; no GPU
 	$(PY) -m benchmarks.compile_table --capabilities $(CAPABILITIES) $(ARGS)

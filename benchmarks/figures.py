@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from . import drawing
 from .harness import Measurement
 
 # Okabe and Ito's palette: told apart by colour-blind readers and in grey print
@@ -21,32 +20,12 @@ COLOURS = {
     "PEFT Riemannian": "#CC79A7",
 }
 MARKERS = dict(zip(COLOURS, "|osD^v<"))
-_STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6}
-_GRID = {"color": "#dddddd", "linewidth": 0.5, "zorder": 0}
 # metric, axis title, form of a value, least height of the axis (kilobytes must not look like much)
 _PANELS = (
     ("throughput to LoRA", "throughput (LoRA = 1)", "{:.3f}", 0.0),
     ("optimizer step", "optimizer step (ms)", "{:#.3g}", 0.0),
     ("peak memory above LoRA", "memory above LoRA (MB)", "{:+.2f}", 1.0),
 )
-
-
-def _pyplot() -> Any:
-    """matplotlib.pyplot without a screen; None where it is not installed: a GPU machine may lack it."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return None
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _save(pyplot: Any, figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=300)
-    pyplot.close(figure)
 
 
 # ---- training: bars
@@ -57,19 +36,19 @@ def overhead(path: Path, rows: Sequence[Measurement], env: Mapping[str, str]) ->
 
     False, and nothing written, where matplotlib is not installed; so for every figure.
     """
-    pyplot = _pyplot()
+    pyplot = drawing.pyplot()
     if pyplot is None:
         return False
     panels = [panel for panel in _PANELS if any(row.metric == panel[0] for row in rows)]
-    with pyplot.rc_context(_STYLE):
+    with pyplot.rc_context(drawing.STYLE):
         figure, axes = pyplot.subplots(1, len(panels), figsize=(2.35 * len(panels), 2.5), squeeze=False)
         for axis, (metric, title, form, least) in zip(axes[0], panels):
             _bars(axis, [row for row in rows if row.metric == metric], form)
             axis.set_ylabel(title)
             axis.set_ylim(top=max(axis.get_ylim()[1], least))
-        figure.suptitle(f"{rows[0].case} · {_machine(env)}", fontsize=6.5, color="#555555", y=0.99)
+        figure.suptitle(f"{rows[0].case} · {drawing.machine(env)}", fontsize=6.5, color="#555555", y=0.99)
         figure.tight_layout(w_pad=2.0)
-        _save(pyplot, figure, path)
+        drawing.save(pyplot, figure, path)
     return True
 
 
@@ -98,13 +77,13 @@ def _bars(axis: Any, rows: Sequence[Measurement], form: str) -> None:
 
 def step(path: Path, rows: Sequence[Measurement], env: Mapping[str, str]) -> bool:
     """Ratio to fused AdamW on a logarithmic axis, and the share of the copy bandwidth that was reached."""
-    pyplot = _pyplot()
+    pyplot = drawing.pyplot()
     kind = _kind(rows)
     titles = {f"{kind} to LoRA": f"step time, fused AdamW = 1 ({kind})", "of copy bandwidth": "share of copy bandwidth"}
     panels = [(metric, title) for metric, title in titles.items() if any(row.metric == metric for row in rows)]
     if pyplot is None or not panels:
         return False
-    with pyplot.rc_context(_STYLE):
+    with pyplot.rc_context(drawing.STYLE):
         cases = list(dict.fromkeys(row.case for row in rows))
         methods = [label for label in COLOURS if any(row.method == label for row in rows)]
         size = (3.6 * len(panels) + 0.6, 0.24 * len(methods) * len(cases) * 0.5 + 1.1)
@@ -116,11 +95,11 @@ def step(path: Path, rows: Sequence[Measurement], env: Mapping[str, str]) -> boo
         ratio.set_xscale("log")
         low, high = ratio.get_xlim()
         ratio.set_xlim(low, high * (high / low) ** 0.12)  # room for the last number
-        _plain_ticks(ratio.xaxis, *ratio.get_xlim())
+        drawing.plain_ticks(ratio.xaxis, *ratio.get_xlim())
         for axis in share:
             axis.set_xlim(0, max(1.0, axis.get_xlim()[1]))
-        _finish(figure, [ratio], env, len(methods))
-        _save(pyplot, figure, path)
+        drawing.finish(figure, [ratio], env, len(methods))
+        drawing.save(pyplot, figure, path)
     return True
 
 
@@ -140,7 +119,7 @@ def _dots(axis: Any, rows: Sequence[Measurement], cases: Sequence[str], methods:
     axis.set_yticks(range(len(cases)), [case.replace(" (", "\n(", 1) for case in cases])
     axis.tick_params(axis="y", length=0)
     axis.set_ylim(len(cases) - 0.5, -0.5)
-    axis.grid(axis="x", which="major", **_GRID)
+    axis.grid(axis="x", which="major", **drawing.GRID)
 
 
 # ---- scaling: lines
@@ -153,7 +132,7 @@ def scaling(
 
     Methods far above the rest get a row of their own, so that the rest can be told apart.
     """
-    pyplot = _pyplot()
+    pyplot = drawing.pyplot()
     kind = _kind([row for panel in panels.values() for _, rows in panel for row in rows])
     lines: dict[tuple[str, str], list[tuple[int, Measurement]]] = {}
     for name, panel in panels.items():
@@ -163,7 +142,7 @@ def scaling(
     groups = _levels({key: [row.summary.p50 for _, row in points] for key, points in lines.items()})
     if pyplot is None or not groups:
         return False
-    with pyplot.rc_context(_STYLE):
+    with pyplot.rc_context(drawing.STYLE):
         figure, axes = pyplot.subplots(
             len(groups), len(panels), figsize=(2.4 * len(panels), 2.5 if len(groups) == 1 else 3.4), squeeze=False,
             sharex="col", sharey="row", height_ratios=[1, 2][-len(groups) :],
@@ -175,18 +154,20 @@ def scaling(
                 axis.set_xscale("log", base=2)
                 axis.set_xticks([x for x, _ in panel], [str(x) for x, _ in panel])
                 axis.minorticks_off()
-                axis.grid(axis="both", which="major", **_GRID)
+                axis.grid(axis="both", which="major", **drawing.GRID)
             row_of_axes[0].set_yscale("log")
             low, high = row_of_axes[0].get_ylim()
             row_of_axes[0].set_ylim(low, max(high, 1.5 * low))
-            _plain_ticks(row_of_axes[0].yaxis, *row_of_axes[0].get_ylim())
+            drawing.plain_ticks(row_of_axes[0].yaxis, *row_of_axes[0].get_ylim())
         for top, bottom, name in zip(axes[0], axes[-1], panels):
             bottom.set_xlabel(name)
             others = (f"{key} {getattr(base, key)}" for key in panels if key != name)
             top.set_title(", ".join(others), fontsize=7, color="#555555")
         axes[-1][0].set_ylabel(f"step time over\nfused AdamW's ({kind})")
-        _finish(figure, [axis for row_of_axes in axes[::-1] for axis in row_of_axes[:1]], env, sum(map(len, groups)))
-        _save(pyplot, figure, path)
+        drawing.finish(
+            figure, [axis for row_of_axes in axes[::-1] for axis in row_of_axes[:1]], env, sum(map(len, groups))
+        )
+        drawing.save(pyplot, figure, path)
     return True
 
 
@@ -227,30 +208,3 @@ def _number(value: float) -> str:
 def _kind(rows: Sequence[Measurement]) -> str:
     """Time on the device where it was measured, else wall time."""
     return "gpu" if any(row.metric == "gpu to LoRA" for row in rows) else "wall"
-
-
-def _plain_ticks(axis: Any, low: float, high: float) -> None:
-    """Plain numbers on a logarithmic axis: 1, 2, 5, 10, ..., in a short range evenly spaced ones."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
-
-    steps = [digit * 10.0**power for power in range(-3, 5) for digit in (1, 2, 5)]
-    if sum(low <= value <= high for value in steps) < 3:
-        steps = list(MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high))
-    axis.set_major_locator(FixedLocator([value for value in steps if low <= value <= high]))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
-def _finish(figure: Any, axes: Sequence[Any], env: Mapping[str, str], count: int) -> None:
-    """One legend of all `axes` above, the machine below."""
-    handles, labels = (list(chain(*part)) for part in zip(*(axis.get_legend_handles_labels() for axis in axes)))
-    columns = min(count, 3)
-    figure.legend(handles, labels, loc="upper center", ncols=columns, frameon=False, handlelength=1.5)
-    height = figure.get_size_inches()[1]
-    figure.text(0.5, 0.04 / height, _machine(env), fontsize=6, color="#555555", ha="center", va="bottom")
-    figure.tight_layout(rect=(0, 0.16 / height, 1, 1 - 0.17 * -(-count // columns) / height - 0.05 / height))
-
-
-def _machine(env: Mapping[str, str]) -> str:
-    machine = env["gpu"] or f"{env['cpu']}, {env['cores']} cores"
-    return f"{machine} · torch {env['torch']} · reflora {env['reflora']} ({env['commit']})"

@@ -208,6 +208,17 @@ def progress(items: Iterable[int], label: str) -> Iterable[int]:
 # ---- memory
 
 
+def free_bytes(device: torch.device) -> float:
+    """Memory that is to be had now, as the driver or Linux says; infinite where neither does."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    info = Path("/proc/meminfo")
+    for line in info.read_text().splitlines() if info.exists() else []:
+        if line.startswith("MemAvailable"):
+            return 1024.0 * int(line.split()[1])
+    return float("inf")
+
+
 def peak_bytes(work: Callable[[], object], device: torch.device, before: Callable[[], object] | None = None) -> int:
     """Most bytes that `work` has live at once beyond what is live when it starts (see CPU_MEMORY and CUDA_MEMORY).
 

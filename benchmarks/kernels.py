@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from . import scaling, step
+from . import eigh, scaling, step
 
-PROGRAMS = (step, scaling)
+PROGRAMS = (step, scaling, eigh)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
