@@ -1,4 +1,4 @@
-"""The example trains, saves an adapter that plain PEFT merges, and says so."""
+"""The examples run as they are and do what they say."""
 
 import os
 import re
@@ -23,3 +23,11 @@ def test_finetune(tmp_path):
     assert after < before
     assert float(re.search(r"adapted model: (\S+)", done.stdout)[1]) < 1e-4
     assert (tmp_path / "out/adapter_model.safetensors").exists()
+
+
+def test_shampoo():
+    run = [sys.executable, str(ROOT / "examples/shampoo_inverse_root.py")]
+    done = subprocess.run(run, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    loss = {name: float(value) for name, value in re.findall(r"(\w+): loss (\S+) after", done.stdout)}
+    assert loss["Shampoo"] < 0.8 * loss["SGD"]
