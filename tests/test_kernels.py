@@ -232,7 +232,7 @@ def test_unavailable_says_why(monkeypatch):
     assert "on the CPU" in triton_backend.unavailable(torch.device("cuda"))
     monkeypatch.delenv("TRITON_INTERPRET")
     assert "CUDA device" in triton_backend.unavailable(torch.device("cpu"))
-    monkeypatch.setattr(triton_backend, "find_spec", lambda name: None)
+    monkeypatch.setattr(triton_backend, "_installed", lambda: False)
     assert "not installed" in triton_backend.unavailable(torch.device("cuda"))
 
 

@@ -253,6 +253,22 @@ def test_inv_root_of_what_has_none():
     assert float(triton_backend.inv_root(X[2:3], 4.0, 1e-8, "float64")[0, 0, 0]) == pytest.approx(100.0)
 
 
+def test_one_launch_a_call(monkeypatch):
+    from reflora import linalg
+    from reflora.kernels import eigh, inv_root, svd
+
+    launches = []
+    for module, name in ((eigh, "eigh_kernel"), (svd, "svd_kernel"), (inv_root, "inv_root_kernel")):
+        kernel = getattr(module, name)
+        monkeypatch.setattr(
+            kernel, "run", lambda *a, _n=name, _r=kernel.run, **k: launches.append(_n) or _r(*a, **k)
+        )  # fmt: skip
+    X = stack([spd(3, 1), spd(3, 2)], SINGLE).expand(2, 2, 3, 3)
+    linalg.eigh(X, backend="triton"), linalg.eigvalsh(X, backend="triton"), linalg.svd(X, backend="triton")
+    linalg.inv_root(X, 4, backend="triton")
+    assert launches == ["eigh_kernel", "eigh_kernel", "svd_kernel", "inv_root_kernel"]
+
+
 def test_what_torch_serves():
     X = stack([spd(130, 1)], DOUBLE)
     for function, *arguments in (("eigh",), ("svd",), ("inv_root", 2.0, 0.0)):

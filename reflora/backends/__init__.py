@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import Protocol, cast
 
@@ -84,6 +85,7 @@ class Backend(Protocol):
     def inv_root(self, X: Tensor, p: float, eps: float, precision: str, out: Tensor | None = None) -> Tensor: ...
 
 
+@cache
 def load(name: str) -> Backend:
     return cast(Backend, import_module(f".{name}_backend", __name__))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -18,7 +19,7 @@ NAME = "triton"
 
 def unavailable(device: torch.device) -> str | None:
     """Why the kernels cannot run on `device`. TRITON_INTERPRET=1 (Triton's interpreter) serves CPU tensors."""
-    if find_spec("triton") is None:
+    if not _installed():
         return "triton is not installed (pip install triton)"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None if device.type == "cpu" else f"under TRITON_INTERPRET=1 the kernels run on the CPU, not on {device}"
@@ -29,6 +30,11 @@ def unavailable(device: torch.device) -> str | None:
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"the kernels need compute capability 8.0, and {device} has less"
     return None
+
+
+@cache
+def _installed() -> bool:
+    return find_spec("triton") is not None
 
 
 def refactor(plan: Plan, scalar: bool, precision: str) -> Tensor:

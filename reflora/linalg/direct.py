@@ -14,7 +14,9 @@ from torch import Tensor
 from ..backends import resolve
 
 Out = Sequence[Tensor] | None
+# how many of the last dimensions of X a result has
 MATRIX, VECTOR = 2, 1
+BATCHED = (torch.float32, torch.float64)
 
 
 def eigh(X: Tensor, V0: Tensor | None, backend: str | None, precision: str, out: Out = None) -> list[Tensor]:
@@ -55,11 +57,17 @@ def inv_root(X: Tensor, p: float, eps: float, backend: str | None, precision: st
 
 def wide(X: Tensor) -> torch.dtype:
     """The type that a batch of X is handed to a backend in."""
-    return X.dtype if X.dtype in (torch.float32, torch.float64) else torch.float32
+    return X.dtype if X.dtype in BATCHED else torch.float32
 
 
 def batch(X: Tensor) -> Tensor:
-    return X.detach().to(wide(X)).reshape(math.prod(X.shape[:-2]), *X.shape[-2:]).contiguous()
+    if X.requires_grad:
+        X = X.detach()
+    if X.dtype not in BATCHED:
+        X = X.to(torch.float32)
+    if X.dim() != 3:
+        X = X.reshape(math.prod(X.shape[:-2]), *X.shape[-2:])
+    return X.contiguous()
 
 
 def into(X: Tensor, kinds: Sequence[int], out: Out, run: Callable[[Sequence[Tensor]], object]) -> list[Tensor]:
@@ -67,26 +75,25 @@ def into(X: Tensor, kinds: Sequence[int], out: Out, run: Callable[[Sequence[Tens
 
     Written straight into `out` where that is laid out for it and shares no memory with X.
     """
-    dtype, lead = wide(X), X.shape[:-2]
-    count = math.prod(lead)
+    dtype, shape = wide(X), X.shape
+    count, n = math.prod(shape[:-2]), shape[-1]
     own, copies = [], []
     for place, kind in enumerate(kinds):
-        given = None if out is None else out[place]
-        shape = (count, *X.shape[-kind:])
+        given, flat = None if out is None else out[place], (count, n, n) if kind == MATRIX else (count, n)
         if given is not None and given.dtype == dtype and given.is_contiguous() and not _shared(given, X):
-            own.append(given.detach().view(shape))
+            own.append(given.detach().view(flat))
         else:
-            own.append(torch.empty(shape, dtype=dtype, device=X.device))
-            copies.append((place, given))
+            own.append(torch.empty(flat, dtype=dtype, device=X.device))
+            copies.append(place)
     if count:
         run(own)
-    results = list(own) if out is None else list(out)
-    for place, given in copies:
-        if given is None:
-            results[place] = own[place].view(*lead, *X.shape[-kinds[place] :]).to(X.dtype)
-        else:
-            given.copy_(own[place].view(given.shape))
-    return results
+    if out is None:
+        if len(shape) != 3:
+            own = [result.view(*shape[:-2], *result.shape[1:]) for result in own]
+        return own if dtype == X.dtype else [result.to(X.dtype) for result in own]
+    for place in copies:
+        out[place].copy_(own[place].view(out[place].shape))
+    return list(out)
 
 
 def _shared(one: Tensor, other: Tensor) -> bool:
