@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 DOUBLE = torch.float64
+# a residual or an orthogonality may be so many times that of LAPACK
+BAR = 4.0
 
 
 def rotated(w: Tensor) -> Tensor:

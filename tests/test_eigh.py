@@ -2,15 +2,13 @@
 
 import pytest
 import torch
-from spectra import DOUBLE, KINDS, SCALES, eigenvalue_error, errors, matrices
+from spectra import BAR, DOUBLE, KINDS, SCALES, eigenvalue_error, errors, matrices
 
 from reflora import linalg
 
 DTYPES = [torch.float32, DOUBLE]
 # 1000 matrices a kind
 SIZES = {1: 40, 2: 100, 3: 100, 5: 100, 8: 100, 12: 100, 16: 100, 17: 80, 32: 100, 33: 60, 64: 60, 100: 30, 128: 30}
-# at most so many times the error of LAPACK
-BAR = 4.0
 
 
 def check(X, backend, what):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_cases import DEVICE, DOUBLE
-from spectra import KINDS, SCALES, errors, matrices
-from test_eigh import BAR, DTYPES, SIZES
+from spectra import BAR, KINDS, SCALES, errors, matrices
+from test_eigh import DTYPES, SIZES
 from test_gpu import no_wait
 
 from reflora import linalg
