@@ -12,7 +12,7 @@ from .jacobi import configuration, eigen, normalise
 from .matrices import load_scaled, matrix_slot, panel_offsets, store_result
 
 # by rank class, float32 and float64: the fewest with which nothing, or least, spills
-WARPS = {16: (1, 1), 32: (2, 4), 64: (4, 8), 128: (16, 16)}
+WARPS = {16: (1, 2), 32: (2, 4), 64: (4, 8), 128: (16, 16)}
 
 
 @triton.jit(do_not_specialize=["n"])

@@ -95,7 +95,7 @@ def configuration(X: Tensor, precision: str) -> tuple[Tensor, dict[str, Any], di
     compute = getattr(torch, precision)
     elements = rank_class * rank_class + rank_class
     work = torch.empty(len(X), SLOTS.value, elements, dtype=compute, device=X.device)
-    return work, constants(rank_class, precision), options(rank_class)
+    return work, constants(rank_class, precision), options(rank_class, precision)
 
 
 def constants(rank_class: int, precision: str) -> dict[str, Any]:
@@ -103,5 +103,6 @@ def constants(rank_class: int, precision: str) -> dict[str, Any]:
     return {"RC": rank_class, "BM": route.block_m, "BK": route.block_k, "TC": TYPES[getattr(torch, precision)]}
 
 
-def options(rank_class: int) -> dict[str, int]:
-    return launch_options(route_of(rank_class, None).warps)
+def options(rank_class: int, precision: str) -> dict[str, int]:
+    # where float64 has no tensor cores of the older kind (sm_86, sm_89, sm_100), its products take more registers
+    return launch_options(8 if (rank_class, precision) == (32, "float64") else route_of(rank_class, None).warps)

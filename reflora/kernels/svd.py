@@ -16,7 +16,7 @@ from .polar import orthogonal
 from .solve import PLAIN, finish, multiply, rounding, schulz_panels
 
 # by rank class, float32 and float64: the fewest with which nothing, or least, spills
-WARPS = {16: (2, 2), 32: (4, 4), 64: (8, 8), 128: (16, 16)}
+WARPS = {16: (2, 2), 32: (4, 8), 64: (8, 8), 128: (16, 16)}
 
 
 @triton.jit(do_not_specialize=["n"])
