@@ -77,7 +77,9 @@ def _matrix_variant(name: str, rank_class: int, precision: str, storage: str, **
     constants = eigen_constants(rank_class, precision) if eigen else matrix_constants(rank_class, precision)
     constants = {**MATRIX_CONSTANTS, **constants, **changed}
     constants = {key: constants[key] for key in kernel.arg_names if key in constants}
-    options = eigen_options(rank_class, precision, EIGEN_WARPS[name]) if eigen else matrix_options(rank_class, precision)
+    options = matrix_options(rank_class, precision)
+    if eigen:
+        options = eigen_options(rank_class, precision, EIGEN_WARPS[name])
     return _complete(kernel, signature, constants, options)
 
 
