@@ -1,7 +1,9 @@
 """The functions of reflora.linalg as operators: shapes ahead of a run, torch.compile, gradients; and out=."""
 
+import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reflora import linalg
 
@@ -65,6 +67,10 @@ def test_bad_out():
         linalg.eigh(X, out=(w, V.float()))
     with pytest.raises(RuntimeError, match="Detach it"):
         linalg.eigh(X.requires_grad_(), out=(w, V))
+    with pytest.raises(RuntimeError, match=r"out\[1\]: expected a tensor that does not require grad"):
+        linalg.eigh(X.detach(), out=(w, V.clone().requires_grad_()))
+    with pytest.raises(ValueError, match=r"out\[1\]: expected memory of its own"):
+        linalg.polar(X.detach(), out=(V, V))
     with pytest.raises(ValueError, match="V0: expected .* like X"):
         linalg.eigh(X.detach(), V0=V[0])
     for p in (0, -1, float("inf"), True, "4"):
@@ -113,6 +119,20 @@ def test_gradients_where_eigenvalues_coincide():
     w, V = linalg.eigh(X)
     (w.sum() + V.sum()).backward()
     assert torch.allclose(X.grad, torch.eye(4, dtype=DOUBLE))
+
+
+def test_tensors_without_memory():
+    """Shapes alone, outside of torch.compile."""
+    with FakeTensorMode():
+        for call in CALLS.values():
+            for result in flat(call(torch.empty(2, 3, 3))):
+                assert result.shape in ((2, 3, 3), (2, 3))
+
+
+def test_numbers_of_numpy():
+    X = spd(2, 3)
+    want = linalg.inv_root(X, 4, eps=0.5)
+    assert torch.equal(linalg.inv_root(X, np.int64(4), eps=np.float32(0.5)), want)
 
 
 def test_no_graph_where_none_is_asked_for():

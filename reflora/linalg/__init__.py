@@ -13,7 +13,8 @@ precision: type of the arithmetic. `eigh` and `eigvalsh` compute in the type of 
 otherwise; the others in float64, where "float32" is a faster mode of "triton" and "torch".
 out: where results go, of the shapes and type they would have; the call returns them.
 Results carry no autograd graph, but those of `eigh`, `eigvalsh`, `sqrtm` and `invsqrtm` of an X that requires grad.
-Under torch.compile each function is one operator, `torch.ops.reflora`.
+Under torch.compile each function is one operator, `torch.ops.reflora`. Transforms of torch.func are not supported:
+batch the matrices, and differentiate by autograd.
 """
 
 from .functions import (

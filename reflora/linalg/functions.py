@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -54,10 +55,10 @@ def eigh(
     RuntimeError for an unavailable backend or for `out` with an X that requires grad. torch.linalg.eigh takes the same
     X (but for its lower triangle) and returns the same names.
     """
-    precision = _check("eigh", X, backend, precision)
+    precision = _check("eigh", X, backend, precision or _own(X))
     if V0 is not None:
         _like("eigh, V0", V0, X)
-    if _traced(X):
+    if _needs_grad(X) or _traced(X):
         return Eigh(*_given(operators.eigh(X, V0, backend or "", precision), X, (1, 2), out))
     return Eigh(*direct.eigh(X, V0, backend, precision, _out("eigh", X, (1, 2), out)))
 
@@ -66,12 +67,12 @@ def eigvalsh(
     X: Tensor, *, out: Tensor | None = None, backend: str | None = None, precision: str | None = None
 ) -> Tensor:
     """The eigenvalues of `eigh`, to the bit, at less cost. Raises as it does."""
-    precision = _check("eigvalsh", X, backend, precision)
+    precision = _check("eigvalsh", X, backend, precision or _own(X))
     outs = None if out is None else [out]
     if _needs_grad(X):
         w = operators.eigh(X, None, backend or "", precision)[0]
         return _given([w], X, (1,), outs)[0]
-    if torch.compiler.is_compiling():
+    if _traced(X):
         return _given([operators.eigvalsh(X, backend or "", precision)], X, (1,), outs)[0]
     return direct.eigvalsh(X, backend, precision, _out("eigvalsh", X, (1,), outs))[0]
 
@@ -84,7 +85,7 @@ def svd(
     The component of largest magnitude of each row of Vh, the first where several are, is positive. Raises as `eigh`.
     """
     _check("svd", X, backend, precision)
-    if torch.compiler.is_compiling():
+    if _traced(X):
         return SVD(*_given(operators.svd(X.detach(), backend or "", precision), X, (2, 1, 2), out))
     return SVD(*direct.svd(X, backend, precision, _out("svd", X, (2, 1, 2), out)))
 
@@ -97,7 +98,7 @@ def polar(
     Q is not unique where X is singular.
     """
     _check("polar", X, backend, precision)
-    if torch.compiler.is_compiling():
+    if _traced(X):
         return Polar(*_given(operators.polar(X.detach(), backend or "", precision), X, (2, 2), out))
     return Polar(*direct.polar(X, backend, precision, _out("polar", X, (2, 2), out)))
 
@@ -112,7 +113,7 @@ def geometric_mean(
     _check("geometric_mean, X", X, backend, precision)
     _like("geometric_mean, Y", Y, X)
     outs = None if out is None else [out]
-    if torch.compiler.is_compiling():
+    if _traced(X):
         mean = operators.geometric_mean(X.detach(), Y.detach(), backend or "", precision)
         return _given([mean], X, (2,), outs)[0]
     return direct.geometric_mean(X, Y, backend, precision, _out("geometric_mean", X, (2,), outs))[0]
@@ -144,11 +145,11 @@ def inv_root(
     """
     _check("inv_root", X, backend, precision)
     for what, value, least in (("p", p, "> 0"), ("eps", eps, ">= 0")):
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        number = isinstance(value, Real) and not isinstance(value, bool)
         if not number or not (0 < value < float("inf") or (value == 0 and what == "eps")):
             fail(f"inv_root, {what}", f"a finite number {least}", repr(value), "Shampoo's p is 4 for a matrix.")
     outs = None if out is None else [out]
-    if torch.compiler.is_compiling():
+    if _traced(X):
         root = operators.inv_root(X.detach(), float(p), float(eps), backend or "", precision)
         return _given([root], X, (2,), outs)[0]
     return direct.inv_root(X, float(p), float(eps), backend, precision, _out("inv_root", X, (2,), outs))[0]
@@ -157,7 +158,7 @@ def inv_root(
 def _sqrtm(what: str, X: Tensor, inverse: bool, out: Tensor | None, backend: str | None, precision: str) -> Tensor:
     _check(what, X, backend, precision)
     outs = None if out is None else [out]
-    if _traced(X):
+    if _needs_grad(X) or _traced(X):
         return _given([operators.sqrtm(X, inverse, backend or "", precision)], X, (2,), outs)[0]
     return direct.sqrtm(X, inverse, backend, precision, _out(what, X, (2,), outs))[0]
 
@@ -165,17 +166,19 @@ def _sqrtm(what: str, X: Tensor, inverse: bool, out: Tensor | None, backend: str
 # ---- checks
 
 
-def _check(what: str, X: Tensor, backend: str | None, precision: str | None) -> str:
-    """Checks the arguments; the precision, which None leaves to the type of X."""
+def _own(X: Tensor) -> str:
+    """The precision that the type of X stands for."""
+    return "float64" if isinstance(X, Tensor) and X.dtype == torch.float64 else "float32"
+
+
+def _check(what: str, X: Tensor, backend: str | None, precision: str) -> str:
     check_backend(backend)
+    check_precision(precision)
     if not isinstance(X, Tensor) or X.dtype not in STORAGE_DTYPES:
         got = X.dtype if isinstance(X, Tensor) else type(X).__name__
         fail(what, "a floating-point tensor", got, "Cast it to float32 or float64.", TypeError)
     if X.dim() < 2 or X.shape[-1] != X.shape[-2] or X.shape[-1] == 0:
         fail(what, "square matrices [..., n, n], n >= 1", tuple(X.shape), "Only square matrices have this function.")
-    if precision is None:
-        return "float64" if X.dtype == torch.float64 else "float32"
-    check_precision(precision)
     return precision
 
 
@@ -200,6 +203,11 @@ def _out(what: str, X: Tensor, kinds: Sequence[int], out: Sequence[Tensor] | Non
     for place, (given, kind) in enumerate(zip(out, kinds)):
         shape = torch.Size((*X.shape[:-2], *X.shape[-kind:]))
         _match(f"{what}, out[{place}]", given, shape, X, "as the result", "torch.empty of that shape will do.")
+        if _needs_grad(given):
+            remedy = "Detach it, or call under torch.no_grad."
+            fail(f"{what}, out[{place}]", "a tensor that does not require grad", "one that does", remedy, RuntimeError)
+        if any(given.data_ptr() == other.data_ptr() != 0 for other in out[:place]):
+            fail(f"{what}, out[{place}]", "memory of its own", "that of another result", "Pass a tensor for each.")
     return out
 
 
@@ -208,7 +216,8 @@ def _needs_grad(X: Tensor) -> bool:
 
 
 def _traced(X: Tensor) -> bool:
-    return torch.compiler.is_compiling() or _needs_grad(X)
+    """Whether X has to go through an operator: while a graph is made of it, or where it has no memory of its own."""
+    return torch.compiler.is_compiling() or type(X) not in (Tensor, torch.nn.Parameter)
 
 
 def _given(
