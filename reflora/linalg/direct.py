@@ -71,30 +71,18 @@ def batch(X: Tensor) -> Tensor:
 
 
 def into(X: Tensor, kinds: Sequence[int], out: Out, run: Callable[[Sequence[Tensor]], object]) -> list[Tensor]:
-    """`run` on results of its own: `[batch, n, n]` or `[batch, n]`, contiguous. Returns them as they are asked for.
-
-    Written straight into `out` where that is laid out for it and shares no memory with X.
-    """
+    """`run` on results of its own: `[batch, n, n]` or `[batch, n]`, contiguous. Returns them as they are asked for."""
     dtype, shape = wide(X), X.shape
     count, n = math.prod(shape[:-2]), shape[-1]
-    own, copies = [], []
-    for place, kind in enumerate(kinds):
-        given, flat = None if out is None else out[place], (count, n, n) if kind == MATRIX else (count, n)
-        if given is not None and given.dtype == dtype and given.is_contiguous() and not _shared(given, X):
-            own.append(given.detach().view(flat))
-        else:
-            own.append(torch.empty(flat, dtype=dtype, device=X.device))
-            copies.append(place)
+    flats = [(count, n, n) if kind == MATRIX else (count, n) for kind in kinds]
+    own = [torch.empty(flat, dtype=dtype, device=X.device) for flat in flats]
     if count:
         run(own)
     if out is None:
         if len(shape) != 3:
             own = [result.view(*shape[:-2], *result.shape[1:]) for result in own]
         return own if dtype == X.dtype else [result.to(X.dtype) for result in own]
-    for place in copies:
-        out[place].copy_(own[place].view(out[place].shape))
+    # copied, never written through an address: `out` may overlap any input, and autograd has to hear of it
+    for given, result in zip(out, own):
+        given.copy_(result.view(given.shape))
     return list(out)
-
-
-def _shared(one: Tensor, other: Tensor) -> bool:
-    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
