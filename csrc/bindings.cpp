@@ -20,15 +20,15 @@ static void run(uintptr_t table, int64_t rows, uintptr_t results, int kind, bool
 
 template <class T>
 static void matrices_as(Function f, uintptr_t x, uintptr_t y, const std::array<uintptr_t, 3>& out, int64_t batch, int64_t n,
-                        double root, double shift, int threads) {
+                        double root, double shift, double unit, int threads) {
     run_matrices<T>(f, at<const T>(x), at<const T>(y), {at<T>(out[0]), at<T>(out[1]), at<T>(out[2])}, batch, n, root, shift,
-                    threads);
+                    unit, threads);
 }
 
 static void matrices(int function, bool float32, uintptr_t x, uintptr_t y, std::array<uintptr_t, 3> out, int64_t batch,
-                     int64_t n, double root, double shift, int threads) {
+                     int64_t n, double root, double shift, double unit, int threads) {
     py::gil_scoped_release release;
-    (float32 ? matrices_as<float> : matrices_as<double>)(Function(function), x, y, out, batch, n, root, shift, threads);
+    (float32 ? matrices_as<float> : matrices_as<double>)(Function(function), x, y, out, batch, n, root, shift, unit, threads);
 }
 
 static void eigh(bool float32, uintptr_t x, uintptr_t w, uintptr_t V, int64_t batch, int64_t n, int threads) {
@@ -46,7 +46,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("kept_doubles", [](uintptr_t table, int64_t rows) { return kept_doubles(at<const int64_t>(table), rows); },
           py::kw_only(), py::arg("table"), py::arg("rows"), "Size in float64 of what run() takes as kept.");
     m.def("matrices", &matrices, py::kw_only(), py::arg("function"), py::arg("float32"), py::arg("x"), py::arg("y"),
-          py::arg("out"), py::arg("batch"), py::arg("n"), py::arg("root") = 1.0, py::arg("shift") = 0.0, py::arg("threads"),
+          py::arg("out"), py::arg("batch"), py::arg("n"), py::arg("root") = 1.0, py::arg("shift") = 0.0,
+          py::arg("unit") = 0.0, py::arg("threads"),
           "A batch of n x n matrices (Function in csrc/table.h); arithmetic in float64.");
     m.def("eigh", &eigh, py::kw_only(), py::arg("float32"), py::arg("x"), py::arg("w"), py::arg("v"), py::arg("batch"),
           py::arg("n"), py::arg("threads"), "Symmetric eigenproblems; v = 0: values only; arithmetic in the type of x.");

@@ -202,7 +202,7 @@ struct Dense {
         combine(X, Y, z / 2, 1 / (2 * z));
         square(X, Y);
         T one = 1 / root(norm(Y)), low = one;
-        for (int step = 0; step < 60; ++step) {
+        for (int step = 0; step < 200; ++step) {
             away_from_identity(Y, one * one);
             const T away = norm(Y);
             low = low > 1 - away ? low : 1 - away;  // the better bound near the end, where 1 must map to 1

@@ -75,7 +75,10 @@ void parallel(int64_t count, size_t bytes, int threads, const Body& body) {
 #pragma omp parallel num_threads(threads)
         {
             void* work = buffer.get(bytes);
-            if (!work) out_of_memory = true;
+            if (!work) {
+#pragma omp atomic write
+                out_of_memory = true;
+            }
 #pragma omp for schedule(dynamic, 1)
             for (int64_t i = 0; i < count; ++i)
                 if (work) body(i, work);
@@ -113,9 +116,9 @@ void run_rows(const int64_t* table, int64_t rows, double* results, const Job& jo
 
 template <class T>
 void run_matrices(Function f, const T* x, const T* y, const std::array<T*, 3>& out, int64_t batch, int64_t n, double root,
-                  double shift, int threads) {
+                  double shift, double unit, int threads) {
     const Kernels& k = *chosen().kernels;
-    constexpr int64_t step = 8;
+    const int64_t step = batch < 8 ? batch : 8;
     const int64_t size = n * n;
     const size_t block = (size_t(step * size) * sizeof(double) + 63) / 64 * 64;
     parallel((batch + step - 1) / step, 5 * block + k.matrices_bytes(step, n), threads, [&](int64_t i, void* work) {
@@ -127,7 +130,7 @@ void run_matrices(Function f, const T* x, const T* y, const std::array<T*, 3>& o
             for (int64_t j = 0; from && j < count * size; ++j) wide[j] = double(from[first * size + j]);
             return wide;
         };
-        MatrixGroup job{f, widened(x), widened(y), {}, count, n, root, shift};
+        MatrixGroup job{f, widened(x), widened(y), {}, count, n, root, shift, unit};
         for (int o = 0; o < 3; ++o) job.out[o] = out[size_t(o)] ? take() : nullptr;
         k.matrices(job, next);
         for (int o = 0; o < 3; ++o) {
@@ -138,9 +141,9 @@ void run_matrices(Function f, const T* x, const T* y, const std::array<T*, 3>& o
 }
 
 template void run_matrices<float>(Function, const float*, const float*, const std::array<float*, 3>&, int64_t, int64_t, double,
-                                  double, int);
+                                  double, double, int);
 template void run_matrices<double>(Function, const double*, const double*, const std::array<double*, 3>&, int64_t, int64_t,
-                                   double, double, int);
+                                   double, double, double, int);
 
 void run_eigh(DType type, const void* x, void* w, void* V, int64_t batch, int64_t n, int threads) {
     const Kernels& k = *chosen().kernels;

@@ -151,7 +151,8 @@ struct Matrices {
         eigh_group(job.x, values, eigen, job.count, d.r, rest);
         for (int64_t k = 0; k < job.count; ++k) {
             const double *w = values + k * d.r, *V = eigen + k * size();
-            const double low = magnitude(w[0]), high = magnitude(w[d.r - 1]), rounding = 2.2e-16 * double(d.r) * (low > high ? low : high);
+            const double low = magnitude(w[0]), high = magnitude(w[d.r - 1]);
+            const double rounding = job.unit * 4 * root(double(d.r)) * (low > high ? low : high);
             bool sound = true;
             for (int64_t j = 0; j < d.r; ++j) {
                 const double shifted = (w[j] < 0 && w[j] >= -rounding ? 0 : w[j]) + job.shift;

@@ -31,13 +31,13 @@ struct Job {
 };
 
 // A function of `count` matrices x (and y) [count, n, n]; out: matrices, but S [count, n] second of SVD.
-// INV_ROOT: (X + shift I)^(-1/root).
+// INV_ROOT: (X + shift I)^(-1/root), X known to 4 sqrt(n) units of its largest eigenvalue.
 struct MatrixGroup {
     Function f;
     const double *x, *y;
     double* out[3];
     int64_t count, n;
-    double root, shift;
+    double root, shift, unit;
 };
 
 // Every instruction set has its own copy of these, chosen once by dispatch.cpp.

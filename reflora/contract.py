@@ -157,14 +157,18 @@ def check_disjoint(pairs: Sequence[LoRAPair]) -> None:
     spans = []
     for pair in pairs:
         for side, t in (("A", pair.A), ("B", pair.B)):
-            extent = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride()))
-            start = t.data_ptr()
-            spans.append((str(t.device), start, start + extent * t.element_size(), f"{pair.name}, {side}"))
+            spans.append((str(t.device), *extent(t), f"{pair.name}, {side}"))
     spans.sort()
     for left, right in zip(spans, spans[1:]):
         if left[0] == right[0] and right[1] < left[2]:
             remedy = "Pass a tied or shared adapter once."
             fail(right[3], "memory of its own", f"memory shared with {left[3]}", remedy)
+
+
+def extent(t: Tensor) -> tuple[int, int]:
+    """Addresses of the first byte of a dense tensor, and past its last."""
+    elements = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride())) if t.numel() else 0
+    return t.data_ptr(), t.data_ptr() + elements * t.element_size()
 
 
 def check_backend(backend: str | None) -> None:

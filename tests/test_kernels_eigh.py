@@ -15,6 +15,7 @@ from reflora.backends import torch_backend, triton_backend
 
 pytestmark = MARKS
 SINGLE = torch.float32
+UNIT = 2.2e-16
 PRECISIONS = [(SINGLE, "float32"), (DOUBLE, "float64")]
 # the interpreter takes half a second for a matrix of n = 20
 FEW = {
@@ -115,7 +116,7 @@ def test_bad_matrices_give_nan_and_only_theirs():
     for results in (triton_backend.eigh(X, "float32"), triton_backend.svd(X, "float32")):
         for result in results:
             assert torch.equal(result.isnan().flatten(1).all(1), bad) and result[0].isfinite().all()
-    root = triton_backend.inv_root(X @ X.mT, 2.0, 0.1, "float64")
+    root = triton_backend.inv_root(X @ X.mT, 2.0, 0.1, UNIT, "float64")
     assert torch.equal(root.isnan().flatten(1).all(1), bad) and root[0].isfinite().all()
 
 
@@ -212,7 +213,7 @@ def test_inv_root(n, p, eps, scale, dtype, precision, rtol):
     X = stack([spd(n, 2, scale)], dtype)
     w, V = torch.linalg.eigh(X.double())
     want = (V * (w + eps).pow(-1 / p).unsqueeze(1)) @ V.mT
-    got = triton_backend.inv_root(X, p, eps, precision)
+    got = triton_backend.inv_root(X, p, eps, UNIT, precision)
     assert torch.equal(got, got.mT)
     assert float((got.double() - want).norm() / want.norm()) < rtol
 
@@ -224,10 +225,10 @@ def test_inv_root_of_what_has_none():
         [spd(4, 1), negative, torch.zeros(4, 4, dtype=DOUBLE), spd(4, 1) - 0.1 * (1 + 1e-16) * torch.eye(4)], DOUBLE
     )
     for eps, want in ((0.0, [False, True, True]), (0.5, [False, True, False]), (2.0, [False, False, False])):
-        root = triton_backend.inv_root(X, 2.0, eps, "float64")
+        root = triton_backend.inv_root(X, 2.0, eps, UNIT, "float64")
         assert root[:3].isnan().flatten(1).all(1).tolist() == want
         assert eps == 0 or root[3].isfinite().all()
-    assert float(triton_backend.inv_root(X[2:3], 4.0, 1e-8, "float64")[0, 0, 0]) == pytest.approx(100.0)
+    assert float(triton_backend.inv_root(X[2:3], 4.0, 1e-8, UNIT, "float64")[0, 0, 0]) == pytest.approx(100.0)
 
 
 def test_one_launch_a_call(monkeypatch):
@@ -248,7 +249,7 @@ def test_one_launch_a_call(monkeypatch):
 
 def test_what_torch_serves():
     X = stack([spd(130, 1)], DOUBLE)
-    for function, *arguments in (("eigh",), ("svd",), ("inv_root", 2.0, 0.0)):
+    for function, *arguments in (("eigh",), ("svd",), ("inv_root", 2.0, 0.0, UNIT)):
         got, want = (getattr(b, function)(X, *arguments, "float64") for b in (triton_backend, torch_backend))
         for a, b in zip(got, want):
             assert torch.equal(a, b)

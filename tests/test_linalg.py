@@ -208,3 +208,31 @@ def test_inverse_roots_of_scaled_and_singular_matrices(fast_backend):
     stack = torch.stack([low + torch.eye(6), -low, torch.full_like(low, torch.nan), torch.eye(6)])
     result = linalg.inv_root(stack, 2, eps=1e-8, backend=fast_backend)
     assert result[[0, 3]].isfinite().all() and result[[1, 2]].isnan().all()
+
+
+@pytest.mark.parametrize("dtype, eps", [(torch.float32, 1e-6), (torch.bfloat16, 1e-3), (torch.float64, 1e-12)])
+def test_inverse_roots_of_grams_of_low_rank(dtype, eps, backend):
+    """X is known to the rounding of its own type: what that has made negative is no eigenvalue below zero."""
+    for n in (4, 8) if backend == "triton" else (8, 64, 128):
+        G = torch.randn(3, n, n // 2, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        X = (G @ G.mT).to(dtype)
+        for precision in ("float64", "float32"):
+            root = linalg.inv_root(X, 4, eps=eps, backend=backend, precision=precision)
+            assert root.isfinite().all(), (n, precision)
+    assert linalg.inv_root(-X, 4, eps=eps, backend=backend).isnan().all()
+
+
+def test_roots_past_any_condition(fast_backend):
+    for tail in (1e-30, 1e-36, 1e-60, 1e-200):
+        X = torch.diag(torch.tensor([1.0, 0.5, tail], dtype=torch.float64))
+        root = linalg.sqrtm(X, backend=fast_backend)
+        assert close(root, X.sqrt(), 1e-14), tail
+        assert close(linalg.invsqrtm(X, backend=fast_backend) @ root, torch.eye(3, dtype=torch.float64), 1e-12), tail
+        assert close(linalg.geometric_mean(torch.eye(3).double(), X, backend=fast_backend), X.sqrt(), 1e-14), tail
+
+
+def test_the_whole_range_of_float32(fast_backend):
+    X = torch.diag(torch.tensor([1e-25, 1e30]))
+    assert close(linalg.sqrtm(X, backend=fast_backend).diagonal(), X.double().diagonal().sqrt(), 1e-6)
+    S = linalg.svd(torch.diag(torch.tensor([1e-20, 1e30])), backend=fast_backend).S
+    assert float(S[1]) == pytest.approx(1e-20)

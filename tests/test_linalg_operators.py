@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from reflora import linalg
 
@@ -71,6 +72,13 @@ def test_bad_out():
         linalg.eigh(X.detach(), out=(w, V.clone().requires_grad_()))
     with pytest.raises(ValueError, match=r"out\[1\]: expected memory of its own"):
         linalg.polar(X.detach(), out=(V, V))
+    room = torch.empty(3, 3, 3, dtype=DOUBLE)
+    with pytest.raises(ValueError, match="expected memory of its own"):
+        linalg.polar(X.detach(), out=(room[:2], room[1:]))
+    with pytest.raises(TypeError, match="eigh, out: expected 2 tensors, got int"):
+        linalg.eigh(X.detach(), out=5)
+    with pytest.raises(TypeError, match="sqrtm: expected a dense floating-point tensor"):
+        linalg.sqrtm(torch.eye(3).to_sparse())
     with pytest.raises(ValueError, match="V0: expected .* like X"):
         linalg.eigh(X.detach(), V0=V[0])
     for p in (0, -1, float("inf"), True, "4"):
@@ -121,8 +129,60 @@ def test_gradients_where_eigenvalues_coincide():
     assert torch.allclose(X.grad, torch.eye(4, dtype=DOUBLE))
 
 
+def test_out_may_overlap_an_input_and_is_seen_by_autograd(fast_backend):
+    X, buffer = spd(40, 3), spd(41, 3)
+    want = linalg.geometric_mean(X, buffer[:40].clone(), backend=fast_backend)
+    assert torch.equal(linalg.geometric_mean(X, buffer[:40], out=buffer[1:], backend=fast_backend), want)
+    used, a = torch.randn(2, 3, dtype=DOUBLE), torch.randn(2, 3, dtype=DOUBLE, requires_grad=True)
+    product = (a * used).sum()
+    linalg.eigvalsh(spd(2, 3), out=used, backend=fast_backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+def test_out_under_compile():
+    X, w, V = spd(2, 3), torch.empty(2, 3, dtype=DOUBLE), torch.empty(2, 3, 3, dtype=DOUBLE)
+    torch._dynamo.reset()
+    torch.compile(lambda X, w, V: linalg.eigh(X, out=(w, V)), fullgraph=True, backend="aot_eager")(X, w, V)
+    assert torch.equal(w, linalg.eigh(X).eigenvalues) and torch.equal(V, linalg.eigh(X).eigenvectors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_gradients_of_close_eigenvalues_are_finite(dtype):
+    X = torch.diag(torch.tensor([1e-3, 1.001e-3, 1.0 if dtype == torch.float16 else 1e-40])).to(dtype).requires_grad_()
+    linalg.eigvalsh(X).sum().backward()
+    assert torch.allclose(X.grad.float(), torch.eye(3), atol=1e-3)
+    X.grad = None
+    w, V = linalg.eigh(X)
+    (w.sum() + V.square().sum()).backward()
+    assert X.grad.isfinite().all()
+
+
+def test_autocast_changes_nothing(fast_backend):
+    X = spd(2, 8, dtype=torch.float32).requires_grad_()
+
+    def run():
+        X.grad = None
+        linalg.sqrtm(X, backend=fast_backend, precision="float32").sum().backward()
+        return linalg.geometric_mean(X, X + X.mT, backend=fast_backend, precision="float32"), X.grad
+
+    want = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(one, other) for one, other in zip(run(), want))
+
+
+def test_traced_by_make_fx():
+    traced = make_fx(lambda X: linalg.eigvalsh(X))(spd(3))
+    X = spd(3)
+    assert torch.equal(traced(X), linalg.eigvalsh(X))
+
+
 def test_tensors_without_memory():
     """Shapes alone, outside of torch.compile."""
+    real = torch.eye(3).repeat(2, 1, 1)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert linalg.geometric_mean(real, torch.empty(2, 3, 3)).shape == (2, 3, 3)
+        assert linalg.eigvalsh(real, out=torch.empty(2, 3)).shape == (2, 3)
     with FakeTensorMode():
         for call in CALLS.values():
             for result in flat(call(torch.empty(2, 3, 3))):

@@ -82,7 +82,10 @@ class Backend(Protocol):
 
     def sqrtm(self, X: Tensor, precision: str, inverse: bool, out: Tensor | None = None) -> Tensor: ...
 
-    def inv_root(self, X: Tensor, p: float, eps: float, precision: str, out: Tensor | None = None) -> Tensor: ...
+    # unit: relative rounding that X is known to
+    def inv_root(
+        self, X: Tensor, p: float, eps: float, unit: float, precision: str, out: Tensor | None = None
+    ) -> Tensor: ...
 
 
 @cache

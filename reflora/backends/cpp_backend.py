@@ -94,11 +94,11 @@ def sqrtm(X: Tensor, precision: str, inverse: bool, out: Tensor | None = None) -
     return _matrices(_INVSQRTM if inverse else _SQRTM, X, None, torch.empty_like(X) if out is None else out)
 
 
-def inv_root(X: Tensor, p: float, eps: float, precision: str, out: Tensor | None = None) -> Tensor:
+def inv_root(X: Tensor, p: float, eps: float, unit: float, precision: str, out: Tensor | None = None) -> Tensor:
     """By `eigh` in float64. n > 128 goes through torch."""
     if X.shape[-1] > RANK_CLASSES[-1]:
-        return torch_backend.inv_root(X, p, eps, "float64", out)
-    return _matrices(_INV_ROOT, X, None, torch.empty_like(X) if out is None else out, root=p, shift=eps)
+        return torch_backend.inv_root(X, p, eps, unit, "float64", out)
+    return _matrices(_INV_ROOT, X, None, torch.empty_like(X) if out is None else out, root=p, shift=eps, unit=unit)
 
 
 def _kept(plan: Plan, carry: bool) -> int:
@@ -122,12 +122,12 @@ def _run(plan: Plan, precision: str, **job: object) -> Tensor:
 
 
 def _matrices(
-    function: int, X: Tensor, Y: Tensor | None, *out: Tensor, root: float = 1.0, shift: float = 0.0
+    function: int, X: Tensor, Y: Tensor | None, *out: Tensor, root: float = 1.0, shift: float = 0.0, unit: float = 0.0
 ) -> Tensor:
     addresses = [result.data_ptr() for result in out]
     _C.matrices(
         function=function, float32=X.dtype == torch.float32, x=X.data_ptr(), y=0 if Y is None else Y.data_ptr(),
-        out=addresses + [0] * (3 - len(out)), batch=X.shape[0], n=X.shape[1], root=root, shift=shift,
+        out=addresses + [0] * (3 - len(out)), batch=X.shape[0], n=X.shape[1], root=root, shift=shift, unit=unit,
         threads=torch.get_num_threads(),
     )  # fmt: skip
     return out[0]

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from .torch_solve import polar_factor
 
+# of a polar iteration, at most: enough for any condition number, where a step of RefLoRA leaves the worst layers out
+STEPS = 200
+
 
 class Scaled:
     """Matrices over an even power of two near the largest element of each.
@@ -26,7 +29,9 @@ class Scaled:
         usable = self.finite & (top > 0)
         # frexp sees subnormals as they are; a shift past the range is taken in two steps
         self.exponent = torch.frexp(top.where(usable, torch.ones_like(top))).exponent // 2 * 2
-        self.stack = _raised(X, -self.exponent).where(self.finite, 0.0).to(getattr(torch, precision))
+        # in float64: what is small beside the largest may be subnormal in the type of X
+        scaled = _raised(X.double(), -self.exponent).where(self.finite, 0.0)
+        self.stack = scaled.to(getattr(torch, precision))
 
     def back(self, result: Tensor, exponent: Tensor | int, out: Tensor) -> Tensor:
         """`2^exponent` times the result, `[batch, n, n]` or `[batch, n]`, into `out`."""
@@ -97,7 +102,7 @@ def geometric_mean(X: Tensor, Y: Tensor, precision: str, out: Tensor | None = No
     x, y = Scaled(X, precision), Scaled(Y, precision)
     Lx, Lx_inv = _cholesky(x.stack)
     Ly, Ly_inv = _cholesky(y.stack)
-    Q = polar_factor(Ly.mT @ Lx_inv.mT, Ly_inv @ Lx)
+    Q = polar_factor(Ly.mT @ Lx_inv.mT, Ly_inv @ Lx, STEPS)
     mean = _symmetric(Lx @ Q.mT @ Ly.mT).where(y.finite, torch.nan)
     return x.back(mean, (x.exponent + y.exponent) // 2, torch.empty_like(X) if out is None else out)
 
@@ -106,17 +111,17 @@ def sqrtm(X: Tensor, precision: str, inverse: bool, out: Tensor | None = None) -
     """`X^(1/2) = Q^T L^T`, or `X^(-1/2) = L^-T Q`, with `L^T = Q H`; NaN where X is not positive definite."""
     x = Scaled(X, precision)
     L, L_inv = _cholesky(x.stack)
-    Q = polar_factor(L.mT, L_inv)
+    Q = polar_factor(L.mT, L_inv, STEPS)
     root = _symmetric(L_inv.mT @ Q if inverse else Q.mT @ L.mT)
     half = x.exponent // 2
     return x.back(root, -half if inverse else half, torch.empty_like(X) if out is None else out)
 
 
-def inv_root(X: Tensor, p: float, eps: float, precision: str, out: Tensor | None = None) -> Tensor:
+def inv_root(X: Tensor, p: float, eps: float, unit: float, precision: str, out: Tensor | None = None) -> Tensor:
     """`(X + eps I)^(-1/p)`; NaN where that is not positive definite."""
-    w, V = eigh(X.to(getattr(torch, precision)), precision)
+    w, V = eigh(X.double(), precision)
     assert V is not None
-    rounding = torch.finfo(w.dtype).eps * w.shape[1] * w.abs().amax(1, keepdim=True)
+    rounding = unit * 4 * w.shape[1] ** 0.5 * w.abs().amax(1, keepdim=True)
     shifted = w.where((w >= 0) | (w < -rounding), 0.0).double() + eps
     sound = (shifted > 0).all(1).view(-1, 1, 1)
     V = V.double()

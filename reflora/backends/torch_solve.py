@@ -61,7 +61,7 @@ def gram(X: Tensor, compute: torch.dtype) -> Gram:
     return Gram(unit, norm, L, L_inv, kappa.view(-1))
 
 
-def polar_factor(X: Tensor, X_inv_T: Tensor) -> Tensor:
+def polar_factor(X: Tensor, X_inv_T: Tensor, steps: int = SCHULZ_STEPS) -> Tensor:
     """The orthogonal polar factor of X `[batch, r, r]`, given X^-T.
 
     One step of Higham's scaled Newton iteration takes the root of the condition number; the cubic Newton-Schulz steps
@@ -71,10 +71,13 @@ def polar_factor(X: Tensor, X_inv_T: Tensor) -> Tensor:
     X = (z * X + X_inv_T / z) / 2
     low = _frobenius(X.mT @ X).rsqrt()
     X = X * low
-    for _ in range(SCHULZ_STEPS):
+    for _ in range(steps):
         square = 3 / (1 + low + low * low)
         root = square.sqrt()
         X = 1.5 * root * X - 0.5 * root * square * (X @ (X.mT @ X))
+        done = steps > SCHULZ_STEPS and X.device.type == "cpu" and bool((low > 1 - 1e-8).all())
+        if done:
+            break
         low = (0.5 * root * low * (3 - square * low * low)).clamp(max=1.0)
     return X
 

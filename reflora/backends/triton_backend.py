@@ -124,14 +124,14 @@ def svd(X: Tensor, precision: str, out: Sequence[Tensor] | None = None) -> tuple
         return launch(X, precision, out)
 
 
-def inv_root(X: Tensor, p: float, eps: float, precision: str, out: Tensor | None = None) -> Tensor:
+def inv_root(X: Tensor, p: float, eps: float, unit: float, precision: str, out: Tensor | None = None) -> Tensor:
     """`(X + eps I)^(-1/p)`; NaN where that is not positive definite."""
     if X.shape[-1] > RANK_CLASSES[-1] or X.numel() == 0:
-        return torch_backend.inv_root(X, p, eps, precision, out)
+        return torch_backend.inv_root(X, p, eps, unit, precision, out)
     from ..kernels.inv_root import inv_root as launch
 
     with torch.cuda.device_of(X):
-        return launch(X, p, eps, precision, out)
+        return launch(X, p, eps, unit, precision, out)
 
 
 def _serve(

@@ -12,18 +12,21 @@ from torch import Tensor
 from .dtypes import exponent_of, power_of_two
 from .jacobi import configuration, eigen, normalise
 from .matrices import load_scaled, matrix_slot, store_result
-from .solve import PLAIN, multiply, rounding
+from .solve import PLAIN, multiply
 
 # by rank class, float32 and float64: the fewest with which nothing, or least, spills
 WARPS = {16: (2, 2), 32: (2, 4), 64: (4, 8), 128: (16, 16)}
 
 
-@triton.jit(do_not_specialize=["n", "p_bits", "eps_bits"])
+@triton.jit(do_not_specialize=["n", "p_bits", "eps_bits", "unit_bits"])
 def inv_root_kernel(
-    p_X, p_root, work, n, p_bits: tl.int64, eps_bits: tl.int64, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-    TC: tl.constexpr,
+    p_X, p_root, work, n, p_bits: tl.int64, eps_bits: tl.int64, unit_bits: tl.int64, RC: tl.constexpr, BM: tl.constexpr,
+    BK: tl.constexpr, TC: tl.constexpr,
 ):  # fmt: skip
-    """`V diag((w + eps)^(-1/p)) V^T`. X, root `[batch, n, n]` contiguous, work as in eigh. p, eps: bits of float64."""
+    """`V diag((w + eps)^(-1/p)) V^T`. X, root `[batch, n, n]` contiguous, work as in eigh.
+
+    p, eps, unit: bits of float64.
+    """
     index = tl.program_id(0)
     p_x, p_u = matrix_slot(work, index, 0, RC), matrix_slot(work, index, 1, RC)
     p_z, p_t = matrix_slot(work, index, 2, RC), matrix_slot(work, index, 3, RC)
@@ -31,7 +34,8 @@ def inv_root_kernel(
     exponent = normalise(p_x, exponent, usable, RC, BM)
     eigen(p_x, p_u, p_z, p_t, n, 0, RC, BM, BK, TC)
     p, eps = p_bits.to(tl.int64).to(tl.float64, bitcast=True), eps_bits.to(tl.int64).to(tl.float64, bitcast=True)
-    exponent, sound = inverse_powers(p_t + RC * RC, exponent, n, p, eps, RC, TC)
+    unit = unit_bits.to(tl.int64).to(tl.float64, bitcast=True)
+    exponent, sound = inverse_powers(p_t + RC * RC, exponent, n, p, eps, unit, RC, TC)
     j = tl.arange(0, RC)[None, :]
     power = tl.load(p_t + RC * RC + j)
     for first in range(0, RC, BM):
@@ -44,15 +48,15 @@ def inv_root_kernel(
 
 
 @triton.jit
-def inverse_powers(p_values, exponent, n, p, eps, RC: tl.constexpr, TC: tl.constexpr):
+def inverse_powers(p_values, exponent, n, p, eps, unit, RC: tl.constexpr, TC: tl.constexpr):
     """A vector w becomes `(2^exponent w + eps)^(-1/p)` over the returned power of two, which keeps it within range.
 
-    Eigenvalues below zero by no more than rounding count as zero. Also returns 1 if all `2^exponent w + eps` are
-    positive, else 0.
+    Eigenvalues below zero by no more than 4 sqrt(n) units of the largest count as zero. Also returns 1 if all
+    `2^exponent w + eps` are positive, else 0.
     """
     j = tl.arange(0, RC)
     w = tl.load(p_values + j).to(tl.float64)
-    slack = tl.max(tl.abs(w), 0) * rounding(TC).to(tl.float64) * n
+    slack = tl.max(tl.abs(w), 0) * unit * 4 * tl.sqrt(n.to(tl.float64))
     w = tl.where((w < 0) & (w >= -slack), 0.0, w)
     # both terms over the power of two of the larger one
     common = tl.where(eps > 0, tl.maximum(exponent_of(tl.where(eps > 0, eps, 1.0)), exponent), exponent)
@@ -70,7 +74,7 @@ def inverse_powers(p_values, exponent, n, p, eps, RC: tl.constexpr, TC: tl.const
     return top.to(tl.int64), sound
 
 
-def inv_root(X: Tensor, p: float, eps: float, precision: str, out: Tensor | None = None) -> Tensor:
+def inv_root(X: Tensor, p: float, eps: float, unit: float, precision: str, out: Tensor | None = None) -> Tensor:
     """`[batch, n, n]` contiguous, n <= 128, p > 0, eps >= 0; NaN where X + eps I is not positive definite.
 
     out: where to write.
@@ -78,6 +82,6 @@ def inv_root(X: Tensor, p: float, eps: float, precision: str, out: Tensor | None
     root = torch.empty_like(X) if out is None else out
     work, constants, options = configuration(X, precision, WARPS)
     # Triton passes a Python float as float32
-    bits = [struct.unpack("q", struct.pack("d", value))[0] for value in (p, eps)]
+    bits = [struct.unpack("q", struct.pack("d", value))[0] for value in (p, eps, unit)]
     inv_root_kernel[(len(X),)](X, root, work, X.shape[-1], *bits, **constants, **options)
     return root

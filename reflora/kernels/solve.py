@@ -11,8 +11,8 @@ import triton.language as tl
 
 # how the elements of a slot are read: as they are, or as L^T or L^-1 of a slot that `factor` has packed
 PLAIN, FACTOR_T, FACTOR_INVERSE = (tl.constexpr(c) for c in range(3))
-# far more than any X takes: 7 to 13, up to 20 at the bound of degenerate layers
-SCHULZ_STEPS = tl.constexpr(60)
+# more than any X takes: 7 to 13, up to 20 at the bound of degenerate layers, 190 over the whole range of float64
+SCHULZ_STEPS = tl.constexpr(200)
 # the largest rank class whose iterates stay in registers
 RESIDENT = tl.constexpr(32)
 

@@ -72,7 +72,7 @@ def _matrix_variant(name: str, rank_class: int, precision: str, storage: str, **
     kernel = MATRIX_KERNELS[name]
     stored = {"float32": "*fp32", "float64": "*fp64"}
     signature = {p: stored[storage] for p in kernel.arg_names if p.startswith("p_")}
-    signature.update(work=stored[precision], n="i32", p_bits="i64", eps_bits="i64")
+    signature.update(work=stored[precision], n="i32", p_bits="i64", eps_bits="i64", unit_bits="i64")
     eigen = name in EIGEN_KERNELS
     constants = eigen_constants(rank_class, precision) if eigen else matrix_constants(rank_class, precision)
     constants = {**MATRIX_CONSTANTS, **constants, **changed}

@@ -1,4 +1,4 @@
-"""The functions on a backend: any leading dimensions and floating type in, results into `out` where it is given.
+"""The functions on a backend: any leading dimensions and floating type in, new results out.
 
 Arguments have been checked (functions.py). Batches go to a backend as contiguous `[batch, n, n]` of float32 or float64.
 """
@@ -7,52 +7,54 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from ..backends import resolve
 
-Out = Sequence[Tensor] | None
 # how many of the last dimensions of X a result has
 MATRIX, VECTOR = 2, 1
 BATCHED = (torch.float32, torch.float64)
 
 
-def eigh(X: Tensor, V0: Tensor | None, backend: str | None, precision: str, out: Out = None) -> list[Tensor]:
+def eigh(X: Tensor, V0: Tensor | None, backend: str | None, precision: str) -> list[Tensor]:
     start = None if V0 is None else batch(V0.detach().to(wide(X)))
     serve = resolve(backend, X.device).eigh
-    return into(X, (VECTOR, MATRIX), out, lambda own: serve(batch(X), precision, start, True, (own[0], own[1])))
+    return into(X, (VECTOR, MATRIX), lambda own: serve(batch(X), precision, start, True, (own[0], own[1])))
 
 
-def eigvalsh(X: Tensor, backend: str | None, precision: str, out: Out = None) -> list[Tensor]:
+def eigvalsh(X: Tensor, backend: str | None, precision: str) -> list[Tensor]:
     serve = resolve(backend, X.device).eigh
-    return into(X, (VECTOR,), out, lambda own: serve(batch(X), precision, None, False, (own[0], None)))
+    return into(X, (VECTOR,), lambda own: serve(batch(X), precision, None, False, (own[0], None)))
 
 
-def svd(X: Tensor, backend: str | None, precision: str, out: Out = None) -> list[Tensor]:
+def svd(X: Tensor, backend: str | None, precision: str) -> list[Tensor]:
     serve = resolve(backend, X.device).svd
-    return into(X, (MATRIX, VECTOR, MATRIX), out, lambda own: serve(batch(X), precision, own))
+    return into(X, (MATRIX, VECTOR, MATRIX), lambda own: serve(batch(X), precision, own))
 
 
-def polar(X: Tensor, backend: str | None, precision: str, out: Out = None) -> list[Tensor]:
+def polar(X: Tensor, backend: str | None, precision: str) -> list[Tensor]:
     serve = resolve(backend, X.device).polar
-    return into(X, (MATRIX, MATRIX), out, lambda own: serve(batch(X), precision, own))
+    return into(X, (MATRIX, MATRIX), lambda own: serve(batch(X), precision, own))
 
 
-def geometric_mean(X: Tensor, Y: Tensor, backend: str | None, precision: str, out: Out = None) -> list[Tensor]:
+def geometric_mean(X: Tensor, Y: Tensor, backend: str | None, precision: str) -> list[Tensor]:
     serve = resolve(backend, X.device).geometric_mean
-    return into(X, (MATRIX,), out, lambda own: serve(batch(X), batch(Y), precision, own[0]))
+    return into(X, (MATRIX,), lambda own: serve(batch(X), batch(Y), precision, own[0]))
 
 
-def sqrtm(X: Tensor, inverse: bool, backend: str | None, precision: str, out: Out = None) -> list[Tensor]:
+def sqrtm(X: Tensor, inverse: bool, backend: str | None, precision: str) -> list[Tensor]:
     serve = resolve(backend, X.device).sqrtm
-    return into(X, (MATRIX,), out, lambda own: serve(batch(X), precision, inverse, own[0]))
+    return into(X, (MATRIX,), lambda own: serve(batch(X), precision, inverse, own[0]))
 
 
-def inv_root(X: Tensor, p: float, eps: float, backend: str | None, precision: str, out: Out = None) -> list[Tensor]:
+def inv_root(X: Tensor, p: float, eps: float, backend: str | None, precision: str) -> list[Tensor]:
     serve = resolve(backend, X.device).inv_root
-    return into(X, (MATRIX,), out, lambda own: serve(batch(X), p, eps, precision, own[0]))
+    # X is known to the rounding of its own type, whatever the arithmetic
+    unit = max(torch.finfo(X.dtype).eps, torch.finfo(getattr(torch, precision)).eps)
+    return into(X, (MATRIX,), lambda own: serve(batch(X), p, eps, unit, precision, own[0]))
 
 
 def wide(X: Tensor) -> torch.dtype:
@@ -63,6 +65,8 @@ def wide(X: Tensor) -> torch.dtype:
 def batch(X: Tensor) -> Tensor:
     if X.requires_grad:
         X = X.detach()
+    if X.is_neg():
+        X = X.resolve_neg()
     if X.dtype not in BATCHED:
         X = X.to(torch.float32)
     if X.dim() != 3:
@@ -70,19 +74,23 @@ def batch(X: Tensor) -> Tensor:
     return X.contiguous()
 
 
-def into(X: Tensor, kinds: Sequence[int], out: Out, run: Callable[[Sequence[Tensor]], object]) -> list[Tensor]:
-    """`run` on results of its own: `[batch, n, n]` or `[batch, n]`, contiguous. Returns them as they are asked for."""
+def into(X: Tensor, kinds: Sequence[int], run: Callable[[Sequence[Tensor]], object]) -> list[Tensor]:
+    """`run` on new results, `[batch, n, n]` or `[batch, n]`, contiguous; returned in the shape and type of X."""
     dtype, shape = wide(X), X.shape
     count, n = math.prod(shape[:-2]), shape[-1]
     flats = [(count, n, n) if kind == MATRIX else (count, n) for kind in kinds]
     own = [torch.empty(flat, dtype=dtype, device=X.device) for flat in flats]
     if count:
-        run(own)
-    if out is None:
-        if len(shape) != 3:
-            own = [result.view(*shape[:-2], *result.shape[1:]) for result in own]
-        return own if dtype == X.dtype else [result.to(X.dtype) for result in own]
-    # copied, never written through an address: `out` may overlap any input, and autograd has to hear of it
-    for given, result in zip(out, own):
-        given.copy_(result.view(given.shape))
-    return list(out)
+        with (
+            torch.autocast(X.device.type, enabled=False) if torch.is_autocast_enabled(X.device.type) else nullcontext()
+        ):
+            run(own)
+    if len(shape) != 3:
+        own = [result.view(*shape[:-2], *result.shape[1:]) for result in own]
+    return own if dtype == X.dtype else [result.to(X.dtype) for result in own]
+
+
+def _full_precision(device: str) -> AbstractContextManager[None]:
+    """No autocast: it would reach into the products of the torch backend."""
+    casting = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if casting else nullcontext()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from numbers import Real
 from typing import NamedTuple
@@ -9,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..contract import STORAGE_DTYPES, check_backend, check_precision, fail
+from ..contract import STORAGE_DTYPES, check_backend, check_precision, extent, fail
 from . import direct, operators
+from .direct import MATRIX, VECTOR
 
 
 class Eigh(NamedTuple):
@@ -50,31 +52,35 @@ def eigh(
     gain nothing from them and start anew. V0 that is not orthogonal to about 0.1 is not used. On a GPU n > 128 goes
     through torch.linalg.eigh, which waits for the device.
 
-    Differentiable: where eigenvalues coincide, the gradient of what depends on the choice of their vectors counts as 0.
+    Differentiable where eigenvalues are apart. Between equal ones the gradient through V counts as 0, between nearly
+    equal ones it is inaccurate, even of functions like `V f(w) V^T`, which have one: take `sqrtm` for those.
     Raises TypeError or ValueError for anything but a floating `[..., n, n]`, for a V0 or `out` that does not match it,
-    RuntimeError for an unavailable backend or for `out` with an X that requires grad. torch.linalg.eigh takes the same
-    X (but for its lower triangle) and returns the same names.
+    RuntimeError for an unavailable backend or for `out` with an X that requires grad. torch.linalg.eigh
+    returns the same names; it reads the lower triangle of X alone.
     """
-    precision = _check("eigh", X, backend, precision or _own(X))
+    precision = _own(X) if precision is None else precision
+    _check("eigh", X, backend, precision, (VECTOR, MATRIX), out)
     if V0 is not None:
         _like("eigh, V0", V0, X)
-    if _needs_grad(X) or _traced(X):
-        return Eigh(*_given(operators.eigh(X, V0, backend or "", precision), X, (1, 2), out))
-    return Eigh(*direct.eigh(X, V0, backend, precision, _out("eigh", X, (1, 2), out)))
+    if _needs_grad(X) or _traced(X, V0):
+        w, V = operators.eigh(_wide(X), None if V0 is None else _wide(V0), backend or "", precision)
+        return Eigh(*_given((w.to(X.dtype), V.to(X.dtype)), out))
+    return Eigh(*_given(direct.eigh(X, V0, backend, precision), out))
 
 
 def eigvalsh(
     X: Tensor, *, out: Tensor | None = None, backend: str | None = None, precision: str | None = None
 ) -> Tensor:
     """The eigenvalues of `eigh`, to the bit, at less cost. Raises as it does."""
-    precision = _check("eigvalsh", X, backend, precision or _own(X))
-    outs = None if out is None else [out]
+    precision = _own(X) if precision is None else precision
+    outs = _one(out)
+    _check("eigvalsh", X, backend, precision, (VECTOR,), outs)
     if _needs_grad(X):
-        w = operators.eigh(X, None, backend or "", precision)[0]
-        return _given([w], X, (1,), outs)[0]
+        w = operators.eigh(_wide(X), None, backend or "", precision)[0]
+        return _given([w.to(X.dtype)], outs)[0]
     if _traced(X):
-        return _given([operators.eigvalsh(X, backend or "", precision)], X, (1,), outs)[0]
-    return direct.eigvalsh(X, backend, precision, _out("eigvalsh", X, (1,), outs))[0]
+        return _given([operators.eigvalsh(X, backend or "", precision)], outs)[0]
+    return _given(direct.eigvalsh(X, backend, precision), outs)[0]
 
 
 def svd(
@@ -82,12 +88,13 @@ def svd(
 ) -> SVD:
     """`X = U diag(S) Vh` of square X: S descending and not negative, U and Vh orthogonal however singular X is.
 
-    The component of largest magnitude of each row of Vh, the first where several are, is positive. Raises as `eigh`.
+    The component of largest magnitude of each row of Vh, the first where several are, is positive. Not
+    differentiable. Raises as `eigh`.
     """
-    _check("svd", X, backend, precision)
+    _check("svd", X, backend, precision, (MATRIX, VECTOR, MATRIX), out)
     if _traced(X):
-        return SVD(*_given(operators.svd(X.detach(), backend or "", precision), X, (2, 1, 2), out))
-    return SVD(*direct.svd(X, backend, precision, _out("svd", X, (2, 1, 2), out)))
+        return SVD(*_given(operators.svd(X.detach(), backend or "", precision), out))
+    return SVD(*_given(direct.svd(X, backend, precision), out))
 
 
 def polar(
@@ -95,12 +102,12 @@ def polar(
 ) -> Polar:
     """`X = Q H`: Q orthogonal, H symmetric positive semidefinite. Raises as `eigh`.
 
-    Q is not unique where X is singular.
+    Q is not unique where X is singular. Not differentiable.
     """
-    _check("polar", X, backend, precision)
+    _check("polar", X, backend, precision, (MATRIX, MATRIX), out)
     if _traced(X):
-        return Polar(*_given(operators.polar(X.detach(), backend or "", precision), X, (2, 2), out))
-    return Polar(*direct.polar(X, backend, precision, _out("polar", X, (2, 2), out)))
+        return Polar(*_given(operators.polar(X.detach(), backend or "", precision), out))
+    return Polar(*_given(direct.polar(X, backend, precision), out))
 
 
 def geometric_mean(
@@ -108,15 +115,14 @@ def geometric_mean(
 ) -> Tensor:
     """`X # Y = X^(1/2) (X^(-1/2) Y X^(-1/2))^(1/2) X^(1/2)` of SPD X and Y (paper, Lemma 7).
 
-    Raises as `eigh`, and ValueError where X and Y differ in shape, dtype or device.
+    Not differentiable. Raises as `eigh`, and ValueError where X and Y differ in shape, dtype or device.
     """
-    _check("geometric_mean, X", X, backend, precision)
+    outs = _one(out)
+    _check("geometric_mean", X, backend, precision, (MATRIX,), outs)
     _like("geometric_mean, Y", Y, X)
-    outs = None if out is None else [out]
-    if _traced(X):
-        mean = operators.geometric_mean(X.detach(), Y.detach(), backend or "", precision)
-        return _given([mean], X, (2,), outs)[0]
-    return direct.geometric_mean(X, Y, backend, precision, _out("geometric_mean", X, (2,), outs))[0]
+    if _traced(X, Y):
+        return _given([operators.geometric_mean(X.detach(), Y.detach(), backend or "", precision)], outs)[0]
+    return _given(direct.geometric_mean(X, Y, backend, precision), outs)[0]
 
 
 def sqrtm(X: Tensor, *, out: Tensor | None = None, backend: str | None = None, precision: str = "float64") -> Tensor:
@@ -140,27 +146,28 @@ def inv_root(
 ) -> Tensor:
     """`(X + eps I)^(-1/p)` of symmetric positive semidefinite X: the inverse p-th root of Shampoo (arXiv 1802.09568).
 
-    Eigenvalues that rounding has made negative (by no more than n units of the largest) count as 0. NaN where
-    `X + eps I` is not positive definite: give a singular X an eps. Raises as `eigh`, ValueError for p <= 0 or eps < 0.
+    Eigenvalues that rounding has made negative, by no more than 4 sqrt(n) units of the largest, count as 0; the unit is
+    the rounding of X's own type. NaN where `X + eps I` is not positive definite: give a singular X an eps. Not
+    differentiable. Raises as `eigh`, ValueError for p <= 0 or eps < 0.
     """
-    _check("inv_root", X, backend, precision)
+    outs = _one(out)
+    _check("inv_root", X, backend, precision, (MATRIX,), outs)
+    remedies = {"p": "Shampoo's p is 4 for a matrix.", "eps": "It is added to the diagonal."}
     for what, value, least in (("p", p, "> 0"), ("eps", eps, ">= 0")):
         number = isinstance(value, Real) and not isinstance(value, bool)
-        if not number or not (0 < value < float("inf") or (value == 0 and what == "eps")):
-            fail(f"inv_root, {what}", f"a finite number {least}", repr(value), "Shampoo's p is 4 for a matrix.")
-    outs = None if out is None else [out]
+        if not number or not (0 < value < sys.float_info.max or (value == 0 and what == "eps")):
+            fail(f"inv_root, {what}", f"a finite number {least}", repr(value), remedies[what])
     if _traced(X):
-        root = operators.inv_root(X.detach(), float(p), float(eps), backend or "", precision)
-        return _given([root], X, (2,), outs)[0]
-    return direct.inv_root(X, float(p), float(eps), backend, precision, _out("inv_root", X, (2,), outs))[0]
+        return _given([operators.inv_root(X.detach(), float(p), float(eps), backend or "", precision)], outs)[0]
+    return _given(direct.inv_root(X, float(p), float(eps), backend, precision), outs)[0]
 
 
 def _sqrtm(what: str, X: Tensor, inverse: bool, out: Tensor | None, backend: str | None, precision: str) -> Tensor:
-    _check(what, X, backend, precision)
-    outs = None if out is None else [out]
+    outs = _one(out)
+    _check(what, X, backend, precision, (MATRIX,), outs)
     if _needs_grad(X) or _traced(X):
-        return _given([operators.sqrtm(X, inverse, backend or "", precision)], X, (2,), outs)[0]
-    return direct.sqrtm(X, inverse, backend, precision, _out(what, X, (2,), outs))[0]
+        return _given([operators.sqrtm(_wide(X), inverse, backend or "", precision).to(X.dtype)], outs)[0]
+    return _given(direct.sqrtm(X, inverse, backend, precision), outs)[0]
 
 
 # ---- checks
@@ -171,15 +178,19 @@ def _own(X: Tensor) -> str:
     return "float64" if isinstance(X, Tensor) and X.dtype == torch.float64 else "float32"
 
 
-def _check(what: str, X: Tensor, backend: str | None, precision: str) -> str:
+def _check(
+    what: str, X: Tensor, backend: str | None, precision: str, kinds: Sequence[int], out: Sequence[Tensor] | None
+) -> None:
+    """kinds: how many of the last dimensions of X each result has."""
     check_backend(backend)
     check_precision(precision)
-    if not isinstance(X, Tensor) or X.dtype not in STORAGE_DTYPES:
-        got = X.dtype if isinstance(X, Tensor) else type(X).__name__
-        fail(what, "a floating-point tensor", got, "Cast it to float32 or float64.", TypeError)
+    if not isinstance(X, Tensor) or X.dtype not in STORAGE_DTYPES or X.layout != torch.strided or X.is_nested:
+        got = f"{X.dtype} ({X.layout})" if isinstance(X, Tensor) else type(X).__name__
+        fail(what, "a dense floating-point tensor", got, "Cast it to float32 or float64.", TypeError)
     if X.dim() < 2 or X.shape[-1] != X.shape[-2] or X.shape[-1] == 0:
         fail(what, "square matrices [..., n, n], n >= 1", tuple(X.shape), "Only square matrices have this function.")
-    return precision
+    if out is not None:
+        _check_out(f"{what}, out", X, kinds, out)
 
 
 def _like(what: str, Y: Tensor, X: Tensor) -> None:
@@ -194,41 +205,49 @@ def _match(what: str, Y: Tensor, shape: torch.Size, X: Tensor, why: str, remedy:
         fail(what, f"{tuple(shape)} {X.dtype} on {X.device} {why}", got, remedy)
 
 
-def _out(what: str, X: Tensor, kinds: Sequence[int], out: Sequence[Tensor] | None) -> Sequence[Tensor] | None:
-    """kinds: how many of the last dimensions of X each result has."""
-    if out is None:
-        return None
-    if isinstance(out, Tensor) or len(out) != len(kinds):
-        fail(f"{what}, out", f"{len(kinds)} tensors", type(out).__name__, "Pass a tuple, one a result.", TypeError)
+def _check_out(what: str, X: Tensor, kinds: Sequence[int], out: Sequence[Tensor]) -> None:
+    if not isinstance(out, (tuple, list)) or len(out) != len(kinds):
+        fail(what, f"{len(kinds)} tensors", type(out).__name__, "Pass a tuple, one a result.", TypeError)
+    if _needs_grad(X):
+        fail(what, "an X that does not require grad", "one that does", "Detach it, or leave out= away.", RuntimeError)
     for place, (given, kind) in enumerate(zip(out, kinds)):
         shape = torch.Size((*X.shape[:-2], *X.shape[-kind:]))
-        _match(f"{what}, out[{place}]", given, shape, X, "as the result", "torch.empty of that shape will do.")
+        _match(f"{what}[{place}]", given, shape, X, "as the result", "torch.empty of that shape will do.")
         if _needs_grad(given):
             remedy = "Detach it, or call under torch.no_grad."
-            fail(f"{what}, out[{place}]", "a tensor that does not require grad", "one that does", remedy, RuntimeError)
-        if any(given.data_ptr() == other.data_ptr() != 0 for other in out[:place]):
-            fail(f"{what}, out[{place}]", "memory of its own", "that of another result", "Pass a tensor for each.")
-    return out
+            fail(f"{what}[{place}]", "a tensor that does not require grad", "one that does", remedy, RuntimeError)
+        if not _traced(*out) and any(_overlap(given, other) for other in out[:place]):
+            fail(f"{what}[{place}]", "memory of its own", "that of another result", "Pass a tensor for each.")
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    (a, b), (c, d) = extent(one), extent(other)
+    return a < d and c < b
 
 
 def _needs_grad(X: Tensor) -> bool:
     return torch.is_grad_enabled() and X.requires_grad
 
 
-def _traced(X: Tensor) -> bool:
-    """Whether X has to go through an operator: while a graph is made of it, or where it has no memory of its own."""
-    return torch.compiler.is_compiling() or type(X) not in (Tensor, torch.nn.Parameter)
+def _traced(*tensors: Tensor | None) -> bool:
+    """Whether an operator has to be called: while a graph is made, or where a tensor has no memory of its own."""
+    making = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+    return making or any(t is not None and type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
 
 
-def _given(
-    results: Sequence[Tensor], X: Tensor, kinds: Sequence[int], out: Sequence[Tensor] | None
-) -> Sequence[Tensor]:
-    """Results of an operator, copied to `out` where that is given."""
+def _wide(X: Tensor) -> Tensor:
+    """X in the type that operators work in, so that what they keep for the backward is not rounded to 16 bits."""
+    return X.to(direct.wide(X))
+
+
+def _one(out: Tensor | None) -> Sequence[Tensor] | None:
+    return None if out is None else (out,)
+
+
+def _given(results: Sequence[Tensor], out: Sequence[Tensor] | None) -> Sequence[Tensor]:
+    """The results, copied to `out` where that is given: it may overlap any input, and autograd has to hear of it."""
     if out is None:
         return results
-    if _needs_grad(X):
-        fail("out", "an X that does not require grad", "one that does", "Detach it, or leave out= away.", RuntimeError)
-    _out("out", X, kinds, out)
     for given, result in zip(out, results):
         given.copy_(result)
     return out

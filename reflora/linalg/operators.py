@@ -93,36 +93,40 @@ def _(X: Tensor, *_: object) -> Tensor:
 
 
 def _keep_eigh(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output)
 
 
 def _eigh_backward(ctx: Any, grad_w: Tensor | None, grad_V: Tensor | None) -> tuple[Tensor, None, None, None]:
-    """`V (diag(gw) + (V^T gV) / (w_j - w_i)) V^T`, its symmetric part; 0 for the quotients of equal eigenvalues."""
+    """`V (diag(gw) + (V^T gV) / (w_j - w_i)) V^T`, its symmetric part; 0 for quotients that are not finite."""
     w, V = ctx.saved_tensors
-    inner = torch.zeros_like(V) if grad_w is None else torch.diag_embed(grad_w)
-    if grad_V is not None:
-        gap = w.unsqueeze(-2) - w.unsqueeze(-1)
-        quotient = torch.where(gap == 0, 0.0, 1 / torch.where(gap == 0, 1.0, gap))
-        inner = inner + (V.mT @ grad_V) * quotient
-    grad = V @ inner @ V.mT
+    with torch.autocast(V.device.type, enabled=False):
+        inner = torch.zeros_like(V) if grad_w is None else torch.diag_embed(grad_w)
+        if grad_V is not None:
+            gap = w.unsqueeze(-2) - w.unsqueeze(-1)
+            apart = gap.abs() > 1 / torch.finfo(gap.dtype).max
+            quotient = torch.where(apart, 1 / torch.where(apart, gap, 1.0), 0.0)
+            inner = inner + (V.mT @ grad_V) * quotient
+        grad = V @ inner @ V.mT
     return (grad + grad.mT) / 2, None, None, None
 
 
 def _keep_sqrtm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.inverse = inputs[1]
+    ctx.inverse, ctx.backend = inputs[1:3]
     ctx.save_for_backward(inputs[0])
 
 
 def _sqrtm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     """`V (L * (V^T g V)) V^T` with L the divided differences of the root (Daleckii and Krein)."""
     (X,) = ctx.saved_tensors
-    w, V = torch.ops.reflora.eigh(X.double(), None, "", "float64")
+    w, V = torch.ops.reflora.eigh(X.double(), None, ctx.backend, "float64")
     root = w.clamp_min(0).sqrt()
     differences = 1 / (root.unsqueeze(-1) + root.unsqueeze(-2))
     if ctx.inverse:
         differences = -differences / (root.unsqueeze(-1) * root.unsqueeze(-2))
-    inner = V.mT @ ((grad + grad.mT) / 2).double() @ V
-    return (V @ (differences * inner) @ V.mT).to(X.dtype), None, None, None
+    with torch.autocast(V.device.type, enabled=False):
+        inner = V.mT @ ((grad + grad.mT) / 2).double() @ V
+        return (V @ (differences * inner) @ V.mT).to(X.dtype), None, None, None
 
 
 eigh.register_autograd(_eigh_backward, setup_context=_keep_eigh)
