@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -80,17 +79,12 @@ def into(X: Tensor, kinds: Sequence[int], run: Callable[[Sequence[Tensor]], obje
     count, n = math.prod(shape[:-2]), shape[-1]
     flats = [(count, n, n) if kind == MATRIX else (count, n) for kind in kinds]
     own = [torch.empty(flat, dtype=dtype, device=X.device) for flat in flats]
-    if count:
-        with (
-            torch.autocast(X.device.type, enabled=False) if torch.is_autocast_enabled(X.device.type) else nullcontext()
-        ):
+    device = X.device.type
+    if count and device != "meta" and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):  # it would reach into the products of the torch backend
             run(own)
+    elif count:
+        run(own)
     if len(shape) != 3:
         own = [result.view(*shape[:-2], *result.shape[1:]) for result in own]
     return own if dtype == X.dtype else [result.to(X.dtype) for result in own]
-
-
-def _full_precision(device: str) -> AbstractContextManager[None]:
-    """No autocast: it would reach into the products of the torch backend."""
-    casting = device != "meta" and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if casting else nullcontext()

@@ -231,8 +231,10 @@ def _needs_grad(X: Tensor) -> bool:
 
 def _traced(*tensors: Tensor | None) -> bool:
     """Whether an operator has to be called: while a graph is made, or where a tensor has no memory of its own."""
-    making = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
-    return making or any(t is not None and type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
+    for t in tensors:
+        if t is not None and type(t) is not Tensor and type(t) is not torch.nn.Parameter:
+            return True
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _wide(X: Tensor) -> Tensor:
