@@ -28,7 +28,8 @@ static void matrices_as(Function f, uintptr_t x, uintptr_t y, const std::array<u
 static void matrices(int function, bool float32, uintptr_t x, uintptr_t y, std::array<uintptr_t, 3> out, int64_t batch,
                      int64_t n, double root, double shift, double unit, int threads) {
     py::gil_scoped_release release;
-    (float32 ? matrices_as<float> : matrices_as<double>)(Function(function), x, y, out, batch, n, root, shift, unit, threads);
+    const auto as = float32 ? matrices_as<float> : matrices_as<double>;
+    as(Function(function), x, y, out, batch, n, root, shift, unit, threads);
 }
 
 static void eigh(bool float32, uintptr_t x, uintptr_t w, uintptr_t V, int64_t batch, int64_t n, int threads) {

@@ -180,8 +180,8 @@ struct Eigen {
         } else return x;
     }
 
-    // Eigenvalues into d, in no order; their rotations go to Z, `count` panels of n B, apart(n) from each other. Lanes go their own way: lane by
-    // lane [low, high] is the block that is swept, off where it has come to the end.
+    // Eigenvalues into d, in no order; their rotations go to Z, `count` panels of n B, apart(n) from each other. Lanes go
+    // their own way: lane by lane [low, high] is the block that is swept, off where it has come to the end.
     void ql(B* Z, int64_t count) const {
         I low = I{};
         Sweep sweeps[64];
@@ -193,7 +193,8 @@ struct Eigen {
             const int64_t begin = least_of(low);
             for (int64_t i = begin; i < n - 1; ++i) {
                 const I here = flag(low == element(i));
-                const I small = flag(size_of(e[i]) <= fused(number(eps / 2), size_of(d[i]) + size_of(d[i + 1]), number(negligible)));
+                const E beside = size_of(d[i]) + size_of(d[i + 1]);
+                const I small = flag(size_of(e[i]) <= fused(number(eps / 2), beside, number(negligible)));
                 const I open = here & ~small & ~found;
                 first = open ? d[i] : first, second = open ? d[i + 1] : second, between = open ? e[i] : between;
                 const I ends = small & ~here & ~found & flag(low < element(i));

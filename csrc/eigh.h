@@ -94,7 +94,8 @@ struct Solver {
         int64_t* from = rows + lane * n;
         for (int64_t i = 0; i < n; ++i) {
             T size = 0;
-            for (int64_t j = 0; j < n; ++j) size += magnitude(scale.down(x[i * n + j])) + magnitude(scale.down(x[j * n + i]));
+            for (int64_t j = 0; j < n; ++j)
+                size += magnitude(scale.down(x[i * n + j])) + magnitude(scale.down(x[j * n + i]));
             sizes[i] = size;
         }
         ascending(sizes, 1, n, from);

@@ -41,7 +41,8 @@ struct Svd {
                 for (int64_t q = p + 1; q < d.r; ++q) {
                     double *gp = G + p * d.rp, *gq = G + q * d.rp;
                     const Dots a = dots(gp, gq);
-                    if (!(a.pp > nothing && a.qq > nothing && magnitude(a.pq) > tolerance * root(a.pp) * root(a.qq))) continue;
+                    const double most = tolerance * root(a.pp) * root(a.qq);
+                    if (!(a.pp > nothing && a.qq > nothing && magnitude(a.pq) > most)) continue;
                     const double z = (a.qq - a.pp) / (2 * a.pq);
                     const double t = (z < 0 ? -1 : 1) / (magnitude(z) + root(1 + z * z)), c = 1 / root(1 + t * t);
                     rotate(gp, gq, c, c * t), rotate(Y + p * d.rp, Y + q * d.rp, c, c * t);
@@ -79,7 +80,8 @@ struct Svd {
 
     // X = U diag(S) V^T; U and V as rows of G and Y, in any order. start: eigenvectors of X^T X [r, r], the largest last;
     // with them few sweeps are left. t, M: scratch like X; flags: r of them.
-    void run(const double* X, const double* start, double* G, double* Y, double* S, double* t, double* M, bool* flags) const {
+    void run(const double* X, const double* start, double* G, double* Y, double* S, double* t, double* M,
+             bool* flags) const {
         for (int64_t j = 0; j < d.r; ++j)
             for (int64_t i = 0; i < d.rp; ++i) Y[j * d.rp + i] = i < d.r ? start[i * d.r + d.r - 1 - j] : 0;
         d.transpose(X, t), d.matmul(Y, t, G);
