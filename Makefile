@@ -15,7 +15,7 @@ export PYTHONDONTWRITEBYTECODE :=
 DEPS := $(VENV)/.deps
 BUILT := $(VENV)/.built
 
-.PHONY: help test pytest lint format build bench steps scaling eigh gpu compile-table clean
+.PHONY: help test pytest lint format build bench compare memory steps scaling eigh gpu compile-table clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,8 +36,14 @@ format: $(DEPS)  ## let ruff mend what it can
 
 build: $(BUILT)  ## the virtual environment with reflora built in place
 
-bench: $(BUILT)  ## LoRA against RefLoRA on a real model: table, CSV and PNG under OUT=benchmarks/out
+bench: $(BUILT)  ## RefLoRA against LoRA, LoRA-Pro and LoRA-RITE on a real model: table, CSV and PNG under OUT=benchmarks/out
 	$(PY) -m benchmarks.throughput --out $(OUT) $(ARGS)
+
+compare: $(BUILT)  ## the same over every method there is, with their memory: under 10 minutes on two cores
+	$(PY) -m benchmarks.throughput --methods all --steps 40 --warmup 10 --out $(OUT) $(ARGS)
+
+memory: $(BUILT)  ## what every method keeps and borrows beyond LoRA: table, CSV and PNG under OUT
+	$(PY) -m benchmarks.memory --methods all --out $(OUT) $(ARGS)
 
 gpu:  ## on a GPU machine without network: build, pytest -m gpu, benchmarks, all under OUT=
 	PYTHON=$(PYTHON) .ci/gpu $(OUT)

@@ -73,3 +73,15 @@ def batches(examples: Sequence[Example], size: int, seed: int) -> Iterator[list[
         order = torch.randperm(len(examples), generator=generator).tolist()
         for start in range(0, len(order) - size + 1, size):
             yield [examples[index] for index in order[start : start + size]]
+
+
+def images(size: int, side: int, classes: int, count: int, seed: int) -> list[dict[str, Tensor]]:
+    """`count` batches of random `pixel_values [size, 3, side, side]` and class `labels [size]`."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {
+            "pixel_values": torch.randn(size, 3, side, side, generator=generator),
+            "labels": torch.randint(classes, (size,), generator=generator),
+        }
+        for _ in range(count)
+    ]

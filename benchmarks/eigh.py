@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from . import eigh_figure, harness, methods
+from . import eigh_figure, harness, methods, probes
 from .harness import Measurement, paired_ratio, summarize
 from .solvers import BUILD, DTYPES, LABELS, SAMPLE, Case, Sample, Solver, draw, library, missing, reason
 
@@ -63,7 +63,7 @@ class Run:
 def measure(options: argparse.Namespace, case: Case, names: Sequence[str], pace: dict[str, float]) -> Run:
     """One case. pace: seconds a matrix by method, as known from smaller batches of its size; kept up to date."""
     run, device = Run(case), options.device
-    needed, free = TENSORS * case.bytes, harness.free_bytes(device)
+    needed, free = TENSORS * case.bytes, probes.free_bytes(device)
     if needed > free / 2:
         run.sat_out[""] = f"needs {needed / 1e9:.1f} GB, more than half of what is free"
         return run

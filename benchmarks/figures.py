@@ -18,59 +18,16 @@ COLOURS = {
     "published RefLoRA": "#D55E00",
     "published RefLoRA-S": "#E69F00",
     "PEFT Riemannian": "#CC79A7",
+    "LoRA-Pro": "#F0E442",
+    "LoRA-RITE": "#7A4FA3",
+    "PrecLoRA": "#882255",
+    "NoRA+": "#999933",
+    "BaLoRA": "#44AA99",
+    "LoRA-Muon": "#000000",
+    "LoRA-Pro, full": "#DDCC77",
+    "LoRA+": "#AA4499",
 }
-MARKERS = dict(zip(COLOURS, "|osD^v<"))
-# metric, axis title, form of a value, least height of the axis (kilobytes must not look like much)
-_PANELS = (
-    ("throughput to LoRA", "throughput (LoRA = 1)", "{:.3f}", 0.0),
-    ("optimizer step", "optimizer step (ms)", "{:#.3g}", 0.0),
-    ("peak memory above LoRA", "memory above LoRA (MB)", "{:+.2f}", 1.0),
-)
-
-
-# ---- training: bars
-
-
-def overhead(path: Path, rows: Sequence[Measurement], env: Mapping[str, str]) -> bool:
-    """Throughput, step time and memory side by side (as the paper's Figure 3b), quantiles 20 to 80 as whiskers.
-
-    False, and nothing written, where matplotlib is not installed; so for every figure.
-    """
-    pyplot = drawing.pyplot()
-    if pyplot is None:
-        return False
-    panels = [panel for panel in _PANELS if any(row.metric == panel[0] for row in rows)]
-    with pyplot.rc_context(drawing.STYLE):
-        figure, axes = pyplot.subplots(1, len(panels), figsize=(2.35 * len(panels), 2.5), squeeze=False)
-        for axis, (metric, title, form, least) in zip(axes[0], panels):
-            _bars(axis, [row for row in rows if row.metric == metric], form)
-            axis.set_ylabel(title)
-            axis.set_ylim(top=max(axis.get_ylim()[1], least))
-        figure.suptitle(f"{rows[0].case} · {drawing.machine(env)}", fontsize=6.5, color="#555555", y=0.99)
-        figure.tight_layout(w_pad=2.0)
-        drawing.save(pyplot, figure, path)
-    return True
-
-
-def _bars(axis: Any, rows: Sequence[Measurement], form: str) -> None:
-    labels = [row.method for row in rows]
-    values = [row.summary.p50 for row in rows]
-    spread = [[row.summary.p50 - row.summary.p20 for row in rows], [row.summary.p80 - row.summary.p50 for row in rows]]
-    whiskers = spread if any(map(any, spread)) else None
-    bars = axis.bar(
-        range(len(rows)), values, width=0.68, color=[COLOURS[label] for label in labels], edgecolor="black",
-        linewidth=0.5, yerr=whiskers, error_kw={"elinewidth": 0.7, "capsize": 2, "capthick": 0.7},
-    )  # fmt: skip
-    tops = [value + (spread[1][i] if whiskers else 0) for i, value in enumerate(values)]
-    for bar, value, top in zip(bars, values, tops):
-        middle = bar.get_x() + bar.get_width() / 2
-        axis.annotate(form.format(value), (middle, top), (0, 2), textcoords="offset points", ha="center", va="bottom")
-    axis.set_xticks(range(len(rows)), [label.replace("published ", "published\n") for label in labels])
-    axis.tick_params(axis="x", labelrotation=35, length=0)
-    for tick in axis.get_xticklabels():
-        tick.set(ha="right", rotation_mode="anchor")
-    axis.set_ylim(min(0.0, 1.3 * min(values)), 1.18 * max(*tops, 1e-9))
-
+MARKERS = dict(zip(COLOURS, "|osD^v<>P*Xphd8"))
 
 # ---- steps: a row of dots a case
 

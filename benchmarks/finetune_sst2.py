@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import batches, data, harness, methods, models
+from . import batches, data, harness, methods, models, variants
 
 METHODS = ("lora", "reflora", "reflora-s")
 LOSS_WINDOW = 20
@@ -29,11 +29,13 @@ def train(options: argparse.Namespace, task: data.Task, name: str, seed: int) ->
     """One run; the fields of its JSON line."""
     device = torch.device(options.device)
     preset = models.PRESETS["minilm"]
-    loaded = models.load("minilm", task.classes, device, options.rank, options.rank, preset.targets, seed)
-    model, pairs = loaded.model, models.lora_pairs(loaded.model)
+    loaded = models.load("minilm", task.classes, device, seed)
+    adapter = variants.Adapter(options.rank, options.rank, preset.targets, seed, options.steps)
+    model = variants.build("lora", loaded, adapter)
+    pairs = variants.pairs_of(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     setting = methods.Setting(options.lr, options.warmup, backend=options.backend)
-    optimizer = methods.build(name, parameters, pairs, setting)
+    optimizer = methods.build(name, methods.Subject(parameters, pairs, setting, model))
     fall = 1 / options.steps if options.schedule == "linear" else 0.0
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - fall * step)
     draws = batches.batches(task.train, options.batch, seed)
@@ -150,7 +152,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m benchmarks.finetune_sst2", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--data", required=True, help="GLUE folder with train and dev .jsonl[.gz], or a file")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(methods.LABELS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=methods.BARE)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=32)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
-import gc
 import json
+import math
 import os
 import platform
 import subprocess
@@ -21,10 +21,7 @@ import torch
 from tqdm import tqdm
 
 QUANTILES = (20, 50, 80)
-CPU_MEMORY = "peak of live bytes in torch's CPU allocator (torch.profiler), buffers of C++ code outside it not counted"
-CUDA_MEMORY = "torch.cuda.max_memory_allocated"
 Event = Mapping[str, Any]
-_MARK = "reflora benchmark: measured"
 
 
 # ---- the machine
@@ -92,23 +89,39 @@ def _cores() -> int:
 
 @dataclass(frozen=True)
 class Summary:
-    """Quantiles of one measurement, in its own unit."""
+    """Quantiles of one measurement, in its own unit, and the 95 % interval of its median."""
 
     p20: float
     p50: float
     p80: float
     quartiles: tuple[float, float]
+    interval: tuple[float, float]
     count: int
 
 
 def summarize(samples: Sequence[float]) -> Summary:
-    """Quantiles by linear interpolation. Raises ValueError for no samples."""
+    """Quantiles by linear interpolation; of the median a 95 % interval. Raises ValueError for no samples."""
     if not samples:
         raise ValueError("expected at least one sample, got none; the run was shorter than its warm-up.")
     values = torch.tensor(samples, dtype=torch.float64)
     points = torch.tensor([0.2, 0.25, 0.5, 0.75, 0.8], dtype=torch.float64)
     p20, p25, p50, p75, p80 = torch.quantile(values, points).tolist()
-    return Summary(p20, p50, p80, (p25, p75), len(samples))
+    return Summary(p20, p50, p80, (p25, p75), _median_interval(sorted(samples)), len(samples))
+
+
+def _median_interval(ordered: Sequence[float]) -> tuple[float, float]:
+    """Order statistics that hold the true median with 95 % or more, whatever the distribution; else the whole range.
+
+    The number of samples below the median is binomial with p = 1/2.
+    """
+    count, outside, rank = len(ordered), 0.0, 0
+    while rank < (count - 1) // 2:
+        outside += 2 * math.comb(count, rank) * 0.5**count
+        if outside > 0.05:
+            break
+        rank += 1
+    rank = max(rank - 1, 0)
+    return ordered[rank], ordered[count - 1 - rank]
 
 
 def paired_ratio(samples: Sequence[float], base: Sequence[float]) -> Summary:
@@ -205,43 +218,7 @@ def progress(items: Iterable[int], label: str) -> Iterable[int]:
     return tqdm(items, desc=label, file=sys.stderr, **slow)
 
 
-# ---- memory
-
-
-def free_bytes(device: torch.device) -> float:
-    """Memory that is to be had now, as the driver or Linux says; infinite where neither does."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    info = Path("/proc/meminfo")
-    for line in info.read_text().splitlines() if info.exists() else []:
-        if line.startswith("MemAvailable"):
-            return 1024.0 * int(line.split()[1])
-    return float("inf")
-
-
-def peak_bytes(work: Callable[[], object], device: torch.device, before: Callable[[], object] | None = None) -> int:
-    """Most bytes that `work` has live at once beyond what is live when it starts (see CPU_MEMORY and CUDA_MEMORY).
-
-    `before` runs first and is not measured. What `work` frees counts only if it was allocated in `before` or in `work`:
-    on a CPU the profiler knows no older block.
-    """
-    before = before or (lambda: None)
-    gc.collect()  # a discarded optimizer that is freed while work runs would hide as much of the peak
-    if device.type == "cuda":
-        before()
-        synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        live = torch.cuda.memory_allocated(device)
-        work()
-        synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - live
-
-    def marked() -> None:
-        before()
-        with torch.profiler.record_function(_MARK):
-            work()
-
-    return _peak(trace(marked, torch.profiler.ProfilerActivity.CPU, profile_memory=True))
+# ---- traces
 
 
 def trace(work: Callable[[], object], *activities: torch.profiler.ProfilerActivity, **options: Any) -> list[Event]:
@@ -252,17 +229,6 @@ def trace(work: Callable[[], object], *activities: torch.profiler.ProfilerActivi
         path = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(path))
         return json.loads(path.read_text())["traceEvents"]
-
-
-def _peak(events: Sequence[Event]) -> int:
-    """Largest sum of allocations and frees after the mark's start."""
-    start = next(e["ts"] for e in events if e.get("name") == _MARK and "dur" in e)
-    live = peak = 0
-    changes = [(e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]"]
-    for _, change in sorted(entry for entry in changes if entry[0] >= start):
-        live += change
-        peak = max(peak, live)
-    return peak
 
 
 # ---- output
@@ -281,16 +247,16 @@ class Measurement:
 
 
 def write_csv(path: Path, rows: Sequence[Measurement], env: Mapping[str, str]) -> None:
-    """One measurement a row: benchmark, case, method, metric, unit, p20, p50, p80, samples, then the machine."""
+    """One measurement a row: what, unit, quantiles, the 95 % interval of the median, samples, then the machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        names = ("benchmark", "case", "method", "metric", "unit", *(f"p{q}" for q in QUANTILES), "samples")
-        writer.writerow([*names, *env])
+        names = ("benchmark", "case", "method", "metric", "unit")
+        writer.writerow([*names, *(f"p{q}" for q in QUANTILES), "low95", "high95", "samples", *env])
         for row in rows:
             s = row.summary
             what = [row.benchmark, row.case, row.method, row.metric, row.unit]
-            numbers = [f"{value:.6g}" for value in (s.p20, s.p50, s.p80)]
+            numbers = [f"{value:.6g}" for value in (s.p20, s.p50, s.p80, *s.interval)]
             writer.writerow([*what, *numbers, s.count, *env.values()])
 
 

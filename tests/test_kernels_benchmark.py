@@ -13,7 +13,7 @@ from conftest import spectrum_pair
 from torch.overrides import TorchFunctionMode
 
 from benchmarks import figures, harness, kernels, methods, probes, roofline, scaling, shapes, step, stepper
-from benchmarks.baselines import peft_riemannian
+from benchmarks.baselines import peft_optimizers
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
@@ -30,7 +30,7 @@ def test_riemannian_is_the_formula() -> None:
     plain = [f.detach().clone().requires_grad_() for pair in pairs for f in pair] + [other.detach().clone()]
     plain[-1].requires_grad_()
     own = [f for pair in pairs for f in pair] + [other]
-    optimizer = peft_riemannian.optimizer(own, pairs, lr=1e-2, weight_decay=0.0)
+    optimizer = peft_optimizers.riemannian(own, pairs, lr=1e-2, weight_decay=0.0)
     expected = torch.optim.AdamW(plain, lr=1e-2, weight_decay=0.0)
     gradients = [torch.randn_like(f) for f in own]
     for p, gradient in zip(own, gradients):
@@ -53,7 +53,7 @@ def test_riemannian_is_the_formula() -> None:
 @pytest.mark.parametrize(("dtype", "each"), [(torch.float32, 28), (torch.float64, 56), (torch.bfloat16, 14)])
 def test_bytes_of_a_step_follow_the_types(dtype: torch.dtype, each: int) -> None:
     A, B = (f.to(dtype).requires_grad_() for f in spectrum_pair(4, 30, 20, 3.0, 10.0))
-    optimizer = methods.build("lora", [A, B], [(A, B)], methods.Setting(1e-3, 0))
+    optimizer = methods.build("lora", methods.Subject([A, B], [(A, B)], methods.Setting(1e-3, 0)))
     A.grad, B.grad = torch.ones_like(A), torch.ones_like(B)
     optimizer.step()
     assert probes.step_bytes(optimizer, [A, B]) == each * (A.numel() + B.numel())

@@ -1,0 +1,70 @@
+"""How much memory every method takes beyond LoRA: `python -m benchmarks.memory --help`.
+
+One method after the other, alone, from the same weights and batches: the peak of two training iterations, what the
+optimizer keeps after them (its state), and the peak of one more step (its temporaries). Bytes of tensors, not of the
+process. Nothing is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+
+import torch
+
+from . import bars, harness, methods, options, probes
+from .harness import Measurement
+from .throughput import memory_rows
+
+
+def report(names: Sequence[str], rows: Sequence[Measurement]) -> str:
+    """The table, in MB; a method that failed is a row of dashes."""
+    found = {(row.method, row.metric): row.summary.p50 for row in rows}
+    columns = {
+        "peak": ("peak of training", ".2f"),
+        "above LoRA": ("peak above LoRA", "+.3f"),
+        "state": ("optimizer state", ".3f"),
+        "above LoRA ": ("state above LoRA", "+.3f"),
+        "temporaries": ("temporaries of a step", ".3f"),
+    }
+    lines = []
+    for label in (methods.LABELS[name] for name in names):
+        cells = [(found.get((label, metric)), form) for metric, form in columns.values()]
+        lines.append([label, *("-" if value is None else format(value, form) for value, form in cells)])
+    return harness.table(["method", *columns], lines)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = options.parser("memory", (__doc__ or "").split("\n")[0])
+    chosen = parser.parse_args(argv)
+    options.settle(parser, chosen)
+    return chosen
+
+
+def run(chosen: argparse.Namespace) -> tuple[list[Measurement], str]:
+    """Load and measure. Returns the rows of the CSV and the table with its head."""
+    prepared = options.prepare(chosen, steps=options.BATCHES, warmup=0)
+    rows = memory_rows("memory", prepared.bench.footprints(chosen.methods), prepared.case)
+    counter = probes.CUDA_MEMORY if chosen.device.type == "cuda" else probes.CPU_MEMORY
+    return rows, f"{prepared.head}\nMB; {counter}\n\n{report(chosen.methods, rows)}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    chosen = parse(argv)
+    began = time.perf_counter()
+    try:
+        rows, text = run(chosen)
+    except (OSError, ValueError, ImportError) as error:
+        raise SystemExit(f"memory: {error}") from error
+    path = chosen.out / f"memory_{chosen.model.replace('/', '_')}_{chosen.device.type}.csv"
+    env = harness.environment(chosen.device, torch.float32)
+    harness.write_csv(path, rows, env)
+    print(text)
+    drawn = bars.memory(path.with_suffix(".png"), rows, env)
+    wrote = f"{path} and {path.with_suffix('.png').name}" if drawn else f"{path}; no figure without matplotlib"
+    print(f"\n{time.perf_counter() - began:.0f} s; wrote {wrote}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Options that `throughput` and `memory` share, and the model, batches and methods that they ask for."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import batches, data, harness, methods, models, variants
+from .training import Bench
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BATCHES = 2  # that the memory measurement reads in any case
+
+
+def parser(program: str, summary: str) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog=f"python -m benchmarks.{program}", description=summary)
+    known = ", ".join(models.PRESETS)
+    made.add_argument("--model", help=f"{known}, a hub id or a folder (default: minilm, on a GPU deberta-v3-base)")
+    made.add_argument("--data", default=data.DEFAULT, help="stdlib, FILE.jsonl[.gz], a GLUE folder or a hub data set")
+    made.add_argument(
+        "--methods",
+        default=",".join(methods.DEFAULT),
+        help=f"all, or some of {', '.join(methods.METHODS)} (default: {','.join(methods.DEFAULT)})",
+    )
+    made.add_argument("--rank", type=int)
+    made.add_argument("--targets", help="all-linear, or names with commas (default: the model's preset)")
+    made.add_argument("--batch", type=int)
+    made.add_argument("--length", type=int, help="tokens a sequence, padded")
+    made.add_argument("--lr", type=float)
+    made.add_argument("--dtype", choices=list(DTYPES), help="of the frozen weights (default: the model's preset)")
+    made.add_argument(
+        "--checkpointing",
+        action=argparse.BooleanOptionalAction,
+        help="gradient checkpointing (default: the model's preset)",
+    )
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--backend", choices=("triton", "cpp", "torch"), help="of reflora (default: its own choice)")
+    made.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    made.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the CSV and the PNG")
+    return made
+
+
+def settle(made: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Fill in what the model's preset says and check the rest. Leaves with one clear line where an option is bad."""
+    options.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if options.device.type == "cuda" and not torch.cuda.is_available():
+        made.error(f"--device: expected a device that torch can use, got {options.device}; this torch sees no GPU")
+    gpu = options.device.type == "cuda"
+    options.model = options.model or ("deberta-v3-base" if gpu else "minilm")
+    preset = models.PRESETS.get(options.model, models.OTHER)
+    for name in ("rank", "batch", "length", "lr", "checkpointing"):
+        if getattr(options, name) is None:
+            setattr(options, name, getattr(preset, name))
+    options.dtype = DTYPES[options.dtype] if options.dtype else preset.dtype
+    options.alpha = max(1, options.rank * preset.alpha // preset.rank)
+    targets = options.targets or preset.targets
+    split = isinstance(targets, str) and targets != "all-linear"
+    options.targets = tuple(targets.split(",")) if split else targets
+    options.methods = chosen_methods(made, options.methods, options.model)
+    reason = methods.unserved(options.backend, options.device) or methods.missing(options.methods)
+    if reason:
+        made.error(reason)
+    for name, least in (("rank", 1), ("batch", 1), ("length", 3)):
+        if getattr(options, name) < least:
+            made.error(f"--{name}: expected at least {least}, got {getattr(options, name)}")
+
+
+def chosen_methods(made: argparse.ArgumentParser, text: str, model: str) -> list[str]:
+    """Names with commas; "all" for every method, without those that a LLaMA has no biases or no room for."""
+    if text == "all":
+        left_out = ("bitfit", "full", "pissa", "lora-pro-full") if model.startswith("llama") else ()
+        return [name for name in methods.METHODS if name not in left_out]
+    names = list(dict.fromkeys(text.split(",")))
+    unknown = [name for name in names if name not in methods.METHODS]
+    if unknown:
+        made.error(f"--methods: expected all or some of {', '.join(methods.METHODS)}, got {', '.join(unknown)}")
+    return names
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A bench, the lines that describe it, and how its CSV calls the case."""
+
+    bench: Bench
+    head: str
+    case: str
+
+
+def prepare(options: argparse.Namespace, steps: int, warmup: int) -> Prepared:
+    """What the options ask for, with `steps` batches.
+
+    Raises OSError, ValueError or ImportError for a model or data that cannot be had.
+    """
+    task = data.load(options.data)
+    loaded = models.load(
+        options.model, task.classes, options.device, options.seed, options.dtype, options.checkpointing
+    )
+    adapter = variants.Adapter(options.rank, options.alpha, options.targets, options.seed, steps)
+    setting = methods.Setting(options.lr, warmup, backend=options.backend, scaling=options.alpha / options.rank)
+    bench = Bench(loaded, adapter, _feed(options, task, loaded, max(steps, BATCHES)), setting, options.device)
+    source = "random images" if loaded.kind == "image" else task.name
+    size = "" if loaded.kind == "image" else f", length {options.length}"
+    dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
+    checkpointed = ", gradient checkpointing" if options.checkpointing else ""
+    count = len(variants.pairs_of(bench.places("lora").model))
+    head = "\n".join([
+        harness.header(harness.environment(options.device, torch.float32)),
+        f"{options.model}, {loaded.weights}, frozen in {dtype}{checkpointed}; {count} LoRA pairs, r={options.rank}",
+        f"batch {options.batch}{size}; {source}, {task.classes} classes; reflora backend {_served(options)}",
+    ])  # fmt: skip
+    return Prepared(bench, head, f"{options.model} r={options.rank} on {source}")
+
+
+def _feed(options: argparse.Namespace, task: data.Task, loaded: models.Loaded, count: int) -> list[dict[str, Tensor]]:
+    if loaded.kind == "image":
+        feed = batches.images(options.batch, loaded.model.config.image_size, task.classes, count, options.seed)
+    else:
+        draws = batches.batches(task.train, options.batch, options.seed)
+        causal = loaded.kind == "causal"
+        feed = [batches.encode(loaded.tokenizer, next(draws), options.length, True, causal) for _ in range(count)]
+    return [{key: value.to(options.device) for key, value in batch.items()} for batch in feed]
+
+
+def _served(options: argparse.Namespace) -> str:
+    from reflora.backends import resolve
+
+    return resolve(options.backend, options.device).NAME

@@ -1,0 +1,177 @@
+"""Throughput and memory over all methods: what is trained, what is shared, and every kind of model, made small."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import batches, memory, methods, models, options, throughput, training, variants
+
+CPU = torch.device("cpu")
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+SIZE = ["--device", "cpu", "--batch", "2", "--rank", "2", "--length", "12"]
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The names of the benchmark stand for models of two layers."""
+    import transformers
+
+    def base(*_: object) -> tuple[object, object, str, str]:
+        config = transformers.BertConfig(**TINY, vocab_size=200, num_labels=11)
+        model = transformers.AutoModelForSequenceClassification.from_config(config)
+        return model, batches.WordHashTokenizer(200), "text", "random weights"
+
+    def absent(*_: object) -> None:
+        raise OSError("no checkpoint in a test")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(models, "_pretrained", absent)
+    monkeypatch.setattr(models, "_base_of_minilm", base)
+    monkeypatch.setattr(models, "_VIT", {**TINY, "image_size": 32, "patch_size": 8})
+    llama = {**TINY, "vocab_size": 200, "num_key_value_heads": 2}
+    monkeypatch.setitem(models._LLAMA, "llama2-7b", llama)
+
+
+def adapter(rank: int = 2) -> variants.Adapter:
+    return variants.Adapter(rank, rank, "all-linear", seed=3, steps=6)
+
+
+def figures(path: Path) -> dict[tuple[str, str], float]:
+    return {(row["method"], row["metric"]): float(row["p50"]) for row in csv.DictReader(path.open())}
+
+
+# ---- variants
+
+
+@pytest.mark.parametrize("name", variants.NAMES)
+def test_variants_share_the_frozen_weights_and_leave_them_alone(tiny: None, name: str) -> None:
+    loaded = models.load("minilm", 11, CPU, seed=0)
+    before = {key: value.clone() for key, value in loaded.model.state_dict().items()}
+    model = variants.build(name, loaded, adapter())
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    frozen = {p.data_ptr() for p in loaded.model.parameters()}
+    assert trainable and not any(parameter.data_ptr() in frozen for parameter in trainable)
+    if name not in ("full", "pissa"):
+        rest = {parameter.data_ptr() for parameter in model.parameters() if not parameter.requires_grad}
+        assert len(frozen & rest) > len(frozen) / 2
+    ids, mask = torch.arange(6)[None], torch.ones(1, 6, dtype=torch.long)
+    loss = model(input_ids=ids, attention_mask=mask, labels=torch.tensor([1])).loss
+    loss.backward()
+    torch.optim.SGD(trainable, lr=0.1).step()
+    for key, value in loaded.model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+
+
+def test_variants_start_from_the_same_function(tiny: None) -> None:
+    loaded = models.load("minilm", 11, CPU, seed=0)
+    ids, mask = torch.arange(6)[None], torch.ones(1, 6, dtype=torch.long)
+    outputs = []
+    for name in variants.NAMES:
+        model = variants.build(name, loaded, adapter()).eval()
+        outputs.append(model(input_ids=ids, attention_mask=mask).logits)
+    for other in outputs[1:]:
+        torch.testing.assert_close(other, outputs[0], rtol=1e-4, atol=1e-4)
+
+
+def test_pairs_and_their_weights_belong_together(tiny: None) -> None:
+    model = variants.build("lora", models.load("minilm", 11, CPU, seed=0), adapter())
+    pairs, weights = variants.pairs_of(model), variants.base_weights(model)
+    assert len(pairs) == len(weights) == 13
+    for (A, B), W in zip(pairs, weights):
+        assert W.shape == (B.shape[0], A.shape[1]) and not W.requires_grad
+
+
+def test_checkpointed_training_keeps_fewer_activations(tiny: None) -> None:
+    peaks = []
+    for flag in ("--checkpointing", "--no-checkpointing"):
+        chosen = throughput.parse(["--model", "llama2-7b", *SIZE, "--batch", "16", "--steps", "23", flag])
+        footprint = options.prepare(chosen, 2, 0).bench.memory("lora")
+        assert footprint is not None
+        peaks.append(footprint.peak)
+    assert peaks[0] < 0.8 * peaks[1]
+
+
+def test_bitfit_needs_biases(tiny: None) -> None:
+    with pytest.raises(ValueError, match="bitfit trains biases, and this model has none"):
+        variants.build("bitfit", models.load("llama2-7b", 2, CPU, 0, torch.float32), adapter())
+
+
+# ---- all methods
+
+
+def test_every_method_trains_and_is_measured(tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    throughput.main([*SIZE, "--steps", "5", "--warmup", "1", "--methods", "all", "--out", str(tmp_path)])
+    printed = capsys.readouterr()
+    found = figures(tmp_path / "throughput_minilm_cpu.csv")
+    for label in methods.LABELS.values():
+        assert label in printed.out
+        assert found[label, "optimizer step"] > 0 and found[label, "throughput to LoRA"] > 0
+        assert 2.0 < found[label, "loss"] < 4.0  # ln 11 = 2.4; AdaLoRA adds its penalty
+    assert "training" in printed.err and "memory" in printed.err
+    assert (tmp_path / "throughput_minilm_cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_memory_is_the_state_that_each_method_has(tiny: None, tmp_path: Path) -> None:
+    memory.main([*SIZE, "--methods", "all", "--out", str(tmp_path)])
+    found = figures(tmp_path / "memory_minilm_cpu.csv")
+    model = variants.build("lora", models.load("minilm", 11, CPU, seed=0), adapter())
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    products = sum(B.shape[0] * A.shape[1] for A, B in variants.pairs_of(model))
+    # two float32 moments a parameter, and a step count for each
+    assert found["LoRA", "optimizer state"] == pytest.approx(8e-6 * trainable, rel=0.05)
+    assert 0 <= found["RefLoRA", "state above LoRA"] < 0.02 > abs(found["RefLoRA-S", "state above LoRA"])
+    assert found["LoRA-Pro, full", "optimizer state"] > 4e-6 * products
+    assert found["LoRA-FA", "optimizer state"] < 0.8 * found["LoRA", "optimizer state"]
+    assert found["full fine-tuning", "optimizer state"] > found["LoRA", "optimizer state"]
+    assert found["LoRA-RITE", "temporaries of a step"] > found["LoRA", "temporaries of a step"]
+    assert (tmp_path / "memory_minilm_cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("model", "more"),
+    [("llama2-7b", ["--checkpointing"]), ("llama2-7b", ["--dtype", "float32"]), ("vit-base", []), ("minilm", [])],
+    ids=["causal-bfloat16-checkpointed", "causal-float32", "image", "text"],
+)
+def test_every_kind_of_model_trains(
+    tiny: None, model: str, more: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    chosen = ["--model", model, "--methods", "lora,reflora,nora+", "--steps", "4", "--warmup", "1"]
+    throughput.main([*SIZE, *chosen, *more, "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert ("random images" in printed) == (model == "vit-base")
+    assert ("frozen in bfloat16, gradient checkpointing" in printed) == (more == ["--checkpointing"])
+    assert "failed" not in printed
+
+
+def test_llama_leaves_out_what_it_has_no_biases_or_room_for() -> None:
+    chosen = throughput.parse(["--device", "cpu", "--model", "llama-7b", "--methods", "all"])
+    assert {"bitfit", "full"}.isdisjoint(chosen.methods) and "reflora" in chosen.methods
+    assert chosen.dtype is torch.bfloat16 and chosen.checkpointing
+    assert not throughput.parse(["--device", "cpu", "--model", "llama-7b", "--no-checkpointing"]).checkpointing
+
+
+def test_method_that_fails_says_where_and_the_others_go_on(tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(torch.optim.AdamW):
+        def step(self, closure: object = None) -> None:
+            raise torch.linalg.LinAlgError("no convergence (error code: 3)")
+
+    monkeypatch.setitem(methods.METHODS, "balora", methods.Method("BaLoRA", lambda s: Failing(s.parameters)))
+    chosen = throughput.parse([*SIZE, "--steps", "4", "--warmup", "1", "--methods", "lora,balora"])
+    runners, rows, text = throughput.run(chosen)
+    assert runners[1].failure == "step 1: no convergence"
+    assert "failed at step 1: no convergence" in text
+    assert {row.method for row in rows} == {"LoRA"}
+
+
+def test_nora_starts_from_its_sketch_and_the_others_do_not(tiny: None) -> None:
+    prepared = options.prepare(throughput.parse([*SIZE, "--steps", "30"]), 4, 0)
+    bench: training.Bench = prepared.bench
+    lora, nora = (bench.runner(name).parameters for name in ("lora", "nora+"))
+    assert any(not torch.equal(one, other) for one, other in zip(lora, nora))
+    again = bench.runner("reflora").parameters
+    assert all(torch.equal(one, other) for one, other in zip(lora, again))
