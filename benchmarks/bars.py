@@ -73,7 +73,7 @@ def _panel(axis: Any, rows: Mapping[str, Measurement], labels: Sequence[str], fo
         )  # fmt: skip
         axis.annotate(
             form.format(summary.p50), (max(summary.p80, 0), place), (3, 0), textcoords="offset points",
-            va="center", fontsize=6, bbox={"facecolor": "white", "alpha": 0.85, "linewidth": 0, "pad": 0.6},
+            va="center", fontsize=6, zorder=4, bbox={"facecolor": "white", "linewidth": 0, "pad": 0.6},
         )  # fmt: skip
     if wide:
         axis.set_xscale("symlog", linthresh=1.0, linscale=0.5)
@@ -86,7 +86,7 @@ def _panel(axis: Any, rows: Mapping[str, Measurement], labels: Sequence[str], fo
         axis.set_xlim(1.1 * low, max(1.25 * high, 1.0))
     axis.axvline(0, color="black", linewidth=0.6, zorder=3)
     if labels[0] in rows and rows[labels[0]].unit == "ratio":
-        axis.axvline(1, color="black", linewidth=0.6, linestyle=":", zorder=3)
+        axis.axvline(1, color="black", linewidth=0.6, linestyle=":", zorder=2.5)
     axis.tick_params(axis="y", length=0)
     axis.grid(axis="x", **drawing.GRID)
 

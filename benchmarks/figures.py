@@ -18,7 +18,7 @@ COLOURS = {
     "published RefLoRA": "#D55E00",
     "published RefLoRA-S": "#E69F00",
     "PEFT Riemannian": "#CC79A7",
-    "LoRA-Pro": "#F0E442",
+    "LoRA-Pro": "#B59F00",
     "LoRA-RITE": "#7A4FA3",
     "PrecLoRA": "#882255",
     "NoRA+": "#999933",
