@@ -24,10 +24,12 @@ COLOURS = {
     "NoRA+": "#999933",
     "BaLoRA": "#44AA99",
     "LoRA-Muon": "#000000",
+    "BaLoRA, our kernels": "#117733",
+    "LoRA-Muon, our kernels": "#661100",
     "LoRA-Pro, full": "#DDCC77",
     "LoRA+": "#AA4499",
 }
-MARKERS = dict(zip(COLOURS, "|osD^v<>P*Xphd8"))
+MARKERS = dict(zip(COLOURS, "|osD^v<>P*Xph1248d"))
 
 # ---- steps: a row of dots a case
 

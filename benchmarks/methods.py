@@ -87,6 +87,18 @@ def _of(factory: Callable[..., Optimizer], *named: str) -> Make:
     return make
 
 
+def _on_our_kernels(factory: Callable[..., Optimizer], function: str) -> Make:
+    """A rival with its `[r, r]` decompositions by `reflora.linalg` in place of torch."""
+
+    def make(subject: Subject) -> Optimizer:
+        import reflora
+
+        own = {function: getattr(reflora.linalg, function)}
+        return factory(subject.parameters, subject.pairs, **own, **subject.options)
+
+    return make
+
+
 def _adalora(subject: Subject) -> Optimizer:
     return peft_optimizers.adalora(subject.model, subject.parameters, **subject.options)
 
@@ -111,6 +123,8 @@ METHODS: dict[str, Method] = {
     "nora+": Method("NoRA+", _of(nora.NoRAPlus), start=_sketch),
     "balora": Method("BaLoRA", _of(balora.BaLoRA)),
     "lora-muon": Method("LoRA-Muon", _of(lora_muon.LoRAMuon)),
+    "balora-linalg": Method("BaLoRA, our kernels", _on_our_kernels(balora.BaLoRA, "svd")),
+    "lora-muon-linalg": Method("LoRA-Muon, our kernels", _on_our_kernels(lora_muon.LoRAMuon, "eigh")),
     "lora+": Method("LoRA+", _of(peft_optimizers.loraplus)),
     "lora-fa": Method("LoRA-FA", lambda s: peft_optimizers.lorafa(s.model, **s.options), needs_model=True),
     "pissa": Method("PiSSA", _adamw, "pissa", needs_model=True),

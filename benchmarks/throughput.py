@@ -129,12 +129,12 @@ def run(chosen: argparse.Namespace) -> tuple[list[Runner], list[Measurement], st
     rows = measurements(runners, footprints, prepared.case)
     rounds = (chosen.steps - untimed(chosen)) // chosen.block
     counter = probes.CUDA_MEMORY if chosen.device.type == "cuda" else probes.CPU_MEMORY
+    of_memory = f"memory: {counter}; peak of two whole iterations above LoRA's, and what the optimizer keeps after them"
     head = [
         prepared.head,
         f"lr {chosen.lr} constant, {chosen.steps} steps, warm-up {chosen.warmup}; medians of {rounds} rounds, their "
         f"quartiles and the 95 % interval of the median; loss: mean of the last {LOSS_WINDOW} steps",
-        f"memory: {counter}; peak of two whole iterations above LoRA's, and what the optimizer keeps after them",
-        "", "",
+        *([] if chosen.no_memory else [of_memory]), "", "",
     ]  # fmt: skip
     return runners, rows, "\n".join(head) + report(runners, rows)
 

@@ -244,6 +244,12 @@ def test_figure_sets_far_methods_apart() -> None:
     assert figures._levels({}) == []
 
 
+def test_every_method_of_the_step_benchmark_has_a_colour_and_a_marker() -> None:
+    labels = {methods.LABELS[name] for name in methods.BARE}
+    assert labels <= set(figures.COLOURS) == set(figures.MARKERS)
+    assert len(set(figures.COLOURS.values())) == len(figures.COLOURS)
+
+
 def test_scaling_varies_one_size_at_a_time() -> None:
     seen = {}
     for device in ("cpu", "cuda"):
