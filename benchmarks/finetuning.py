@@ -1,0 +1,176 @@
+"""One fine-tuning run of one method, and files of runs that a stopped series resumes from."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import batches, data, harness, methods, models, variants
+
+EVAL_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What makes two runs the same run.
+
+    lr falls linearly to zero after `lr_warmup` rising steps, or stays where schedule is "constant"; plain_steps: of
+    AdamW before RefLoRA starts; dropout: in front of the head, None for the model's own; rows: training examples;
+    bfloat16: autocast, weights and optimizer stay as they are.
+    """
+
+    model: str
+    method: str
+    seed: int
+    lr: float
+    steps: int
+    batch: int
+    length: int
+    rank: int
+    alpha: int
+    weight_decay: float = 0.01
+    lr_warmup: int = 0
+    plain_steps: int = 0
+    schedule: str = "linear"
+    dropout: float | None = None
+    rows: int = 0
+    bfloat16: bool = False
+
+
+@dataclass
+class Trained:
+    """A model after its run, with the loss of every step and the seconds it took."""
+
+    model: nn.Module
+    tokenizer: Any
+    kind: str
+    losses: list[float]
+    seconds: float
+    optimizer: torch.optim.Optimizer
+    pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    @property
+    def finite(self) -> bool:
+        """Whether every loss and every trainable weight is."""
+        weights = (p for p in self.model.parameters() if p.requires_grad)
+        return all(map(math.isfinite, self.losses)) and all(bool(p.isfinite().all()) for p in weights)
+
+
+def train(
+    recipe: Recipe,
+    task: data.Task,
+    device: torch.device,
+    backend: str | None = None,
+    after_step: Callable[[int, Trained], None] = lambda step, run: None,
+) -> Trained:
+    """Batches padded to their longest text, an order and dropout masks that depend on the seed alone."""
+    preset = models.PRESETS.get(recipe.model, models.OTHER)
+    loaded = models.load(recipe.model, task.classes, device, recipe.seed, preset.dtype, preset.checkpointing)
+    adapter = variants.Adapter(recipe.rank, recipe.alpha, preset.targets, recipe.seed, recipe.steps)
+    method = methods.METHODS[recipe.method]
+    model = variants.build(method.variant, loaded, adapter).train()
+    _set_dropout(model, recipe.dropout)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    setting = methods.Setting(
+        recipe.lr, recipe.plain_steps, recipe.weight_decay, backend, scaling=recipe.alpha / recipe.rank
+    )
+    subject = methods.Subject(parameters, variants.pairs_of(model), setting, model)
+    if method.start:
+        method.start(subject)
+    optimizer = methods.build(recipe.method, subject)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(recipe, step))
+    run = Trained(model, loaded.tokenizer, loaded.kind, [], 0.0, optimizer, list(subject.pairs))
+    draws = batches.batches(task.train, recipe.batch, recipe.seed)
+    torch.manual_seed(recipe.seed)
+    began = time.perf_counter()
+    for step in range(1, recipe.steps + 1):
+        batch = batches.encode(run.tokenizer, next(draws), recipe.length, False, run.kind == "causal")
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16):
+            loss = model(**{key: value.to(device) for key, value in batch.items()}).loss
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        run.losses.append(loss.item())
+        after_step(step, run)
+    run.seconds = time.perf_counter() - began
+    return run
+
+
+def _rate(recipe: Recipe, step: int) -> float:
+    if step < recipe.lr_warmup:
+        return (step + 1) / recipe.lr_warmup
+    if recipe.schedule == "constant":
+        return 1.0
+    return max(0.0, (recipe.steps - step) / max(1, recipe.steps - recipe.lr_warmup))
+
+
+def _set_dropout(model: nn.Module, rate: float | None) -> None:
+    """The dropout in front of the classification head, which transformers keeps at the top of the model."""
+    for path, module in model.named_modules():
+        if rate is not None and isinstance(module, nn.Dropout) and path.removeprefix("base_model.model.") == "dropout":
+            module.p = rate
+
+
+@torch.no_grad()
+def outputs(run: Trained, examples: Sequence[data.Example], length: int, device: torch.device) -> Tensor:
+    """Logits of the head, `[examples, classes]`, float32 on the CPU, in the order of the examples."""
+    run.model.eval()
+    order = sorted(range(len(examples)), key=lambda index: len(examples[index].text))
+    found: list[Tensor] = []
+    for start in range(0, len(order), EVAL_BATCH):
+        chosen = [examples[index] for index in order[start : start + EVAL_BATCH]]
+        batch = batches.encode(run.tokenizer, chosen, length, False, False)
+        batch.pop("labels")
+        found.append(run.model(**{key: value.to(device) for key, value in batch.items()}).logits.float().cpu())
+    back = torch.empty(len(order), dtype=torch.long)
+    back[torch.tensor(order)] = torch.arange(len(order))
+    return torch.cat(found)[back]
+
+
+# ---- files of runs
+
+
+class Record:
+    """A file of JSON lines, one a run; a run whose line is there is not made again."""
+
+    def __init__(self, path: Path, env: Mapping[str, str]):
+        self.path, self.env = path, dict(env)
+
+    def runs(self) -> Iterator[dict[str, Any]]:
+        if self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            yield from (json.loads(line) for line in lines if line.strip())
+
+    def find(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
+        return next((run for run in self.runs() if key.items() <= run.items()), None)
+
+    def add(self, run: Mapping[str, Any]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**run, "machine": self.env}) + "\n")
+
+
+def series(
+    record: Record,
+    keys: Sequence[Mapping[str, Any]],
+    make: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+    label: str,
+) -> list[dict[str, Any]]:
+    """The runs of `keys`, those made that the record lacks, with a progress bar over all."""
+    for turn in harness.progress(range(len(keys)), label):
+        if record.find(keys[turn]) is None:
+            record.add({**keys[turn], **make(keys[turn])})
+    return [run for run in map(record.find, keys) if run is not None]
+
+
+def key(task: str, recipe: Recipe) -> dict[str, Any]:
+    return {"task": task, **asdict(recipe)}

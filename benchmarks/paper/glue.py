@@ -1,0 +1,173 @@
+"""Table 2: GLUE with every method tuned over the same learning rates: `python -m benchmarks.paper.glue --data FOLDER`.
+
+One JSON line a run; a run whose line is in the file is not made again, so that a stopped series goes on where it was.
+The table has for each method and task the mean over seeds at the learning rate with the best mean, its spread, and the
+paper's figure. Scores are of the dev set after the last step; the learning rate is chosen on the same set, as in the
+paper, which flatters all methods alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import data, finetuning, harness, methods
+from . import glue_tasks
+from .glue_tasks import TASKS
+
+METHODS = ("lora", "reflora", "reflora-s", "preclora", "lora-rite", "lora-pro", "dora")
+LOSS_WINDOW = 20
+
+
+def recipe(options: argparse.Namespace, name: str, rows: int, method: str, lr: float, seed: int) -> finetuning.Recipe:
+    """Table 6's, with the options' size; --steps in place of the epochs scales the warm-up of the rate along."""
+    task = TASKS[name]
+    epochs = task.epochs * (rows // options.batch)
+    steps = options.steps or epochs
+    lr_warmup = min(task.lr_warmup, steps // 10) if options.steps else task.lr_warmup
+    length = min(task.length, options.length) if options.length else task.length
+    return finetuning.Recipe(
+        options.model, method, seed, lr, steps, options.batch, length, options.rank, options.alpha,
+        task.weight_decay, lr_warmup, options.plain_steps, dropout=task.dropout, rows=rows, bfloat16=options.bfloat16,
+    )  # fmt: skip
+
+
+def load(options: argparse.Namespace, name: str) -> data.Task:
+    """The task with at most the asked number of rows, drawn once and for all: some GLUE files are in an order."""
+    task = TASKS[name].load(options.data)
+    return replace(task, train=_drawn(task.train, options.train_rows), eval=_drawn(task.eval, options.eval_rows))
+
+
+def _drawn(examples: list[data.Example], count: int | None) -> list[data.Example]:
+    if count is None or count >= len(examples):
+        return examples
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0))
+    return [examples[index] for index in order[:count].tolist()]
+
+
+def run(options: argparse.Namespace, tasks: Mapping[str, data.Task], key: Mapping[str, Any]) -> dict[str, Any]:
+    """What a line of the file holds besides its key."""
+    name, device = key["task"], torch.device(options.device)
+    made = finetuning.Recipe(**{field: key[field] for field in finetuning.Recipe.__dataclass_fields__})
+    trained = finetuning.train(made, tasks[name], device, options.backend)
+    logits = finetuning.outputs(trained, tasks[name].eval, made.length, device)
+    finite = trained.finite and bool(logits.isfinite().all())
+    labels = [float(example.label) for example in tasks[name].eval]
+    scores = TASKS[name].scores(logits, labels) if finite else dict.fromkeys(TASKS[name].metrics, 0.0)
+    loss = statistics.fmean(trained.losses[-LOSS_WINDOW:])
+    return {
+        "scores": {metric: round(value, 4) for metric, value in scores.items()},
+        "score": round(statistics.fmean(scores.values()), 4),
+        "finite": finite,
+        "loss": loss if math.isfinite(loss) else None,
+        "eval_rows": len(labels),
+        "seconds": round(trained.seconds, 1),
+    }
+
+
+# ---- the table
+
+
+def best(runs: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], tuple[float, list[float]]]:
+    """By (method, task): the learning rate with the best mean score, and the scores of its seeds."""
+    groups: dict[tuple[str, str], dict[float, list[float]]] = {}
+    for one in runs:
+        groups.setdefault((one["method"], one["task"]), {}).setdefault(one["lr"], []).append(one["score"])
+    most = {key: max(map(len, by_rate.values())) for key, by_rate in groups.items()}
+    return {
+        key: max(
+            ((lr, scores) for lr, scores in by_rate.items() if len(scores) == most[key]),
+            key=lambda entry: statistics.fmean(entry[1]),
+        )
+        for key, by_rate in groups.items()
+    }
+
+
+def table(runs: Sequence[Mapping[str, Any]], names: Sequence[str], tasks: Sequence[str]) -> str:
+    """Mean and standard deviation over seeds, the learning rate, and the paper's figure, a method a line."""
+    chosen = best(runs)
+    lines = []
+    for method in names:
+        cells, means = [], []
+        for task in tasks:
+            if (method, task) not in chosen:
+                cells.append("-")
+                continue
+            lr, scores = chosen[method, task]
+            means.append(statistics.fmean(scores))
+            spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
+            cells.append(f"{means[-1]:.2f}{spread} ({lr:g})")
+        paper = [glue_tasks.PAPER.get(method, {}).get(task) for task in tasks]
+        average = f"{statistics.fmean(means):.2f}" if len(means) == len(tasks) else "-"
+        known = [value for value in paper if value is not None]
+        theirs = f"{statistics.fmean(known):.2f}" if len(known) == len(tasks) else "-"
+        lines.append([methods.LABELS[method], *cells, average, theirs])
+    return harness.table(["method", *tasks, "average", "paper's average"], lines)
+
+
+# ---- the program
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.paper.glue", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "--data", type=Path, required=True, help="a folder with one folder a task, train and dev .jsonl"
+    )
+    parser.add_argument("--model", default="minilm", help="minilm, deberta-v3-base, a hub id or a folder")
+    parser.add_argument("--tasks", nargs="+", default=["cola", "sst2", "mrpc", "stsb", "rte"], choices=list(TASKS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(methods.METHODS))
+    parser.add_argument("--lrs", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3, 1e-2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, help="in place of the epochs of the paper's Table 6")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--length", type=int, help="most tokens, where it is less than Table 6's")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--alpha", type=int, default=8)
+    parser.add_argument("--plain-steps", type=int, default=0, help="AdamW steps before RefLoRA starts")
+    parser.add_argument("--train-rows", type=int, help="only so many training examples")
+    parser.add_argument("--eval-rows", type=int, help="only so many dev examples")
+    parser.add_argument("--bfloat16", action="store_true", help="forward and backward under bfloat16 autocast")
+    parser.add_argument("--backend", choices=("triton", "cpp", "torch"), help="of reflora (default: its own choice)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/paper/glue.jsonl"))
+    parser.add_argument("--table", action="store_true", help="make no run, print the table of those there are")
+    options = parser.parse_args(argv)
+    reason = methods.unserved(options.backend, torch.device(options.device)) or methods.missing(options.methods)
+    if reason:
+        parser.error(reason)
+    for name in ("steps", "batch", "rank", "alpha", "length", "train_rows", "eval_rows"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse(argv)
+    try:
+        tasks = {name: load(options, name) for name in options.tasks}
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"glue: {error}") from error
+    record = finetuning.Record(options.out, harness.environment(torch.device(options.device), torch.float32))
+    keys = [
+        finetuning.key(task, recipe(options, task, len(tasks[task].train), method, lr, seed))
+        for seed, task, lr, method in itertools.product(options.seeds, options.tasks, options.lrs, options.methods)
+    ]
+    print(harness.header(record.env), flush=True)
+    if not options.table:
+        finetuning.series(record, keys, lambda key: run(options, tasks, key), "runs")
+    done = [found for found in map(record.find, keys) if found]
+    print(f"{options.model}, r={options.rank}; {len(done)} of {len(keys)} runs in {options.out}")
+    print(table(done, options.methods, options.tasks))
+
+
+if __name__ == "__main__":
+    main()
