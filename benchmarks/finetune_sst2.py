@@ -8,18 +8,16 @@ schedule: constant, or with --schedule linear falling to zero over the run; neit
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import batches, data, harness, methods, models, variants
+from . import data, finetuning, harness, methods
 
 METHODS = ("lora", "reflora", "reflora-s")
 LOSS_WINDOW = 20
@@ -28,61 +26,28 @@ LOSS_WINDOW = 20
 def train(options: argparse.Namespace, task: data.Task, name: str, seed: int) -> dict[str, Any]:
     """One run; the fields of its JSON line."""
     device = torch.device(options.device)
-    preset = models.PRESETS["minilm"]
-    loaded = models.load("minilm", task.classes, device, seed)
-    adapter = variants.Adapter(options.rank, options.rank, preset.targets, seed, options.steps)
-    model = variants.build("lora", loaded, adapter)
-    pairs = variants.pairs_of(model)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    setting = methods.Setting(options.lr, options.warmup, backend=options.backend)
-    optimizer = methods.build(name, methods.Subject(parameters, pairs, setting, model))
-    fall = 1 / options.steps if options.schedule == "linear" else 0.0
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - fall * step)
-    draws = batches.batches(task.train, options.batch, seed)
-    losses: list[float] = []
+    recipe = finetuning.Recipe(
+        "minilm", name, seed, options.lr, options.steps, options.batch, options.length, options.rank, options.rank,
+        plain_steps=options.warmup, schedule=options.schedule,
+    )  # fmt: skip
     watched: dict[str, dict[str, float]] = {}
-    torch.manual_seed(seed)
-    model.train()
-    began = time.perf_counter()
-    for step in harness.progress(range(1, options.steps + 1), f"{methods.LABELS[name]}, seed {seed}"):
-        batch = batches.encode(loaded.tokenizer, next(draws), options.length, False, False)
-        loss = model(**{key: value.to(device) for key, value in batch.items()}).loss
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
+
+    def watch(step: int, run: finetuning.Trained) -> None:
         if step in options.watch:
-            watched[str(step)] = inspect(optimizer, pairs)
-    seconds = time.perf_counter() - began
-    accuracy = evaluate(model, loaded.tokenizer, task.eval, options.length, device)
-    weights_finite = all(bool(parameter.isfinite().all()) for parameter in parameters)
+            watched[str(step)] = inspect(run.optimizer, run.pairs)
+
+    run = finetuning.train(recipe, task, device, options.backend, watch)
+    found = finetuning.outputs(run, task.eval, options.length, device).argmax(-1).tolist()
     return {
         **key(options, name, seed),
-        "accuracy": accuracy,
-        "loss": statistics.fmean(losses[-LOSS_WINDOW:]),
-        "finite": weights_finite and all(map(math.isfinite, losses)),
-        "seconds": round(seconds, 1),
-        "backend": ", ".join(sorted(set(getattr(optimizer, "backends", {}).values()))),
+        "accuracy": statistics.fmean(guess == example.label for guess, example in zip(found, task.eval)),
+        "loss": statistics.fmean(run.losses[-LOSS_WINDOW:]),
+        "finite": run.finite,
+        "seconds": round(run.seconds, 1),
+        "backend": ", ".join(sorted(set(getattr(run.optimizer, "backends", {}).values()))),
         "watched": watched,
-        "losses": [round(loss, 4) for loss in losses],
+        "losses": [round(loss, 4) for loss in run.losses],
     }
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, tokenizer: Any, examples: Sequence[data.Example], length: int, device: torch.device
-) -> float:
-    """Accuracy over `examples`, in batches of similar length."""
-    model.eval()
-    ordered = sorted(examples, key=lambda example: len(example.text))
-    correct = 0
-    for start in range(0, len(ordered), 64):
-        batch = batches.encode(tokenizer, ordered[start : start + 64], length, False, False)
-        labels = batch.pop("labels")
-        logits = model(**{key: value.to(device) for key, value in batch.items()}).logits
-        correct += int((logits.argmax(-1).cpu() == labels).sum())
-    return correct / len(ordered)
 
 
 def inspect(optimizer: torch.optim.Optimizer, pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
@@ -115,12 +80,6 @@ def key(options: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
     """What makes two runs the same run."""
     names = ("steps", "batch", "length", "lr", "schedule", "rank", "warmup", "device")
     return {"method": name, "seed": seed, **{field: getattr(options, field) for field in names}}
-
-
-def finished(path: Path) -> Iterator[dict[str, Any]]:
-    """The runs of a results file."""
-    if path.exists():
-        yield from (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
 
 
 def report(runs: Sequence[dict[str, Any]]) -> str:
@@ -183,16 +142,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         task = data.load(options.data)
     except (OSError, ValueError) as error:
         raise SystemExit(f"finetune_sst2: {error}") from error
-    env = harness.environment(torch.device(options.device), torch.float32)
-    print(harness.header(env), flush=True)
+    record = finetuning.Record(options.out, harness.environment(torch.device(options.device), torch.float32))
+    print(harness.header(record.env), flush=True)
     wanted = [key(options, name, seed) for seed in options.seeds for name in options.methods]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    for run in wanted:
-        if not any(run.items() <= done.items() for done in finished(options.out)):
-            result = train(options, task, run["method"], run["seed"])
-            with options.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**result, "task": task.name, "machine": env}, allow_nan=True) + "\n")
-    print(report([done for done in finished(options.out) if any(run.items() <= done.items() for run in wanted)]))
+
+    def make(wish: Mapping[str, Any]) -> dict[str, Any]:
+        return {**train(options, task, wish["method"], wish["seed"]), "task": task.name}
+
+    print(report(finetuning.series(record, wanted, make, "runs")))
 
 
 if __name__ == "__main__":

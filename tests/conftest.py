@@ -55,6 +55,14 @@ def seed(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(sum(map(ord, request.node.nodeid)))
 
 
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmarks' models, small enough for every test run."""
+    from tiny_models import shrink
+
+    shrink(monkeypatch)
+
+
 def spectrum_factor(r: int, n: int, condition: float, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """`[r, n]` with log-spaced singular values from 1 down to 1 / condition and random singular vectors."""
     U = torch.linalg.qr(torch.randn(r, r, dtype=torch.float64)).Q

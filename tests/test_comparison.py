@@ -8,32 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import batches, memory, methods, models, options, throughput, training, variants
+from benchmarks import memory, methods, models, options, throughput, training, variants
 
 CPU = torch.device("cpu")
-TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 SIZE = ["--device", "cpu", "--batch", "2", "--rank", "2", "--length", "12"]
-
-
-@pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The names of the benchmark stand for models of two layers."""
-    import transformers
-
-    def base(*_: object) -> tuple[object, object, str, str]:
-        config = transformers.BertConfig(**TINY, vocab_size=200, num_labels=11)
-        model = transformers.AutoModelForSequenceClassification.from_config(config)
-        return model, batches.WordHashTokenizer(200), "text", "random weights"
-
-    def absent(*_: object) -> None:
-        raise OSError("no checkpoint in a test")
-
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(models, "_pretrained", absent)
-    monkeypatch.setattr(models, "_base_of_minilm", base)
-    monkeypatch.setattr(models, "_VIT", {**TINY, "image_size": 32, "patch_size": 8})
-    llama = {**TINY, "vocab_size": 200, "num_key_value_heads": 2}
-    monkeypatch.setitem(models._LLAMA, "llama2-7b", llama)
 
 
 def adapter(rank: int = 2) -> variants.Adapter:
