@@ -24,12 +24,13 @@ COLOURS = {
     "NoRA+": "#999933",
     "BaLoRA": "#44AA99",
     "LoRA-Muon": "#000000",
+    "RefLoRA, unit determinant": "#004466",
     "BaLoRA, our kernels": "#117733",
     "LoRA-Muon, our kernels": "#661100",
     "LoRA-Pro, full": "#DDCC77",
     "LoRA+": "#AA4499",
 }
-MARKERS = dict(zip(COLOURS, "|osD^v<>P*Xph1248d"))
+MARKERS = dict(zip(COLOURS, "|osD^v<>P*Xph1248dH"))
 
 # ---- steps: a row of dots a case
 

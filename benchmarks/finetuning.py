@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -174,3 +174,8 @@ def series(
 
 def key(task: str, recipe: Recipe) -> dict[str, Any]:
     return {"task": task, **asdict(recipe)}
+
+
+def recipe_of(key: Mapping[str, Any]) -> Recipe:
+    """The recipe that a key was made of."""
+    return Recipe(**{one.name: key[one.name] for one in fields(Recipe)})

@@ -71,6 +71,12 @@ def _reflora(subject: Subject, **more: Any) -> Optimizer:
     return reflora.RefLoRAAdamW(subject.parameters, pairs=subject.pairs, **steps, **more, **subject.options)
 
 
+def _unit_determinant(subject: Subject) -> Optimizer:
+    from .unit_determinant import UnitDeterminantRefLoRA
+
+    return UnitDeterminantRefLoRA(subject.parameters, subject.pairs, **subject.options)
+
+
 def _published(subject: Subject, scalar: bool) -> Optimizer:
     optimizer = _adamw(subject)
     published_reflora.attach(optimizer, subject.pairs, subject.setting.warmup_steps, scalar=scalar)
@@ -115,6 +121,7 @@ METHODS: dict[str, Method] = {
     "reflora-s": Method("RefLoRA-S", functools.partial(_reflora, scalar=True)),
     "published": Method("published RefLoRA", functools.partial(_published, scalar=False)),
     "published-s": Method("published RefLoRA-S", functools.partial(_published, scalar=True)),
+    "reflora-unit": Method("RefLoRA, unit determinant", _unit_determinant),
     "lora-pro": Method("LoRA-Pro", _of(lora_pro.LoRAPro, "scaling")),
     "lora-pro-full": Method("LoRA-Pro, full", _of(lora_pro.LoRAProFull, "scaling")),
     "lora-rite": Method("LoRA-RITE", _of(lora_rite.LoRARITE)),
@@ -135,6 +142,7 @@ METHODS: dict[str, Method] = {
 }
 LABELS = {name: method.label for name, method in METHODS.items()}
 BARE = tuple(name for name, method in METHODS.items() if not method.needs_model)
+EXPERIMENTS = ("reflora-unit",)  # asked by name alone: not a method that anybody would use
 DEFAULT = ("lora", "reflora", "reflora-s", "published", "lora-pro", "lora-rite")
 PEFT_OPTIMIZERS = ("riemannian", "lora+", "lora-fa")
 

@@ -73,7 +73,7 @@ def chosen_methods(made: argparse.ArgumentParser, text: str, model: str) -> list
     """Names with commas; "all" for every method, without those that a LLaMA has no biases or no room for."""
     if text == "all":
         left_out = ("bitfit", "full", "pissa", "lora-pro-full") if model.startswith("llama") else ()
-        return [name for name in methods.METHODS if name not in left_out]
+        return [name for name in methods.METHODS if name not in (*methods.EXPERIMENTS, *left_out)]
     names = list(dict.fromkeys(text.split(",")))
     unknown = [name for name in names if name not in methods.METHODS]
     if unknown:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import spectrum_pair
 
-from benchmarks import memory, methods, models, options, throughput, training, variants
+from benchmarks import memory, methods, models, options, throughput, training, unit_determinant, variants
+from reflora import reference
 
 CPU = torch.device("cpu")
 SIZE = ["--device", "cpu", "--batch", "2", "--rank", "2", "--length", "12"]
@@ -86,7 +88,7 @@ def test_every_method_trains_and_is_measured(tiny: None, tmp_path: Path, capsys:
     throughput.main([*SIZE, "--steps", "5", "--warmup", "1", "--methods", "all", "--out", str(tmp_path)])
     printed = capsys.readouterr()
     found = figures(tmp_path / "throughput_minilm_cpu.csv")
-    for label in methods.LABELS.values():
+    for label in (methods.LABELS[name] for name in methods.METHODS if name not in methods.EXPERIMENTS):
         assert label in printed.out
         assert found[label, "optimizer step"] > 0 and found[label, "throughput to LoRA"] > 0
         assert 2.0 < found[label, "loss"] < 4.0  # ln 11 = 2.4; AdaLoRA adds its penalty
@@ -153,3 +155,14 @@ def test_nora_starts_from_its_sketch_and_the_others_do_not(tiny: None) -> None:
     assert any(not torch.equal(one, other) for one, other in zip(lora, nora))
     again = bench.runner("reflora").parameters
     assert all(torch.equal(one, other) for one, other in zip(lora, again))
+
+
+def test_unit_determinant_keeps_the_shape_of_s_alone() -> None:
+    A, B = spectrum_pair(4, 30, 20, 3.0, 50.0)
+    dead = (torch.randn(4, 30, dtype=torch.float64), torch.zeros(20, 4, dtype=torch.float64))
+    S, inverse = unit_determinant.unit_means([(A, 7.0 * B), dead])
+    expected = reference.refactoring(A, B).S
+    torch.testing.assert_close(S[0], expected / torch.linalg.det(expected) ** 0.25, rtol=1e-9, atol=1e-12)
+    eye = torch.eye(4, dtype=torch.float64)
+    torch.testing.assert_close(S @ inverse, eye.expand(2, 4, 4), rtol=0, atol=1e-10)
+    assert torch.equal(S[1], eye)

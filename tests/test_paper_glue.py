@@ -10,7 +10,7 @@ import torch
 from test_benchmarks import write_rows
 
 from benchmarks import finetuning
-from benchmarks.paper import glue, glue_tasks
+from benchmarks.paper import convergence, glue, glue_tasks
 
 CPU = torch.device("cpu")
 ROWS = {
@@ -112,3 +112,23 @@ def test_bad_options_get_one_clear_line(arguments: list[str], message: str, caps
 def test_missing_task_gets_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="glue: --data: expected a folder cola in"):
         glue.main(["--data", str(tmp_path), "--tasks", "cola", "--device", "cpu"])
+
+
+def test_convergence_takes_the_tuned_rates_and_keeps_every_loss(tiny: None, root: Path, tmp_path: Path) -> None:
+    size = ["--data", str(root), "--steps", "5", "--batch", "4", "--rank", "2", "--device", "cpu", "--seeds", "0", "1"]
+    tuned = tmp_path / "tuned.jsonl"
+    glue.main([*size, "--tasks", "cola", "--lrs", "1e-3", "3e-2", "--methods", "lora", "reflora", "--out", str(tuned)])
+    best = {method: lr for (method, _), (lr, _) in glue.best(list(map(json.loads, tuned.open()))).items()}
+    out = tmp_path / "deep" / "convergence.jsonl"
+    more = ["--task", "cola", "--tuned", str(tuned), "--out", str(out)]
+    convergence.main([*size, *more, "--methods", "lora", "reflora"])
+    runs = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [len(run["losses"]) for run in runs] == [5] * 4
+    assert {run["method"]: run["lr"] for run in runs} == best
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG") and out.with_suffix(".svg").exists()
+    with pytest.raises(SystemExit, match="--tuned: expected runs of cola with minilm .* got none for dora"):
+        convergence.main([*size, *more, "--methods", "lora", "dora"])
+
+
+def test_running_mean() -> None:
+    assert convergence.smoothed([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]

@@ -56,7 +56,7 @@ def _drawn(examples: list[data.Example], count: int | None) -> list[data.Example
 def run(options: argparse.Namespace, tasks: Mapping[str, data.Task], key: Mapping[str, Any]) -> dict[str, Any]:
     """What a line of the file holds besides its key."""
     name, device = key["task"], torch.device(options.device)
-    made = finetuning.Recipe(**{field: key[field] for field in finetuning.Recipe.__dataclass_fields__})
+    made = finetuning.recipe_of(key)
     trained = finetuning.train(made, tasks[name], device, options.backend)
     logits = finetuning.outputs(trained, tasks[name].eval, made.length, device)
     finite = trained.finite and bool(logits.isfinite().all())
@@ -116,37 +116,47 @@ def table(runs: Sequence[Mapping[str, Any]], names: Sequence[str], tasks: Sequen
 # ---- the program
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.paper.glue", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "--data", type=Path, required=True, help="a folder with one folder a task, train and dev .jsonl"
-    )
-    parser.add_argument("--model", default="minilm", help="minilm, deberta-v3-base, a hub id or a folder")
-    parser.add_argument("--tasks", nargs="+", default=["cola", "sst2", "mrpc", "stsb", "rte"], choices=list(TASKS))
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(methods.METHODS))
-    parser.add_argument("--lrs", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3, 1e-2])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, help="in place of the epochs of the paper's Table 6")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--length", type=int, help="most tokens, where it is less than Table 6's")
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--alpha", type=int, default=8)
-    parser.add_argument("--plain-steps", type=int, default=0, help="AdamW steps before RefLoRA starts")
-    parser.add_argument("--train-rows", type=int, help="only so many training examples")
-    parser.add_argument("--eval-rows", type=int, help="only so many dev examples")
-    parser.add_argument("--bfloat16", action="store_true", help="forward and backward under bfloat16 autocast")
-    parser.add_argument("--backend", choices=("triton", "cpp", "torch"), help="of reflora (default: its own choice)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/paper/glue.jsonl"))
-    parser.add_argument("--table", action="store_true", help="make no run, print the table of those there are")
-    options = parser.parse_args(argv)
+def parser(program: str, summary: str, chosen: Sequence[str]) -> argparse.ArgumentParser:
+    """The options that every program on GLUE has; `chosen`: its methods where none are given."""
+    made = argparse.ArgumentParser(prog=f"python -m benchmarks.paper.{program}", description=summary)
+    made.add_argument("--data", type=Path, required=True, help="a folder with one folder a task: train and dev .jsonl")
+    made.add_argument("--model", default="minilm", help="minilm, deberta-v3-base, a hub id or a folder")
+    made.add_argument("--methods", nargs="+", default=list(chosen), choices=list(methods.METHODS))
+    made.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    made.add_argument("--steps", type=int, help="in place of the epochs of the paper's Table 6")
+    made.add_argument("--batch", type=int, default=32)
+    made.add_argument("--length", type=int, help="most tokens, where it is less than Table 6's")
+    made.add_argument("--rank", type=int, default=8)
+    made.add_argument("--alpha", type=int, default=8)
+    made.add_argument("--plain-steps", type=int, default=0, help="AdamW steps before RefLoRA starts")
+    made.add_argument("--train-rows", type=int, help="only so many training examples")
+    made.add_argument("--eval-rows", type=int, help="only so many dev examples")
+    made.add_argument("--bfloat16", action="store_true", help="forward and backward under bfloat16 autocast")
+    made.add_argument("--backend", choices=("triton", "cpp", "torch"), help="of reflora (default: its own choice)")
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    made.add_argument("--out", type=Path, help="the file of runs")
+    return made
+
+
+def check(made: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Leave with one clear line where a common option is bad."""
     reason = methods.unserved(options.backend, torch.device(options.device)) or methods.missing(options.methods)
     if reason:
-        parser.error(reason)
+        made.error(reason)
     for name in ("steps", "batch", "rank", "alpha", "length", "train_rows", "eval_rows"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+            made.error(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    made = parser("glue", (__doc__ or "").split("\n")[0], METHODS)
+    made.add_argument("--tasks", nargs="+", default=["cola", "sst2", "mrpc", "stsb", "rte"], choices=list(TASKS))
+    made.add_argument("--lrs", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3, 1e-2])
+    made.add_argument("--table", action="store_true", help="make no run, print the table of those there are")
+    made.set_defaults(out=Path("benchmarks/results/paper/glue.jsonl"))
+    options = made.parse_args(argv)
+    check(made, options)
     return options
 
 
