@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -146,17 +147,21 @@ class Record:
         self.path, self.env = path, dict(env)
 
     def runs(self) -> Iterator[dict[str, Any]]:
+        """Every whole line; one that was cut off while it was written counts for nothing."""
         if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            yield from (json.loads(line) for line in lines if line.strip())
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(json.JSONDecodeError):
+                    yield json.loads(line)
 
     def find(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
         return next((run for run in self.runs() if key.items() <= run.items()), None)
 
     def add(self, run: Mapping[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        written = self.path.read_bytes() if self.path.exists() else b""
+        cut = written and not written.endswith(b"\n")
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**run, "machine": self.env}) + "\n")
+            file.write(("\n" if cut else "") + json.dumps({**run, "machine": self.env}) + "\n")
 
 
 def series(

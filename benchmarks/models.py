@@ -113,7 +113,13 @@ def _base(name: str, classes: int, device: torch.device, dtype: torch.dtype | No
         return _drawn(name, classes, device, dtype or torch.bfloat16, "random weights, hashed words")
     online = hub.prepare(needed=True)
     if name not in HUB_IDS:
-        return *_pretrained(name, classes), "pretrained"
+        try:
+            return *_pretrained(name, classes), "pretrained"
+        except (OSError, ValueError) as error:
+            known = f"{', '.join(PRESETS)}, a folder with a config.json, or the id of a model of the hub"
+            why = "" if online else "; the hub cannot be reached"
+            first = str(error).partition("\n")[0]
+            raise OSError(f"--model: expected {known}, got {name!r}{why} ({first})") from error
     try:
         return *_pretrained(HUB_IDS[name], classes), "pretrained"
     except (OSError, ValueError, ImportError) as error:

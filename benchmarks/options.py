@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +68,12 @@ def settle(made: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     for name, least in (("rank", 1), ("batch", 1), ("length", 3)):
         if getattr(options, name) < least:
             made.error(f"--{name}: expected at least {least}, got {getattr(options, name)}")
+    if not 0 <= options.lr < math.inf:
+        made.error(f"--lr: expected a number from 0 up, got {options.lr}")
+    try:  # now, not when there are results to lose
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        made.error(f"--out: expected a folder that can be written, got {options.out}: {error.strerror}")
 
 
 def chosen_methods(made: argparse.ArgumentParser, text: str, model: str) -> list[str]:
@@ -74,7 +81,7 @@ def chosen_methods(made: argparse.ArgumentParser, text: str, model: str) -> list
     if text == "all":
         left_out = ("bitfit", "full", "pissa", "lora-pro-full") if model.startswith("llama") else ()
         return [name for name in methods.METHODS if name not in (*methods.EXPERIMENTS, *left_out)]
-    names = list(dict.fromkeys(text.split(",")))
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
     unknown = [name for name in names if name not in methods.METHODS]
     if unknown:
         made.error(f"--methods: expected all or some of {', '.join(methods.METHODS)}, got {', '.join(unknown)}")

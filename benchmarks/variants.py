@@ -47,7 +47,10 @@ def build(name: str, loaded: Loaded, adapter: Adapter) -> nn.Module:
     with warnings.catch_warnings():
         # peft 0.21 asks transformers 5 for an attribute that has been renamed
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-        return get_peft_model(model, _config(name, loaded.kind, adapter))
+        try:
+            return get_peft_model(model, _config(name, loaded.kind, adapter))
+        except ValueError as error:
+            raise ValueError(f"--targets: expected names of layers, got {adapter.targets}: {error}") from error
 
 
 def _config(name: str, kind: str, adapter: Adapter) -> Any:

@@ -280,6 +280,8 @@ def test_methods_share_weights_batches_and_dropout() -> None:
         (["--steps", "5"], "--steps: expected at least 23, got 5"),
         (["--rank", "0"], "--rank: expected at least 1, got 0"),
         (["--backend", "jax"], "invalid choice: 'jax'"),
+        (["--lr", "nan"], "--lr: expected a number from 0 up, got nan"),
+        (["--out", __file__], "--out: expected a folder that can be written, got .*test_benchmarks.py: File exists"),
     ],
 )
 def test_bad_options_get_one_clear_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -287,6 +289,21 @@ def test_bad_options_get_one_clear_line(arguments: list[str], message: str, caps
         throughput.parse([*arguments, "--device", "cpu"])
     error = " ".join(capsys.readouterr().err.split())
     assert re.search(message, error), error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "./absent"], "throughput: --model: expected minilm, .* a folder with a config.json, .*'./absent'"),
+        (["--targets", "absent"], "throughput: --targets: expected names of layers, got .'absent',."),
+    ],
+)
+def test_model_and_targets_that_are_not_there_get_one_clear_line(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit, match=message):
+        throughput.main([*arguments, "--device", "cpu", "--out", str(tmp_path)])
 
 
 def test_missing_data_file_gets_one_clear_line() -> None:

@@ -101,7 +101,12 @@ def test_papers_averages_come_out_of_its_columns() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--steps", "0"], "--steps: expected at least 1, got 0"), (["--backend", "jax"], "invalid choice")],
+    [
+        (["--steps", "0"], "--steps: expected at least 1, got 0"),
+        (["--backend", "jax"], "invalid choice"),
+        (["--lrs", "1e-3", "-1"], "--lrs: expected positive numbers, got -1"),
+        (["--out", "."], "--out: expected a file of JSON lines, got the folder"),
+    ],
 )
 def test_bad_options_get_one_clear_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
@@ -132,3 +137,17 @@ def test_convergence_takes_the_tuned_rates_and_keeps_every_loss(tiny: None, root
 
 def test_running_mean() -> None:
     assert convergence.smoothed([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]
+
+
+def test_line_that_was_cut_off_is_made_again(tmp_path: Path) -> None:
+    record = finetuning.Record(tmp_path / "runs.jsonl", {"cpu": "x"})
+    record.add({"seed": 0})
+    record.path.write_text(record.path.read_text() + '{"seed": 1, "sco')
+    made = finetuning.series(record, [{"seed": 0}, {"seed": 1}], lambda key: {"score": 1.0}, "runs")
+    assert [run["seed"] for run in made] == [0, 1] and made[1]["score"] == 1.0
+    assert [run["seed"] for run in record.runs()] == [0, 1]
+
+
+def test_batch_larger_than_the_data_gets_one_clear_line(root: Path) -> None:
+    with pytest.raises(SystemExit, match="glue: --batch: expected at most the 40 rows of cola, got 41"):
+        glue.main(["--data", str(root), "--tasks", "cola", "--batch", "41", "--device", "cpu"])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,8 +31,10 @@ def rates(options: argparse.Namespace) -> dict[str, float]:
     """
     if options.tuned is None:
         return dict.fromkeys(options.methods, options.lr)
-    with options.tuned.open(encoding="utf-8") as file:
-        runs = [run for run in map(json.loads, file) if run["task"] == options.task and run["model"] == options.model]
+    if not options.tuned.is_file():
+        raise ValueError(f"--tuned: no file {options.tuned}.")
+    every = finetuning.Record(options.tuned, {}).runs()
+    runs = [run for run in every if run["task"] == options.task and run["model"] == options.model]
     chosen = {method: lr for (method, _), (lr, _) in glue.best(runs).items()}
     absent = [method for method in options.methods if method not in chosen]
     if absent:
@@ -80,6 +81,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(out=Path("benchmarks/results/paper/convergence.jsonl"))
     options = parser.parse_args(argv)
     glue.check(parser, options)
+    glue.check_rates(parser, "--lr", [options.lr])
     return options
 
 

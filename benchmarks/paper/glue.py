@@ -41,9 +41,15 @@ def recipe(options: argparse.Namespace, name: str, rows: int, method: str, lr: f
 
 
 def load(options: argparse.Namespace, name: str) -> data.Task:
-    """The task with at most the asked number of rows, drawn once and for all: some GLUE files are in an order."""
+    """The task with at most the asked number of rows, drawn once and for all: some GLUE files are in an order.
+
+    Raises OSError or ValueError for data that is not there or not enough.
+    """
     task = TASKS[name].load(options.data)
-    return replace(task, train=_drawn(task.train, options.train_rows), eval=_drawn(task.eval, options.eval_rows))
+    task = replace(task, train=_drawn(task.train, options.train_rows), eval=_drawn(task.eval, options.eval_rows))
+    if len(task.train) < options.batch:
+        raise ValueError(f"--batch: expected at most the {len(task.train)} rows of {name}, got {options.batch}.")
+    return task
 
 
 def _drawn(examples: list[data.Example], count: int | None) -> list[data.Example]:
@@ -147,6 +153,14 @@ def check(made: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             made.error(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+    if options.out.is_dir():
+        made.error(f"--out: expected a file of JSON lines, got the folder {options.out}")
+
+
+def check_rates(made: argparse.ArgumentParser, option: str, given: Sequence[float]) -> None:
+    for lr in given:
+        if not 0 < lr < math.inf:
+            made.error(f"{option}: expected positive numbers, got {lr}")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -157,6 +171,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     made.set_defaults(out=Path("benchmarks/results/paper/glue.jsonl"))
     options = made.parse_args(argv)
     check(made, options)
+    check_rates(made, "--lrs", options.lrs)
     return options
 
 
@@ -173,7 +188,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     print(harness.header(record.env), flush=True)
     if not options.table:
-        finetuning.series(record, keys, lambda key: run(options, tasks, key), "runs")
+        try:
+            finetuning.series(record, keys, lambda key: run(options, tasks, key), "runs")
+        except (OSError, ImportError) as error:
+            raise SystemExit(f"glue: {error}") from error
     done = [found for found in map(record.find, keys) if found]
     print(f"{options.model}, r={options.rank}; {len(done)} of {len(keys)} runs in {options.out}")
     print(table(done, options.methods, options.tasks))
