@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -144,7 +145,11 @@ LABELS = {name: method.label for name, method in METHODS.items()}
 BARE = tuple(name for name, method in METHODS.items() if not method.needs_model)
 EXPERIMENTS = ("reflora-unit",)  # asked by name alone: not a method that anybody would use
 DEFAULT = ("lora", "reflora", "reflora-s", "published", "lora-pro", "lora-rite")
-PEFT_OPTIMIZERS = ("riemannian", "lora+", "lora-fa")
+PEFT_OPTIMIZERS = {
+    "riemannian": "create_riemannian_optimizer",
+    "lora+": "create_loraplus_optimizer",
+    "lora-fa": "create_lorafa_optimizer",
+}
 
 
 def build(name: str, subject: Subject) -> Optimizer:
@@ -154,12 +159,12 @@ def build(name: str, subject: Subject) -> Optimizer:
 
 def missing(names: Sequence[str]) -> str | None:
     """Why one of the methods cannot be built from what is installed, or None. For a parser to ask."""
-    wanted = [name for name in names if name in PEFT_OPTIMIZERS]
-    try:
-        if wanted:
-            import peft.optimizers  # noqa: F401
-    except ImportError as error:
-        return f"--methods: {', '.join(wanted)} needs a PEFT with peft.optimizers ({error})"
+    for name in names:
+        if name in PEFT_OPTIMIZERS:
+            try:
+                getattr(importlib.import_module("peft.optimizers"), PEFT_OPTIMIZERS[name])
+            except (ImportError, AttributeError) as error:
+                return f"--methods: {name} needs a PEFT with peft.optimizers.{PEFT_OPTIMIZERS[name]} ({error})"
     return None
 
 

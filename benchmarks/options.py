@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,10 +78,14 @@ def settle(made: argparse.ArgumentParser, options: argparse.Namespace) -> None:
 
 
 def chosen_methods(made: argparse.ArgumentParser, text: str, model: str) -> list[str]:
-    """Names with commas; "all" for every method, without those that a LLaMA has no biases or no room for."""
+    """Names with commas; "all" for every method that can be built and that a LLaMA has biases and room for."""
     if text == "all":
         left_out = ("bitfit", "full", "pissa", "lora-pro-full") if model.startswith("llama") else ()
-        return [name for name in methods.METHODS if name not in (*methods.EXPERIMENTS, *left_out)]
+        names = [name for name in methods.METHODS if name not in (*methods.EXPERIMENTS, *left_out)]
+        for name in names:
+            if reason := methods.missing([name]):
+                print(f"left out: {reason}", file=sys.stderr)
+        return [name for name in names if not methods.missing([name])]
     names = list(dict.fromkeys(name.strip() for name in text.split(",")))
     unknown = [name for name in names if name not in methods.METHODS]
     if unknown:

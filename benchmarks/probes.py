@@ -140,8 +140,8 @@ class Memory:
 def memory(work: Callable[[], object], device: torch.device, before: Callable[[], object] | None = None) -> Memory:
     """What `work` takes (see CPU_MEMORY and CUDA_MEMORY).
 
-    `before` runs first and is not measured. What `work` frees counts only if it was allocated in `before` or in `work`:
-    on a CPU the profiler knows no older block.
+    `before` runs first and is not measured. On a CPU let `work` free only what was allocated in `before` or in `work`:
+    of older blocks the profiler knows some and not others.
     """
     before = before or (lambda: None)
     gc.collect()  # a discarded optimizer that is freed while work runs would hide as much of the peak

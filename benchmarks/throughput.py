@@ -1,6 +1,6 @@
 """How much RefLoRA costs in training a real model on real text: `python -m benchmarks.throughput --help`.
 
-Every method starts from the same weights and sees the same batches and dropout masks; they take turns in one process,
+Every method starts from the same function and sees the same batches and dropout masks; they take turns in one process,
 so that a slow spell of the machine meets all of them. Iterations before the end of the warm-up are not timed.
 """
 

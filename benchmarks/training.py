@@ -11,18 +11,22 @@ from torch import Tensor, nn
 from . import harness, methods, probes, variants
 from .models import Loaded
 
-FAILURES = (torch.linalg.LinAlgError, torch.OutOfMemoryError)  # of a method, not of the benchmark
+# of a method, not of the benchmark: what torch raises for decompositions, for want of memory, and from CUDA's libraries
+FAILURES = (RuntimeError,)
 
 
 @dataclass
 class Runner:
-    """One method with its parameters, their places in its model, its optimizer and what was measured of it."""
+    """One method with its parameters, their places in its model, its optimizer and what was measured of it.
+
+    Of one that could not be built all but the name and the failure is empty.
+    """
 
     name: str
-    places: variants.Trainables
-    parameters: list[nn.Parameter]
-    optimizer: torch.optim.Optimizer
     timer: harness.StreamTimer
+    places: variants.Trainables | None = None
+    parameters: list[nn.Parameter] = field(default_factory=list)
+    optimizer: torch.optim.Optimizer | None = None
     iteration: list[float] = field(default_factory=list)
     step: list[float] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)
@@ -71,15 +75,19 @@ class Bench:
         return places, subject
 
     def runner(self, name: str) -> Runner:
-        places, subject = self.subject(name, self.setting)
-        return Runner(
-            name, places, list(subject.parameters), methods.build(name, subject), harness.StreamTimer(self.device)
-        )
+        made = Runner(name, harness.StreamTimer(self.device))
+        try:
+            made.places, subject = self.subject(name, self.setting)
+            made.parameters = list(subject.parameters)
+            made.optimizer = methods.build(name, subject)
+        except FAILURES as error:
+            self._fail(made, f"start: {_first_words(error)}")
+        return made
 
     def backward(self, model: nn.Module, optimizer: torch.optim.Optimizer, index: int) -> Tensor:
         """Gradients of batch `index`, new ones; returns the loss."""
         optimizer.zero_grad(set_to_none=True)
-        loss = model(**self.feed[index]).loss
+        loss = variants.forward_of(model)(**self.feed[index]).loss
         loss.backward()
         return loss.detach()
 
@@ -87,6 +95,7 @@ class Bench:
         """`size` training iterations from batch `first`; the device is drained only at both ends."""
         if runner.failure:
             return
+        assert runner.places is not None and runner.optimizer is not None
         runner.places.install(runner.parameters)
         torch.manual_seed(first)
         try:
@@ -97,20 +106,32 @@ class Bench:
                     runner.optimizer.step()
                     runner.timer.stop()
         except FAILURES as error:
-            runner.optimizer.zero_grad(set_to_none=True)
-            runner.failure = f"step {len(runner.losses)}: {str(error).partition('(')[0][:60].strip()}"
+            self._fail(runner, f"step {len(runner.losses)}: {_first_words(error)}")
             return
         steps = runner.timer.read()
+        runner.optimizer.zero_grad(set_to_none=True)  # the others need the room
         if timed:
             runner.iteration.append(watch.seconds / size)
             runner.step.append(sum(steps) / size)
+
+    def _fail(self, runner: Runner, failure: str) -> None:
+        """Out, with all that it holds."""
+        runner.failure = failure
+        for parameter in runner.parameters:
+            parameter.grad = None
+        runner.parameters, runner.optimizer, runner.places = [], None, None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def memory(self, name: str) -> Footprint | None:
         """Of a method alone, refactoring from its first step on; None where it fails.
 
         Factors that start at zero are drawn, for there the published loops would compute nothing.
         """
-        places, subject = self.subject(name, replace(self.setting, warmup_steps=0))
+        try:
+            places, subject = self.subject(name, replace(self.setting, warmup_steps=0))
+        except FAILURES:
+            return None
         with torch.no_grad():
             for factor in (factor for pair in subject.pairs for factor in pair if not factor.any()):
                 factor.normal_(std=1e-2)
@@ -134,6 +155,9 @@ class Bench:
 
     def footprints(self, names: Sequence[str]) -> dict[str, Footprint | None]:
         """`memory` of every method, with a progress bar."""
+        if self.device.type == "cuda":
+            probes.warm_libraries(self.device)
+            self.memory(names[0])  # workspaces that stay would count for the first method alone
         turns = harness.progress(range(len(names)), "memory")
         return {names[turn]: self.memory(names[turn]) for turn in turns}
 
@@ -146,4 +170,12 @@ def train(bench: Bench, names: Sequence[str], steps: int, untimed: int, block: i
         return lambda turn: bench.block(runner, turn * block, block, turn * block >= untimed)
 
     harness.interleave({name: case(runner) for name, runner in runners.items()}, steps // block, "training")
+    for runner in runners.values():
+        bad = [step for step, loss in enumerate(runner.losses, 1) if not loss.isfinite()]
+        if bad and not runner.failure:
+            runner.failure = f"step {bad[0]}: the loss is not finite"
     return list(runners.values())
+
+
+def _first_words(error: BaseException) -> str:
+    return str(error).partition("(")[0].partition("\n")[0][:60].strip()

@@ -31,8 +31,8 @@ class Adapter:
 def build(name: str, loaded: Loaded, adapter: Adapter) -> nn.Module:
     """The variant `name` of NAMES: frozen weights shared with `loaded` and all other variants, the trainable ones new.
 
-    PiSSA and full fine-tuning change every weight and get copies. Raises ValueError for targets that name no layer and
-    for a model without biases under "bitfit".
+    PiSSA and full fine-tuning change every weight and get copies. Raises ValueError for targets that name no layer,
+    RuntimeError for a model without biases under "bitfit" and where memory is short.
     """
     own = name in ("pissa", "full")
     shared = {} if own else {id(t): t for t in (*loaded.model.parameters(), *loaded.model.buffers())}
@@ -63,7 +63,8 @@ def _config(name: str, kind: str, adapter: Adapter) -> Any:
         "modules_to_save": list(HEADS[:1]) if kind == "image" else None,
     }
     if name == "adalora":
-        start, last = adapter.steps // 10, adapter.steps // 3
+        # the budget is spent until the last step: past it an iteration costs less
+        start, last = adapter.steps // 10, 1
         size = {"init_r": -(-3 * adapter.rank // 2), "target_r": adapter.rank}
         return AdaLoraConfig(**options, **size, total_step=max(adapter.steps, 3), tinit=start, tfinal=last)
     more = {"dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa_niter_4"}}.get(name, {})
@@ -80,8 +81,14 @@ def _with_own_biases(model: nn.Module) -> nn.Module:
                 found |= name == "bias" and not head
                 module._parameters[name] = nn.Parameter(parameter.detach().clone())
     if not found:
-        raise ValueError("--methods: bitfit trains biases, and this model has none; leave it out.")
+        raise RuntimeError("bitfit trains biases, and this model has none")
     return model
+
+
+def forward_of(model: nn.Module) -> nn.Module:
+    """What to call with a batch: AdaLoRA's penalty is added by a module that some of PEFT's wrappers go around."""
+    config = getattr(model, "peft_config", {}).get("default")
+    return model.base_model if config is not None and config.peft_type == "ADALORA" else model
 
 
 def pairs_of(model: nn.Module, adapter: str = "default") -> list[tuple[Tensor, Tensor]]:

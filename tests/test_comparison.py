@@ -37,7 +37,12 @@ def test_variants_share_the_frozen_weights_and_leave_them_alone(tiny: None, name
     assert trainable and not any(parameter.data_ptr() in frozen for parameter in trainable)
     if name not in ("full", "pissa"):
         rest = {parameter.data_ptr() for parameter in model.parameters() if not parameter.requires_grad}
-        assert len(frozen & rest) > len(frozen) / 2
+        moved = {"classifier.weight", "classifier.bias"} if name != "bitfit" else set()
+        moved |= {
+            n for n, _ in loaded.model.named_parameters() if name == "bitfit" and ("bias" in n or "classifier" in n)
+        }
+        kept = {p.data_ptr() for n, p in loaded.model.named_parameters() if n not in moved}
+        assert kept <= rest
     ids, mask = torch.arange(6)[None], torch.ones(1, 6, dtype=torch.long)
     loss = model(input_ids=ids, attention_mask=mask, labels=torch.tensor([1])).loss
     loss.backward()
@@ -77,22 +82,37 @@ def test_checkpointed_training_keeps_fewer_activations(tiny: None) -> None:
 
 
 def test_bitfit_needs_biases(tiny: None) -> None:
-    with pytest.raises(ValueError, match="bitfit trains biases, and this model has none"):
+    with pytest.raises(RuntimeError, match="bitfit trains biases, and this model has none"):
         variants.build("bitfit", models.load("llama2-7b", 2, CPU, 0, torch.float32), adapter())
 
 
 # ---- all methods
 
 
-def test_every_method_trains_and_is_measured(tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    throughput.main([*SIZE, "--steps", "5", "--warmup", "1", "--methods", "all", "--out", str(tmp_path)])
-    printed = capsys.readouterr()
-    found = figures(tmp_path / "throughput_minilm_cpu.csv")
-    for label in (methods.LABELS[name] for name in methods.METHODS if name not in methods.EXPERIMENTS):
-        assert label in printed.out
+def test_every_method_trains_and_is_measured(tiny: None, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = throughput.parse([*SIZE, "--steps", "5", "--warmup", "1", "--methods", "all"])
+    runners, rows, text = throughput.run(chosen)
+    assert [runner.name for runner in runners] == [n for n in methods.METHODS if n not in methods.EXPERIMENTS]
+    found = {(row.method, row.metric): row.summary.p50 for row in rows}
+    for runner in runners:
+        label = methods.LABELS[runner.name]
+        assert runner.failure is None and label in text
+        assert all(map(torch.isfinite, runner.losses)) and len(runner.losses) == 5
+        assert runner.places is not None
+        start = runner.places.copies()
+        still = [torch.equal(new, old) for new, old in zip(runner.parameters, start) if new.requires_grad]
+        assert sum(still) < len(still) / 2, label
         assert found[label, "optimizer step"] > 0 and found[label, "throughput to LoRA"] > 0
-        assert 2.0 < found[label, "loss"] < 4.0  # ln 11 = 2.4; AdaLoRA adds its penalty
-    assert "training" in printed.err and "memory" in printed.err
+        assert all(parameter.grad is None for parameter in runner.parameters)
+    errors = capsys.readouterr().err
+    assert "training" in errors and "memory" in errors
+
+
+def test_program_writes_rows_and_figure(tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = ["--steps", "4", "--warmup", "1", "--methods", "lora,reflora,lora-rite,full"]
+    throughput.main([*SIZE, *chosen, "--out", str(tmp_path)])
+    assert "RefLoRA" in capsys.readouterr().out
+    assert ("LoRA-RITE", "throughput to LoRA") in figures(tmp_path / "throughput_minilm_cpu.csv")
     assert (tmp_path / "throughput_minilm_cpu.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -130,9 +150,21 @@ def test_every_kind_of_model_trains(
 
 def test_llama_leaves_out_what_it_has_no_biases_or_room_for() -> None:
     chosen = throughput.parse(["--device", "cpu", "--model", "llama-7b", "--methods", "all"])
-    assert {"bitfit", "full"}.isdisjoint(chosen.methods) and "reflora" in chosen.methods
+    left_out = {"bitfit", "full", "pissa", "lora-pro-full"}
+    assert left_out.isdisjoint(chosen.methods) and "reflora" in chosen.methods
     assert chosen.dtype is torch.bfloat16 and chosen.checkpointing
     assert not throughput.parse(["--device", "cpu", "--model", "llama-7b", "--no-checkpointing"]).checkpointing
+
+
+def test_all_leaves_out_what_an_older_peft_lacks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(methods.PEFT_OPTIMIZERS, "lora-fa", "create_nothing")
+    assert "lora-fa" not in throughput.parse(["--device", "cpu", "--methods", "all"]).methods
+    assert "left out: --methods: lora-fa needs a PEFT with peft.optimizers.create_nothing" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        throughput.parse(["--device", "cpu", "--methods", "lora-fa"])
+    assert "lora-fa needs a PEFT with" in capsys.readouterr().err
 
 
 def test_method_that_fails_says_where_and_the_others_go_on(tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,8 +176,52 @@ def test_method_that_fails_says_where_and_the_others_go_on(tiny: None, monkeypat
     chosen = throughput.parse([*SIZE, "--steps", "4", "--warmup", "1", "--methods", "lora,balora"])
     runners, rows, text = throughput.run(chosen)
     assert runners[1].failure == "step 1: no convergence"
+    assert runners[1].optimizer is None and not runners[1].parameters
     assert "failed at step 1: no convergence" in text
     assert {row.method for row in rows} == {"LoRA"}
+
+
+@pytest.mark.parametrize("variant", ["dora", "full"])
+def test_method_without_room_leaves_the_others_alone(tiny: None, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = variants.build
+
+    def build(name: str, *others: object) -> torch.nn.Module:
+        if name == variant:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return whole(name, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(variants, "build", build)
+    chosen = throughput.parse([*SIZE, "--steps", "4", "--warmup", "1", "--methods", f"{variant},lora"])
+    runners, rows, text = throughput.run(chosen)
+    assert runners[0].failure == "start: CUDA out of memory. Tried to allocate 20.00 GiB"
+    assert f"failed at {runners[0].failure}" in text and {row.method for row in rows} == {"LoRA"}
+    assert options.prepare(chosen, 2, 0).bench.memory(variant) is None
+
+
+def test_method_that_goes_nan_has_no_figures(tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Spoiling(torch.optim.SGD):
+        def step(self, closure: object = None) -> None:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.data.fill_(torch.nan)
+
+    monkeypatch.setitem(methods.METHODS, "balora", methods.Method("BaLoRA", lambda s: Spoiling(s.parameters)))
+    chosen = throughput.parse([*SIZE, "--steps", "4", "--warmup", "1", "--methods", "lora,balora", "--no-memory"])
+    runners, rows, text = throughput.run(chosen)
+    assert runners[1].failure == "step 2: the loss is not finite" and runners[1].failure in text
+    assert {row.method for row in rows} == {"LoRA"}
+
+
+def test_adaloras_penalty_is_trained_for_images_too(tiny: None) -> None:
+    chosen = throughput.parse(["--model", "vit-base", *SIZE, "--steps", "23"])
+    bench = options.prepare(chosen, 3, 0).bench
+    lora, adalora = (bench.runner(name) for name in ("lora", "adalora"))
+    losses = []
+    for runner in (lora, adalora):
+        assert runner.places is not None and runner.optimizer is not None
+        runner.places.install(runner.parameters)
+        losses.append(bench.backward(runner.places.model, runner.optimizer, 0))
+    assert losses[1] > losses[0] + 0.1
 
 
 def test_nora_starts_from_its_sketch_and_the_others_do_not(tiny: None) -> None:

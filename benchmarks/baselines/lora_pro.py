@@ -41,10 +41,6 @@ class Spectrum:
         reciprocal = torch.where(damped.abs() > least, 1 / damped, 0)
         return cls(w, V, (V * reciprocal[..., None, :]) @ V.mT)
 
-    def one(self, index: int) -> Spectrum:
-        """That of one pair, as a stack."""
-        return Spectrum(self.w[index, None], self.V[index, None], self.inverse[index, None])
-
 
 def adjusted(
     pairs: Sequence[Pair],
@@ -106,11 +102,12 @@ class LoRAProFull(PairOptimizer):
         of_A, of_B = map(Spectrum.of, grams(pairs))
         gradients = [(A.grad, B.grad) for A, B in pairs]
         tentative = adjusted(pairs, gradients, (of_A, of_B), self.scaling, free=False)
-        shrink = math.sqrt(1 - options["weight_decay"] * options["lr"])
-        for index, ((A, B), (gA, gB)) in enumerate(zip(pairs, tentative)):
+        projected = []
+        for (A, B), (gA, gB) in zip(pairs, tentative):
             direction = self._adam(A, self.scaling * (B @ gA + gB @ A), options).to(B.dtype)
-            projected = [(self.scaling * (B.T @ direction), self.scaling * (direction @ A.T))]
-            [(gA, gB)] = adjusted([(A, B)], projected, (of_A.one(index), of_B.one(index)), self.scaling)
+            projected.append((self.scaling * (B.T @ direction), self.scaling * (direction @ A.T)))
+        shrink = math.sqrt(1 - options["weight_decay"] * options["lr"])
+        for (A, B), (gA, gB) in zip(pairs, adjusted(pairs, projected, (of_A, of_B), self.scaling)):
             A.mul_(shrink).sub_(gA, alpha=options["lr"])
             B.mul_(shrink).sub_(gB, alpha=options["lr"])
 

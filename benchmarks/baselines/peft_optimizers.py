@@ -23,7 +23,10 @@ def riemannian(parameters: Sequence[Tensor], pairs: Pairs, **options: Any) -> Op
 
 
 def loraplus(parameters: Sequence[Tensor], pairs: Pairs, weight_decay: float = 0.0, **options: Any) -> Optimizer:
-    """Fused AdamW with LORAPLUS_RATIO times the learning rate for B; PEFT gives vectors of the rest that rate too."""
+    """Fused AdamW with LORAPLUS_RATIO times the learning rate for B; PEFT gives vectors of the rest that rate too.
+
+    Everything decays, biases too, as under the other methods here.
+    """
     from peft.optimizers import create_loraplus_optimizer
 
     decay = {"loraplus_weight_decay": weight_decay}
@@ -42,6 +45,8 @@ def lorafa(model: nn.Module, **options: Any) -> Optimizer:
 def adalora(model: Any, parameters: Sequence[Tensor], **options: Any) -> Optimizer:
     """Fused AdamW, and after each step AdaLoRA's budget of ranks (arXiv 2303.10512), which reads the gradients."""
     optimizer = AdamW(parameters, fused=True, **options)
+    model.base_model.rankallocator.reset_ipt()  # the model may have served another optimizer before
+    model.peft_config["default"].rank_pattern = None
     count = 0
 
     def allocate(*_: object) -> None:
