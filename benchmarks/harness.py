@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import math
@@ -89,13 +90,13 @@ def _cores() -> int:
 
 @dataclass(frozen=True)
 class Summary:
-    """Quantiles of one measurement, in its own unit, and the 95 % interval of its median."""
+    """Quantiles of one measurement, in its own unit, and the 95 % interval of its median, from six samples on."""
 
     p20: float
     p50: float
     p80: float
     quartiles: tuple[float, float]
-    interval: tuple[float, float]
+    interval: tuple[float, float] | None
     count: int
 
 
@@ -109,8 +110,8 @@ def summarize(samples: Sequence[float]) -> Summary:
     return Summary(p20, p50, p80, (p25, p75), _median_interval(sorted(samples)), len(samples))
 
 
-def _median_interval(ordered: Sequence[float]) -> tuple[float, float]:
-    """Order statistics that hold the true median with 95 % or more, whatever the distribution; else the whole range.
+def _median_interval(ordered: Sequence[float]) -> tuple[float, float] | None:
+    """Order statistics that hold the true median with 95 % or more, whatever the distribution; None for too few.
 
     The number of samples below the median is binomial with p = 1/2.
     """
@@ -120,13 +121,34 @@ def _median_interval(ordered: Sequence[float]) -> tuple[float, float]:
         if outside > 0.05:
             break
         rank += 1
-    rank = max(rank - 1, 0)
-    return ordered[rank], ordered[count - 1 - rank]
+    return (ordered[rank - 1], ordered[count - rank]) if rank else None
 
 
 def paired_ratio(samples: Sequence[float], base: Sequence[float]) -> Summary:
     """Quantiles of `samples[i] / base[i]`: both taken in round i, so that a slow spell of the machine cancels."""
     return summarize([sample / reference for sample, reference in zip(samples, base, strict=True)])
+
+
+# ---- options that every program has
+
+
+def pick_device(parser: argparse.ArgumentParser, text: str | None) -> torch.device:
+    """The device of --device, or where none is given a GPU if there is one. Leaves through `parser.error`."""
+    try:
+        device = torch.device(text or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        parser.error(f"--device: expected cpu, cuda or cuda:1, got {text!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device: expected a device that torch can use, got {device}; this torch sees no GPU")
+    return device
+
+
+def make_folder(parser: argparse.ArgumentParser, folder: Path, given: Path) -> None:
+    """Now, not when there are results to lose. Leaves through `parser.error`, which names what was `given`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out: expected a place that can be written, got {given}: {error.strerror}")
 
 
 # ---- time
@@ -256,7 +278,8 @@ def write_csv(path: Path, rows: Sequence[Measurement], env: Mapping[str, str]) -
         for row in rows:
             s = row.summary
             what = [row.benchmark, row.case, row.method, row.metric, row.unit]
-            numbers = [f"{value:.6g}" for value in (s.p20, s.p50, s.p80, *s.interval)]
+            numbers = [f"{value:.6g}" for value in (s.p20, s.p50, s.p80)]
+            numbers += [f"{value:.6g}" for value in s.interval] if s.interval else ["", ""]
             writer.writerow([*what, *numbers, s.count, *env.values()])
 
 

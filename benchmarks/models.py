@@ -72,6 +72,9 @@ _LLAMA = {
 }  # fmt: skip
 
 
+LLAMAS = tuple(_LLAMA)
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A model on its device, every weight frozen. kind: "text", "causal" or "image"; weights: where they are from."""
@@ -102,6 +105,13 @@ def load(
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     return Loaded(model, tokenizer, kind, weights)
+
+
+def check_length(loaded: Loaded, length: int) -> None:
+    """Raises ValueError where the model's table of positions is shorter."""
+    for path, module in loaded.model.named_modules():
+        if path.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.num_embeddings < length:
+            raise ValueError(f"--length: expected at most {module.num_embeddings} for this model, got {length}.")
 
 
 def _base(name: str, classes: int, device: torch.device, dtype: torch.dtype | None) -> tuple[nn.Module, Any, str, str]:

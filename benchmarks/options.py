@@ -15,6 +15,7 @@ from . import batches, data, harness, methods, models, variants
 from .training import Bench
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MOST_RANK = 4096  # a larger one is a slip, and takes the memory of a model
 BATCHES = 2  # that the memory measurement reads in any case
 
 
@@ -48,9 +49,7 @@ def parser(program: str, summary: str) -> argparse.ArgumentParser:
 
 def settle(made: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Fill in what the model's preset says and check the rest. Leaves with one clear line where an option is bad."""
-    options.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if options.device.type == "cuda" and not torch.cuda.is_available():
-        made.error(f"--device: expected a device that torch can use, got {options.device}; this torch sees no GPU")
+    options.device = harness.pick_device(made, options.device)
     gpu = options.device.type == "cuda"
     options.model = options.model or ("deberta-v3-base" if gpu else "minilm")
     preset = models.PRESETS.get(options.model, models.OTHER)
@@ -71,16 +70,16 @@ def settle(made: argparse.ArgumentParser, options: argparse.Namespace) -> None:
             made.error(f"--{name}: expected at least {least}, got {getattr(options, name)}")
     if not 0 <= options.lr < math.inf:
         made.error(f"--lr: expected a number from 0 up, got {options.lr}")
-    try:  # now, not when there are results to lose
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        made.error(f"--out: expected a folder that can be written, got {options.out}: {error.strerror}")
+    if options.rank > MOST_RANK:
+        made.error(f"--rank: expected at most {MOST_RANK}, got {options.rank}")
+    harness.make_folder(made, options.out, options.out)
 
 
 def chosen_methods(made: argparse.ArgumentParser, text: str, model: str) -> list[str]:
     """Names with commas; "all" for every method that can be built and that a LLaMA has biases and room for."""
+    llama = model in models.LLAMAS
     if text == "all":
-        left_out = ("bitfit", "full", "pissa", "lora-pro-full") if model.startswith("llama") else ()
+        left_out = ("bitfit", "full", "pissa", "lora-pro-full") if llama else ()
         names = [name for name in methods.METHODS if name not in (*methods.EXPERIMENTS, *left_out)]
         for name in names:
             if reason := methods.missing([name]):
@@ -89,7 +88,10 @@ def chosen_methods(made: argparse.ArgumentParser, text: str, model: str) -> list
     names = list(dict.fromkeys(name.strip() for name in text.split(",")))
     unknown = [name for name in names if name not in methods.METHODS]
     if unknown:
-        made.error(f"--methods: expected all or some of {', '.join(methods.METHODS)}, got {', '.join(unknown)}")
+        known = ", ".join(methods.METHODS)
+        made.error(f"--methods: expected all, alone, or some of {known}, got {', '.join(map(repr, unknown))}")
+    if llama and "bitfit" in names:
+        made.error(f"--methods: expected methods that {model} can train, got bitfit: it has no biases")
     return names
 
 
@@ -111,6 +113,7 @@ def prepare(options: argparse.Namespace, steps: int, warmup: int) -> Prepared:
     loaded = models.load(
         options.model, task.classes, options.device, options.seed, options.dtype, options.checkpointing
     )
+    models.check_length(loaded, options.length)
     adapter = variants.Adapter(options.rank, options.alpha, options.targets, options.seed, steps)
     setting = methods.Setting(options.lr, warmup, backend=options.backend, scaling=options.alpha / options.rank)
     bench = Bench(loaded, adapter, _feed(options, task, loaded, max(steps, BATCHES)), setting, options.device)

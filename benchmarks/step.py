@@ -150,10 +150,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def settle(parser: argparse.ArgumentParser, options: argparse.Namespace, rounds: int, seconds: float) -> None:
     """Check the common options and set those that depend on the device. Leaves through `parser.error`."""
-    options.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    options.device = harness.pick_device(parser, options.device)
     gpu = options.device.type == "cuda"
-    if gpu and not torch.cuda.is_available():
-        parser.error(f"--device: expected a device that torch can use, got {options.device}; this torch sees no GPU")
     if gpu and options.device.index is not None:
         torch.cuda.set_device(options.device)
     options.rounds = rounds if options.rounds is None else options.rounds
@@ -166,6 +164,9 @@ def settle(parser: argparse.ArgumentParser, options: argparse.Namespace, rounds:
         if getattr(options, name) < least:
             got = getattr(options, name)
             parser.error(f"--{name.replace('_', '-')}: expected at least {least}, got {got}")
+    if not options.seconds > 0:
+        parser.error(f"--seconds: expected a positive number, got {options.seconds}")
+    harness.make_folder(parser, options.out, options.out)
 
 
 def parse_case(parser: argparse.ArgumentParser, text: str) -> tuple[str, int]:

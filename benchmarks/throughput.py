@@ -86,7 +86,8 @@ def report(runners: Sequence[Runner], rows: Sequence[Measurement]) -> str:
             lines.append([label, f"failed at {runner.failure}", *8 * [""]])
             continue
         ratio = found.get((label, "throughput to LoRA"))
-        spread, sure = ("{:.3f}-{:.3f}".format(*pair) for pair in (ratio.quartiles, ratio.interval)) if ratio else "--"
+        ends = (ratio.quartiles, ratio.interval) if ratio else (None, None)
+        spread, sure = ("{:.3f}-{:.3f}".format(*pair) if pair else "-" for pair in ends)
         loss = sum(loss.item() for loss in runner.losses[-LOSS_WINDOW:]) / len(runner.losses[-LOSS_WINDOW:])
         lines.append([
             label, cell(label, "iterations per second", ".2f"), cell(label, "throughput to LoRA", ".3f"), spread, sure,

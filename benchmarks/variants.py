@@ -41,16 +41,22 @@ def build(name: str, loaded: Loaded, adapter: Adapter) -> nn.Module:
         return model.requires_grad_(True)
     if name == "bitfit":
         return _with_own_biases(model)
+    _check_targets(model, adapter.targets)
     from peft import get_peft_model
 
     torch.manual_seed(adapter.seed)
     with warnings.catch_warnings():
         # peft 0.21 asks transformers 5 for an attribute that has been renamed
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-        try:
-            return get_peft_model(model, _config(name, loaded.kind, adapter))
-        except ValueError as error:
-            raise ValueError(f"--targets: expected names of layers, got {adapter.targets}: {error}") from error
+        return get_peft_model(model, _config(name, loaded.kind, adapter))
+
+
+def _check_targets(model: nn.Module, targets: str | tuple[str, ...]) -> None:
+    """PEFT asks for one match alone, and a slip in the others would go unseen."""
+    paths = [f".{path}" for path, _ in model.named_modules()]
+    for target in () if isinstance(targets, str) else targets:
+        if not target or not any(path.endswith(f".{target}") for path in paths):
+            raise ValueError(f"--targets: expected names of layers, got {target!r}, which no layer has.")
 
 
 def _config(name: str, kind: str, adapter: Adapter) -> Any:

@@ -157,15 +157,18 @@ def test_memory_counts_temporaries_frees_and_what_is_kept() -> None:
     assert (found.peak, found.kept) == (20_000, 2000)
 
 
-@pytest.mark.parametrize("count", [5, 6, 10, 28, 100])
+@pytest.mark.parametrize("count", [6, 7, 10, 28, 100])
 def test_interval_of_the_median_covers_it(count: int) -> None:
-    """Exactly: the ends are the order statistics whose binomial tails stay under 5 %, where there are such."""
-    ordered = [float(index) for index in range(count)]
-    low, high = harness.summarize(ordered).interval
-    assert low + high == count - 1
-    outside = 2 * sum(math.comb(count, below) for below in range(int(low) + 1)) / 2**count
-    assert outside <= 0.05 or (count < 6 and low == 0)
-    assert low == 0 or outside + 2 * math.comb(count, int(low) + 1) / 2**count > 0.05
+    """Exactly: its ends are the innermost order statistics whose binomial tails stay under 5 %."""
+    interval = harness.summarize([float(index) for index in range(count)]).interval
+    assert interval is not None and sum(interval) == count - 1
+    below = int(interval[0])
+    outside = 2 * sum(math.comb(count, rank) for rank in range(below + 1)) / 2**count
+    assert outside <= 0.05 < outside + 2 * math.comb(count, below + 1) / 2**count
+
+
+def test_five_samples_are_too_few_for_an_interval() -> None:
+    assert harness.summarize([1.0, 2.0, 3.0, 4.0, 5.0]).interval is None
 
 
 def test_csv_has_one_measurement_a_row(tmp_path: Path) -> None:
@@ -276,17 +279,21 @@ def test_methods_share_weights_batches_and_dropout() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--methods", "lora,adam"], "--methods: expected all or some of lora, .* got adam"),
+        (["--methods", "lora,adam"], "--methods: expected all, alone, or some of lora, .* got 'adam'"),
         (["--steps", "5"], "--steps: expected at least 23, got 5"),
         (["--rank", "0"], "--rank: expected at least 1, got 0"),
         (["--backend", "jax"], "invalid choice: 'jax'"),
+        (["--rank", "100000"], "--rank: expected at most 4096, got 100000"),
+        (["--device", "nonsense"], "--device: expected cpu, cuda or cuda:1, got 'nonsense'"),
+        (["--methods", "all,lora"], "--methods: expected all, alone, or some of lora, .* got 'all'"),
+        (["--methods", "lora,bitfit", "--model", "llama-7b"], "got bitfit: it has no biases"),
         (["--lr", "nan"], "--lr: expected a number from 0 up, got nan"),
-        (["--out", __file__], "--out: expected a folder that can be written, got .*test_benchmarks.py: File exists"),
+        (["--out", __file__], "--out: expected a place that can be written, got .*test_benchmarks.py: File exists"),
     ],
 )
 def test_bad_options_get_one_clear_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        throughput.parse([*arguments, "--device", "cpu"])
+        throughput.parse(["--device", "cpu", *arguments])
     error = " ".join(capsys.readouterr().err.split())
     assert re.search(message, error), error
 
@@ -295,7 +302,11 @@ def test_bad_options_get_one_clear_line(arguments: list[str], message: str, caps
     ("arguments", "message"),
     [
         (["--model", "./absent"], "throughput: --model: expected minilm, .* a folder with a config.json, .*'./absent'"),
-        (["--targets", "absent"], "throughput: --targets: expected names of layers, got .'absent',."),
+        (
+            ["--targets", "query,absent"],
+            "throughput: --targets: expected names of layers, got 'absent', which no layer",
+        ),
+        (["--length", "600"], "throughput: --length: expected at most 512 for this model, got 600"),
     ],
 )
 def test_model_and_targets_that_are_not_there_get_one_clear_line(
@@ -303,7 +314,7 @@ def test_model_and_targets_that_are_not_there_get_one_clear_line(
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(SystemExit, match=message):
-        throughput.main([*arguments, "--device", "cpu", "--out", str(tmp_path)])
+        throughput.main(["--device", "cpu", "--batch", "2", "--out", str(tmp_path), *arguments])
 
 
 def test_missing_data_file_gets_one_clear_line() -> None:

@@ -273,6 +273,8 @@ def test_scaling_varies_one_size_at_a_time() -> None:
         (["step", "--cases", "gpt:8"], "got 'gpt:8'"),
         (["step", "--warm", "1"], "--warm: expected at least 2, got 1"),
         (["step", "--copy-mib", "0"], "--copy-mib: expected at least 1, got 0"),
+        (["step", "--seconds", "nan"], "--seconds: expected a positive number, got nan"),
+        (["step", "--out", __file__], "--out: expected a place that can be written, got "),
         (["scaling", "--rank", "0"], "--rank: expected at least 1, got 0"),
         (["step", "--methods", "adam"], "invalid choice: 'adam'"),
         (["sideways"], "invalid choice: 'sideways'"),

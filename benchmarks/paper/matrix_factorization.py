@@ -133,7 +133,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/paper"))
     options = parser.parse_args(argv)
     if min(*options.size, options.steps) < 1 or options.size[2] > min(options.size[:2]):
-        parser.error(f"--size, --steps: expected positive numbers and R at most M and N, got {options.size}")
+        got = f"{options.size} and {options.steps}"
+        parser.error(f"--size, --steps: expected positive numbers and R at most M and N, got {got}")
+    harness.make_folder(parser, options.out, options.out)
     problem = Problem.draw(*options.size, options.seed)
     rows = [row for method in METHODS for lr in RATES for row in run(problem, method, lr, options.steps)]
     env = harness.environment(torch.device("cpu"), torch.float64)
