@@ -59,8 +59,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(f"memory: {error}") from error
     path = chosen.out / f"memory_{chosen.model.replace('/', '_')}_{chosen.device.type}.csv"
     env = harness.environment(chosen.device, torch.float32)
-    harness.write_csv(path, rows, env)
     print(text)
+    if not rows:
+        raise SystemExit("memory: no method came through, nothing written")
+    harness.write_csv(path, rows, env)
     drawn = bars.memory(path.with_suffix(".png"), rows, env)
     wrote = f"{path} and {path.with_suffix('.png').name}" if drawn else f"{path}; no figure without matplotlib"
     print(f"\n{time.perf_counter() - began:.0f} s; wrote {wrote}")

@@ -137,7 +137,9 @@ METHODS: dict[str, Method] = {
     "lora-fa": Method("LoRA-FA", lambda s: peft_optimizers.lorafa(s.model, **s.options), needs_model=True),
     "pissa": Method("PiSSA", _adamw, "pissa", needs_model=True),
     "dora": Method("DoRA", _adamw, "dora", needs_model=True),
-    "adalora": Method("AdaLoRA", _adalora, "adalora", needs_model=True),
+    "adalora": Method(
+        "AdaLoRA", _adalora, "adalora", lambda s: peft_optimizers.forget_ranks(s.model), needs_model=True
+    ),
     "bitfit": Method("BitFit", _adamw, "bitfit", needs_model=True),
     "full": Method("full fine-tuning", _adamw, "full", needs_model=True),
 }

@@ -36,11 +36,17 @@ class Preset:
 
 _LLAMA_7B = Preset(_QKV_UP_DOWN, 32, 64, 16, 256, 2e-4, torch.bfloat16, True)
 PRESETS = {
-    "minilm": Preset("all-linear", 8, 8, 16, 64, 1e-3),
+    "minilm": Preset("all-linear", 8, 8, 16, 64, 1e-3, torch.float32),
     "deberta-v3-base": Preset(
-        ("query_proj", "key_proj", "value_proj", "output.dense", "intermediate.dense"), 8, 8, 32, 128, 1e-3
+        ("query_proj", "key_proj", "value_proj", "output.dense", "intermediate.dense"),
+        8,
+        8,
+        32,
+        128,
+        1e-3,
+        torch.float32,
     ),
-    "vit-base": Preset("all-linear", 8, 8, 32, 197, 1e-3),
+    "vit-base": Preset("all-linear", 8, 8, 32, 197, 1e-3, torch.float32),
     "llama-7b": _LLAMA_7B,
     "llama2-7b": _LLAMA_7B,
     "llama3-8b": Preset(_QKV_UP_DOWN, 32, 64, 16, 256, 1e-4, torch.bfloat16, True),

@@ -51,6 +51,8 @@ def settle(made: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Fill in what the model's preset says and check the rest. Leaves with one clear line where an option is bad."""
     options.device = harness.pick_device(made, options.device)
     gpu = options.device.type == "cuda"
+    if gpu and options.device.index is not None:
+        torch.cuda.set_device(options.device)
     options.model = options.model or ("deberta-v3-base" if gpu else "minilm")
     preset = models.PRESETS.get(options.model, models.OTHER)
     for name in ("rank", "batch", "length", "lr", "checkpointing"):
@@ -60,7 +62,7 @@ def settle(made: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     options.alpha = max(1, options.rank * preset.alpha // preset.rank)
     targets = options.targets or preset.targets
     split = isinstance(targets, str) and targets != "all-linear"
-    options.targets = tuple(targets.split(",")) if split else targets
+    options.targets = tuple(name.strip() for name in targets.split(",")) if split else targets
     options.methods = chosen_methods(made, options.methods, options.model)
     reason = methods.unserved(options.backend, options.device) or methods.missing(options.methods)
     if reason:

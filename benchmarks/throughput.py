@@ -17,6 +17,7 @@ from .harness import Measurement, Summary, summarize
 from .training import Footprint, Runner, train
 
 MB = 1e6
+OURS = ("lora", "reflora", "reflora-carried", "reflora-s")  # a rival may fail, that is a result
 LOSS_WINDOW = 10  # the loss after N steps is the mean of the last ten: single batches are noisy
 
 
@@ -144,16 +145,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = parse(argv)
     began = time.perf_counter()
     try:
-        _, rows, text = run(chosen)
+        runners, rows, text = run(chosen)
     except (OSError, ValueError, ImportError) as error:
         raise SystemExit(f"throughput: {error}") from error
     path = chosen.out / f"throughput_{chosen.model.replace('/', '_')}_{chosen.device.type}.csv"
     env = harness.environment(chosen.device, torch.float32)
-    harness.write_csv(path, rows, env)
     print(text)
+    if not rows:
+        raise SystemExit("throughput: no method came through, nothing written")
+    harness.write_csv(path, rows, env)
     drawn = bars.throughput(path.with_suffix(".png"), rows, env)
     wrote = f"{path} and {path.with_suffix('.png').name}" if drawn else f"{path}; no figure without matplotlib"
     print(f"\n{time.perf_counter() - began:.0f} s; wrote {wrote}")
+    if any(runner.failure and runner.name in OURS for runner in runners):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from . import harness, methods, probes, variants
 from .models import Loaded
 
-# of a method, not of the benchmark: what torch raises for decompositions, for want of memory, and from CUDA's libraries
-FAILURES = (RuntimeError,)
+FAILURES = (Exception,)  # of one method, whatever it raises: shown in its line, and the others go on
 
 
 @dataclass

@@ -127,12 +127,14 @@ class Trainables:
             for name, parameter in module._parameters.items()
             if parameter is not None and parameter.requires_grad
         ]
-        place = {id(parameter): index for index, (_, _, parameter) in enumerate(self._slots)}
-        self._pairs = [(place[id(A)], place[id(B)]) for A, B in pairs_of(model)]
+        # a weight that is tied has several places, and stays tied
+        self._distinct = list({id(parameter): parameter for _, _, parameter in self._slots}.values())
+        self._place = {id(parameter): index for index, parameter in enumerate(self._distinct)}
+        self._pairs = [(self._place[id(A)], self._place[id(B)]) for A, B in pairs_of(model)]
 
     def copies(self) -> list[nn.Parameter]:
         """New parameters with the values that the model came with."""
-        return [nn.Parameter(parameter.detach().clone()) for _, _, parameter in self._slots]
+        return [nn.Parameter(parameter.detach().clone()) for parameter in self._distinct]
 
     def pairs(self, parameters: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """The LoRA pairs among `parameters`."""
@@ -140,5 +142,5 @@ class Trainables:
 
     def install(self, parameters: Sequence[nn.Parameter]) -> None:
         """Make `parameters` the ones that the model uses."""
-        for (module, name, _), parameter in zip(self._slots, parameters, strict=True):
-            module._parameters[name] = parameter
+        for module, name, original in self._slots:
+            module._parameters[name] = parameters[self._place[id(original)]]

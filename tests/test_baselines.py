@@ -234,3 +234,17 @@ def test_nora_starts_from_a_sketch_of_the_weight() -> None:
     omega = torch.randn(2, 40, generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(A, 0.05 * omega @ W)
     assert not B.any()
+
+
+@pytest.mark.parametrize("name", ["lora-pro", "lora-pro-full", "lora-rite", "preclora", "nora+", "balora"])
+def test_weight_decay_shrinks_what_gradients_leave_alone(name: str) -> None:
+    A, B = (factor.requires_grad_() for factor in spectrum_pair(3, 20, 15, 2.0, 2.0))
+    before = (B @ A).detach()
+    optimizer = OPTIMIZERS[name]([A, B], [(A, B)])
+    for group in optimizer.param_groups:
+        group.update(lr=0.1, weight_decay=0.5)
+    A.grad, B.grad = torch.zeros_like(A), torch.zeros_like(B)
+    optimizer.step()
+    # each factor by 1 - lr wd; LoRA-Pro's full form decays the product
+    expected = 0.95 if name == "lora-pro-full" else 0.95**2
+    torch.testing.assert_close((B @ A).detach(), expected * before, rtol=1e-9, atol=1e-12)

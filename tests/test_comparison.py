@@ -242,3 +242,78 @@ def test_unit_determinant_keeps_the_shape_of_s_alone() -> None:
     eye = torch.eye(4, dtype=torch.float64)
     torch.testing.assert_close(S @ inverse, eye.expand(2, 4, 4), rtol=0, atol=1e-10)
     assert torch.equal(S[1], eye)
+
+
+# ---- that a method is what its name says
+
+
+def test_variants_are_what_their_names_say(tiny: None) -> None:
+    loaded = models.load("minilm", 11, CPU, seed=0)
+    made = {name: variants.build(name, loaded, adapter()) for name in variants.NAMES}
+    assert any("lora_magnitude_vector" in name for name, _ in made["dora"].named_parameters())
+    assert all(B.any() for _, B in variants.pairs_of(made["pissa"]))
+    assert not any(B.any() for _, B in variants.pairs_of(made["lora"]))
+    assert any("lora_E" in name for name, _ in made["adalora"].named_parameters())
+    assert {"bias"} < {n.rsplit(".")[-1] for n, p in made["bitfit"].named_parameters() if p.requires_grad}
+
+
+def bench_of(*more: str, steps: int = 6, warmup: int = 0) -> training.Bench:
+    return options.prepare(throughput.parse([*SIZE, "--steps", "40", *more]), steps, warmup).bench
+
+
+def trained(bench: training.Bench, name: str, steps: int) -> training.Runner:
+    runner = bench.runner(name)
+    for step in range(steps):
+        bench.block(runner, step, 1, False)
+    assert runner.failure is None
+    return runner
+
+
+def test_loraplus_gives_b_its_own_rate_and_adalora_allocates(tiny: None) -> None:
+    bench = bench_of()
+    rates = {group["lr"] for group in bench.runner("lora+").optimizer.param_groups if group["params"]}  # type: ignore
+    assert rates == {1e-3, 16e-3}
+    model = trained(bench, "adalora", 5).places.model  # type: ignore[union-attr]
+    assert model.base_model.rankallocator.ipt
+
+
+def test_published_loop_departs_from_adamw_after_its_warmup(tiny: None) -> None:
+    bench = bench_of(warmup=2)
+    lora, published = (torch.stack(trained(bench, name, 6).losses) for name in ("lora", "published"))
+    torch.testing.assert_close(lora[:3], published[:3], rtol=1e-6, atol=0)
+    assert not torch.allclose(lora[4:], published[4:], rtol=1e-6)
+
+
+def test_setting_carries_scaling_and_decay(tiny: None) -> None:
+    bench = bench_of("--rank", "4", "--targets", "query")
+    assert (bench.setting.scaling, bench.setting.weight_decay) == (1.0, 0.01)
+    subject = methods.Subject([], [], methods.Setting(1e-3, 0, weight_decay=0.3))
+    assert subject.options == {"lr": 1e-3, "weight_decay": 0.3}
+
+
+def test_tied_weights_stay_tied(tiny: None) -> None:
+    loaded = models.load("llama2-7b", 2, CPU, 0, torch.float32)
+    loaded.model.lm_head.weight = loaded.model.get_input_embeddings().weight
+    places = variants.Trainables(variants.build("full", loaded, adapter()))
+    copies = places.copies()
+    places.install(copies)
+    assert places.model.lm_head.weight is places.model.get_input_embeddings().weight
+    assert len({id(parameter) for parameter in places.model.parameters()}) == len(copies)
+
+
+def test_nothing_measured_is_an_error_and_leaves_the_last_results(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(subject: methods.Subject) -> torch.optim.Optimizer:
+        raise KeyError("of whatever kind")
+
+    path = tmp_path / "throughput_minilm_cpu.csv"
+    path.write_text("earlier")
+    monkeypatch.setitem(methods.METHODS, "reflora", methods.Method("RefLoRA", broken))
+    size = [*SIZE, "--steps", "4", "--warmup", "1", "--no-memory", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match="no method came through"):
+        throughput.main([*size, "--methods", "reflora"])
+    assert path.read_text() == "earlier"
+    with pytest.raises(SystemExit) as stop:
+        throughput.main([*size, "--methods", "lora,reflora"])
+    assert stop.value.code == 1 and "LoRA" in path.read_text()

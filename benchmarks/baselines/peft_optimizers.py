@@ -42,11 +42,15 @@ def lorafa(model: nn.Module, **options: Any) -> Optimizer:
     return create_lorafa_optimizer(model, r=config.r, lora_alpha=config.lora_alpha, **options)
 
 
+def forget_ranks(model: Any) -> None:
+    """What AdaLoRA's allocator keeps in the model, which may have served another optimizer before."""
+    model.base_model.rankallocator.reset_ipt()
+    model.peft_config["default"].rank_pattern = None
+
+
 def adalora(model: Any, parameters: Sequence[Tensor], **options: Any) -> Optimizer:
     """Fused AdamW, and after each step AdaLoRA's budget of ranks (arXiv 2303.10512), which reads the gradients."""
     optimizer = AdamW(parameters, fused=True, **options)
-    model.base_model.rankallocator.reset_ipt()  # the model may have served another optimizer before
-    model.peft_config["default"].rank_pattern = None
     count = 0
 
     def allocate(*_: object) -> None:
