@@ -84,13 +84,27 @@ def test_metrics_are_glues() -> None:
     assert glue_tasks.TASKS["stsb"].scores(torch.ones(3, 1), [1.0, 2.0, 3.0]) == {"Pearson": 0.0, "Spearman": 0.0}
 
 
-def test_learning_rate_is_chosen_by_the_mean_over_all_seeds() -> None:
+def test_learning_rates_are_compared_on_the_seeds_they_share() -> None:
     def run(lr: float, seed: int, score: float) -> dict[str, object]:
         return {"method": "lora", "task": "cola", "lr": lr, "seed": seed, "score": score}
 
-    runs = [run(1e-3, 0, 60.0), run(1e-3, 1, 50.0), run(1e-2, 0, 70.0), run(1e-2, 1, 30.0), run(3e-2, 0, 99.0)]
-    # 3e-2 has one seed alone: it is not yet to be compared
-    assert glue.best(runs) == {("lora", "cola"): (1e-3, [60.0, 50.0])}
+    whole = [run(1e-3, 0, 60.0), run(1e-3, 1, 50.0), run(1e-2, 0, 70.0), run(1e-2, 1, 30.0)]
+    assert glue.best(whole) == {("lora", "cola"): (1e-3, [60.0, 50.0])}
+    # a series that was stopped: one rate alone has a second seed
+    assert glue.best([*whole[:3]]) == {("lora", "cola"): (1e-2, [70.0])}
+    assert glue.best([run(1e-3, 0, 60.0), run(1e-2, 1, 70.0)]) == {}
+
+
+def test_other_dev_rows_are_another_run_and_repeats_are_one(
+    tiny: None, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "runs.jsonl"
+    size = ["--steps", "2", "--batch", "4", "--rank", "2", "--device", "cpu", "--out", str(out), "--tasks", "cola"]
+    some = ["--data", str(root), "--methods", "lora", "lora", "--seeds", "0", "0", "--lrs", "1e-3", "1e-3"]
+    glue.main([*some, *size, "--eval-rows", "4"])
+    assert "1 of 1 runs" in capsys.readouterr().out
+    glue.main([*some, *size])
+    assert [json.loads(line)["eval_rows"] for line in out.read_text().splitlines()] == [4, 12]
 
 
 def test_papers_averages_come_out_of_its_columns() -> None:
@@ -104,6 +118,8 @@ def test_papers_averages_come_out_of_its_columns() -> None:
     [
         (["--steps", "0"], "--steps: expected at least 1, got 0"),
         (["--backend", "jax"], "invalid choice"),
+        (["--plain-steps", "-1"], "--plain-steps: expected at least 0, got -1"),
+        (["--device", "nonsense"], "--device: expected cpu, cuda or cuda:1, got 'nonsense'"),
         (["--lrs", "1e-3", "-1"], "--lrs: expected positive numbers, got -1"),
         (["--out", "."], "--out: expected a file of JSON lines, got the folder"),
     ],

@@ -74,7 +74,6 @@ def run(options: argparse.Namespace, tasks: Mapping[str, data.Task], key: Mappin
         "score": round(statistics.fmean(scores.values()), 4),
         "finite": finite,
         "loss": loss if math.isfinite(loss) else None,
-        "eval_rows": len(labels),
         "seconds": round(trained.seconds, 1),
     }
 
@@ -83,18 +82,20 @@ def run(options: argparse.Namespace, tasks: Mapping[str, data.Task], key: Mappin
 
 
 def best(runs: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], tuple[float, list[float]]]:
-    """By (method, task): the learning rate with the best mean score, and the scores of its seeds."""
-    groups: dict[tuple[str, str], dict[float, list[float]]] = {}
+    """By (method, task): the learning rate with the best mean score, and the scores of its seeds.
+
+    Rates are compared on the seeds that all of them have, so that a series that was stopped halfway misleads nobody.
+    """
+    groups: dict[tuple[str, str], dict[float, dict[int, float]]] = {}
     for one in runs:
-        groups.setdefault((one["method"], one["task"]), {}).setdefault(one["lr"], []).append(one["score"])
-    most = {key: max(map(len, by_rate.values())) for key, by_rate in groups.items()}
-    return {
-        key: max(
-            ((lr, scores) for lr, scores in by_rate.items() if len(scores) == most[key]),
-            key=lambda entry: statistics.fmean(entry[1]),
-        )
-        for key, by_rate in groups.items()
-    }
+        groups.setdefault((one["method"], one["task"]), {}).setdefault(one["lr"], {})[one["seed"]] = one["score"]
+    chosen = {}
+    for key, by_rate in groups.items():
+        common = set.intersection(*(set(scores) for scores in by_rate.values()))
+        fair = {lr: [scores[seed] for seed in sorted(common)] for lr, scores in by_rate.items()}
+        if common:
+            chosen[key] = max(fair.items(), key=lambda entry: statistics.fmean(entry[1]))
+    return chosen
 
 
 def table(runs: Sequence[Mapping[str, Any]], names: Sequence[str], tasks: Sequence[str]) -> str:
@@ -146,15 +147,19 @@ def parser(program: str, summary: str, chosen: Sequence[str]) -> argparse.Argume
 
 def check(made: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Leave with one clear line where a common option is bad."""
-    reason = methods.unserved(options.backend, torch.device(options.device)) or methods.missing(options.methods)
+    device = harness.pick_device(made, options.device)
+    reason = methods.unserved(options.backend, device) or methods.missing(options.methods)
     if reason:
         made.error(reason)
     for name in ("steps", "batch", "rank", "alpha", "length", "train_rows", "eval_rows"):
         value = getattr(options, name)
         if value is not None and value < 1:
             made.error(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+    if options.plain_steps < 0:
+        made.error(f"--plain-steps: expected at least 0, got {options.plain_steps}")
     if options.out.is_dir():
         made.error(f"--out: expected a file of JSON lines, got the folder {options.out}")
+    harness.make_folder(made, options.out.parent, options.out)
 
 
 def check_rates(made: argparse.ArgumentParser, option: str, given: Sequence[float]) -> None:
@@ -182,9 +187,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         raise SystemExit(f"glue: {error}") from error
     record = finetuning.Record(options.out, harness.environment(torch.device(options.device), torch.float32))
+    once = [list(dict.fromkeys(given)) for given in (options.seeds, options.tasks, options.lrs, options.methods)]
     keys = [
-        finetuning.key(task, recipe(options, task, len(tasks[task].train), method, lr, seed))
-        for seed, task, lr, method in itertools.product(options.seeds, options.tasks, options.lrs, options.methods)
+        {
+            **finetuning.key(task, recipe(options, task, len(tasks[task].train), method, lr, seed)),
+            "eval_rows": len(tasks[task].eval),
+        }
+        for seed, task, lr, method in itertools.product(*once)
     ]
     print(harness.header(record.env), flush=True)
     if not options.table:
@@ -194,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise SystemExit(f"glue: {error}") from error
     done = [found for found in map(record.find, keys) if found]
     print(f"{options.model}, r={options.rank}; {len(done)} of {len(keys)} runs in {options.out}")
-    print(table(done, options.methods, options.tasks))
+    print(table(done, once[3], once[1]))
 
 
 if __name__ == "__main__":
