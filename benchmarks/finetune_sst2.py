@@ -24,7 +24,7 @@ LOSS_WINDOW = 20
 
 
 def train(options: argparse.Namespace, task: data.Task, name: str, seed: int) -> dict[str, Any]:
-    """One run; the fields of its JSON line."""
+    """One run; what its JSON line holds beside the key."""
     device = torch.device(options.device)
     recipe = finetuning.Recipe(
         "minilm", name, seed, options.lr, options.steps, options.batch, options.length, options.rank, options.rank,
@@ -39,7 +39,6 @@ def train(options: argparse.Namespace, task: data.Task, name: str, seed: int) ->
     run = finetuning.train(recipe, task, device, options.backend, watch)
     found = finetuning.outputs(run, task.eval, options.length, device).argmax(-1).tolist()
     return {
-        **key(options, name, seed),
         "accuracy": statistics.fmean(guess == example.label for guess, example in zip(found, task.eval)),
         "loss": statistics.fmean(run.losses[-LOSS_WINDOW:]),
         "finite": run.finite,
@@ -76,10 +75,10 @@ def condition(factor: Tensor) -> float:
     return float(values[0] / values[-1]) if values[-1] > 0 else math.inf
 
 
-def key(options: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
+def key(options: argparse.Namespace, task: data.Task, name: str, seed: int) -> dict[str, Any]:
     """What makes two runs the same run."""
     names = ("steps", "batch", "length", "lr", "schedule", "rank", "warmup", "device")
-    return {"method": name, "seed": seed, **{field: getattr(options, field) for field in names}}
+    return {"task": task.name, "method": name, "seed": seed, **{field: getattr(options, field) for field in names}}
 
 
 def report(runs: Sequence[dict[str, Any]]) -> str:
@@ -144,10 +143,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(f"finetune_sst2: {error}") from error
     record = finetuning.Record(options.out, harness.environment(torch.device(options.device), torch.float32))
     print(harness.header(record.env), flush=True)
-    wanted = [key(options, name, seed) for seed in options.seeds for name in options.methods]
+    wanted = [key(options, task, name, seed) for seed in options.seeds for name in options.methods]
 
     def make(wish: Mapping[str, Any]) -> dict[str, Any]:
-        return {**train(options, task, wish["method"], wish["seed"]), "task": task.name}
+        return train(options, task, wish["method"], wish["seed"])
 
     print(report(finetuning.series(record, wanted, make, "runs")))
 

@@ -153,15 +153,20 @@ class Record:
                 with contextlib.suppress(json.JSONDecodeError):
                     yield json.loads(line)
 
-    def find(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
-        return next((run for run in self.runs() if key.items() <= run.items()), None)
+    def find(self, keys: Sequence[Mapping[str, Any]]) -> list[dict[str, Any] | None]:
+        """The first run of each key, None where there is none; the file is read once."""
+        runs = list(self.runs())
+        return [next((run for run in runs if key.items() <= run.items()), None) for key in keys]
 
-    def add(self, run: Mapping[str, Any]) -> None:
+    def add(self, run: Mapping[str, Any]) -> dict[str, Any]:
+        """One line more; returns what it holds."""
+        whole = {**run, "machine": self.env}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         written = self.path.read_bytes() if self.path.exists() else b""
         cut = written and not written.endswith(b"\n")
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(("\n" if cut else "") + json.dumps({**run, "machine": self.env}) + "\n")
+            file.write(("\n" if cut else "") + json.dumps(whole) + "\n")
+        return whole
 
 
 def series(
@@ -171,10 +176,11 @@ def series(
     label: str,
 ) -> list[dict[str, Any]]:
     """The runs of `keys`, those made that the record lacks, with a progress bar over all."""
+    found = record.find(keys)
     for turn in harness.progress(range(len(keys)), label):
-        if record.find(keys[turn]) is None:
-            record.add({**keys[turn], **make(keys[turn])})
-    return [run for run in map(record.find, keys) if run is not None]
+        if found[turn] is None:
+            found[turn] = record.add({**keys[turn], **make(keys[turn])})
+    return [run for run in found if run is not None]
 
 
 def key(task: str, recipe: Recipe) -> dict[str, Any]:

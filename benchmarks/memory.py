@@ -11,8 +11,6 @@ import argparse
 import time
 from collections.abc import Sequence
 
-import torch
-
 from . import bars, harness, methods, options, probes
 from .harness import Measurement
 from .throughput import memory_rows
@@ -57,15 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows, text = run(chosen)
     except (OSError, ValueError, ImportError) as error:
         raise SystemExit(f"memory: {error}") from error
-    path = chosen.out / f"memory_{chosen.model.replace('/', '_')}_{chosen.device.type}.csv"
-    env = harness.environment(chosen.device, torch.float32)
-    print(text)
-    if not rows:
-        raise SystemExit("memory: no method came through, nothing written")
-    harness.write_csv(path, rows, env)
-    drawn = bars.memory(path.with_suffix(".png"), rows, env)
-    wrote = f"{path} and {path.with_suffix('.png').name}" if drawn else f"{path}; no figure without matplotlib"
-    print(f"\n{time.perf_counter() - began:.0f} s; wrote {wrote}")
+    options.finish("memory", chosen, rows, f"{text}\n\n{time.perf_counter() - began:.0f} s", bars.memory)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,11 +83,12 @@ def chosen_methods(made: argparse.ArgumentParser, text: str, model: str) -> list
     llama = model in models.LLAMAS
     if text == "all":
         left_out = ("bitfit", "full", "pissa", "lora-pro-full") if llama else ()
-        names = [name for name in methods.METHODS if name not in (*methods.EXPERIMENTS, *left_out)]
-        for name in names:
-            if reason := methods.missing([name]):
-                print(f"left out: {reason}", file=sys.stderr)
-        return [name for name in names if not methods.missing([name])]
+        reasons = {
+            name: methods.missing([name]) for name in methods.METHODS if name not in (*methods.EXPERIMENTS, *left_out)
+        }
+        for reason in filter(None, reasons.values()):
+            print(f"left out: {reason}", file=sys.stderr)
+        return [name for name, reason in reasons.items() if not reason]
     names = list(dict.fromkeys(name.strip() for name in text.split(",")))
     unknown = [name for name in names if name not in methods.METHODS]
     if unknown:
@@ -146,3 +148,21 @@ def _served(options: argparse.Namespace) -> str:
     from reflora.backends import resolve
 
     return resolve(options.backend, options.device).NAME
+
+
+def finish(
+    program: str,
+    options: argparse.Namespace,
+    rows: Sequence[harness.Measurement],
+    text: str,
+    draw: Callable[[Path, Sequence[harness.Measurement], Mapping[str, str]], bool],
+) -> None:
+    """Print the table, write CSV and figure, and say where. Where nothing was measured earlier results stay."""
+    print(text)
+    if not rows:
+        raise SystemExit(f"{program}: no method came through, nothing written")
+    path = options.out / f"{program}_{options.model.replace('/', '_')}_{options.device.type}.csv"
+    env = harness.environment(options.device, torch.float32)
+    harness.write_csv(path, rows, env)
+    drawn = draw(path.with_suffix(".png"), rows, env)
+    print(f"\nwrote {path}" + (f" and {path.with_suffix('.png').name}" if drawn else "; no figure without matplotlib"))

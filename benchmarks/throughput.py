@@ -10,8 +10,6 @@ import argparse
 import time
 from collections.abc import Mapping, Sequence
 
-import torch
-
 from . import bars, harness, methods, options, probes
 from .harness import Measurement, Summary, summarize
 from .training import Footprint, Runner, train
@@ -148,15 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         runners, rows, text = run(chosen)
     except (OSError, ValueError, ImportError) as error:
         raise SystemExit(f"throughput: {error}") from error
-    path = chosen.out / f"throughput_{chosen.model.replace('/', '_')}_{chosen.device.type}.csv"
-    env = harness.environment(chosen.device, torch.float32)
-    print(text)
-    if not rows:
-        raise SystemExit("throughput: no method came through, nothing written")
-    harness.write_csv(path, rows, env)
-    drawn = bars.throughput(path.with_suffix(".png"), rows, env)
-    wrote = f"{path} and {path.with_suffix('.png').name}" if drawn else f"{path}; no figure without matplotlib"
-    print(f"\n{time.perf_counter() - began:.0f} s; wrote {wrote}")
+    options.finish("throughput", chosen, rows, f"{text}\n\n{time.perf_counter() - began:.0f} s", bars.throughput)
     if any(runner.failure and runner.name in OURS for runner in runners):
         raise SystemExit(1)
 

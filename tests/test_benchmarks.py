@@ -55,6 +55,7 @@ def test_missing_sources_are_named(tmp_path: Path) -> None:
 
 def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
     text = "\n".join(map(json.dumps, rows))
+    path.parent.mkdir(exist_ok=True)
     path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
     return path
 
@@ -336,6 +337,11 @@ def test_finetuning_series_resumes(tmp_path: Path, capsys: pytest.CaptureFixture
     assert all(run["finite"] and 0 <= run["accuracy"] <= 1 and len(run["losses"]) == 3 for run in runs)
     assert runs[1]["watched"]["3"]["refactored"] + runs[1]["watched"]["3"]["degenerate"] == 37
     assert "to LoRA" in capsys.readouterr().out
+    # another data set is another run
+    write_rows(tmp_path / "other" / "rows.jsonl", [{"sentence1": f"x {i}", "label": i % 2} for i in range(20)])
+    finetune_sst2.main(["--data", str(tmp_path / "other" / "rows.jsonl"), *arguments[2:], "--methods", "lora"])
+    runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert [run["task"] for run in runs] == [tmp_path.name, tmp_path.name, "other"]
 
 
 def test_hub_is_left_alone_where_nothing_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:

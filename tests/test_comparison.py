@@ -285,10 +285,27 @@ def test_published_loop_departs_from_adamw_after_its_warmup(tiny: None) -> None:
 
 
 def test_setting_carries_scaling_and_decay(tiny: None) -> None:
-    bench = bench_of("--rank", "4", "--targets", "query")
-    assert (bench.setting.scaling, bench.setting.weight_decay) == (1.0, 0.01)
+    """The llamas' alpha is twice their rank."""
+    bench = bench_of("--model", "llama2-7b")
+    assert (bench.setting.scaling, bench.setting.weight_decay) == (2.0, 0.01)
+    assert bench.runner("lora-pro").optimizer.scaling == 2.0  # type: ignore[union-attr]
     subject = methods.Subject([], [], methods.Setting(1e-3, 0, weight_decay=0.3))
     assert subject.options == {"lr": 1e-3, "weight_decay": 0.3}
+
+
+def test_memory_is_measured_on_factors_that_are_not_zero(tiny: None) -> None:
+    bench = bench_of()
+    seen: list[bool] = []
+    whole = methods.build
+
+    def build(name: str, subject: methods.Subject) -> torch.optim.Optimizer:
+        seen.extend(bool(factor.any()) for pair in subject.pairs for factor in pair)
+        return whole(name, subject)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(methods, "build", build)
+        assert bench.memory("published") is not None
+    assert seen and all(seen)
 
 
 def test_tied_weights_stay_tied(tiny: None) -> None:

@@ -25,8 +25,8 @@ def grams(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
 
 
 def damped_inverse(X: Tensor, damping: float) -> Tensor:
-    """`(X + damping I)^-1` of symmetric `[..., r, r]`."""
-    return torch.linalg.inv(X + damping * torch.eye(X.shape[-1], dtype=X.dtype, device=X.device))
+    """`(X + damping I)^-1` of symmetric `[..., r, r]`, without `inv`'s wait for the device to look at its success."""
+    return torch.linalg.inv_ex(X + damping * torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)).inverse
 
 
 class AdjustedAdamW(torch.optim.AdamW):

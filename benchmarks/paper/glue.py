@@ -196,12 +196,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         for seed, task, lr, method in itertools.product(*once)
     ]
     print(harness.header(record.env), flush=True)
-    if not options.table:
-        try:
-            finetuning.series(record, keys, lambda key: run(options, tasks, key), "runs")
-        except (OSError, ImportError) as error:
-            raise SystemExit(f"glue: {error}") from error
-    done = [found for found in map(record.find, keys) if found]
+    try:
+        if options.table:
+            done = [found for found in record.find(keys) if found]
+        else:
+            done = finetuning.series(record, keys, lambda key: run(options, tasks, key), "runs")
+    except (OSError, ImportError) as error:
+        raise SystemExit(f"glue: {error}") from error
     print(f"{options.model}, r={options.rank}; {len(done)} of {len(keys)} runs in {options.out}")
     print(table(done, once[3], once[1]))
 
