@@ -4,6 +4,8 @@ VENV ?= .venv
 OUT ?= benchmarks/out
 # what to hand on: make pytest ARGS="tests/test_plan.py -k strides", make bench ARGS="--model llama-7b"
 ARGS ?=
+DATA ?= hub
+SMALL := --model minilm --batch 8 --length 64 --bfloat16 --eval-rows 400
 # two workers with a thread each; a test that wants more threads asks torch for them
 WORKERS ?= 2
 CAPABILITIES ?= 80,86,89,90,100
@@ -15,7 +17,7 @@ export PYTHONDONTWRITEBYTECODE :=
 DEPS := $(VENV)/.deps
 BUILT := $(VENV)/.built
 
-.PHONY: help test pytest lint format build bench compare memory steps scaling eigh gpu compile-table clean
+.PHONY: help test pytest lint format build bench compare memory steps scaling eigh paper gpu compile-table clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +46,13 @@ compare: $(BUILT)  ## the same over every method there is, with their memory: un
 
 memory: $(BUILT)  ## what every method keeps and borrows beyond LoRA: table, CSV and PNG under OUT
 	$(PY) -m benchmarks.memory --methods all --out $(OUT) $(ARGS)
+
+paper: $(BUILT)  ## the paper's experiments that a CPU can do in 15 minutes, under OUT; DATA= a folder of GLUE tasks, or hub
+	$(PY) -m benchmarks.paper.landscape --out $(OUT)/paper
+	$(PY) -m benchmarks.paper.matrix_factorization --out $(OUT)/paper
+	$(PY) -m benchmarks.paper.convergence --data $(DATA) $(SMALL) --steps 120 --seeds 0 --out $(OUT)/paper/convergence.jsonl
+	$(PY) -m benchmarks.paper.glue --data $(DATA) $(SMALL) --steps 120 --seeds 0 --tasks sst2 --lrs 1e-3 3e-3 \
+		--methods lora reflora reflora-s --out $(OUT)/paper/glue.jsonl
 
 gpu:  ## on a GPU machine without network: build, pytest -m gpu, benchmarks, all under OUT=
 	PYTHON=$(PYTHON) .ci/gpu $(OUT)

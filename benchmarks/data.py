@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from . import hub
 
 # a family is several modules, so that none vanishes where a distribution leaves one out or a later Python drops it
@@ -64,11 +66,15 @@ class Example:
     def of(cls, row: dict[str, Any], label: int | float) -> Example:
         """From a row in the layout of GLUE or of LLM-Adapters. Raises ValueError where no text field is known."""
         if "instruction" in row:
-            return cls(" ".join(filter(None, [row["instruction"], row.get("input")])), label)
-        for fields in _TEXT_FIELDS:
-            if fields[0] in row:
-                return cls(row[fields[0]], label, row.get(fields[1]) if len(fields) > 1 else None)
-        raise ValueError(f"expected a text field such as sentence1, got a row with {', '.join(row)}.")
+            made = cls(" ".join(filter(None, [row["instruction"], row.get("input")])), label)
+        else:
+            fields = next((fields for fields in _TEXT_FIELDS if fields[0] in row), None)
+            if fields is None:
+                raise ValueError(f"expected a text field such as sentence1, got a row with {', '.join(row)}.")
+            made = cls(row[fields[0]], label, row.get(fields[1]) if len(fields) > 1 else None)
+        if not isinstance(made.text, str) or not isinstance(made.pair, (str, type(None))):
+            raise ValueError(f"expected texts, got {made.text!r} and {made.pair!r}.")
+        return made
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,14 @@ class Task:
     train: list[Example]
     eval: list[Example]
     classes: int
+
+
+def drawn(items: Sequence[Any], count: int | None) -> list[Any]:
+    """`count` of them, drawn once and for all: some files are in an order. All where there are no more, or None."""
+    if count is None or count >= len(items):
+        return list(items)
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(0))
+    return [items[index] for index in order[:count].tolist()]
 
 
 def load(source: str = DEFAULT) -> Task:
@@ -161,20 +175,26 @@ def _order(example: Example) -> int:
 # ---- files and hub data sets
 
 
-def from_path(path: Path) -> Task:
-    """A folder with `train` and `dev` (or `test`) files, or one file, of which one row in five is held out."""
+def from_path(path: Path, regression: bool = False) -> Task:
+    """A folder with `train` and `dev` (or `test`) files, or one file, of which one row in five is held out.
+
+    regression: labels are numbers to predict, also where all of them are whole.
+    """
     if path.is_dir():
-        train = _read(_find(path, ("train",)))
-        held_out = _read(_find(path, ("dev", "validation", "test")))
+        train = rows(find(path, ("train",)))
+        held_out = rows(find(path, ("dev", "validation", "test")))
     else:
-        rows = _read(path)
-        train = [row for index, row in enumerate(rows) if index % EVAL_SHARE]
-        held_out = rows[::EVAL_SHARE]
-    return _task(path.parent.name if path.is_file() else path.name, train, held_out)
+        every = rows(path)
+        train = [row for index, row in enumerate(every) if index % EVAL_SHARE]
+        held_out = every[::EVAL_SHARE]
+    return _task(path.parent.name if path.is_file() else path.name, train, held_out, regression)
 
 
-def from_hub(source: str) -> Task:
-    """A data set of the Hugging Face hub, "name" or "name:config". Needs the package `datasets` and a network."""
+def from_hub(source: str, regression: bool = False) -> Task:
+    """A data set of the Hugging Face hub, "name" or "name:config". Needs the package `datasets` and a network.
+
+    Held out are all its validation splits (MNLI has two), or where there is none those called dev or test.
+    """
     hub.prepare(needed=True)
     try:
         import datasets
@@ -182,13 +202,16 @@ def from_hub(source: str) -> Task:
         raise ImportError("a hub data set needs the package `datasets`: pip install datasets") from error
     name, _, config = source.partition(":")
     splits = datasets.load_dataset(name, config or None)
-    held_out = next((splits[key] for key in splits if key.startswith(("validation", "dev", "test"))), None)
-    if held_out is None or "train" not in splits:
+    for stem in ("validation", "dev", "test"):
+        held_out = [row for key in splits if key.startswith(stem) for row in splits[key]]
+        if held_out:
+            break
+    if not held_out or "train" not in splits:
         raise ValueError(f"{source}: expected splits train and validation, got {', '.join(splits)}.")
-    return _task(source, list(splits["train"]), list(held_out))
+    return _task(source, list(splits["train"]), held_out, regression)
 
 
-def _find(folder: Path, stems: Sequence[str]) -> Path:
+def find(folder: Path, stems: Sequence[str]) -> Path:
     for stem in stems:
         for suffix in (".jsonl.gz", ".jsonl", ".json.gz", ".json"):
             if (folder / (stem + suffix)).is_file():
@@ -196,33 +219,48 @@ def _find(folder: Path, stems: Sequence[str]) -> Path:
     raise FileNotFoundError(f"{folder}: expected a file {' or '.join(stems)}.jsonl(.gz), found none.")
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    """JSON lines, or one JSON array; gzip by the name."""
+def rows(path: Path) -> list[dict[str, Any]]:
+    """JSON lines, or one JSON array, of objects; gzip by the name. Raises ValueError for anything else."""
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        content = file.read()
     try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            content = file.read()
         if content.lstrip().startswith("["):
-            rows = json.loads(content)
+            found = json.loads(content)
         else:
-            rows = [json.loads(line) for line in content.split("\n") if line.strip()]
-    except json.JSONDecodeError as error:
+            found = [json.loads(line) for line in content.split("\n") if line.strip()]
+    except (json.JSONDecodeError, UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}: expected JSON lines or a JSON array, got {error}.") from error
-    if not rows:
+    if not found:
         raise ValueError(f"{path}: expected labelled rows, got an empty file.")
-    return rows
+    for number, row in enumerate(found, 1):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}: expected JSON objects, got {row!r} in row {number}.")
+    return found
 
 
-def _task(name: str, train: list[dict[str, Any]], held_out: list[dict[str, Any]]) -> Task:
+def _task(name: str, train: list[dict[str, Any]], held_out: list[dict[str, Any]], regression: bool = False) -> Task:
     first = (train or held_out)[0]
     label = "label" if "label" in first else "answer"
-    values = {row.get(label) for row in train + held_out}
-    if None in values:
-        raise ValueError(f"{name}: expected a label in every row, got rows with {', '.join(first)}.")
-    if any(isinstance(value, float) for value in values):
+    values = {_label(row, label, name) for row in train + held_out}
+    kinds = {isinstance(value, str) for value in values}
+    if len(kinds) > 1:
+        raise ValueError(f"{name}: expected labels of one kind, got both numbers and texts.")
+    codes: dict[Any, int | float]
+    if regression or any(isinstance(value, float) for value in values):
+        if kinds == {True}:
+            raise ValueError(f"{name}: expected numbers to predict, got labels such as {first[label]!r}.")
         codes, classes = {value: float(value) for value in values}, 1
     else:
         codes = {value: index for index, value in enumerate(sorted(values))}
         classes = len(codes)
-    parts = [[Example.of(row, codes[row[label]]) for row in rows] for rows in (train, held_out)]
+    parts = [[Example.of(row, codes[row[label]]) for row in some] for some in (train, held_out)]
     return Task(name, *parts, classes)
+
+
+def _label(row: dict[str, Any], field: str, name: str) -> str | int | float:
+    if row.get(field) is None:
+        raise ValueError(f"{name}: expected a label in every row, got rows with {', '.join(row)}.")
+    if not isinstance(row[field], (str, int, float)):
+        raise ValueError(f"{name}: expected a number or a text as a label, got {row[field]!r}.")
+    return row[field]

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import batches, data, harness, methods, models, variants
+from . import batches, data, harness, jsonl, methods, models, variants
+from .checkpoints import Checkpoint
 
 EVAL_BATCH = 64
 
@@ -25,7 +25,8 @@ class Recipe:
 
     lr falls linearly to zero after `lr_warmup` rising steps, or stays where schedule is "constant"; plain_steps: of
     AdamW before RefLoRA starts; dropout: in front of the head, None for the model's own; rows: training examples;
-    bfloat16: autocast, weights and optimizer stay as they are.
+    bfloat16: autocast, weights and optimizer stay as they are; targets: of LoRA, with commas between, the preset's
+    where empty; lora_dropout: in front of A.
     """
 
     model: str
@@ -44,19 +45,23 @@ class Recipe:
     dropout: float | None = None
     rows: int = 0
     bfloat16: bool = False
+    targets: str = ""
+    lora_dropout: float = 0.0
 
 
 @dataclass
 class Trained:
-    """A model after its run, with the loss of every step and the seconds it took."""
+    """A model in training or after it, with the loss of every step and the seconds they took."""
 
     model: nn.Module
     tokenizer: Any
     kind: str
-    losses: list[float]
-    seconds: float
     optimizer: torch.optim.Optimizer
-    pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    schedule: torch.optim.lr_scheduler.LambdaLR
+    device: torch.device
+    pairs: list[tuple[Tensor, Tensor]]
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
 
     @property
     def finite(self) -> bool:
@@ -65,17 +70,12 @@ class Trained:
         return all(map(math.isfinite, self.losses)) and all(bool(p.isfinite().all()) for p in weights)
 
 
-def train(
-    recipe: Recipe,
-    task: data.Task,
-    device: torch.device,
-    backend: str | None = None,
-    after_step: Callable[[int, Trained], None] = lambda step, run: None,
-) -> Trained:
-    """Batches padded to their longest text, an order and dropout masks that depend on the seed alone."""
-    preset = models.PRESETS.get(recipe.model, models.OTHER)
-    loaded = models.load(recipe.model, task.classes, device, recipe.seed, preset.dtype, preset.checkpointing)
-    adapter = variants.Adapter(recipe.rank, recipe.alpha, preset.targets, recipe.seed, recipe.steps)
+def build(recipe: Recipe, classes: int, device: torch.device, backend: str | None = None) -> Trained:
+    """The model and its optimizer before the first step."""
+    preset = models.preset(recipe.model)
+    loaded = models.load(recipe.model, classes, device, recipe.seed, preset.dtype, preset.checkpointing)
+    targets = tuple(recipe.targets.split(",")) if recipe.targets else preset.targets
+    adapter = variants.Adapter(recipe.rank, recipe.alpha, targets, recipe.seed, recipe.steps, recipe.lora_dropout)
     method = methods.METHODS[recipe.method]
     model = variants.build(method.variant, loaded, adapter).train()
     _set_dropout(model, recipe.dropout)
@@ -88,22 +88,53 @@ def train(
         method.start(subject)
     optimizer = methods.build(recipe.method, subject)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(recipe, step))
-    run = Trained(model, loaded.tokenizer, loaded.kind, [], 0.0, optimizer, list(subject.pairs))
-    draws = batches.batches(task.train, recipe.batch, recipe.seed)
+    return Trained(model, loaded.tokenizer, loaded.kind, optimizer, schedule, device, list(subject.pairs))
+
+
+def train(
+    recipe: Recipe,
+    task: data.Task,
+    device: torch.device,
+    backend: str | None = None,
+    after_step: Callable[[int, Trained], None] = lambda step, run: None,
+    checkpoint: Checkpoint | None = None,
+    micro_batch: int | None = None,
+) -> Trained:
+    """Batches padded to their longest text, an order and dropout masks that depend on the seed alone.
+
+    checkpoint: where the run is kept, and goes on from if it is there. micro_batch: most examples in memory at once.
+    """
+    run = build(recipe, task.classes, device, backend)
     torch.manual_seed(recipe.seed)
-    began = time.perf_counter()
-    for step in range(1, recipe.steps + 1):
-        batch = batches.encode(run.tokenizer, next(draws), recipe.length, False, run.kind == "causal")
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16):
-            loss = model(**{key: value.to(device) for key, value in batch.items()}).loss
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        run.losses.append(loss.item())
+    if checkpoint:
+        checkpoint.load(run)
+    done = len(run.losses)
+    draws = itertools.islice(batches.batches(task.train, recipe.batch, recipe.seed), done, None)
+    began = time.perf_counter() - run.seconds
+    for step in range(done + 1, recipe.steps + 1):
+        run.losses.append(_backward(run, recipe, next(draws), micro_batch or recipe.batch))
+        run.optimizer.step()
+        run.schedule.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        run.seconds = time.perf_counter() - began
         after_step(step, run)
-    run.seconds = time.perf_counter() - began
+        if checkpoint and checkpoint.due(step, recipe.steps):
+            checkpoint.save(run)
     return run
+
+
+def _backward(run: Trained, recipe: Recipe, examples: Sequence[data.Example], most: int) -> float:
+    """The mean loss of the examples, its gradients added up over parts of at most so many."""
+    total = 0.0
+    for start in range(0, len(examples), most):
+        part = examples[start : start + most]
+        batch = batches.encode(run.tokenizer, part, recipe.length, False, run.kind == "causal")
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=recipe.bfloat16):
+            loss = run.model(**{key: value.to(run.device) for key, value in batch.items()}).loss
+        share = len(part) / len(examples)
+        (loss if share == 1 else loss * share).backward()
+        total += share * loss.item()
+    return total
 
 
 def _rate(recipe: Recipe, step: int) -> float:
@@ -147,25 +178,21 @@ class Record:
         self.path, self.env = path, dict(env)
 
     def runs(self) -> Iterator[dict[str, Any]]:
-        """Every whole line; one that was cut off while it was written counts for nothing."""
-        if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(json.JSONDecodeError):
-                    yield json.loads(line)
+        return jsonl.read(self.path)
 
     def find(self, keys: Sequence[Mapping[str, Any]]) -> list[dict[str, Any] | None]:
-        """The first run of each key, None where there is none; the file is read once."""
-        runs = list(self.runs())
+        """The first run of each key, None where there is none; the file is read once.
+
+        What a line does not say of its recipe had the value that a recipe has by itself.
+        """
+        silent = {one.name: one.default for one in fields(Recipe) if one.default is not MISSING}
+        runs = [{**silent, **run} for run in self.runs()]
         return [next((run for run in runs if key.items() <= run.items()), None) for key in keys]
 
     def add(self, run: Mapping[str, Any]) -> dict[str, Any]:
         """One line more; returns what it holds."""
         whole = {**run, "machine": self.env}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        written = self.path.read_bytes() if self.path.exists() else b""
-        cut = written and not written.endswith(b"\n")
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(("\n" if cut else "") + json.dumps(whole) + "\n")
+        jsonl.append(self.path, [whole])
         return whole
 
 
@@ -178,6 +205,9 @@ def series(
     """The runs of `keys`, those made that the record lacks, with a progress bar over all."""
     found = record.find(keys)
     for turn in harness.progress(range(len(keys)), label):
+        # looked up again: another process may have made it by now
+        if found[turn] is None and (new := record.find(keys[turn : turn + 1])[0]) is not None:
+            found[turn] = new
         if found[turn] is None:
             found[turn] = record.add({**keys[turn], **make(keys[turn])})
     return [run for run in found if run is not None]

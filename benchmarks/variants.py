@@ -19,13 +19,17 @@ HEADS = ("classifier", "score")  # what transformers calls the part that no chec
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA's size and place, drawn from `seed`; steps: of the whole training, of which AdaLoRA makes a schedule."""
+    """LoRA's size and place, drawn from `seed`; steps: of the whole training, of which AdaLoRA makes a schedule.
+
+    dropout: in front of A.
+    """
 
     rank: int
     alpha: int
     targets: str | tuple[str, ...]
     seed: int
     steps: int
+    dropout: float = 0.0
 
 
 def build(name: str, loaded: Loaded, adapter: Adapter) -> nn.Module:
@@ -65,6 +69,7 @@ def _config(name: str, kind: str, adapter: Adapter) -> Any:
     options: dict[str, Any] = {
         "task_type": {"text": "SEQ_CLS", "causal": "CAUSAL_LM", "image": None}[kind],
         "lora_alpha": adapter.alpha,
+        "lora_dropout": adapter.dropout,
         "target_modules": adapter.targets if isinstance(adapter.targets, str) else list(adapter.targets),
         "modules_to_save": list(HEADS[:1]) if kind == "image" else None,
     }

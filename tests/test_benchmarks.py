@@ -11,6 +11,7 @@ import re
 import threading
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,9 +83,13 @@ def test_folder_has_its_own_split_and_float_labels_mean_regression(tmp_path: Pat
         ([{"sentence1": "x"}], "expected a label in every row, got rows with sentence1"),
         ([{"words": "x", "label": 1}, {"words": "y", "label": 0}], "expected a text field .* got a row with words"),
         ([], "expected labelled rows, got an empty file"),
+        ([3, 4], "expected JSON objects, got 3 in row 1"),
+        ([{"sentence1": "x", "label": 1}, {"sentence1": "y", "label": "no"}], "both numbers and texts"),
+        ([{"sentence1": "x", "label": [1]}], r"expected a number or a text as a label, got \[1\]"),
+        ([{"sentence1": None, "label": 1}], "expected texts, got None"),
     ],
 )
-def test_unusable_rows_are_described(tmp_path: Path, rows: list[dict[str, object]], message: str) -> None:
+def test_unusable_rows_are_described(tmp_path: Path, rows: list[Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         data.load(str(write_rows(tmp_path / "rows.jsonl", rows)))
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_benchmarks import write_rows
 
-from benchmarks import finetuning
-from benchmarks.paper import convergence, glue, glue_tasks
+from benchmarks import data, finetuning
+from benchmarks.paper import convergence, glue, glue_tasks, tuning
 
 CPU = torch.device("cpu")
 ROWS = {
@@ -21,7 +24,11 @@ ROWS = {
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
+    """With REFLORA_DATA, a folder that has `glue`, rows of the real tasks."""
     for name, rows in ROWS.items():
+        if "REFLORA_DATA" in os.environ:
+            real = data.rows(Path(os.environ["REFLORA_DATA"]) / "glue" / name / "train.jsonl.gz")
+            rows = real[: len(rows)]
         folder = tmp_path / "data" / name
         folder.mkdir(parents=True)
         write_rows(folder / "train.jsonl.gz", rows)  # type: ignore[arg-type]
@@ -51,7 +58,9 @@ def test_series_resumes_and_its_table_names_every_method(
     capsys.readouterr()
     glue.main([*some, *size, "--methods", "lora", "reflora", "--table"])
     printed = capsys.readouterr().out
-    assert "16 of 16 runs" in printed and "RefLoRA" in printed and "81.88" in printed  # of the paper: CoLA and STS-B
+    assert (
+        ": 16 runs, the last on" in printed and "RefLoRA" in printed and "81.88" in printed
+    )  # of the paper: CoLA and STS-B
 
 
 def test_same_seed_same_run_and_the_rate_rises_and_falls(tiny: None, root: Path) -> None:
@@ -89,10 +98,12 @@ def test_learning_rates_are_compared_on_the_seeds_they_share() -> None:
         return {"method": "lora", "task": "cola", "lr": lr, "seed": seed, "score": score}
 
     whole = [run(1e-3, 0, 60.0), run(1e-3, 1, 50.0), run(1e-2, 0, 70.0), run(1e-2, 1, 30.0)]
-    assert glue.best(whole) == {("lora", "cola"): (1e-3, [60.0, 50.0])}
+    assert tuning.best(whole) == {("lora", "cola"): (1e-3, [60.0, 50.0])}
     # a series that was stopped: one rate alone has a second seed
-    assert glue.best([*whole[:3]]) == {("lora", "cola"): (1e-2, [70.0])}
-    assert glue.best([run(1e-3, 0, 60.0), run(1e-2, 1, 70.0)]) == {}
+    assert tuning.best([*whole[:3]]) == {("lora", "cola"): (1e-2, [70.0])}
+    # chosen on the first seed, told of all
+    assert tuning.best([whole[0], whole[2], whole[3]]) == {("lora", "cola"): (1e-2, [70.0, 30.0])}
+    assert tuning.best([run(1e-3, 0, 60.0), run(1e-2, 1, 70.0)]) == {}
 
 
 def test_other_dev_rows_are_another_run_and_repeats_are_one(
@@ -102,7 +113,7 @@ def test_other_dev_rows_are_another_run_and_repeats_are_one(
     size = ["--steps", "2", "--batch", "4", "--rank", "2", "--device", "cpu", "--out", str(out), "--tasks", "cola"]
     some = ["--data", str(root), "--methods", "lora", "lora", "--seeds", "0", "0", "--lrs", "1e-3", "1e-3"]
     glue.main([*some, *size, "--eval-rows", "4"])
-    assert "1 of 1 runs" in capsys.readouterr().out
+    assert ": 1 runs" in capsys.readouterr().out
     glue.main([*some, *size])
     assert [json.loads(line)["eval_rows"] for line in out.read_text().splitlines()] == [4, 12]
 
@@ -139,7 +150,7 @@ def test_convergence_takes_the_tuned_rates_and_keeps_every_loss(tiny: None, root
     size = ["--data", str(root), "--steps", "5", "--batch", "4", "--rank", "2", "--device", "cpu", "--seeds", "0", "1"]
     tuned = tmp_path / "tuned.jsonl"
     glue.main([*size, "--tasks", "cola", "--lrs", "1e-3", "3e-2", "--methods", "lora", "reflora", "--out", str(tuned)])
-    best = {method: lr for (method, _), (lr, _) in glue.best(list(map(json.loads, tuned.open()))).items()}
+    best = {method: lr for (method, _), (lr, _) in tuning.best(list(map(json.loads, tuned.open()))).items()}
     out = tmp_path / "deep" / "convergence.jsonl"
     more = ["--task", "cola", "--tuned", str(tuned), "--out", str(out)]
     convergence.main([*size, *more, "--methods", "lora", "reflora"])
@@ -167,3 +178,53 @@ def test_line_that_was_cut_off_is_made_again(tmp_path: Path) -> None:
 def test_batch_larger_than_the_data_gets_one_clear_line(root: Path) -> None:
     with pytest.raises(SystemExit, match="glue: --batch: expected at most the 40 rows of cola, got 41"):
         glue.main(["--data", str(root), "--tasks", "cola", "--batch", "41", "--device", "cpu"])
+
+
+def test_rates_tuned_on_the_first_seed(
+    tiny: None, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "runs.jsonl"
+    size = ["--steps", "2", "--batch", "4", "--rank", "2", "--device", "cpu", "--out", str(out), "--tasks", "cola"]
+    some = ["--data", str(root), "--methods", "lora", "reflora", "--seeds", "0", "1", "2", "--lrs", "1e-3", "1e-2"]
+    glue.main([*some, *size, "--tune-first-seed"])
+    runs = [json.loads(line) for line in out.read_text().splitlines()]
+    assert ": 8 runs" in capsys.readouterr().out
+    for method in ("lora", "reflora"):
+        own = [run for run in runs if run["method"] == method]
+        first = max((run for run in own if run["seed"] == 0), key=lambda run: run["score"])
+        assert [run["lr"] for run in own if run["seed"] > 0] == 2 * [first["lr"]]
+
+
+def test_line_of_an_older_file_has_the_defaults_of_what_it_does_not_say(tmp_path: Path) -> None:
+    recipe = finetuning.Recipe("minilm", "lora", 0, 1e-3, 2, 4, 16, 2, 2)
+    key = finetuning.key("cola", recipe)
+    record = finetuning.Record(tmp_path / "runs.jsonl", {})
+    record.add({name: value for name, value in key.items() if name not in ("targets", "lora_dropout")} | {"score": 1.0})
+    other = {**key, "lora_dropout": 0.1}
+    found = record.find([key, other])
+    assert found[0] is not None and found[0]["score"] == 1.0 and found[1] is None
+
+
+def test_hub_has_every_task_and_both_dev_sets_of_mnli(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {"sentence": "x", "premise": "x", "hypothesis": "y", "sentence1": "x", "sentence2": "y"}
+
+    def load_dataset(name: str, config: str) -> dict[str, list[dict[str, object]]]:
+        assert name == "nyu-mll/glue" and config in glue_tasks.TASKS
+        made = [{**rows, "label": label} for label in ([1.0, 2.5, 4.0] if config == "stsb" else [0, 1, 2])]
+        if config == "mnli":
+            return {"train": made, "validation_matched": made, "validation_mismatched": made, "test_matched": made}
+        return {"train": made, "validation": made, "test": made}
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    for name in glue_tasks.TASKS:
+        task = glue_tasks.TASKS[name].load("hub")
+        assert len(task.eval) == (6 if name == "mnli" else 3) and task.classes == (1 if name == "stsb" else 3)
+
+
+def test_whole_numbers_are_predicted_too_in_a_regression(tmp_path: Path) -> None:
+    (tmp_path / "stsb").mkdir()
+    for split in ("train", "dev"):
+        pair = {"sentence1": "a", "sentence2": "b"}
+        write_rows(tmp_path / "stsb" / f"{split}.jsonl", [{**pair, "label": 3}, {**pair, "label": 5}])
+    assert glue_tasks.TASKS["stsb"].load(tmp_path).classes == 1

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import batches, models
 
@@ -28,3 +31,28 @@ def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "_base_of_minilm", base)
     monkeypatch.setattr(models, "_VIT", {**SIZE, "image_size": 32, "patch_size": 8})
     monkeypatch.setitem(models._LLAMA, "llama2-7b", {**SIZE, "vocab_size": 200, "num_key_value_heads": 2})
+
+
+def save_causal(folder: Path, texts: Sequence[str]) -> Path:
+    """A LLaMA of two small layers with random weights and a tokenizer of its own, as `from_pretrained` reads them."""
+    import tokenizers
+    import transformers
+
+    tokens = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    tokens.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
+    tokens.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokens.train_from_iterator(texts, trainer)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokens, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    tokenizer.save_pretrained(str(folder))
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        **SIZE, vocab_size=len(tokenizer), num_key_value_heads=2, bos_token_id=1, eos_token_id=2
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(str(folder))
+    return folder

@@ -81,6 +81,18 @@ class PairOptimizer(torch.optim.AdamW):
         self.move(by_rank(self.pairs), own)
         return loss
 
+    def state_dict(self) -> dict[str, Any]:
+        """torch's, with the number of steps in each factor's state under AdamW's name, which its loading asks for."""
+        for parameter in self.param_groups[-1]["params"]:
+            if self.state.get(parameter):
+                self.state[parameter]["step"] = torch.tensor(float(self.step_count))
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        steps = {int(self.state[p]["step"]) for p in self.param_groups[-1]["params"] if self.state.get(p)}
+        self.step_count = max(steps, default=0)
+
     def move(self, groups: Sequence[Sequence[Pair]], options: dict[str, Any]) -> None:
         """Step all pairs, given in groups of one rank."""
         raise NotImplementedError

@@ -94,6 +94,13 @@ class LoRAProFull(PairOptimizer):
         super().__init__(parameters, pairs, **options)
         self.scaling, self.moment_dtype = scaling, moment_dtype
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)  # which makes everything the factor's dtype
+        for A, _ in self.pairs:
+            for name in ("exp_avg", "exp_avg_sq"):
+                if name in self.state.get(A, {}):
+                    self.state[A][name] = self.state[A][name].to(self.moment_dtype)
+
     def move(self, groups: Sequence[Sequence[Pair]], options: dict[str, Any]) -> None:
         for pairs in groups:
             self._move(pairs, options)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .. import drawing, figures, finetuning, harness, methods
-from . import glue
+from . import arguments, glue, glue_tasks, tuning
 from .glue_tasks import TASKS
 
 METHODS = ("lora", "reflora", "reflora-s", "lora-pro", "lora-rite", "dora")
@@ -35,7 +35,7 @@ def rates(options: argparse.Namespace) -> dict[str, float]:
         raise ValueError(f"--tuned: no file {options.tuned}.")
     every = finetuning.Record(options.tuned, {}).runs()
     runs = [run for run in every if run["task"] == options.task and run["model"] == options.model]
-    chosen = {method: lr for (method, _), (lr, _) in glue.best(runs).items()}
+    chosen = {method: lr for (method, _), (lr, _) in tuning.best(runs).items()}
     absent = [method for method in options.methods if method not in chosen]
     if absent:
         what = f"{options.task} with {options.model}"
@@ -74,14 +74,15 @@ def draw(path: Path, runs: Sequence[Mapping[str, Any]], env: Mapping[str, str]) 
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = glue.parser("convergence", (__doc__ or "").split("\n")[0], METHODS)
+    parser = arguments.parser("convergence", (__doc__ or "").split("\n")[0], METHODS)
     parser.add_argument("--task", default="mrpc", choices=list(TASKS))
     parser.add_argument("--lr", type=float, default=1e-3, help="of every method")
     parser.add_argument("--tuned", type=Path, help="a file of `glue`: each method's best learning rate on this task")
-    parser.set_defaults(out=Path("benchmarks/results/paper/convergence.jsonl"))
+    parser.set_defaults(out=Path("benchmarks/results/paper/convergence.jsonl"), data=glue_tasks.HUB)
     options = parser.parse_args(argv)
-    glue.check(parser, options)
-    glue.check_rates(parser, "--lr", [options.lr])
+    arguments.check(parser, options)
+    arguments.check_rates(parser, "--lr", [options.lr])
+    arguments.check_file(parser, options.out)
     return options
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import data
 
+HUB = "hub"
 Score = Callable[[Sequence[float], Sequence[float]], float]
 
 
@@ -59,11 +60,14 @@ class GlueTask:
     weight_decay: float
     regression: bool = False
 
-    def load(self, root: Path) -> data.Task:
-        """Raises FileNotFoundError where the root has none of the folders."""
+    def load(self, root: Path | str) -> data.Task:
+        """From a folder, or the hub where `root` is "hub". Raises FileNotFoundError where it is not there."""
+        if str(root) == HUB:
+            return data.from_hub(f"nyu-mll/glue:{self.folders[0]}", self.regression)
+        root = Path(root)
         for folder in self.folders:
             if (root / folder).is_dir():
-                return data.from_path(root / folder)
+                return data.from_path(root / folder, self.regression)
         raise FileNotFoundError(f"--data: expected a folder {' or '.join(self.folders)} in {root}, found none.")
 
     def scores(self, logits: Tensor, labels: Sequence[float]) -> dict[str, float]:

@@ -1,0 +1,28 @@
+"""Files of JSON lines that a killed program leaves readable."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """Every whole line; one that was cut off while it was written counts for nothing. None where there is no file."""
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                yield json.loads(line)
+
+
+def append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """In one write, on lines of their own also after one that was cut off."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - 1))
+        cut = size > 0 and file.read(1) != b"\n"
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        file.write((b"\n" if cut else b"") + text.encode())
