@@ -162,6 +162,17 @@ def test_weights_loaded_after_integration_are_kept():
     assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
 
 
+def test_own_state_passed_through_before_the_first_step_is_no_resume():
+    """accelerate does so as it prepares an optimizer; the first refactoring was taken back."""
+    model = Layers(2)
+    before = copy.deepcopy(model)
+    optimizer = AdamW(model.parameters(), lr=1e-2)
+    Refactorer(model, use_scalar=True).integrate_into_optimizer(optimizer)
+    balanced = copy.deepcopy(model)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert largest_difference(model, balanced) == 0 < largest_difference(model, before)
+
+
 @BOTH
 def test_missing_gradients_are_left_alone(scalar):
     model = Layers(3)

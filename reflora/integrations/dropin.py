@@ -135,6 +135,8 @@ class Refactorer:
     @torch.no_grad()
     def _after_load(self, optimizer: Optimizer) -> None:
         self.skip_steps = self.skip_steps
+        if not optimizer.state:  # nothing was loaded: accelerate passes an optimizer's own state through as it prepares it
+            return
         for param, before, after in self._first:
             if torch.equal(param.cpu(), after):
                 param.copy_(before)
