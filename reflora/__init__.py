@@ -17,10 +17,15 @@ _HOMES = {
     "refactor_": "functional",
     "RefLoRAAdamW": "optim.adamw",
     "create_reflora_optimizer": "integrations.optimizer",
+    "OptimizerFactory": "integrations.optimizer",
+    "wrap": "integrations.optimizer",
     "find_pairs": "integrations.peft",
+    "shard_placement": "integrations.fsdp",
+    "GradientHooks": "integrations.hooks",
     "Refactorer": "integrations.dropin",
     "PEFTArguments": "integrations.arguments",
     "RefTrainer": "integrations.trainer",
+    "RefLoRACallback": "integrations.trainer",
 }
 _MODULES = ("linalg", "reference")
 

@@ -80,8 +80,18 @@ def _rows(tensor: Tensor) -> Tensor:
 PairLike = LoRAPair | tuple[Tensor, Tensor]
 
 
-def as_pairs(pairs: Iterable[PairLike]) -> list[LoRAPair]:
-    """`(A, B)` tuples become LoRAPairs; every pair is checked.
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a process holds it in part: a DTensor of torch.distributed."""
+    return type(tensor).__name__ == "DTensor"
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of it; the same memory."""
+    return tensor.detach().to_local() if is_sharded(tensor) else tensor.detach()  # type: ignore[attr-defined]
+
+
+def as_pairs(pairs: Iterable[PairLike], sharded: bool = False) -> list[LoRAPair]:
+    """`(A, B)` tuples become LoRAPairs; every pair is checked. sharded: DTensors will do.
 
     Raises ValueError or TypeError naming the pair: shapes that do not match, a dtype outside
     float32/float64/bfloat16/float16, two devices or dtypes in a pair, overlapping storage.
@@ -94,13 +104,13 @@ def as_pairs(pairs: Iterable[PairLike]) -> list[LoRAPair]:
             if not isinstance(pair, (tuple, list)) or len(pair) != 2:
                 fail(f"pair {index}", "LoRAPair or (A, B)", repr(type(pair)), "See reflora.find_pairs.", TypeError)
             pair = LoRAPair(f"pair {index}", *pair)
-        check_pair(pair)
+        check_pair(pair, sharded)
         checked.append(pair)
-    check_disjoint(checked)
+    check_disjoint([pair for pair in checked if not is_sharded(pair.A) and not is_sharded(pair.B)])
     return checked
 
 
-def check_pair(pair: LoRAPair) -> None:
+def check_pair(pair: LoRAPair, sharded: bool = False) -> None:
     """Shapes, dtypes, devices and storage of one pair."""
     for side, tensor in (("A", pair.A), ("B", pair.B)):
         what = f"{pair.name}, {side}"
@@ -109,9 +119,12 @@ def check_pair(pair: LoRAPair) -> None:
         if tensor.dtype not in STORAGE_DTYPES:
             remedy = "Quantised base weights are fine, the LoRA factors themselves must be floating point."
             fail(what, "float32, float64, bfloat16 or float16", tensor.dtype, remedy, TypeError)
-        if type(tensor).__name__ == "DTensor" or tensor.layout != torch.strided or tensor.is_meta:
-            remedy = "Sharded, sparse and meta tensors cannot be refactored: gather or materialise the factors first."
-            fail(what, "a dense tensor held whole on one device", f"{type(tensor).__name__} ({tensor.layout})", remedy)
+        if is_sharded(tensor) and not sharded:
+            remedy = "Sharded factors (FSDP2) are served by reflora.create_reflora_optimizer and reflora.Refactorer."
+            fail(what, "a tensor held whole by this process", type(tensor).__name__, remedy)
+        if tensor.layout != torch.strided or tensor.is_meta:
+            remedy = "Sparse and meta tensors cannot be refactored: materialise the factors first."
+            fail(what, "a dense tensor on a device", f"{type(tensor).__name__} ({tensor.layout})", remedy)
         if any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape)):
             fail(what, "a tensor whose elements do not share memory", f"strides {tensor.stride()}", "Call .clone().")
     if pair.A.device != pair.B.device:
@@ -125,7 +138,7 @@ def check_pair(pair: LoRAPair) -> None:
 def _check_shapes(pair: LoRAPair) -> None:
     A, B, layout = pair.A, pair.B, pair.layout
     got = f"A {tuple(A.shape)} and B {tuple(B.shape)}"
-    flat = "One-dimensional factors come from DeepSpeed or FSDP1, which flatten parameters: use FSDP2 or DDP instead."
+    flat = "FSDP1 flattens parameters and ZeRO-3 takes them away: use FSDP2, DDP or ZeRO-2 (reflora.GradientHooks)."
     remedy = flat if 1 in (A.dim(), B.dim()) else "Check the order (A first) and the layout of the pair."
     if layout in ("linear", "embedding"):
         ok = A.dim() == 2 and B.dim() == 2 and A.shape[0] == B.shape[1]

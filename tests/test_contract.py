@@ -20,7 +20,7 @@ def overlapping():
 BAD_PAIRS = {
     "shapes do not match": ([(torch.randn(4, 10), torch.randn(6, 5))], ValueError, r"A \[r, n_in\] and B \[n_out, r\]"),
     "A and B swapped": ([pair()[::-1]], ValueError, "Check the order"),
-    "flattened": ([(torch.randn(40), torch.randn(24))], ValueError, "DeepSpeed or FSDP1"),
+    "flattened": ([(torch.randn(40), torch.randn(24))], ValueError, "FSDP1 flattens parameters"),
     "integer dtype": ([(torch.ones(4, 10, dtype=torch.int64), torch.randn(6, 4))], TypeError, "got torch.int64"),
     "two dtypes": ([(torch.randn(4, 10).double(), torch.randn(6, 4))], ValueError, "Cast both factors"),
     "two devices": ([(torch.randn(4, 10, device="meta"), torch.randn(6, 4))], ValueError, "materialise"),

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..contract import check_count, fail
-from ..optim.pairs import PairOps
+from ..diagnostics import Diagnostics
+from ..optim.pairs import ops_of
 from ..optim.transport import StateMove
 from ..optim.wrapper import FLATTENED, scaler_found_inf
 from .peft import Site, find_sites
@@ -45,7 +46,7 @@ class Refactorer:
         sites = find_sites(model)
         self.pairs = [site.pair for site in sites]
         self.lora_weights = [(pair.A, pair.B) for pair in self.pairs]
-        self._ops = PairOps(self.pairs)
+        self._ops = ops_of(self.pairs)
         self._optimizer: Optimizer | None = None
         self._skip_steps = warmup_steps
         self._handles: list[Any] = []
@@ -110,6 +111,10 @@ class Refactorer:
             self.step(optimizer)
             self._first = [(p, old, p.detach().cpu().clone()) for p, old in zip(self._factors(), before)]
 
+    def diagnostics(self) -> Diagnostics:
+        """What the last refactoring did, layer by layer; reading its properties synchronises."""
+        return self._ops.diagnostics()
+
     def integrated_into(self, optimizer: Optimizer) -> bool:
         return self._optimizer is optimizer
 
@@ -135,7 +140,9 @@ class Refactorer:
     @torch.no_grad()
     def _after_load(self, optimizer: Optimizer) -> None:
         self.skip_steps = self.skip_steps
-        if not optimizer.state:  # nothing was loaded: accelerate passes an optimizer's own state through as it prepares it
+        if (
+            not optimizer.state
+        ):  # nothing was loaded: accelerate passes an optimizer's own state through as it prepares it
             return
         for param, before, after in self._first:
             if torch.equal(param.cpu(), after):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ..contract import fail, is_sharded
 from ..optim.adamw import RefLoRAAdamW
-from ..optim.wrapper import reflora_class
+from ..optim.wrapper import Wrapped, reflora_class
 from .peft import find_pairs
 
 # how torch's own AdamW computes, not what: RefLoRAAdamW is one fused call whatever they say
@@ -33,19 +35,59 @@ def create_reflora_optimizer(
     optimizer_cls: None and torch.optim.AdamW both give RefLoRAAdamW, which is AdamW with the preconditioning fused in
         (torch's `fused` and `foreach` are accepted and change nothing). Any other class gives a subclass of it that
         preconditions inside `step`: see `reflora.optim.wrapper.Wrapped` for what that costs.
+        A model that is sharded by FSDP2 takes such a subclass of torch.optim.AdamW: its pairs are DTensors, and one
+        all-reduce of their Grams a step gives every process the same S.
     kwargs: for the optimizer, such as betas, weight_decay or momentum.
 
     The other arguments are RefLoRAAdamW's. Parameters in no pair take plain steps. Raises as `find_pairs`, ValueError
     for a class whose closure is required or, with scalar=True, whose state cannot be moved, TypeError for no optimizer
     class.
     """
-    if optimizer_cls is None or optimizer_cls is torch.optim.AdamW:
+    pairs = find_pairs(model)
+    if any(is_sharded(pair.A) for pair in pairs) or _will_be_sharded():
+        optimizer_cls = optimizer_cls or torch.optim.AdamW
+    elif optimizer_cls is None or optimizer_cls is torch.optim.AdamW:
         optimizer_cls = RefLoRAAdamW
         kwargs = {name: value for name, value in kwargs.items() if name not in _IMPLEMENTATIONS}
-    is_ours = isinstance(optimizer_cls, type) and issubclass(optimizer_cls, RefLoRAAdamW)
+    is_ours = isinstance(optimizer_cls, type) and issubclass(optimizer_cls, (RefLoRAAdamW, Wrapped))
     cls: Any = optimizer_cls if is_ours else reflora_class(optimizer_cls)
     params = [param for param in model.parameters() if param.requires_grad]
     return cls(
-        params, pairs=find_pairs(model), lr=lr, scalar=scalar, interval=interval, warmup_steps=warmup_steps,
+        params, pairs=pairs, lr=lr, scalar=scalar, interval=interval, warmup_steps=warmup_steps,
         backend=backend, precision=precision, **kwargs,
     )  # fmt: skip
+
+
+class OptimizerFactory:
+    """`create_reflora_optimizer` for `transformers.Trainer(optimizer_cls_and_kwargs=(OptimizerFactory, {"lr": ...}))`.
+
+    Trainer (transformers 5) makes a factory without arguments and calls it with the model, so that the optimizer is
+    built when the model is where it trains.
+    """
+
+    def __init__(self, *given: object, **kwargs: object):
+        if given or kwargs:
+            remedy = "Before transformers 5 use optimizers=(reflora.create_reflora_optimizer(model, lr=...), None)."
+            fail("OptimizerFactory", "no arguments", f"{len(given) + len(kwargs)}", remedy, TypeError)
+
+    def __call__(self, model: nn.Module, **kwargs: Any) -> Optimizer:
+        """kwargs: of create_reflora_optimizer."""
+        return create_reflora_optimizer(model, **kwargs)
+
+
+def wrap(optimizer_cls: type[Optimizer]) -> type[Optimizer]:
+    """The subclass of an optimizer class that preconditions LoRA pairs in front of its own step.
+
+    `create_reflora_optimizer(model, SomeOptimizer, ...)` makes one by itself. Of torch.optim.AdamW it makes
+    RefLoRAAdamW, which cannot follow parameters that are replaced after it was built (FSDP2 by hand): that is what
+    `wrap(torch.optim.AdamW)` is for.
+    Its constructor takes `pairs=` and RefLoRAAdamW's scalar, interval, warmup_steps, backend and precision on top of
+    the class's own arguments. Raises TypeError for what is no optimizer class, ValueError for one that needs a closure.
+    """
+    return reflora_class(optimizer_cls)
+
+
+def _will_be_sharded() -> bool:
+    """accelerate shards a model after its optimizer is built, and says so in the environment."""
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes")
+    return asked and os.environ.get("FSDP_VERSION") == "2"

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..contract import LoRAPair, as_pairs, fail
+from ..contract import LoRAPair, as_pairs, fail, is_sharded
 
 # dictionaries of a layer whose update is B diag(x) A, not B A: AdaLoRA, KaSA
 PLAIN_FACTORS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
@@ -63,7 +63,7 @@ def find_sites(model: nn.Module, adapter: str | None = None) -> list[Site]:
         if reason is not None:
             left_out[pair.name] = reason
             continue
-        owners.update({t.data_ptr(): pair.name for t in (pair.A, pair.B)})
+        owners.update({_address(t): pair.name for t in (pair.A, pair.B)})
         sites.append(site)
     if not sites:
         _fail_empty(model, adapter, left_out, others)
@@ -71,7 +71,7 @@ def find_sites(model: nn.Module, adapter: str | None = None) -> list[Site]:
         names = [name for name, why in left_out.items() if why == reason]
         listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         warnings.warn(f"{len(names)} LoRA layer(s) are stepped without RefLoRA ({reason}): {listed}", stacklevel=3)
-    as_pairs([site.pair for site in sites])
+    as_pairs([site.pair for site in sites], sharded=True)
     return sites
 
 
@@ -120,9 +120,14 @@ def _unfit(site: Site, owners: Mapping[int, str]) -> str | None:
             return f"{name} stands between B and A"
     if pair.layout == "conv" and pair.B.dim() == pair.A.dim() and pair.A.shape[0] != pair.B.shape[1]:
         return "grouped convolution"
-    if pair.A.numel() and pair.A.data_ptr() in owners or pair.B.numel() and pair.B.data_ptr() in owners:
+    if any(t.numel() and _address(t) in owners for t in (pair.A, pair.B)):
         return "tied to another layer"
     return None
+
+
+def _address(tensor: Tensor) -> int:
+    # of a sharded one this process may hold nothing
+    return id(tensor) if is_sharded(tensor) else tensor.data_ptr()
 
 
 def _fail_empty(model: nn.Module, adapter: str | None, left_out: Mapping[str, str], others: set[str]) -> None:

@@ -1,12 +1,16 @@
-"""A transformers Trainer that trains with a Refactorer."""
+"""transformers' Trainer: one that trains with a Refactorer, and a callback that logs what RefLoRA does."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from transformers import Trainer
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
 
+from .. import plan as col
+from ..contract import SKIPPED, fail
+from ..diagnostics import Diagnostics
 from .dropin import Refactorer
 
 
@@ -23,3 +27,61 @@ class RefTrainer(Trainer):
         if self.refactorer is not None and not self.refactorer.integrated_into(optimizer):
             self.refactorer.integrate_into_optimizer(optimizer)
         return optimizer
+
+
+class RefLoRACallback(TrainerCallback):
+    """Adds to what a Trainer logs: worst balance and condition number of a layer, layers degenerate and skipped.
+
+    `RefLoRACallback().install(trainer)` puts it in front of the reporters (TensorBoard, W&B), which then see the
+    figures; `callbacks=[RefLoRACallback()]` puts it behind them, and the figures in `state.log_history` alone.
+    Keys: "reflora/balance", "reflora/condition", "reflora/degenerate" of the last step, "reflora/skipped" since the
+    last log. Nothing is read from the device between logs.
+    source: what has `diagnostics()`; by default the trainer's optimizer, for a RefTrainer its Refactorer or Hooks.
+    """
+
+    def __init__(self, source: Any = None) -> None:
+        self.source = source
+        self._skipped: list[Tensor] = []
+
+    def install(self, trainer: Trainer) -> RefLoRACallback:
+        trainer.callback_handler.callbacks.insert(0, self)
+        if self.source is None:
+            self.source = getattr(trainer, "refactorer", None)
+        return self
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Raises ValueError where nothing of RefLoRA is found."""
+        self._skipped = []
+        self._report(kwargs.get("optimizer"))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for table in self._report(kwargs.get("optimizer")).tables:
+            self._skipped.append((table[:, col.STATUS] == SKIPPED).sum())
+        if len(self._skipped) > 64:
+            self._skipped = [torch.stack([one.cpu() for one in self._skipped]).sum()]
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        report = self._report(kwargs.get("optimizer"))
+        if not report.names:
+            return
+        found = {
+            "reflora/balance": report.worst_balance,
+            "reflora/condition": report.worst_condition,
+            "reflora/degenerate": report.degenerate,
+            "reflora/skipped": sum(map(int, self._skipped)),
+        }
+        self._skipped = []
+        for place in (logs, state.log_history[-1] if state.log_history else None):
+            if place is not None:
+                place.update(found)
+
+    def _report(self, optimizer: Any) -> Diagnostics:
+        source = self.source
+        while source is None and optimizer is not None:
+            if hasattr(optimizer, "diagnostics"):
+                source = optimizer
+            optimizer = getattr(optimizer, "optimizer", None)  # accelerate's wrapper
+        if source is None:
+            remedy = "Pass optimizers=(reflora.create_reflora_optimizer(...), None), or RefLoRACallback(refactorer)."
+            fail("RefLoRACallback", "an optimizer with diagnostics()", "none", remedy)
+        return source.diagnostics()

@@ -24,6 +24,10 @@ from .state import LIKE_TORCH, Storage, adopt
 from .traced import TracedStep
 
 SEED = "reflora_seed"
+REPLACED = (
+    "Something has replaced the parameters. FSDP2: reflora.wrap(torch.optim.AdamW) as optimizer_cls follows them. "
+    "DeepSpeed: reflora.GradientHooks. FSDP1 and ZeRO-3 hold no factor whole: use FSDP2 or DDP."
+)
 _GRAD = attrgetter("grad")
 
 
@@ -217,6 +221,9 @@ class RefLoRAAdamW(TracedStep, Optimizer):
             self._slots = [
                 (group_of[p.A], group_of[p.B]) if p.A in group_of and p.B in group_of else None for p in self.pairs
             ]
+            if self.pairs and not any(self._slots):
+                what = "the factors of the pairs among them"
+                fail("param_groups", what, "none of them", REPLACED, RuntimeError)
             paired = {t for pair, slot in zip(self.pairs, self._slots) if slot for t in (pair.A, pair.B)}
             self._plain = [[p for p in group["params"] if p not in paired] for group in self.param_groups]
             self._key = key

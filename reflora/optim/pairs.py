@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .. import plan as col
 from ..backends import Backend, resolve
-from ..contract import REFACTORED, LoRAPair, as_pairs, check_backend, check_precision
+from ..contract import REFACTORED, LoRAPair, as_pairs, check_backend, check_precision, is_sharded
 from ..diagnostics import Diagnostics, diagnose
 from ..functional import check_grads, mark_written
 from ..plan import Plan, by_device
+
+if TYPE_CHECKING:
+    from .sharded import ShardedOps
+
+
+def ops_of(pairs: Sequence[LoRAPair], backend: str | None = None, precision: str = "float64") -> PairOps | ShardedOps:
+    """The operations on these pairs, whether a process holds them whole or in part."""
+    if any(is_sharded(factor) for pair in pairs for factor in (pair.A, pair.B)):
+        from .sharded import ShardedOps  # torch.distributed.tensor takes its time to load
+
+        return ShardedOps(pairs, backend, precision)
+    return PairOps(pairs, backend, precision)
 
 
 class PairOps:
@@ -46,6 +59,10 @@ class PairOps:
             for row, columns in zip(plan.rows, results[:, [col.STATUS, col.SCALE]].unbind()):
                 found.setdefault(indices[row.pair], []).append(columns)
         return {index: (*torch.stack(rows, 1),) for index, rows in found.items()}
+
+    def agree(self, flag: bool) -> bool:
+        """Of one process."""
+        return flag
 
     def precondition(self, active: Sequence[bool], scalar: bool = False) -> None:
         """`reflora.precondition_` of each active pair's `.grad`."""
@@ -87,21 +104,19 @@ class PairOps:
 
     def apply(self, saved: Mapping[int, Tensor]) -> None:
         """`gA <- S^-1 gA`, `gB <- gB S` with the matrices that `solve` returned, for those pairs."""
-        groups: dict[tuple, tuple[list[Tensor], list[Tensor]]] = {}
+        views: list[Tensor] = []
+        factors: list[Tensor] = []
         for index, matrices in saved.items():
             pair = self.pairs[index]
             gA, gB = pair.A.grad, pair.B.grad
-            if gA is None or gB is None:
-                continue
-            for rows, side in ((pair.views_A(gA), 1), ([view.mT for view in pair.views_B(gB)], 0)):
-                for row, matrix in zip(rows, matrices[:, side].unbind()):
-                    views, factors = groups.setdefault((row.shape, row.dtype, row.device), ([], []))
-                    views.append(row)
-                    factors.append(matrix)
-        for (_, dtype, _), (views, factors) in groups.items():
-            top = torch.finfo(dtype).max
-            product = torch.stack(factors) @ torch.stack(views).to(factors[0].dtype)
-            torch._foreach_copy_(views, list(product.clamp(-top, top).to(dtype).unbind()))
+            if gA is not None and gB is not None:
+                views += [*pair.views_A(gA), *(view.mT for view in pair.views_B(gB))]
+                factors += [*matrices[:, 1].unbind(), *matrices[:, 0].unbind()]
+        multiply(views, factors)
+
+    def scale_grads(self, index: int, unit: Tensor) -> None:
+        """`gA` times the unit, `gB` over it, `[experts]`: what S over the unit would have given."""
+        scale_sides(self.pairs[index], self.pairs[index].A.grad, self.pairs[index].B.grad, unit)
 
     def _run(
         self, tensors: Sequence[tuple[Tensor | None, Tensor | None]], call: Callable[[Plan, Backend], Tensor]
@@ -127,6 +142,26 @@ class PairOps:
                 as_pairs(plan.pairs)
                 plan.rebuild()
         return self._plans
+
+
+def scale_sides(pair: LoRAPair, A: Tensor | None, B: Tensor | None, unit: Tensor) -> None:
+    """Tensors like the factors of a pair: A's times the unit, B's over it, `[experts]`."""
+    if A is not None and B is not None:
+        views = [*pair.views_A(A), *pair.views_B(B)]
+        torch._foreach_mul_(views, [*unit.unbind(), *(1 / unit).unbind()])
+
+
+def multiply(views: Sequence[Tensor], matrices: Sequence[Tensor]) -> None:
+    """Each `[r, n]` view in place by the `[r, r]` matrix in front of it, those of a shape at once."""
+    groups: dict[tuple, tuple[list[Tensor], list[Tensor]]] = {}
+    for view, matrix in zip(views, matrices, strict=True):
+        same, factors = groups.setdefault((view.shape, view.dtype, view.device), ([], []))
+        same.append(view)
+        factors.append(matrix)
+    for (_, dtype, _), (same, factors) in groups.items():
+        top = torch.finfo(dtype).max
+        product = torch.stack(factors) @ torch.stack(same).to(factors[0].dtype)
+        torch._foreach_copy_(same, list(product.clamp(-top, top).to(dtype).unbind()))
 
 
 def _apply_dtype(tensor: Tensor) -> torch.dtype:

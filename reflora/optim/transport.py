@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RAdam
 
-from ..contract import LoRAPair, fail
+from ..contract import LoRAPair, fail, is_sharded, local
 
 ADAM = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
 POWERS: dict[type[Optimizer], dict[str, int]] = {
@@ -52,7 +52,7 @@ class StateMove:
                 if with_grads and param.grad is not None:
                     entries.append((param.grad, 1))
                 for tensor, power in entries:
-                    self.tensors.append(views(tensor) if pair.experts > 1 else [tensor])
+                    self.tensors.append(views(local(tensor)) if pair.experts > 1 else [local(tensor)])
                     self.units.append((index, sign * power))
 
     def apply(self, roots: Sequence[Tensor]) -> None:
@@ -70,7 +70,9 @@ def _entries(optimizer: Optimizer, name: str, param: Tensor) -> list[tuple[Tenso
     for key, value in state.items():
         if key in UNITLESS or key.startswith(OWN) or value is None:
             continue
-        plain = type(value) is Tensor and value.shape == param.shape and value.is_floating_point()
+        plain = (
+            (type(value) is Tensor or is_sharded(value)) and value.shape == param.shape and value.is_floating_point()
+        )
         if key not in powers or not plain:
             what = f"{key!r} of type {type(value).__name__}"
             remedy = "Use Adam, AdamW, NAdam, RAdam or SGD, or the full RefLoRA (scalar=False), which moves no state."

@@ -7,21 +7,36 @@ import inspect
 import math
 from collections.abc import Callable, Iterable
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..contract import DEGENERATE, SKIPPED, PairLike, as_pairs, check_backend, check_count, check_precision, fail
+from ..contract import (
+    DEGENERATE,
+    SKIPPED,
+    LoRAPair,
+    PairLike,
+    as_pairs,
+    check_backend,
+    check_count,
+    check_precision,
+    fail,
+    local,
+)  # fmt: skip
 from ..diagnostics import Diagnostics
-from .pairs import PairOps
+from .pairs import ops_of
 from .state import PHASE, SAVED
 from .transport import StateMove, check_movable, movable
 
-COUNTER, SKIPS = "reflora_steps", "reflora_skipped"
+if TYPE_CHECKING:
+    from .pairs import PairOps
+    from .sharded import ShardedOps
+
+COUNTER, SKIPS, UNIT = "reflora_steps", "reflora_skipped", "reflora_unit"
 FLATTENED = "Wrappers that flatten or replace parameters (DeepSpeed, FSDP1) cannot be served: use DDP or FSDP2."
-OPTIONS = ("pairs", "scalar", "interval", "warmup_steps", "backend", "precision")
+OPTIONS = ("pairs", "scalar", "interval", "warmup_steps", "backend", "precision", "_places")
 
 
 _classes: dict[type[Optimizer], type[Wrapped]] = {}
@@ -43,7 +58,7 @@ def reflora_class(base: type[Optimizer]) -> type[Wrapped]:
         remedy = "It would see another preconditioner at each evaluation: use AdamW, SGD or the like."
         fail(f"optimizer_cls {base.__name__}", "step(closure=None)", f"step({', '.join(needed)}) required", remedy)
     members = {"base": base, "__doc__": f"{base.__name__} with RefLoRA.", "__module__": __name__}
-    _classes[base] = type(f"RefLoRA{base.__name__}", (Wrapped, base), members)
+    _classes[base] = type(f"Wrapped{base.__name__}", (Wrapped, base), members)
     return _classes[base]
 
 
@@ -57,8 +72,9 @@ class Wrapped(Optimizer):
     state or counter changes. On a GPU that check is one read of the gradients and one host synchronisation a step;
     RefLoRAAdamW skips single layers without either.
     Where a layer's S stops being I (after a warm-up, or once B is no longer 0), state that the table of transport.py
-    knows is moved to the new unit of the gradients. scalar=True refactors after each step, once also before the first,
-    and moves the state; it needs a class in that table.
+    knows is moved to the new unit of the gradients; in front of another class the gradients are kept in the old one.
+    scalar=True refactors after each step, once also before the first, and moves the state; it needs a class in that
+    table.
     """
 
     base: type[Optimizer]
@@ -81,17 +97,19 @@ class Wrapped(Optimizer):
         check_precision(precision)
         if scalar:
             check_movable(self.base)
-        self.pairs = as_pairs(pairs)
+        self.pairs = as_pairs(pairs, sharded=True)
         self.scalar, self.interval, self.warmup_steps = scalar, interval, warmup_steps
         self.backend, self.precision = backend, precision
         self._settled: set[int] = set()
         super().__init__(params, **kwargs)
         for group in self.param_groups:
             group[COUNTER], group[SKIPS] = 0, 0
+        place = {param: number for number, param in enumerate(self._params())}
+        self._places = [(place.get(pair.A), place.get(pair.B)) for pair in self.pairs]
 
     @functools.cached_property
-    def _ops(self) -> PairOps:
-        return PairOps(self.pairs, self.backend, self.precision)
+    def _ops(self) -> PairOps | ShardedOps:
+        return ops_of(self.pairs, self.backend, self.precision)
 
     @property
     def skipped_steps(self) -> int:
@@ -112,7 +130,8 @@ class Wrapped(Optimizer):
         if scaler_found_inf(self):
             return loss
         active = self._active()
-        if not _finite([t.grad for p, on in zip(self.pairs, active) if on for t in (p.A, p.B) if t.grad is not None]):
+        grads = [local(t.grad) for p, on in zip(self.pairs, active) if on for t in (p.A, p.B) if t.grad is not None]
+        if not self._ops.agree(_finite(grads)):
             self._count(SKIPS)
             return loss
         steps = self.param_groups[0].get(COUNTER, 0)
@@ -134,17 +153,34 @@ class Wrapped(Optimizer):
 
     def _active(self) -> list[bool]:
         """Pairs with both gradients whose factors this optimizer steps."""
-        owned = {param for group in self.param_groups for param in group["params"]}
+        params = self._params()
+        owned = set(params)
         if not any(p.A in owned for p in self.pairs):
-            fail("param_groups", "the factors of the pairs among them", "none of them", FLATTENED, RuntimeError)
+            self._follow(params)
+            owned = set(params)
         return [p.A.grad is not None and p.B.grad is not None and p.A in owned and p.B in owned for p in self.pairs]
+
+    def _follow(self, params: list[Tensor]) -> None:
+        """Take what stands where the factors stood: accelerate shards a model, and swaps the parameters one by one."""
+        pairs = []
+        for pair, places in zip(self.pairs, self._places):
+            known = [place for place in places if place is not None and place < len(params)]
+            if len(known) == 2 and [params[k].shape for k in known] == [pair.A.shape, pair.B.shape]:
+                pairs.append(LoRAPair(pair.name, params[known[0]], params[known[1]], pair.layout))
+        if len(pairs) < len(self.pairs):
+            fail("param_groups", "the factors of the pairs among them", "none of them", FLATTENED, RuntimeError)
+        self.pairs = as_pairs(pairs, sharded=True)
+        self.__dict__.pop("_ops", None)
+
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
 
     def _precondition(self, active: list[bool], steps: int) -> dict[Tensor, dict[str, Tensor]]:
         """Gradients times S; what is to be kept in the state of A's: with an interval, the matrices newly computed."""
         since = steps - self.warmup_steps
-        if since < 0:
-            return {}
         chosen = [index for index, on in enumerate(active) if on]
+        if since < 0:
+            return {self.pairs[i].A: self._identity(self.pairs[i]) for i in chosen}
         fresh = {}
         if self.interval == 1:
             self._ops.precondition(active)
@@ -153,31 +189,51 @@ class Wrapped(Optimizer):
             fresh = self._ops.solve(i for i in chosen if since % self.interval == 0 or saved.get(i) is None)
             self._ops.apply({i: fresh[i] if i in fresh else saved[i] for i in chosen})
         kept = {self.pairs[i].A: {SAVED: matrices} for i, matrices in fresh.items()}
-        if movable(self.base):
-            unsettled = [i for i in (fresh if self.interval > 1 else chosen) if i not in self._settled]
-            for i, phase in self._change_units(unsettled).items():
-                kept.setdefault(self.pairs[i].A, {})[PHASE] = phase
+        unsettled = [i for i in (fresh if self.interval > 1 else chosen) if i not in self._settled]
+        for i, entries in self._change_units(unsettled).items():
+            kept.setdefault(self.pairs[i].A, {}).update(entries)
+        if not movable(self.base):
+            for i in chosen:
+                unit = kept.get(self.pairs[i].A, {}).get(UNIT, self.state.get(self.pairs[i].A, {}).get(UNIT))
+                if unit is not None:
+                    self._ops.scale_grads(i, unit)
         return kept
 
-    def _change_units(self, unsettled: list[int]) -> dict[int, Tensor]:
-        """Move the state of layers whose S has just stopped being I by c; 1 where S is not I, `[experts]` a pair.
+    def _identity(self, pair: LoRAPair) -> dict[str, Tensor]:
+        """What a plain step leaves in the state: all there will be, since a checkpoint is loaded key by key."""
+        factor = local(pair.A)
+        kept = {PHASE: torch.zeros(pair.experts, device=factor.device)}
+        if self.interval > 1:
+            dtype = torch.float64 if factor.dtype == torch.float64 else torch.float32
+            kept[SAVED] = torch.eye(pair.rank, dtype=dtype, device=factor.device).repeat(pair.experts, 2, 1, 1)
+        return kept
 
-        Reads one flag a layer from the device until that layer has left I, nothing afterwards.
+    def _change_units(self, unsettled: list[int]) -> dict[int, dict[str, Tensor]]:
+        """Where a layer's S has just stopped being I: its state moved by c, or from now on its gradients by 1 / c.
+
+        Returns what is to be kept of these layers, `[experts]` each: reflora_phase, 1 where S is not I, and for a class
+        whose state cannot be moved reflora_unit, c. Reads one flag a layer from the device until that layer has left
+        I, nothing afterwards.
         """
         if not unsettled:
             return {}
         outcome = self._ops.outcome()
-        phases, units = {}, []
+        kept, units = {}, []
         for i in unsettled:
             status, scale = outcome[i]
-            before = self.state.get(self.pairs[i].A, {}).get(PHASE, torch.zeros_like(status)).double()
+            own = self.state.get(self.pairs[i].A, {})
+            before = own.get(PHASE, torch.zeros_like(status)).double()
             is_identity = (status == DEGENERATE) & (scale == 1)
             after = before.where(status == SKIPPED, (~is_identity).double())
             units.append(scale.where((after == 1) & (before == 0), 1.0))
-            phases[i] = after.float()
-        StateMove(self, [self.pairs[i] for i in unsettled]).apply(units)
-        self._settled.update(i for i, phase in phases.items() if phase.all())
-        return phases
+            kept[i] = {PHASE: after.float()}
+            if not movable(self.base) and PHASE in own:  # it has taken a step
+                kept[i][UNIT] = own.get(UNIT, torch.ones_like(scale)) * units[-1]
+            if after.all():
+                self._settled.add(i)
+        if movable(self.base):
+            StateMove(self, [self.pairs[i] for i in unsettled]).apply(units)
+        return kept
 
     def _refactor(self, active: list[bool], with_grads: bool) -> None:
         chosen = [index for index, on in enumerate(active) if on]
@@ -198,7 +254,7 @@ class Wrapped(Optimizer):
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         for param, key in zip(params, saved):
             entries = state_dict["state"].get(key, {})
-            for name in (SAVED, PHASE):
+            for name in (SAVED, PHASE, UNIT):
                 if name in entries:  # torch has cast it to the parameter's dtype
                     self.state[param][name] = entries[name].to(param.device, copy=True)
 

@@ -1,0 +1,183 @@
+"""Pairs whose factors are DTensors (FSDP2): every process holds a part of them, and all compute the same S.
+
+S depends on the factors through their r x r Grams alone. These are sums over what the processes hold, so one all-reduce
+of `[pairs, 2, r, r]` a step is all that S needs; the gradients are multiplied where they lie. A factor that is cut
+along r, as `fully_shard` cuts A by itself, is first dealt out anew along its other side, by an all-to-all of it and of
+its gradient: `reflora.shard_placement` spares both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+from .. import linalg
+from ..contract import DEGENERATE, LoRAPair, check_backend, check_precision, fail, local
+from ..diagnostics import Diagnostics
+from .pairs import PairOps, multiply, scale_sides
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+class ShardedOps:
+    """As PairOps, for pairs of which some are sharded. `active` must be the same in every process."""
+
+    def __init__(self, pairs: Sequence[LoRAPair], backend: str | None = None, precision: str = "float64"):
+        check_backend(backend)
+        check_precision(precision)
+        self.pairs, self.backend, self.precision = list(pairs), backend, precision
+        self._inner: PairOps | None = None
+        self._rows: dict[int, list[int]] = {}
+        for pair in self.pairs:
+            _check_experts(pair)
+
+    def diagnostics(self) -> Diagnostics:
+        """What the last call did, layer by layer; of those that it was about."""
+        return self._inner.diagnostics() if self._inner else PairOps([]).diagnostics()
+
+    def outcome(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """STATUS and SCALE of the last call by pair, float64 `[experts]` each."""
+        found = self._inner.outcome() if self._inner else {}
+        return {
+            index: (torch.cat([found[row][0] for row in rows]), torch.cat([found[row][1] for row in rows]))
+            for index, rows in self._rows.items()
+        }
+
+    def solve(self, indices: Iterable[int]) -> dict[int, Tensor]:
+        """S and S^-1 of some pairs, `[experts, 2, r, r]`."""
+        chosen = list(indices)
+        grams = _summed([(self.pairs[i], side, gram) for i in chosen for side, gram in _own_grams(self.pairs[i])])
+        proxies: list[LoRAPair] = []
+        self._rows = {}
+        for place, index in enumerate(chosen):
+            # any pair of these Grams has this S
+            roots_A, roots_B = (linalg.sqrtm(gram) for gram in grams[2 * place : 2 * place + 2])
+            self._rows[index] = [len(proxies) + expert for expert in range(len(roots_A))]
+            proxies += [LoRAPair(self.pairs[index].name, A, B) for A, B in zip(roots_A, roots_B)]
+        self._inner = PairOps(proxies, self.backend, self.precision)
+        solved = self._inner.solve(range(len(proxies)))
+        return {index: torch.cat([solved[row] for row in rows]) for index, rows in self._rows.items()}
+
+    def precondition(self, active: Sequence[bool], scalar: bool = False) -> None:
+        """`gA <- S^-1 gA`, `gB <- gB S` of each active pair's `.grad`."""
+        if scalar:
+            fail("scalar", "False for a sharded preconditioning", True, "RefLoRA-S refactors: it has refactor().")
+        self.apply(self.solve(index for index, on in enumerate(active) if on))
+
+    def apply(self, saved: Mapping[int, Tensor]) -> None:
+        """The same with the matrices that `solve` returned."""
+        views: list[Tensor] = []
+        matrices: list[Tensor] = []
+        back: list[tuple[Tensor, int, Tensor]] = []
+        for index, both in saved.items():
+            pair = self.pairs[index]
+            if pair.A.grad is None or pair.B.grad is None:
+                continue
+            for grad, side in ((pair.A.grad, 1), (pair.B.grad, 0)):
+                whole = _along(grad, side)
+                rows = pair.views_A(whole) if side == 1 else [view.mT for view in pair.views_B(whole)]
+                views += rows
+                matrices += both[:, side].unbind()
+                back.append((grad, side, whole))
+        multiply(views, matrices)
+        for grad, side, whole in back:
+            _put_back(grad, side, whole)
+
+    def scale_grads(self, index: int, unit: Tensor) -> None:
+        """`gA` times the unit, `gB` over it, `[experts]`."""
+        pair = self.pairs[index]
+        if pair.A.grad is not None and pair.B.grad is not None:
+            scale_sides(pair, local(pair.A.grad), local(pair.B.grad), unit)
+
+    def agree(self, flag: bool) -> bool:
+        """Whether the flag is set in every process that holds a part of the pairs."""
+        for mesh in {pair.A.device_mesh for pair in self.pairs if isinstance(pair.A, DTensor)}:
+            for dim in range(mesh.ndim):
+                vote = torch.tensor(float(flag), device=mesh.device_type)
+                dist.all_reduce(vote, dist.ReduceOp.MIN, group=mesh.get_group(dim))
+                flag = bool(vote)
+        return flag
+
+    @torch.no_grad()
+    def refactor(self, active: Sequence[bool], scalar: bool) -> list[Tensor]:
+        """RefLoRA-S: A times sqrt(s), B over it. Returns sqrt(s), float64 `[experts]` a pair, 1 where left alone."""
+        if not scalar:
+            remedy = "Precondition the gradients instead, as the optimizers do: the step is the same."
+            fail("refactoring sharded factors", "scalar=True", scalar, remedy, NotImplementedError)
+        self.solve(index for index, on in enumerate(active) if on)
+        outcome = self.outcome()
+        roots = []
+        for index, pair in enumerate(self.pairs):
+            if index not in outcome:
+                roots.append(torch.ones(pair.experts, dtype=torch.float64, device=local(pair.A).device))
+                continue
+            status, scale = outcome[index]
+            root = scale.sqrt()
+            if pair.A.dtype in HALF:
+                root = torch.exp2(root.log2().round())  # exact
+            fits = torch.finfo(torch.float32)
+            # where the full S is degenerate the scalar one is not
+            sound = (status <= DEGENERATE) & (scale >= fits.tiny) & (scale <= fits.max)
+            roots.append(root.where(sound, 1.0))
+            scale_sides(pair, local(pair.A), local(pair.B), roots[-1])
+        return roots
+
+
+def _own_grams(pair: LoRAPair) -> list[tuple[int, Tensor]]:
+    """By side, `[experts, r, r]` in float64: this process's part of the sums `A A^T` and `B^T B`."""
+    rows_A = [row.double() for row in pair.views_A(_along(pair.A, 1))]
+    rows_B = [row.mT.double() for row in pair.views_B(_along(pair.B, 0))]
+    return [(side, torch.stack([row @ row.mT for row in rows])) for side, rows in ((1, rows_A), (0, rows_B))]
+
+
+def _summed(parts: Sequence[tuple[LoRAPair, int, Tensor]]) -> list[Tensor]:
+    """The parts summed over the processes, in one all-reduce for all that are cut over the same ones."""
+    together: dict[Any, list[int]] = {}
+    for number, (pair, side, _) in enumerate(parts):
+        factor = pair.A if side == 1 else pair.B
+        if isinstance(factor, DTensor):
+            cut = tuple(dim for dim, placement in enumerate(factor.placements) if placement.is_shard())
+            together.setdefault((factor.device_mesh, cut), []).append(number)
+    found = [gram for _, _, gram in parts]
+    for (mesh, cut), numbers in together.items():
+        buffer = torch.cat([found[number].flatten() for number in numbers])
+        for dim in cut:
+            dist.all_reduce(buffer, group=mesh.get_group(dim))
+        for number, piece in zip(numbers, buffer.split([found[number].numel() for number in numbers])):
+            found[number] = piece.view_as(found[number])
+    return found
+
+
+def _along(tensor: Tensor, dim: int) -> Tensor:
+    """What this process has of it when it is cut along `dim`: its own memory where it already is, else a new tensor."""
+    tensor = tensor.detach()
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return tensor.redistribute(placements=_cut_along(tensor, dim)).to_local()
+
+
+def _cut_along(tensor: DTensor, dim: int) -> list[Any]:
+    return [Shard(dim) if placement.is_shard() else placement for placement in tensor.placements]
+
+
+def _put_back(tensor: Tensor, dim: int, part: Tensor) -> None:
+    """Write `part`, of `_along`, into the tensor itself."""
+    if not isinstance(tensor, DTensor):
+        return
+    wanted = _cut_along(tensor, dim)
+    if list(tensor.placements) != wanted:
+        whole = DTensor.from_local(
+            part, tensor.device_mesh, wanted, run_check=False, shape=tensor.shape, stride=tensor.stride()
+        )
+        local(tensor).copy_(whole.redistribute(placements=tensor.placements).to_local())
+
+
+def _check_experts(pair: LoRAPair) -> None:
+    if pair.experts > 1 and isinstance(pair.A, DTensor) and any(p.is_shard(0) for p in pair.A.placements):
+        remedy = "Shard A along its columns: fully_shard(..., shard_placement_fn=reflora.shard_placement(model, n))."
+        fail(f"{pair.name}, A", "expert factors that are not cut across experts", pair.A.placements, remedy)

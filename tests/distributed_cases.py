@@ -1,0 +1,282 @@
+"""Trainings in two processes on gloo, and what they must be equal to: the same ones in one process."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+import reflora
+
+WORLD = 2
+VARIANTS: dict[str, dict[str, Any]] = {
+    "full": {}, "scalar": {"scalar": True}, "interval": {"interval": 3}, "warmup": {"warmup_steps": 2},
+}  # fmt: skip
+
+
+class Net(nn.Module):
+    """Sizes that two processes cannot share out evenly, and a head that is trained whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 10)
+        self.first, self.second, self.head = nn.Linear(10, 12), nn.Linear(12, 7), nn.Linear(7, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(self.embedding(tokens))))).mean(1))
+
+
+def build(start: bool | str = True, dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(0)
+    net = Net().to(dtype)
+    targets = ["embedding", "first", "second"]
+    config = LoraConfig(r=3, target_modules=targets, modules_to_save=["head"], init_lora_weights=start)
+    return get_peft_model(net, config, autocast_adapter_dtype=False)
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(11, (8, 5), generator=generator), torch.randint(3, (8,), generator=generator)
+
+
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, rank: int = 0, world: int = 1
+) -> list[float]:
+    """On this process's share of every batch; the mean of the shares is the whole's."""
+    losses = []
+    for step in steps:
+        tokens, labels = (part.chunk(world)[rank] for part in batch(step))
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(tokens), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """Trainable weights by name, whole and without the names that wrappers add."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            value = parameter.detach()
+            whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+            found[name.removeprefix("module.")] = whole.clone()
+    return found
+
+
+def alone(variant: str, steps: int = 6, start: bool | str = True) -> dict[str, Tensor]:
+    model = build(start)
+    train(model, reflora.create_reflora_optimizer(model, lr=1e-2, **VARIANTS[variant]), range(steps))
+    return trained(model)
+
+
+def together(work: Callable[[int, Path], Any], *more: object) -> list[Any]:
+    """`work(rank, folder, *more)` in each of two processes that share a folder; what each returned."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_enter, (work, folder, more), nprocs=WORLD)
+        return [torch.load(Path(folder) / f"result{rank}.pt", weights_only=False) for rank in range(WORLD)]
+
+
+def _enter(rank: int, work: Callable[..., Any], folder: str, more: tuple[object, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    try:
+        torch.save(work(rank, Path(folder), *more), Path(folder) / f"result{rank}.pt")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+# ---- what the processes do
+
+
+def ddp(rank: int, folder: Path) -> dict[str, dict[str, Tensor]]:
+    found = {}
+    for variant, options in VARIANTS.items():
+        model = nn.parallel.DistributedDataParallel(build())
+        optimizer = reflora.create_reflora_optimizer(model, lr=1e-2, **options)
+        train(model, optimizer, range(6), rank, WORLD)
+        found[variant] = trained(model)
+    return found
+
+
+def sharded(placed: bool, start: bool | str = True) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = build(start)
+    options: dict[str, Any] = {"mesh": init_device_mesh("cpu", (WORLD,))}
+    if placed:
+        options["shard_placement_fn"] = reflora.shard_placement(model, WORLD)
+    for name in ("first", "second"):
+        fully_shard(model.get_submodule(f"base_model.model.{name}"), **options)
+    return fully_shard(model, **options)
+
+
+def fsdp2(rank: int, folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for variant, options in VARIANTS.items():
+        for placed in (False, True):
+            model = sharded(placed)
+            optimizer = reflora.create_reflora_optimizer(model, lr=1e-2, **options)
+            train(model, optimizer, range(6), rank, WORLD)
+            found[f"{variant}, {'along n' if placed else 'along r'}"] = trained(model)
+    report = optimizer.diagnostics()  # type: ignore[attr-defined]
+    found["report"] = (report.names, report.refactored, report.worst_condition)
+    placements = {name: p.placements for name, p in model.named_parameters() if p.requires_grad}
+    found["placements"] = {name: [p.dim for p in some] for name, some in placements.items()}
+    return found
+
+
+def fsdp2_refusals(rank: int, folder: Path) -> dict[str, str]:
+    model = sharded(False)
+    pairs = reflora.find_pairs(model)
+    found = {}
+    for name, call in {
+        "RefLoRAAdamW": lambda: reflora.RefLoRAAdamW(model.parameters(), pairs=pairs),
+        "refactor_": lambda: reflora.refactor_(pairs),
+    }.items():
+        try:
+            call()
+        except ValueError as error:
+            found[name] = str(error)
+    # a gradient that is not finite in one process is so in all
+    optimizer = reflora.create_reflora_optimizer(model, lr=1e-2)
+    before = trained(model)
+    nn.functional.cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()
+    if rank == 0:
+        pairs[0].B.grad.to_local()[0] = torch.nan  # type: ignore[union-attr]
+    optimizer.step()
+    found["skipped"] = str(optimizer.skipped_steps)  # type: ignore[attr-defined]
+    found["unchanged"] = str(all(torch.equal(a, b) for a, b in zip(before.values(), trained(model).values())))
+    return found
+
+
+def fsdp2_checkpoint(rank: int, folder: Path) -> dict[str, Any]:
+    """torch.distributed.checkpoint in the middle, into a model and an optimizer made anew."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    found = {}
+    for variant, options in VARIANTS.items():
+        model = sharded(True)
+        optimizer = reflora.create_reflora_optimizer(model, lr=1e-2, **options)
+        train(model, optimizer, range(3), rank, WORLD)
+        weights, state = get_state_dict(model, optimizer)
+        place = str(folder / variant)
+        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=place)
+        train(model, optimizer, range(3, 6), rank, WORLD)
+
+        again = sharded(True, start="gaussian")
+        resumed = reflora.create_reflora_optimizer(again, lr=1e-2, **options)
+        weights, state = get_state_dict(again, resumed)
+        loaded = {"model": weights, "optimizer": state}
+        dcp.load(loaded, checkpoint_id=place)
+        set_state_dict(again, resumed, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+        train(again, resumed, range(3, 6), rank, WORLD)
+        found[variant] = (trained(model), trained(again))
+    return found
+
+
+def fsdp2_after_the_optimizer(rank: int, folder: Path) -> dict[str, Tensor]:
+    """What accelerate does: shard the model of an optimizer that exists, and swap its parameters."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = build()
+    optimizer = reflora.create_reflora_optimizer(model, reflora.wrap(torch.optim.AdamW), lr=1e-2)
+    fully_shard(model)
+    optimizer.param_groups[0]["params"] = [p for p in model.parameters() if p.requires_grad]
+    train(model, optimizer, range(6), rank, WORLD)
+    return trained(model)
+
+
+def accelerated(rank: int, folder: Path) -> dict[str, Tensor]:
+    """accelerate's DDP, with gradients accumulated over two batches and clipped."""
+    _environment(rank, 29511)
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = build()
+    model, optimizer = accelerator.prepare(model, reflora.create_reflora_optimizer(model, lr=1e-2))
+    for step in range(6):
+        with accelerator.accumulate(model):
+            tokens, labels = (part.chunk(WORLD)[rank] for part in batch(step))
+            accelerator.backward(nn.functional.cross_entropy(model(tokens), labels))
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+    return trained(model)
+
+
+def accumulated_alone(clip: float | None, dtype: torch.dtype = torch.float64, **options: Any) -> dict[str, Tensor]:
+    """The same in one process and plain torch."""
+    model = build(dtype=dtype)
+    optimizer = reflora.create_reflora_optimizer(model, lr=1e-2, **options)
+    for step in range(6):
+        tokens, labels = batch(step)
+        (nn.functional.cross_entropy(model(tokens), labels) / 2).backward()
+        if step % 2:
+            if clip:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            optimizer.zero_grad()
+    return trained(model)
+
+
+def deepspeed(rank: int, folder: Path) -> dict[str, Any]:
+    """ZeRO-1 and 2 with hooks in front, over two batches a step; and what is refused."""
+    _environment(rank, 29512)
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    def engine_of(stage: int, wanted: Any = torch.optim.AdamW, **more: Any) -> Any:
+        model = build(dtype=torch.float32)
+        optimizer = wanted([p for p in model.parameters() if p.requires_grad], lr=1e-2, **more)
+        config = {
+            "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2,
+            "zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True,
+        }  # fmt: skip
+        return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+    def steps(engine: Any, count: int, hooks: Any = None) -> None:
+        for step in range(count):
+            tokens, labels = (part.chunk(WORLD)[rank] for part in batch(step))
+            engine.backward(nn.functional.cross_entropy(engine(tokens), labels))
+            engine.step()
+            if hooks:
+                hooks.refresh()
+
+    found: dict[str, Any] = {}
+    for stage in (1, 2):
+        engine = engine_of(stage, eps=1e-30)
+        steps(engine, 6, reflora.GradientHooks(engine.module))
+        found[f"stage {stage}"] = trained(engine.module)
+    for name, call in {
+        "ZeRO-3": lambda: reflora.GradientHooks(engine_of(3).module),
+        "RefLoRAAdamW": lambda: steps(engine_of(2, lambda p, lr: _reflora_over(p, lr)), 2),
+    }.items():
+        try:
+            call()
+        except (ValueError, RuntimeError) as error:
+            found[name] = str(error)
+    return found
+
+
+def _reflora_over(params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    factors = [p for p in params if p.dim() == 2 and 3 in p.shape][:2]
+    return reflora.RefLoRAAdamW(params, pairs=[(factors[0], factors[1])], lr=lr)
+
+
+def _environment(rank: int, port: int) -> None:
+    names = {"LOCAL_RANK": rank, "RANK": rank, "WORLD_SIZE": WORLD, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()}, ACCELERATE_USE_CPU="true")

@@ -1,0 +1,76 @@
+"""Two processes train as one does: DDP and FSDP2 on gloo."""
+
+from __future__ import annotations
+
+import distributed_cases as cases
+import pytest
+import torch
+from torch import Tensor
+
+
+def assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor], rtol: float = 1e-9, atol: float = 1e-12) -> None:
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=rtol, atol=atol, msg=lambda said, n=name: f"{n}: {said}")
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, dict[str, Tensor]]:
+    return {variant: cases.alone(variant) for variant in cases.VARIANTS}
+
+
+def test_ddp(alone: dict[str, dict[str, Tensor]]) -> None:
+    one, other = cases.together(cases.ddp)
+    for variant, wanted in alone.items():
+        assert_equal(one[variant], wanted)
+        assert all(torch.equal(one[variant][name], other[variant][name]) for name in wanted)
+
+
+def test_fsdp2(alone: dict[str, dict[str, Tensor]]) -> None:
+    one, other = cases.together(cases.fsdp2)
+    for variant, wanted in alone.items():
+        for how in ("along r", "along n"):
+            assert_equal(one[f"{variant}, {how}"], wanted)
+            assert_equal(other[f"{variant}, {how}"], wanted)
+    names, refactored, condition = one["report"]
+    assert len(names) == refactored == 3 and 1 < condition < 1e6
+    dims = one["placements"]
+    # 10 and 12 columns are shared out by two; the embedding's 11 are left to FSDP2
+    assert {dims[name][0] for name in dims if ".lora_A." in name} == {1}
+    assert {dims[name][0] for name in dims if "embedding" in name or ".lora_B." in name} == {0}
+
+
+def test_fsdp2_through_a_distributed_checkpoint() -> None:
+    for found in cases.together(cases.fsdp2_checkpoint):
+        for whole, resumed in found.values():
+            assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_what_cannot_serve_sharded_factors_says_what_can() -> None:
+    for found in cases.together(cases.fsdp2_refusals):
+        for name in ("RefLoRAAdamW", "refactor_"):
+            assert "held whole by this process, got DTensor" in found[name]
+            assert "create_reflora_optimizer" in found[name]
+        assert found["skipped"] == "1" and found["unchanged"] == "True"
+
+
+def test_fsdp2_of_a_model_whose_optimizer_exists(alone: dict[str, dict[str, Tensor]]) -> None:
+    for found in cases.together(cases.fsdp2_after_the_optimizer):
+        assert_equal(found, alone["full"])
+
+
+def test_accelerate_accumulates_and_clips() -> None:
+    wanted = cases.accumulated_alone(0.1)
+    for found in cases.together(cases.accelerated):
+        assert_equal(found, wanted)
+
+
+def test_deepspeed() -> None:
+    """ZeRO-1 and 2 step as one process does; what cannot is refused."""
+    pytest.importorskip("deepspeed")
+    wanted = cases.accumulated_alone(None, torch.float32, eps=1e-30)
+    for found in cases.together(cases.deepspeed):
+        for stage in (1, 2):
+            assert_equal(found[f"stage {stage}"], wanted, rtol=1e-4, atol=1e-6)
+        assert "ZeRO-3 takes them away" in found["ZeRO-3"]
+        assert "DeepSpeed: reflora.GradientHooks" in found["RefLoRAAdamW"]
