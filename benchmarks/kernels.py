@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from . import eigh, scaling, step
+from . import eigh, host, scaling, step
 
-PROGRAMS = (step, scaling, eigh)
+PROGRAMS = (step, scaling, eigh, host)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

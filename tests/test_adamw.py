@@ -197,3 +197,12 @@ def test_entering_and_leaving_identity_moves_moments_back(fast_backend):
     assert optimizer.state[A]["reflora_phase"] == 0
     assert torch.allclose(optimizer.state[A]["exp_avg"], 0.9 * before[A] * c)
     assert torch.allclose(optimizer.state[B]["exp_avg"], 0.9 * before[B] / c)
+
+
+def test_it_is_an_adamw_to_whoever_asks():
+    """Trainers and schedulers look; nothing of torch's own runs, nor are its group options added by loading."""
+    pairs = leaf_pairs([(4, 30, 21)])
+    optimizer = RefLoRAAdamW(pairs, lr=1e-2)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert not {"foreach", "fused", "capturable"} & set(optimizer.param_groups[0])

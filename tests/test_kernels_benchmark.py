@@ -12,7 +12,7 @@ import torch
 from conftest import spectrum_pair
 from torch.overrides import TorchFunctionMode
 
-from benchmarks import figures, harness, kernels, methods, probes, roofline, scaling, shapes, step, stepper
+from benchmarks import figures, harness, host, kernels, methods, probes, roofline, scaling, shapes, step, stepper
 from benchmarks.baselines import peft_optimizers
 
 CPU = torch.device("cpu")
@@ -312,3 +312,24 @@ def test_roofline_of_one_pair_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_notes_have_the_table_of_the_program() -> None:
     assert roofline.markdown() in (ROOT / "benchmarks" / "NOTES.md").read_text()
+
+
+def test_host_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kernels.main(["host", "--pairs", "3", "--rounds", "4", "--warm", "1", "--out", str(tmp_path)])
+    rows = rows_of(tmp_path / "host_cpu.csv")
+    assert {row["method"] for row in rows} == {"RefLoRA, host", "RefLoRA, with backend", "AdamW fused"}
+    assert all(row["samples"] == "4" and float(row["p50"]) > 0 for row in rows)
+    with pytest.raises(SystemExit):
+        kernels.main(["host", "--rounds", "0"])
+    assert "--rounds: expected at least 1, got 0" in capsys.readouterr().err
+
+
+def test_host_time_leaves_the_backend_out() -> None:
+    steps = host.cases(2)
+    parameter = next(p for p in steps["RefLoRA, host"].__closure__ or () if hasattr(p.cell_contents, "param_groups"))
+    factors = parameter.cell_contents.param_groups[0]["params"]
+    before = [factor.detach().clone() for factor in factors]
+    steps["RefLoRA, host"]()
+    assert all(torch.equal(factor, old) for factor, old in zip(factors, before))
+    steps["RefLoRA, with backend"]()
+    assert not any(torch.equal(factor, old) for factor, old in zip(factors, before))

@@ -122,7 +122,7 @@ def test_frozen_adapters_are_found_by_name_only():
 def test_one_frozen_factor_is_no_pair():
     model = adapted(nn.Linear(10, 7))
     reflora.find_pairs(model)[0].A.requires_grad_(False)
-    with pytest.raises(ValueError, match="two trainable factors"):
+    with pytest.raises(ValueError, match="lora_A/lora_B parameter pairs, both trainable"):
         reflora.find_pairs(model)
 
 

@@ -143,4 +143,5 @@ def _fail_empty(model: nn.Module, adapter: str | None, left_out: Mapping[str, st
     elif others:
         got = f"none of adapter {adapter!r} (adapters {', '.join(sorted(others))})"
         remedy = "Name one of the adapters there are."
-    fail("model", "LoRA layers" + (" with two trainable factors" if adapter is None else ""), got, remedy)
+    wanted = "lora_A/lora_B parameter pairs" + (", both trainable" if adapter is None else "")
+    fail("model", wanted, got, remedy)

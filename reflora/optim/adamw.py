@@ -31,7 +31,7 @@ REPLACED = (
 _GRAD = attrgetter("grad")
 
 
-class RefLoRAAdamW(TracedStep, Optimizer):
+class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
     """AdamW (decoupled weight decay) with RefLoRA preconditioning of LoRA pairs (arXiv 2505.18877).
 
     params: what torch optimizers take (parameters, groups, named parameters), or a bare list of pairs.
@@ -113,7 +113,7 @@ class RefLoRAAdamW(TracedStep, Optimizer):
         }  # fmt: skip
         if stochastic_rounding:
             defaults[SEED] = int(torch.empty((), dtype=torch.int64).random_())
-        super().__init__(params, defaults)
+        Optimizer.__init__(self, params, defaults)  # an AdamW to whoever asks; nothing of torch's runs
         check_groups(self.param_groups, self.pairs)
         for pair in self.pairs:
             resolve(backend, pair.A.device)
@@ -241,7 +241,7 @@ class RefLoRAAdamW(TracedStep, Optimizer):
         owners = {t: pair for pair in self.pairs for t in (pair.A, pair.B)}
         for param, entries in raw.items():
             keys.check_shapes(entries, param, owners.get(param))
-        super().load_state_dict(state_dict)
+        Optimizer.load_state_dict(self, state_dict)
         experts = {t: pair.experts for t, pair in owners.items()}
         for param, entries in raw.items():
             if entries:
@@ -254,10 +254,10 @@ class RefLoRAAdamW(TracedStep, Optimizer):
             "pairs", "scalar", "interval", "warmup_steps", "backend", "precision", "carry_grams", "check_grads",
             "storage", "stochastic_rounding",
         )  # fmt: skip
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
+        return {**Optimizer.__getstate__(self), **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        Optimizer.__setstate__(self, state)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)

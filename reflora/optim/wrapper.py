@@ -56,7 +56,7 @@ def reflora_class(base: type[Optimizer]) -> type[Wrapped]:
     needed = [a.name for a in arguments if a.default is inspect.Parameter.empty and a.kind not in variadic]
     if needed:
         remedy = "It would see another preconditioner at each evaluation: use AdamW, SGD or the like."
-        fail(f"optimizer_cls {base.__name__}", "step(closure=None)", f"step({', '.join(needed)}) required", remedy)
+        fail("optimizer_cls", "step(closure=None)", f"{base.__name__}, which requires a {', '.join(needed)}", remedy)
     members = {"base": base, "__doc__": f"{base.__name__} with RefLoRA.", "__module__": __name__}
     _classes[base] = type(f"Wrapped{base.__name__}", (Wrapped, base), members)
     return _classes[base]
