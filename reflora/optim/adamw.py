@@ -19,7 +19,7 @@ from . import state as keys
 from .binding import Binding, Slot, capturing
 from .groups import flatten, hyper_table, lr_on_host
 from .options import check_flags, check_groups, check_hypers, check_options, check_storage
-from .plain import amp_scalar, step_plain, step_stray
+from .plain import amp_scalar, step_plain, step_stray, watched
 from .state import LIKE_TORCH, Storage, adopt
 from .traced import TracedStep
 
@@ -62,8 +62,6 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
     State per parameter is torch.optim.AdamW's; what else steers a resumed run is in the state_dict too.
     Raises ValueError or TypeError for pairs or options that cannot be served, RuntimeError for an unavailable backend.
     """
-
-    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -118,6 +116,11 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
         for pair in self.pairs:
             resolve(backend, pair.A.device)
         self._register()
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a GradScaler hands over its scale and its verdict, which spares a wait for the device."""
+        return not watched(self)
 
     @property
     def backends(self) -> dict[str, str]:

@@ -76,3 +76,11 @@ def _wide(p: Tensor, state: dict[str, Any]) -> Tensor:
         return p.to(state["exp_avg"].dtype)
     master: Tensor = state[MASTER]
     return master.copy_(master.where(master.to(p.dtype) == p, p.to(master.dtype)))
+
+
+def watched(optimizer: Any) -> bool:
+    """Whether accelerate stands in front of `step`, to see whether a GradScaler calls it: only a skipped call tells it.
+
+    The scaler must then decide by itself, as it does for optimizers that cannot, and pays its wait for the device.
+    """
+    return getattr(vars(optimizer).get("step"), "__module__", None) == "accelerate.optimizer"

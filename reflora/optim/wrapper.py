@@ -27,6 +27,7 @@ from ..contract import (
 )  # fmt: skip
 from ..diagnostics import Diagnostics
 from .pairs import ops_of
+from .plain import watched
 from .state import PHASE, SAVED
 from .transport import StateMove, check_movable, movable
 
@@ -110,6 +111,17 @@ class Wrapped(Optimizer):
     @functools.cached_property
     def _ops(self) -> PairOps | ShardedOps:
         return ops_of(self.pairs, self.backend, self.precision)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # torch sets it on the instances of its fused classes, and asks with a default
+        if "_takes_scale" not in vars(self):
+            raise AttributeError("_step_supports_amp_scaling")
+        return self._takes_scale and not watched(self)
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        self._takes_scale = value
 
     @property
     def skipped_steps(self) -> int:
