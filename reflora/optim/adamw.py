@@ -118,7 +118,7 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
         self._register()
 
     @property
-    def _step_supports_amp_scaling(self) -> bool:
+    def _step_supports_amp_scaling(self) -> bool:  # type: ignore[override]
         """Whether a GradScaler hands over its scale and its verdict, which spares a wait for the device."""
         return not watched(self)
 
