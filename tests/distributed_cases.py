@@ -161,6 +161,23 @@ def fsdp2_refusals(rank: int, folder: Path) -> dict[str, str]:
     return found
 
 
+def fsdp1(rank: int, folder: Path) -> dict[str, str]:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = FullyShardedDataParallel(build(), device_id=torch.device("cpu"), use_orig_params=True)
+    found = {}
+    for name, call in {
+        "optimizer": lambda m: reflora.create_reflora_optimizer(m, lr=1e-2),
+        "Refactorer": reflora.Refactorer,
+        "GradientHooks": reflora.GradientHooks,
+    }.items():
+        try:
+            call(model)
+        except (ValueError, RuntimeError) as error:
+            found[name] = str(error)
+    return found
+
+
 def fsdp2_checkpoint(rank: int, folder: Path) -> dict[str, Any]:
     """torch.distributed.checkpoint in the middle, into a model and an optimizer made anew."""
     import torch.distributed.checkpoint as dcp

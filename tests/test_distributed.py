@@ -74,3 +74,9 @@ def test_deepspeed() -> None:
             assert_equal(found[f"stage {stage}"], wanted, rtol=1e-4, atol=1e-6)
         assert "ZeRO-3 takes them away" in found["ZeRO-3"]
         assert "DeepSpeed: reflora.GradientHooks" in found["RefLoRAAdamW"]
+
+
+def test_fsdp1_is_refused() -> None:
+    for found in cases.together(cases.fsdp1):
+        assert len(found) == 3
+        assert all("FSDP2" in said for said in found.values()), found

@@ -193,6 +193,33 @@ def test_adapter_loads_in_plain_peft_and_merges_and_the_base_is_untouched(tmp_pa
     torch.testing.assert_close(merged(tokens, labels)["logits"], wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("scalar", [False, True], ids=["RefLoRA", "RefLoRA-S"])
+def test_resume_from_an_adapter_is_bit_equal(scalar: bool, tmp_path: Path) -> None:
+    """What a plain loop saves: the adapter by PEFT, in safetensors, and the optimizer by torch."""
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            batch = rows()[8 * step : 8 * step + 8]
+            optimizer.zero_grad()
+            inputs = {name: torch.stack([row[name] for row in batch]) for name in ("tokens", "labels")}
+            model(**inputs)["loss"].backward()
+            optimizer.step()
+
+    model = build()
+    optimizer = create_reflora_optimizer(model, lr=1e-2, scalar=scalar)
+    train(model, optimizer, range(3))
+    model.save_pretrained(str(tmp_path))  # type: ignore[operator]
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    train(model, optimizer, range(3, 6))
+    torch.manual_seed(0)
+    resumed = PeftModel.from_pretrained(Classifier(), str(tmp_path), is_trainable=True)
+    again = create_reflora_optimizer(resumed, lr=1e-2, scalar=scalar)
+    again.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    train(resumed, again, range(3, 6))
+    for one, other in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 # ---- TRL
 
 
