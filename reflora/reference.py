@@ -158,7 +158,7 @@ def _branch(t: float, k: float, half: float, upper: bool) -> float:
     if 2 * k >= t:
         return 1.0
     root = (t * t - 4 * k * k) ** 0.5
-    return (t + root) / (2 * half) if upper else (t - root) / (2 * half)
+    return (t + root) / (2 * half) if upper else 2 * k * k / (t + root) / half
 
 
 def _norm(X: Tensor) -> Tensor:

@@ -80,12 +80,11 @@ def choose(problem: Regression, method: str, lr: float) -> Tensor:
     """S `[r, r]` of Theorem 3. With L known and `2 |B A|_* < t`, the smaller of the two scales that reach zero."""
     if method == "LoRA":
         return torch.eye(problem.A.shape[0], dtype=torch.float64)
-    made = reference.refactoring(problem.A, problem.B)
-    nuclear, t = float(made.spectrum.sum()), 1 / (problem.smoothness * lr)
-    if method == "RefLoRA, balanced" or 2 * nuclear >= t:
-        return made.S
-    # (t - sqrt(t^2 - 4 k^2)) / 2k without the cancellation
-    return made.S * (2 * nuclear / (t + (t**2 - 4 * nuclear**2) ** 0.5))
+    if method == "RefLoRA, balanced":
+        return reference.refactoring(problem.A, problem.B).S
+    S = reference.known_smoothness(problem.A, problem.B, problem.smoothness, lr, upper=False)
+    assert S is not None  # B A is not 0
+    return S
 
 
 def step(problem: Regression, method: str, lr: float) -> Row:
