@@ -45,9 +45,14 @@ struct RowOp {
         if (!(na <= Storage<double>::max && nb <= Storage<double>::max)) return false;
         s = nb / na;
         if (sizeof(S) == 2 && usable_scale(s, tiny, top)) s = __builtin_exp2(2 * __builtin_rint(__builtin_log2(s) / 2));
-        if (!usable_scale(s, tiny, top)) s = 0;
+        if (!usable_scale(s, tiny, top) || !fits()) s = 0;
         result[SCALE] = s != 0 ? s : 1;
         return true;
+    }
+
+    // whether balanced factors can be stored: their norms are at most sqrt(||A|| ||B||), or sqrt(2) times that
+    bool fits() const {
+        return __builtin_sqrt(result[NORM_A]) * __builtin_sqrt(result[NORM_B]) <= Storage<S>::max / 2;
     }
 
     void apply_scalar() {
@@ -89,7 +94,7 @@ struct RowOp {
 
     void apply_full() {
         Solution x;
-        if (!solved(x, job.kind == REFACTOR)) return skip();
+        if (!solved(x, job.kind == REFACTOR) || (job.kind == REFACTOR && !fits())) return skip();
         if (job.kind == PRECONDITION) {
             round_S(x);
             apply_in_place<T, S>(ga, left, left, rp, in, out);

@@ -13,6 +13,7 @@ from ..plan import A_SIDE, B_SIDE, Plan
 from . import AdamWStep, torch_adamw
 from .torch_groups import SIDES, chosen, groups, record, results_of, skip
 from .torch_linalg import eigh, geometric_mean, inv_root, polar, sqrtm, svd
+from .torch_solve import fits
 
 NAME = "torch"
 __all__ = ["eigh", "geometric_mean", "inv_root", "polar", "sqrtm", "svd"]
@@ -28,6 +29,8 @@ def refactor(plan: Plan, scalar: bool, precision: str, rows: Sequence[int] | Non
     for group in groups(plan, rows):
         a, b = group.grams(precision)
         solution = group.solve(a, b, precision, scalar)
+        if not scalar:
+            solution = solution._replace(status=solution.status.where(fits(a, b, group.dtype), SKIPPED))
         done = solution.status < SKIPPED
         if scalar:
             done &= solution.status == REFACTORED

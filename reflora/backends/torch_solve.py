@@ -127,11 +127,16 @@ def balance(a: Gram, b: Gram, solution: Solution, storage: torch.dtype, apply: t
     s = b.norm / a.norm
     if storage in (torch.bfloat16, torch.float16):
         s = torch.exp2(2 * (s.log2() / 2).round())
-    useful = (s >= torch.finfo(apply).tiny) & (s <= torch.finfo(apply).max)
+    useful = (s >= torch.finfo(apply).tiny) & (s <= torch.finfo(apply).max) & fits(a, b, storage)
     s = s.where(useful, 1.0)
     status = torch.full_like(s, REFACTORED).where(useful, DEGENERATE).where(solution.status != SKIPPED, SKIPPED)
     column, eye = s.view(-1, 1, 1), torch.eye(a.unit.shape[1], dtype=torch.float64, device=s.device)
     return solution._replace(S=(column * eye).to(apply), S_inv=(eye / column).to(apply), status=status, scale=s)
+
+
+def fits(a: Gram, b: Gram, storage: torch.dtype) -> Tensor:
+    """Whether balanced factors can be stored: their norms are at most sqrt(||A|| ||B||), or sqrt(2) times that."""
+    return a.norm.sqrt() * b.norm.sqrt() <= torch.finfo(storage).max / 2
 
 
 def _frobenius(X: Tensor) -> Tensor:

@@ -135,3 +135,12 @@ def normal_range(code):
     tiny, huge = tl.full((), 1.1754943508222875e-38, tl.float64), tl.full((), 3.4028234663852886e38, tl.float64)
     tiny = tl.where(code == FLOAT64, 2.2250738585072014e-308, tiny)
     return tiny, tl.where(code == FLOAT64, 1.7976931348623157e308, huge)
+
+
+@triton.jit
+def balanced_fits(norm_a, norm_b, code):
+    """Whether balanced factors can be stored: their norms are at most sqrt(||A|| ||B||), or sqrt(2) times that."""
+    half = tl.full((), 1.7014117331926443e38, tl.float64)
+    half = tl.where(code == FLOAT64, 8.988465674311579e307, tl.where(code == BFLOAT16, 1.6947656946257677e38, half))
+    half = tl.where(code == FLOAT16, 32752.0, half)
+    return tl.sqrt(norm_a) * tl.sqrt(norm_b) <= half

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..plan import Plan
 from . import table as col
+from .dtypes import balanced_fits
 from .launch import prepare, solve_constants
 from .mean import decide, polar_of_pair
 from .pair import SLOT_A, SLOT_B, SLOT_N, SLOT_X, SLOT_Y, apply, area_of, column, report, rescale, slot
@@ -65,6 +66,7 @@ def refactor_kernel(
             p_row, area, r, code, KAPPA_MAX, RC, BN, BM, DTYPE, WIDE, TC, SCALED
         )
         TP: tl.constexpr = TC if WIDE == tl.float32 else WIDE
+        status = tl.where(balanced_fits(norm_a, norm_b, code), status, col.SKIPPED)
         if status == col.REFACTORED:
             polar_of_pair(area, r, RC, BM, BK, TC, True)
             if form_p(area, r, c, RC, BM, BK, TC, TP) == 1:

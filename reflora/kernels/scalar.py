@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from . import table as col
-from .dtypes import BFLOAT16, exponent_of, load, power_of_two
+from .dtypes import BFLOAT16, balanced_fits, exponent_of, load, power_of_two
 from .mean import ratio
 from .pair import block_zeros, column, largest, offsets
 
@@ -35,6 +35,7 @@ def side_norm(
 def balance_root(norm_a, exponent_a, norm_b, exponent_b, code):
     """(status, root): sqrt(s), rounded to a power of two for half-precision storage, which is exact; 1 if unusable."""
     s, useful = ratio(norm_a, exponent_a, norm_b, exponent_b, code)
+    useful &= balanced_fits(norm_a * power_of_two(exponent_a), norm_b * power_of_two(exponent_b), code)
     finite = (norm_a < float("inf")) & (norm_b < float("inf"))
     status = tl.where(finite, tl.where(useful, col.REFACTORED, col.DEGENERATE), col.SKIPPED)
     s = tl.where(useful, s, 1.0)
