@@ -14,6 +14,7 @@ from torch import Tensor
 from toys import backward, clones, factors, leaf_pairs, targets
 
 import reflora
+from benchmarks import harness
 
 pytestmark = pytest.mark.soak
 STEPS = 20_000
@@ -31,6 +32,8 @@ def resident() -> float:
 
 
 def record(row: dict[str, object]) -> None:
+    env = harness.environment(torch.device("cpu"), torch.float32)
+    row |= {name: env[name] for name in ("cpu", "cores", "python", "torch", "reflora", "commit")}
     path = OUT / "soak.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = list(csv.DictReader(path.open())) if path.exists() else []
