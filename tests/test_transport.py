@@ -75,9 +75,14 @@ def test_scalar_steps_follow_warmup_and_interval():
     assert balanced == [False, True, False, True, False, True]
 
 
-def step_sizes(moved, monkeypatch, interval):
-    """Mean |step| of A and B under a noisy gradient, for 30 steps from the last one of the warm-up."""
-    monkeypatch.setattr(wrapper, "movable", lambda cls: moved)
+def step_sizes(how, monkeypatch, interval):
+    """Mean |step| of A and B under a noisy gradient, for 30 steps from the last one of the warm-up.
+
+    how: "moved" state, gradients "kept" in the old unit, as for state that cannot be moved, or "neither".
+    """
+    monkeypatch.setattr(wrapper, "movable", lambda cls: how == "moved")
+    if how == "neither":
+        monkeypatch.setattr(wrapper.Wrapped, "_change_units", lambda self, unsettled: {})
     torch.manual_seed(3)
     W, A = torch.randn(64, 96) / 96**0.5, nn.Parameter(3 * torch.randn(8, 96) / 96**0.5)
     B = nn.Parameter(torch.zeros(64, 8))
@@ -98,9 +103,10 @@ def test_leaving_the_warm_up_does_not_jolt_adam(monkeypatch, interval):
     def worst(sizes):
         return max(max(later / start, start / later) for step in sizes for later, start in zip(step, sizes[0]))
 
-    sizes = step_sizes(True, monkeypatch, interval)
-    assert worst(sizes[:2]) < 1.1 and worst(sizes) < 1.25
-    assert worst(step_sizes(False, monkeypatch, interval)) > 2
+    for how in ("moved", "kept"):
+        sizes = step_sizes(how, monkeypatch, interval)
+        assert worst(sizes[:2]) < 1.1 and worst(sizes) < 1.25
+    assert worst(step_sizes("neither", monkeypatch, interval)) > 2
 
 
 def test_leaving_B_zero_moves_the_state_once():
@@ -132,7 +138,7 @@ def test_state_that_cannot_be_moved_is_refused_before_anything_changes():
     optimizer.state[pairs[2].B]["exp_avg"] = torch.zeros(pairs[2].B.shape, dtype=torch.uint8)
     before = [factor.detach().clone() for factor in factors(pairs)]
     backward(pairs, targets(pairs))
-    with pytest.raises(ValueError, match="layer 2, state of RefLoRAQuantised.*exp_avg"):
+    with pytest.raises(ValueError, match="layer 2, state of WrappedQuantised.*exp_avg"):
         optimizer.step()
     assert all(map(torch.equal, factors(pairs), before))
     optimizer.state[pairs[2].B] = {"state1": torch.zeros(3)}
