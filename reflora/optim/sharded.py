@@ -96,7 +96,8 @@ class ShardedOps:
 
     def agree(self, flag: bool) -> bool:
         """Whether the flag is set in every process that holds a part of the pairs."""
-        for mesh in {pair.A.device_mesh for pair in self.pairs if isinstance(pair.A, DTensor)}:
+        # in the order of the pairs, which all processes share
+        for mesh in dict.fromkeys(pair.A.device_mesh for pair in self.pairs if isinstance(pair.A, DTensor)):
             for dim in range(mesh.ndim):
                 vote = torch.tensor(float(flag), device=mesh.device_type)
                 dist.all_reduce(vote, dist.ReduceOp.MIN, group=mesh.get_group(dim))
