@@ -17,7 +17,7 @@ export PYTHONDONTWRITEBYTECODE :=
 DEPS := $(VENV)/.deps
 BUILT := $(VENV)/.built
 
-.PHONY: help test pytest soak lint format build bench compare memory steps scaling eigh paper gpu compile-table clean
+.PHONY: help test pytest soak sanitize lint format build bench compare memory steps scaling eigh paper gpu compile-table clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,10 @@ pytest: $(BUILT)  ## the tests alone; ARGS= for pytest
 
 soak: $(BUILT)  ## 20 000 steps a variant: drift, memory, host time; soak.csv under OUT
 	SOAK_OUT=$(OUT) OMP_NUM_THREADS=1 $(PY) -m pytest -m soak $(ARGS) tests/test_soak.py
+
+sanitize: $(BUILT)  ## the tests of the C++ core under AddressSanitizer and UBSan, then under ThreadSanitizer
+	.ci/sanitize address,undefined $(PY)
+	.ci/sanitize thread $(PY)
 
 lint: $(DEPS)  ## ruff and mypy, as CI runs them
 	$(PY) -m ruff check .
