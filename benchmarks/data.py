@@ -175,10 +175,10 @@ def _order(example: Example) -> int:
 # ---- files and hub data sets
 
 
-def from_path(path: Path, regression: bool = False) -> Task:
+def from_path(path: Path, regression: bool | None = None) -> Task:
     """A folder with `train` and `dev` (or `test`) files, or one file, of which one row in five is held out.
 
-    regression: labels are numbers to predict, also where all of them are whole.
+    regression: labels are numbers to predict, or classes; None: numbers where one of them is no whole number's type.
     """
     if path.is_dir():
         train = rows(find(path, ("train",)))
@@ -190,10 +190,10 @@ def from_path(path: Path, regression: bool = False) -> Task:
     return _task(path.parent.name if path.is_file() else path.name, train, held_out, regression)
 
 
-def from_hub(source: str, regression: bool = False) -> Task:
+def from_hub(source: str, regression: bool | None = None) -> Task:
     """A data set of the Hugging Face hub, "name" or "name:config". Needs the package `datasets` and a network.
 
-    Held out are all its validation splits (MNLI has two), or where there is none those called dev or test.
+    Held out is its first validation split (of MNLI the matched one), or where there is none one called dev or test.
     """
     hub.prepare(needed=True)
     try:
@@ -202,10 +202,9 @@ def from_hub(source: str, regression: bool = False) -> Task:
         raise ImportError("a hub data set needs the package `datasets`: pip install datasets") from error
     name, _, config = source.partition(":")
     splits = datasets.load_dataset(name, config or None)
-    for stem in ("validation", "dev", "test"):
-        held_out = [row for key in splits if key.startswith(stem) for row in splits[key]]
-        if held_out:
-            break
+    held_out: list[Any] = next(
+        (list(splits[key]) for stem in ("validation", "dev", "test") for key in splits if key.startswith(stem)), []
+    )
     if not held_out or "train" not in splits:
         raise ValueError(f"{source}: expected splits train and validation, got {', '.join(splits)}.")
     return _task(source, list(splits["train"]), held_out, regression)
@@ -239,7 +238,9 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _task(name: str, train: list[dict[str, Any]], held_out: list[dict[str, Any]], regression: bool = False) -> Task:
+def _task(
+    name: str, train: list[dict[str, Any]], held_out: list[dict[str, Any]], regression: bool | None = None
+) -> Task:
     first = (train or held_out)[0]
     label = "label" if "label" in first else "answer"
     values = {_label(row, label, name) for row in train + held_out}
@@ -247,7 +248,7 @@ def _task(name: str, train: list[dict[str, Any]], held_out: list[dict[str, Any]]
     if len(kinds) > 1:
         raise ValueError(f"{name}: expected labels of one kind, got both numbers and texts.")
     codes: dict[Any, int | float]
-    if regression or any(isinstance(value, float) for value in values):
+    if regression or (regression is None and any(isinstance(value, float) for value in values)):
         if kinds == {True}:
             raise ValueError(f"{name}: expected numbers to predict, got labels such as {first[label]!r}.")
         codes, classes = {value: float(value) for value in values}, 1

@@ -73,7 +73,7 @@ class Trained:
 def build(recipe: Recipe, classes: int, device: torch.device, backend: str | None = None) -> Trained:
     """The model and its optimizer before the first step."""
     preset = models.preset(recipe.model)
-    loaded = models.load(recipe.model, classes, device, recipe.seed, preset.dtype, preset.checkpointing)
+    loaded = models.load(recipe.model, classes, device, recipe.seed, preset.dtype, preset.checkpointing, trained=True)
     targets = tuple(recipe.targets.split(",")) if recipe.targets else preset.targets
     adapter = variants.Adapter(recipe.rank, recipe.alpha, targets, recipe.seed, recipe.steps, recipe.lora_dropout)
     method = methods.METHODS[recipe.method]

@@ -111,13 +111,17 @@ def load(
     seed: int,
     dtype: torch.dtype | None = None,
     checkpointing: bool = False,
+    trained: bool = False,
 ) -> Loaded:
     """`name` of PRESETS, a hub id or a local folder; a head that no checkpoint has is drawn from `seed`.
 
-    dtype: of the weights, None for the checkpoint's. Raises OSError for a model that cannot be had.
+    dtype: of the weights, None for the checkpoint's. trained: weights drawn at random, which do for timing, will not
+    do. Raises OSError for a model that cannot be had.
     """
     torch.manual_seed(seed)
     model, tokenizer, kind, weights = _base(name, classes, device, dtype)
+    if trained and weights != "pretrained":
+        raise OSError(f"--model: expected trained weights of {name}, got {weights}. Pass a folder, or go online.")
     model = model.to(device, dtype).requires_grad_(False)
     if checkpointing:
         # renamed in transformers 5

@@ -97,6 +97,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
         ("arc-e", "answer5", "answer5"),
         ("arc-c", "", ""),
         ("obqa", "answer6", ""),
+        ("boolq", "I do not know. ### Response: true", ""),
     ],
 )
 def test_answers_are_the_first_that_is_named(task: str, response: str, answer: str) -> None:
@@ -215,8 +216,8 @@ def test_170k_file_takes_the_place_of_the_eight_and_texts_end(root: Path, tmp_pa
 
 
 def test_table_has_the_papers_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    options = SimpleNamespace(model="llama2-7b", rank=32, methods=["reflora", "lora"], tasks=list(TASKS))
-    run = {"task": "commonsense", "method": "reflora", "seed": 0}
+    options = SimpleNamespace(methods=["reflora", "lora"], tasks=list(TASKS))
+    run = {"task": "commonsense", "method": "reflora", "seed": 0, "model": "meta-llama/Llama-2-7b-hf", "rank": 32}
     runs = [
         {**run, "lr": lr, "score": score, "scores": dict.fromkeys(TASKS, score)}
         for lr, score in ((1e-4, 40.0), (2e-4, 50.0))

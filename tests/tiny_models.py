@@ -21,7 +21,7 @@ def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
     def base(classes: int) -> tuple[Any, Any, str, str]:
         config = transformers.BertConfig(**SIZE, vocab_size=200, num_labels=classes)
         model = transformers.AutoModelForSequenceClassification.from_config(config)
-        return model, batches.WordHashTokenizer(200), "text", "random weights"
+        return model, batches.WordHashTokenizer(200), "text", "pretrained"
 
     def absent(*_: object) -> None:
         raise OSError("no checkpoint in a test")

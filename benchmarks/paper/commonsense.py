@@ -31,7 +31,7 @@ Tests = Mapping[str, Sequence[Question]]
 def recipe(options: argparse.Namespace, rows: int, method: str, lr: float, seed: int) -> finetuning.Recipe:
     """The paper's Appendix D, with the options' size; --steps in place of the epochs."""
     steps = options.steps or EPOCHS * (rows // options.batch)
-    lr_warmup = min(LR_WARMUP, steps // 10) if options.steps else LR_WARMUP
+    lr_warmup = min(LR_WARMUP, steps // 10)
     return finetuning.Recipe(
         hub_id(options), method, seed, lr, steps, options.batch, options.length, options.rank, options.alpha, 0.0,
         lr_warmup, options.plain_steps, rows=rows, bfloat16=options.bfloat16, targets=options.targets,
@@ -41,6 +41,7 @@ def recipe(options: argparse.Namespace, rows: int, method: str, lr: float, seed:
 
 def run(options: argparse.Namespace, train: data.Task, tests: Tests, key: Mapping[str, Any]) -> dict[str, Any]:
     """Train, answer, keep the adapter; what the line of the run holds besides its key."""
+    tidy(options)
     folder = options.out / name_of(key)
     folder.mkdir(parents=True, exist_ok=True)
     kept = checkpoints.Checkpoint(folder / "checkpoint.pt", options.checkpoint_every)
@@ -55,7 +56,6 @@ def run(options: argparse.Namespace, train: data.Task, tests: Tests, key: Mappin
     bar.close()
     scores = {name: test(options, trained, folder, name, questions) for name, questions in tests.items()}
     trained.model.save_pretrained(str(folder / "adapter"))  # type: ignore[operator]
-    kept.path.unlink()
     return {
         "scores": {name: round(score, 4) for name, score in scores.items()},
         "score": round(statistics.fmean(scores.values()), 4),
@@ -64,6 +64,12 @@ def run(options: argparse.Namespace, train: data.Task, tests: Tests, key: Mappin
         "seconds": round(trained.seconds, 1),
         "folder": folder.name,
     }
+
+
+def tidy(options: argparse.Namespace) -> None:
+    """Remove the checkpoints of runs whose lines are written: not before, or a kill in between would cost the run."""
+    for run in jsonl.read(options.out / "runs.jsonl"):
+        (options.out / run["folder"] / "checkpoint.pt").unlink(missing_ok=True)
 
 
 def name_of(key: Mapping[str, Any]) -> str:
@@ -99,15 +105,20 @@ def test(
 
 def table(runs: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> str:
     """A method's mean over seeds at its best learning rate, task by task, and below it the paper's line."""
-    theirs = {
-        method: [dict(zip(TASKS, figures)).get(name) for name in options.tasks] + [figures[-1]]
-        for method, figures in PAPER.get((options.model, options.rank), {}).items()
-    }
+    names = {hub_id: name for name, hub_id in models.LLAMA_IDS.items()}
+    table_3 = PAPER.get((names.get(runs[0]["model"], ""), runs[0]["rank"]), {})
+    theirs = {}
+    for method, (*by_task, average) in table_3.items():
+        columns = dict(zip(TASKS, by_task))
+        whole = set(options.tasks) == set(TASKS)
+        chosen = [columns[name] for name in options.tasks]
+        theirs[method] = [*chosen, average if whole else statistics.fmean(chosen)]
     own = {}
     for (method, _), (lr, averages) in tuning.best(runs).items():
         at_best = [run["scores"] for run in runs if run["method"] == method and run["lr"] == lr]
         means = [f"{statistics.fmean(scores[name] for scores in at_best):.2f}" for name in options.tasks]
-        own[method] = [*means, tables.cell(averages, f" ({lr:g})")]
+        short = "*" * ((method, "commonsense") in tuning.unequal(runs))
+        own[method] = [*means, tables.cell(averages, f" ({lr:g}){short}")]
     return tables.lines(options.methods, [TASKS[name].label for name in options.tasks], own, theirs)
 
 
@@ -131,7 +142,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         out=Path("benchmarks/results/paper/commonsense"),
     )  # fmt: skip
     options = made.parse_args(argv)
-    options.alpha = options.alpha or 2 * options.rank
+    options.alpha = 2 * options.rank if options.alpha is None else options.alpha
     if options.data is None and not options.table:
         made.error("--data: expected a folder with commonsense_170k.json or train files, and the eight test sets")
     arguments.check(made, options, ("micro_batch", "checkpoint_every", "eval_batch", "beams", "new_tokens"))
@@ -155,6 +166,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     env = harness.environment(torch.device(options.device), torch.bfloat16)
     record = finetuning.Record(options.out / "runs.jsonl", env)
     asked = [run for run in record.runs() if set(options.tasks) <= run["scores"].keys()]
+    if options.table and not asked:
+        raise SystemExit(f"commonsense: expected runs of {', '.join(options.tasks)} in {record.path}, found none.")
     if not options.table:
         try:
             asked = series(options, record)
@@ -176,7 +189,9 @@ def series(options: argparse.Namespace, record: finetuning.Record) -> list[dict[
 
     print(harness.header(record.env), flush=True)
     names = ["commonsense"], options.methods, options.lrs, options.seeds
-    return tuning.grid(record, key, names, lambda one: run(options, train, tests, one), options.tune_first_seed)
+    done = tuning.grid(record, key, names, lambda one: run(options, train, tests, one), options.tune_first_seed)
+    tidy(options)
+    return done
 
 
 def hub_id(options: argparse.Namespace) -> str:

@@ -30,8 +30,11 @@ class CommonsenseTask:
     answers: str
 
     def extract(self, response: str) -> str:
-        """The first answer that the response names, letter for letter; "" where there is none."""
-        found = re.search(self.answers, response)
+        """The first answer that the response names, letter for letter; "" where there is none.
+
+        What follows where a model goes on to answer again is not of the response.
+        """
+        found = re.search(self.answers, response.partition("### Response:")[0])
         return found.group() if found else ""
 
     def questions(self, root: Path) -> list[Question]:

@@ -34,11 +34,14 @@ def rates(options: argparse.Namespace) -> dict[str, float]:
     if not options.tuned.is_file():
         raise ValueError(f"--tuned: no file {options.tuned}.")
     every = finetuning.Record(options.tuned, {}).runs()
-    runs = [run for run in every if run["task"] == options.task and run["model"] == options.model]
+    same = {name: getattr(options, name) for name in ("task", "model", "rank", "alpha", "batch")}
+    if options.steps:
+        same["steps"] = options.steps
+    runs = [run for run in every if same.items() <= run.items() and "score" in run]
     chosen = {method: lr for (method, _), (lr, _) in tuning.best(runs).items()}
     absent = [method for method in options.methods if method not in chosen]
     if absent:
-        what = f"{options.task} with {options.model}"
+        what = ", ".join(f"{name} {value}" for name, value in same.items())
         raise ValueError(f"--tuned: expected runs of {what} for every method, got none for {', '.join(absent)}.")
     return chosen
 
@@ -103,7 +106,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         run = finetuning.train(finetuning.recipe_of(key), task, torch.device(options.device), options.backend)
         return {"losses": [round(loss, 5) for loss in run.losses], "seconds": round(run.seconds, 1)}
 
-    runs = finetuning.series(record, keys, make, "runs")
+    try:
+        runs = finetuning.series(record, keys, make, "runs")
+    except (OSError, ValueError, ImportError) as error:
+        raise SystemExit(f"convergence: {error}") from error
     drawn = draw(options.out, runs, runs[0]["machine"])
     print(f"wrote {options.out}" + (" and its figure, PNG and SVG" if drawn else "; no figure without matplotlib"))
 

@@ -27,11 +27,12 @@ LOSS_WINDOW = 20
 
 
 def recipe(options: argparse.Namespace, name: str, rows: int, method: str, lr: float, seed: int) -> finetuning.Recipe:
-    """Table 6's, with the options' size; --steps in place of the epochs scales the warm-up of the rate along."""
+    """Table 6's, with the options' size; the rate warms up over no more than a tenth of the steps."""
     task = TASKS[name]
     epochs = task.epochs * (rows // options.batch)
     steps = options.steps or epochs
-    lr_warmup = min(task.lr_warmup, steps // 10) if options.steps else task.lr_warmup
+    # Table 6's counts belong to its sizes of data
+    lr_warmup = min(task.lr_warmup, steps // 10)
     length = min(task.length, options.length) if options.length else task.length
     return finetuning.Recipe(
         options.model, method, seed, lr, steps, options.batch, length, options.rank, options.alpha,
@@ -65,7 +66,7 @@ def run(options: argparse.Namespace, tasks: Mapping[str, data.Task], key: Mappin
     loss = statistics.fmean(trained.losses[-LOSS_WINDOW:])
     return {
         "scores": {metric: round(value, 4) for metric, value in scores.items()},
-        "score": round(statistics.fmean(scores.values()), 4),
+        "score": round(TASKS[name].score(scores), 4),
         "finite": finite,
         "loss": loss if math.isfinite(loss) else None,
         "seconds": round(trained.seconds, 1),
@@ -76,18 +77,27 @@ def run(options: argparse.Namespace, tasks: Mapping[str, data.Task], key: Mappin
 
 
 def table(runs: Sequence[Mapping[str, Any]], names: Sequence[str], tasks: Sequence[str]) -> str:
-    """Mean and standard deviation over seeds at the best learning rate, which is beside them; below it the paper's."""
-    chosen = tuning.best(runs)
+    """Mean and standard deviation over seeds at the best learning rate, which is beside them; below it the paper's.
+
+    "*": fewer learning rates or seeds than another method has there.
+    """
+    chosen, short = tuning.best(runs), tuning.unequal(runs)
     own, theirs = {}, {}
     for method in names:
         found = {task: chosen[method, task] for task in tasks if (method, task) in chosen}
         means = [statistics.fmean(scores) for _, scores in found.values()]
         if found:
-            cells = [tables.cell(found[task][1], f" ({found[task][0]:g})") if task in found else "-" for task in tasks]
+            cells = [
+                tables.cell(found[task][1], f" ({found[task][0]:g})" + "*" * ((method, task) in short))
+                if task in found
+                else "-"
+                for task in tasks
+            ]
             own[method] = [*cells, f"{statistics.fmean(means):.2f}" if len(means) == len(tasks) else "-"]
         if method in glue_tasks.PAPER:
             paper = [glue_tasks.PAPER[method][task] for task in tasks]
-            theirs[method] = [*paper, statistics.fmean(paper)]
+            whole = set(tasks) == set(glue_tasks.COLUMNS)
+            theirs[method] = [*paper, glue_tasks.AVERAGES[method] if whole else statistics.fmean(paper)]
     return tables.lines(names, tasks, own, theirs)
 
 
@@ -111,7 +121,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
     record = finetuning.Record(options.out, harness.environment(torch.device(options.device), torch.float32))
-    asked = [run for run in record.runs() if run["task"] in options.tasks and run["method"] in options.methods]
+    asked = [
+        run
+        for run in record.runs()
+        if run.get("task") in options.tasks and run["method"] in options.methods and "score" in run
+    ]
     if not options.table:
         try:
             asked = series(options, record)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +49,10 @@ def spearman(labels: Sequence[float], found: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class GlueTask:
-    """folders: of a data root, the first that is there. lr_warmup: steps. A score of several metrics is their mean."""
+    """folders: of a data root, the first that is there. lr_warmup: steps.
+
+    The score, of which averages are made, is the first metric, as in the paper; of a regression the mean of both.
+    """
 
     folders: tuple[str, ...]
     metrics: dict[str, Score]
@@ -70,6 +73,10 @@ class GlueTask:
                 return data.from_path(root / folder, self.regression)
         raise FileNotFoundError(f"--data: expected a folder {' or '.join(self.folders)} in {root}, found none.")
 
+    def score(self, scores: Mapping[str, float]) -> float:
+        values = list(scores.values())
+        return sum(values) / len(values) if self.regression else values[0]
+
     def scores(self, logits: Tensor, labels: Sequence[float]) -> dict[str, float]:
         """Every metric, in per cent."""
         found = logits.squeeze(-1).tolist() if self.regression else logits.argmax(-1).tolist()
@@ -87,17 +94,19 @@ TASKS = {
     "rte": GlueTask(("rte",), {"accuracy": accuracy}, 10, 50, 320, 0.2, 0.01),
 }
 
-# Table 2 (DeBERTaV3-base, r = 8), in the order of its columns; of QQP and MNLI the mean of the two figures it has
+# Table 2 (DeBERTaV3-base, r = 8), in the order of its columns: of QQP the accuracy, of MNLI the matched set, which its
+# averages are made of; the last figure is its average
 COLUMNS = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")
 _TABLE_2 = {
-    "full": (69.19, 95.63, 89.46, 91.60, 91.10, 90.01, 94.03, 83.75),
-    "bitfit": (66.96, 94.84, 87.75, 91.35, 86.63, 89.64, 92.24, 78.70),
-    "lora": (69.82, 94.95, 89.95, 91.60, 90.69, 90.67, 93.87, 85.20),
-    "dora": (70.85, 95.79, 90.93, 91.79, 92.07, 90.29, 94.10, 86.04),
-    "adalora": (71.45, 96.10, 90.69, 91.84, 90.99, 90.78, 94.55, 88.09),
-    "lora-pro": (71.36, 95.76, 90.20, 91.92, 90.90, 90.21, 94.29, 85.56),
-    "lora-rite": (69.55, 95.41, 90.93, 91.79, 90.72, 90.28, 94.42, 85.20),
-    "reflora": (71.73, 95.99, 91.42, 92.03, 90.99, 90.32, 94.40, 88.09),
-    "reflora-s": (70.66, 95.76, 90.44, 92.21, 91.16, 90.15, 94.16, 87.73),
+    "full": (69.19, 95.63, 89.46, 91.60, 92.40, 89.90, 94.03, 83.75, 88.25),
+    "bitfit": (66.96, 94.84, 87.75, 91.35, 88.41, 89.37, 92.24, 78.70, 86.20),
+    "lora": (69.82, 94.95, 89.95, 91.60, 91.99, 90.65, 93.87, 85.20, 88.50),
+    "dora": (70.85, 95.79, 90.93, 91.79, 92.07, 90.29, 94.10, 86.04, 88.98),
+    "adalora": (71.45, 96.10, 90.69, 91.84, 92.23, 90.76, 94.55, 88.09, 89.46),
+    "lora-pro": (71.36, 95.76, 90.20, 91.92, 92.19, 90.23, 94.29, 85.56, 88.94),
+    "lora-rite": (69.55, 95.41, 90.93, 91.79, 92.02, 90.22, 94.42, 85.20, 88.69),
+    "reflora": (71.73, 95.99, 91.42, 92.03, 92.28, 90.23, 94.40, 88.09, 89.52),
+    "reflora-s": (70.66, 95.76, 90.44, 92.21, 92.43, 90.13, 94.16, 87.73, 89.19),
 }
 PAPER = {method: dict(zip(COLUMNS, figures)) for method, figures in _TABLE_2.items()}
+AVERAGES = {method: figures[-1] for method, figures in _TABLE_2.items()}

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     m, n, r, _ = options.size
     if min(*options.size, options.points) < 1 or r > min(m, n):
         parser.error(f"--size, --points: expected positive numbers and R at most M and N, got {options.size}")
-    if not min(options.imbalance, options.largest) > 0:
+    if not all(0 < value < math.inf for value in (options.imbalance, options.largest)):
         parser.error(f"--imbalance, --largest: expected positive numbers, got {options.imbalance}, {options.largest}")
     harness.make_folder(parser, options.out, options.out)
     problem = Regression.draw(*options.size, options.seed, options.imbalance)

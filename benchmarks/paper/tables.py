@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -11,18 +13,39 @@ from .. import harness, methods
 Run = Mapping[str, Any]
 
 
+RESULTS = ("scores", "score", "finite", "loss", "losses", "seconds", "machine", "folder")
+NAMES = ("task", "method", "seed", "lr")
+
+
 def settings(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """Runs that may stand in one table, by what they share, in words."""
+    """Runs that may stand in one table, by what they share, in words; of runs that are the same the first.
+
+    A task whose runs differ in what the words do not say (rows, length) has its others in a table of their own.
+    """
     found: dict[str, list[Run]] = {}
+    others: dict[tuple[str, str], list[str]] = {}
+    seen: set[tuple[str, str]] = set()
     for run in runs:
         length = f"{run['steps']} steps" if run.get("epochs") is None else "the paper's epochs"
         what = f"{run['model']}, r={run['rank']}, alpha={run['alpha']}, {length}, batch {run['batch']}"
-        found.setdefault(what, []).append(run)
+        setting = {name: value for name, value in run.items() if name not in (*RESULTS, *NAMES)}
+        known = others.setdefault((what, run["task"]), [])
+        rest = json.dumps(setting, sort_keys=True)
+        if rest not in known:
+            known.append(rest)
+        number = known.index(rest)
+        what += f", other rows or options ({number + 1})" if number else ""
+        same = (what, json.dumps([run[name] for name in NAMES]))
+        if same not in seen:
+            seen.add(same)
+            found.setdefault(what, []).append(run)
     return found
 
 
 def cell(scores: Sequence[float], note: str = "") -> str:
     """Mean, standard deviation over the seeds, and a note."""
+    if not all(map(math.isfinite, scores)):
+        return f"diverged{note}"
     spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
     return f"{statistics.fmean(scores):.2f}{spread}{note}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,18 +17,39 @@ Key = dict[str, Any]
 def best(runs: Sequence[Run]) -> dict[tuple[str, str], tuple[float, list[float]]]:
     """By (method, task): the learning rate with the best mean score, and the scores of all its seeds.
 
-    Rates are compared on the seeds that all of them have, so that a series that was stopped halfway misleads nobody.
+    Rates are compared on the seeds that all of them have, so that a series that was stopped halfway misleads nobody;
+    where they have none in common, those with the most seeds. A run that diverged is -inf.
     """
+    chosen = {}
+    for key, by_rate in by_method(runs).items():
+        common = set.intersection(*(set(scores) for scores in by_rate.values()))
+        if not common:
+            most = max(map(len, by_rate.values()))
+            by_rate = {lr: scores for lr, scores in by_rate.items() if len(scores) == most}
+        lr = max(by_rate, key=lambda lr: statistics.fmean(by_rate[lr][seed] for seed in common or by_rate[lr]))
+        chosen[key] = lr, [by_rate[lr][seed] for seed in sorted(by_rate[lr])]
+    return chosen
+
+
+def by_method(runs: Sequence[Run]) -> dict[tuple[str, str], dict[float, dict[int, float]]]:
+    """Scores by (method, task), learning rate and seed."""
     groups: dict[tuple[str, str], dict[float, dict[int, float]]] = {}
     for one in runs:
-        groups.setdefault((one["method"], one["task"]), {}).setdefault(one["lr"], {})[one["seed"]] = one["score"]
-    chosen = {}
-    for key, by_rate in groups.items():
-        common = set.intersection(*(set(scores) for scores in by_rate.values()))
-        if common:
-            lr = max(by_rate, key=lambda lr: statistics.fmean(by_rate[lr][seed] for seed in common))
-            chosen[key] = lr, [by_rate[lr][seed] for seed in sorted(by_rate[lr])]
-    return chosen
+        score = one["score"] if one.get("finite", True) else -math.inf
+        groups.setdefault((one["method"], one["task"]), {}).setdefault(one["lr"], {})[one["seed"]] = score
+    return groups
+
+
+def unequal(runs: Sequence[Run]) -> set[tuple[str, str]]:
+    """Every (method, task) that has fewer learning rates, or fewer seeds at its best, than another method has."""
+    rates = {key: len(by_rate) for key, by_rate in by_method(runs).items()}
+    seeds = {key: len(scores) for key, (_, scores) in best(runs).items()}
+    short = set()
+    for method, task in rates:
+        for counts in (rates, seeds):
+            if counts[method, task] < max(count for (_, other), count in counts.items() if other == task):
+                short.add((method, task))
+    return short
 
 
 def grid(
