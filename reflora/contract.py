@@ -74,7 +74,7 @@ def _rows(tensor: Tensor) -> Tensor:
     """`[r, in, *kernel]` as `[r, in * kernel]` in storage order: rows are mixed as wholes, any order will do."""
     strides = tensor.stride()
     order = sorted(range(1, tensor.dim()), key=lambda d: -strides[d])
-    return tensor.permute(0, *order).view(tensor.shape[0], -1)
+    return tensor.permute(0, *order).view(tensor.shape[0], tensor.shape[1:].numel())
 
 
 PairLike = LoRAPair | tuple[Tensor, Tensor]

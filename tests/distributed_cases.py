@@ -297,3 +297,51 @@ def _reflora_over(params: list[nn.Parameter], lr: float) -> torch.optim.Optimize
 def _environment(rank: int, port: int) -> None:
     names = {"LOCAL_RANK": rank, "RANK": rank, "WORLD_SIZE": WORLD, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()}, ACCELERATE_USE_CPU="true")
+
+
+def fsdp2_hard_shapes(rank: int, folder: Path) -> dict[str, Any]:
+    """Ranks and outputs of one: a process holds nothing of them. A bad gradient there; states that cannot be moved."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    def model_of() -> nn.Module:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv1d(4, 6, 3), nn.Conv1d(6, 1, 1), nn.Linear(6, 6)).double()
+        peft = get_peft_model(net, LoraConfig(r=1, target_modules=["0", "1", "2"]), autocast_adapter_dtype=False)
+        return fully_shard(peft, mesh=init_device_mesh("cpu", (WORLD,)))
+
+    def train_on(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            optimizer.zero_grad()
+            x = torch.randn(4, 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+            model(x).square().mean().backward()
+            optimizer.step()
+
+    found: dict[str, Any] = {}
+    for name, options in {"full": {}, "scalar": {"scalar": True}}.items():
+        model = model_of()
+        optimizer = reflora.create_reflora_optimizer(model, lr=1e-2, **options)
+        train_on(model, optimizer, range(3))
+        found[name] = all(value.isfinite().all() for value in trained(model).values())
+    for pair in reflora.find_pairs(model):
+        pair.B.grad.to_local().fill_(torch.nan)  # type: ignore[union-attr]
+    optimizer.step()
+    found["skipped"] = optimizer.skipped_steps  # type: ignore[attr-defined]
+
+    model = model_of()
+    optimizer = reflora.create_reflora_optimizer(model, torch.optim.RMSprop, lr=1e-2)
+    train_on(model, optimizer, range(3))
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=str(folder / "unit"))
+    train_on(model, optimizer, range(3, 6))
+    again = model_of()
+    resumed = reflora.create_reflora_optimizer(again, torch.optim.RMSprop, lr=1e-2)
+    weights, state = get_state_dict(again, resumed)
+    loaded = {"model": weights, "optimizer": state}
+    dcp.load(loaded, checkpoint_id=str(folder / "unit"))
+    set_state_dict(again, resumed, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+    train_on(again, resumed, range(3, 6))
+    found["resumed"] = all(torch.equal(a, b) for a, b in zip(trained(model).values(), trained(again).values()))
+    return found

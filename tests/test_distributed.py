@@ -80,3 +80,8 @@ def test_fsdp1_is_refused() -> None:
     for found in cases.together(cases.fsdp1):
         assert len(found) == 3
         assert all("FSDP2" in said for said in found.values()), found
+
+
+def test_fsdp2_where_a_process_holds_nothing() -> None:
+    for found in cases.together(cases.fsdp2_hard_shapes):
+        assert found == {"full": True, "scalar": True, "skipped": 1, "resumed": True}

@@ -225,3 +225,13 @@ def test_eight_bit_states(name: str) -> None:
         assert torch.equal(mine, again)
         if mine.requires_grad:
             assert (mine - wanted).norm() < 0.1 * wanted.norm()
+
+
+def test_hooks_leave_an_overflow_to_be_seen() -> None:
+    """A loss scaler looks for inf and NaN in the gradients; the saturation of large products must not hide them."""
+    model = mixed()
+    pairs = reflora.find_pairs(model)
+    pairs[0].A.register_hook(lambda grad: grad.index_fill(1, torch.tensor([3]), torch.inf))
+    reflora.GradientHooks(model)
+    loss_of(model, "linear", torch.randn(5, 10)).backward()
+    assert not pairs[0].A.grad.isfinite().all() and pairs[1].A.grad.isfinite().all()  # type: ignore[union-attr]

@@ -164,6 +164,12 @@ def test_callback_counts_the_layers_skipped_since_the_last_log(tmp_path: Path) -
     assert [entry["reflora/skipped"] for entry in steps] == [2, 0]
 
 
+def test_callback_hears_an_evaluation_before_the_training(tmp_path: Path) -> None:
+    trainer = trainer_of("factory", tmp_path)
+    RefLoRACallback().install(trainer)
+    assert "eval_loss" in trainer.evaluate(rows(8))
+
+
 def test_callback_without_reflora_says_what_to_do(tmp_path: Path) -> None:
     trainer = Trainer(model=build(), args=arguments(tmp_path), train_dataset=rows(), callbacks=[RefLoRACallback()])
     with pytest.raises(ValueError, match="RefLoRACallback: expected an optimizer with diagnostics"):

@@ -323,6 +323,10 @@ def test_state_that_cannot_be_moved_does_as_if_it_had_been(options):
     assert_same(factors(ours), factors(others), 1e-9)
 
 
+def new_of(pair):
+    return reflora.LoRAPair(pair.name, *(nn.Parameter(t.detach().clone()) for t in (pair.A, pair.B)), pair.layout)
+
+
 def test_parameters_that_are_swapped_one_by_one_are_followed():
     """As accelerate does around `fully_shard`; RefLoRAAdamW, which cannot follow, says so instead of going plain."""
     ours, optimizer, plain, base, goals = twins(AdamW, {}, {})
@@ -338,6 +342,14 @@ def test_parameters_that_are_swapped_one_by_one_are_followed():
         precondition_by_reference(plain)
         base.step()
     assert_same(factors(swapped), factors(plain))
+    # some of them only
+    half = [
+        reflora.LoRAPair(p.name, *(nn.Parameter(t.detach().clone()) for t in (p.A, p.B)), p.layout) for p in swapped[:2]
+    ]
+    both = half + swapped[2:]
+    optimizer.param_groups[0]["params"] = factors(both)
+    backward(both, goals), optimizer.step()
+    assert optimizer.diagnostics().refactored == 8
     backward(swapped, goals)
     with pytest.raises(RuntimeError, match="expected the factors of the pairs among them.*reflora.wrap"):
         fused.step()

@@ -96,5 +96,6 @@ class _Multiply:
         for source, target, matrix in zip(views(grad), views(made), self.owner._matrices[self.index][:, self.side]):
             wide = source.to(matrix.dtype)
             product = matrix @ wide if self.side else wide @ matrix
-            target.copy_(product.clamp(-top, top))
+            # what was not finite stays so: a loss scaler looks for it
+            target.copy_(product.clamp(-top, top).where(wide.isfinite().all(), product))
         return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import torch
@@ -88,6 +89,9 @@ def wrap(optimizer_cls: type[Optimizer]) -> type[Optimizer]:
 
 
 def _will_be_sharded() -> bool:
-    """accelerate shards a model after its optimizer is built, and says so in the environment."""
-    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes")
-    return asked and os.environ.get("FSDP_VERSION") == "2"
+    """accelerate shards a model after its optimizer is built, and says so in the environment or in its state."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() not in ("1", "true", "yes"):
+        return False
+    state = getattr(sys.modules.get("accelerate.state"), "AcceleratorState", None)
+    plugin = getattr(state, "_shared_state", {}).get("fsdp_plugin")
+    return os.environ.get("FSDP_VERSION") == "2" or getattr(plugin, "fsdp_version", None) == 2

@@ -42,6 +42,7 @@ class RefLoRACallback(TrainerCallback):
     def __init__(self, source: Any = None) -> None:
         self.source = source
         self._skipped: list[Tensor] = []
+        self._seen: list[Tensor] = []
 
     def install(self, trainer: Trainer) -> RefLoRACallback:
         trainer.callback_handler.callbacks.insert(0, self)
@@ -56,11 +57,15 @@ class RefLoRACallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for table in self._report(kwargs.get("optimizer")).tables:
-            self._skipped.append((table[:, col.STATUS] == SKIPPED).sum())
+            if all(table is not old for old in self._seen):  # an interval leaves the last one standing
+                self._skipped.append((table[:, col.STATUS] == SKIPPED).sum())
+        self._seen = self._report(kwargs.get("optimizer")).tables
         if len(self._skipped) > 64:
             self._skipped = [torch.stack([one.cpu() for one in self._skipped]).sum()]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if self.source is None and kwargs.get("optimizer") is None:
+            return  # an evaluation before there is one
         report = self._report(kwargs.get("optimizer"))
         if not report.names:
             return

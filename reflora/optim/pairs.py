@@ -160,8 +160,10 @@ def multiply(views: Sequence[Tensor], matrices: Sequence[Tensor]) -> None:
         factors.append(matrix)
     for (_, dtype, _), (same, factors) in groups.items():
         top = torch.finfo(dtype).max
-        product = torch.stack(factors) @ torch.stack(same).to(factors[0].dtype)
-        torch._foreach_copy_(same, list(product.clamp(-top, top).to(dtype).unbind()))
+        stack, values = torch.stack(factors), torch.stack(same)
+        product = stack @ values.to(stack.dtype)
+        finite = values.isfinite().all(2).all(1)[:, None, None]
+        torch._foreach_copy_(same, list(product.clamp(-top, top).where(finite, product).to(dtype).unbind()))
 
 
 def _apply_dtype(tensor: Tensor) -> torch.dtype:

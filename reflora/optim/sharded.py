@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from .. import linalg
 from ..contract import DEGENERATE, LoRAPair, check_backend, check_precision, fail, local
-from ..diagnostics import Diagnostics
+from ..diagnostics import Diagnostics, row_names
 from .pairs import PairOps, multiply, scale_sides
 
 HALF = (torch.bfloat16, torch.float16)
@@ -51,6 +51,8 @@ class ShardedOps:
     def solve(self, indices: Iterable[int]) -> dict[int, Tensor]:
         """S and S^-1 of some pairs, `[experts, 2, r, r]`."""
         chosen = list(indices)
+        if not chosen:
+            return {}
         grams = _summed([(self.pairs[i], side, gram) for i in chosen for side, gram in _own_grams(self.pairs[i])])
         proxies: list[LoRAPair] = []
         self._rows = {}
@@ -58,7 +60,8 @@ class ShardedOps:
             # any pair of these Grams has this S
             roots_A, roots_B = (linalg.sqrtm(gram) for gram in grams[2 * place : 2 * place + 2])
             self._rows[index] = [len(proxies) + expert for expert in range(len(roots_A))]
-            proxies += [LoRAPair(self.pairs[index].name, A, B) for A, B in zip(roots_A, roots_B)]
+            names = row_names([self.pairs[index]])
+            proxies += [LoRAPair(name, A, B) for name, A, B in zip(names, roots_A, roots_B)]
         self._inner = PairOps(proxies, self.backend, self.precision)
         solved = self._inner.solve(range(len(proxies)))
         return {index: torch.cat([solved[row] for row in rows]) for index, rows in self._rows.items()}

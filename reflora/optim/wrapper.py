@@ -167,22 +167,24 @@ class Wrapped(Optimizer):
         """Pairs with both gradients whose factors this optimizer steps."""
         params = self._params()
         owned = set(params)
-        if not any(p.A in owned for p in self.pairs):
-            self._follow(params)
+        if not all(p.A in owned and p.B in owned for p in self.pairs):
+            self._follow(params, owned)
             owned = set(params)
         return [p.A.grad is not None and p.B.grad is not None and p.A in owned and p.B in owned for p in self.pairs]
 
-    def _follow(self, params: list[Tensor]) -> None:
+    def _follow(self, params: list[Tensor], owned: set[Tensor]) -> None:
         """Take what stands where the factors stood: accelerate shards a model, and swaps the parameters one by one."""
         pairs = []
         for pair, places in zip(self.pairs, self._places):
-            known = [place for place in places if place is not None and place < len(params)]
-            if len(known) == 2 and [params[k].shape for k in known] == [pair.A.shape, pair.B.shape]:
-                pairs.append(LoRAPair(pair.name, params[known[0]], params[known[1]], pair.layout))
-        if len(pairs) < len(self.pairs):
+            now = [params[place] for place in places if place is not None and place < len(params)]
+            swapped = len(now) == 2 and [t.shape for t in now] == [pair.A.shape, pair.B.shape]
+            gone = pair.A not in owned and pair.B not in owned
+            pairs.append(LoRAPair(pair.name, now[0], now[1], pair.layout) if swapped and gone else pair)
+        if not any(pair.A in owned for pair in pairs):
             fail("param_groups", "the factors of the pairs among them", "none of them", FLATTENED, RuntimeError)
-        self.pairs = as_pairs(pairs, sharded=True)
-        self.__dict__.pop("_ops", None)
+        if any(new is not old for new, old in zip(pairs, self.pairs)):
+            self.pairs = as_pairs(pairs, sharded=True)
+            self.__dict__.pop("_ops", None)
 
     def _params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
@@ -215,6 +217,8 @@ class Wrapped(Optimizer):
         """What a plain step leaves in the state: all there will be, since a checkpoint is loaded key by key."""
         factor = local(pair.A)
         kept = {PHASE: torch.zeros(pair.experts, device=factor.device)}
+        if not movable(self.base):
+            kept[UNIT] = torch.ones(pair.experts, dtype=torch.float64, device=factor.device)
         if self.interval > 1:
             dtype = torch.float64 if factor.dtype == torch.float64 else torch.float32
             kept[SAVED] = torch.eye(pair.rank, dtype=dtype, device=factor.device).repeat(pair.experts, 2, 1, 1)
@@ -239,8 +243,9 @@ class Wrapped(Optimizer):
             after = before.where(status == SKIPPED, (~is_identity).double())
             units.append(scale.where((after == 1) & (before == 0), 1.0))
             kept[i] = {PHASE: after.float()}
-            if not movable(self.base) and PHASE in own:  # it has taken a step
-                kept[i][UNIT] = own.get(UNIT, torch.ones_like(scale)) * units[-1]
+            if not movable(self.base):
+                # before its first step there is no unit to keep
+                kept[i][UNIT] = own.get(UNIT, torch.ones_like(scale)) * (units[-1] if PHASE in own else 1.0)
             if after.all():
                 self._settled.add(i)
         if movable(self.base):
@@ -284,6 +289,7 @@ def scaler_found_inf(optimizer: Optimizer) -> bool:
 
 
 def _finite(grads: list[Tensor]) -> bool:
+    grads = [grad for grad in grads if grad.numel()]  # of a sharded one this process may hold nothing
     # the 2-norm is the fast one, but may overflow where every entry is finite
     return not grads or any(bool(torch.nn.utils.get_total_norm(grads, order).isfinite()) for order in (2.0, math.inf))
 
