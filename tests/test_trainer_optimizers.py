@@ -164,6 +164,23 @@ def test_callback_counts_the_layers_skipped_since_the_last_log(tmp_path: Path) -
     assert [entry["reflora/skipped"] for entry in steps] == [2, 0]
 
 
+def test_callback_counts_a_skipped_layer_once_where_an_interval_leaves_it_standing(tmp_path: Path) -> None:
+    class Spoil(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == 0:
+                reflora.find_pairs(model)[0].B.grad.fill_(torch.nan)  # type: ignore[union-attr]
+
+    model = build()
+    trainer = RefTrainer(
+        model=model, args=arguments(tmp_path, logging_steps=3, max_grad_norm=0.0), train_dataset=rows(),
+        refactorer=Refactorer(model, interval=3), callbacks=[Spoil()],
+    )  # fmt: skip
+    RefLoRACallback().install(trainer)
+    trainer.train()
+    first = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert first["reflora/skipped"] == 1
+
+
 def test_callback_hears_an_evaluation_before_the_training(tmp_path: Path) -> None:
     trainer = trainer_of("factory", tmp_path)
     RefLoRACallback().install(trainer)

@@ -2,6 +2,8 @@
 
 import copy
 import io
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +23,8 @@ from wrapping import (
 
 import reflora
 from reflora import reference
+from reflora.optim.pairs import PairOps, multiply
+from reflora.optim.sharded import ShardedOps
 from reflora.optim.wrapper import reflora_class
 
 CLASSES = [
@@ -356,3 +360,45 @@ def test_parameters_that_are_swapped_one_by_one_are_followed():
     optimizer.param_groups[0]["params"] = [nn.Parameter(torch.cat([t.detach().flatten() for t in factors(swapped)]))]
     with pytest.raises(RuntimeError, match="flatten or replace parameters"):
         optimizer.step()
+
+
+def test_matrices_of_two_types_multiply():
+    """A saved S may be float32 where a new one is float64."""
+    views = [torch.randn(3, 5) for _ in range(2)]
+    before = [view.clone() for view in views]
+    matrices = [torch.randn(3, 3), torch.randn(3, 3, dtype=torch.float64)]
+    multiply(views, matrices)
+    for view, old, matrix in zip(views, before, matrices):
+        torch.testing.assert_close(view, matrix.float() @ old)
+
+
+def test_experts_have_names_of_their_own_when_sharded():
+    """The operations of FSDP2 on whole tensors: the same numbers, and the names that PairOps gives."""
+    ours, others = make_pairs(), make_pairs()
+    for pair, other in zip(ours, others):
+        for mine, theirs in ((pair.A, other.A), (pair.B, other.B)):
+            theirs.data.copy_(mine.data)
+            mine.grad = torch.randn_like(mine)
+            theirs.grad = mine.grad.clone()
+    sharded, whole = ShardedOps(ours), PairOps(others)
+    for ops in (sharded, whole):
+        ops.precondition([True] * len(ours))
+    assert sharded.diagnostics().names == whole.diagnostics().names
+    assert_same([f.grad for f in factors(ours)], [f.grad for f in factors(others)], 1e-9)
+
+
+def test_accelerates_fsdp2_is_recognised_where_it_is_set_up_in_code(monkeypatch):
+    linear = nn.Linear(6, 4)
+    layer = nn.Module()
+    layer.lora_A = nn.ModuleDict({"default": nn.Linear(6, 2, bias=False)})
+    layer.lora_B = nn.ModuleDict({"default": nn.Linear(2, 4, bias=False)})
+    model = nn.ModuleList([linear, layer])
+    assert isinstance(reflora.create_reflora_optimizer(model, lr=1e-3), reflora.RefLoRAAdamW)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.delenv("FSDP_VERSION", raising=False)
+    plugin = SimpleNamespace(fsdp_version=1)
+    state = SimpleNamespace(AcceleratorState=SimpleNamespace(_shared_state={"fsdp_plugin": plugin}))
+    monkeypatch.setitem(sys.modules, "accelerate.state", state)
+    assert isinstance(reflora.create_reflora_optimizer(model, lr=1e-3), reflora.RefLoRAAdamW)
+    plugin.fsdp_version = 2
+    assert type(reflora.create_reflora_optimizer(model, lr=1e-3)) is reflora_class(AdamW)

@@ -11,8 +11,6 @@ import torch
 
 from .. import harness, methods
 
-TUNE_FIRST_SEED = "tune on the first seed; the others only have each method's best learning rate"
-
 
 def parser(program: str, summary: str, chosen: Sequence[str]) -> argparse.ArgumentParser:
     """`chosen`: the methods where none are given."""
@@ -34,6 +32,14 @@ def parser(program: str, summary: str, chosen: Sequence[str]) -> argparse.Argume
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument("--out", type=Path, help="the file of runs")
     return made
+
+
+def add_grid(made: argparse.ArgumentParser, rates: Sequence[float]) -> None:
+    """The options of a program that tunes learning rates."""
+    narrow = "tune on the first seed; the others only have each method's best learning rate"
+    made.add_argument("--lrs", nargs="+", type=float, default=list(rates))
+    made.add_argument("--tune-first-seed", action="store_true", help=narrow)
+    made.add_argument("--table", action="store_true", help="make no run, print the table of those there are")
 
 
 def check(made: argparse.ArgumentParser, chosen: argparse.Namespace, counts: Sequence[str] = ()) -> None:

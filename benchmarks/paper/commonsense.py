@@ -128,15 +128,13 @@ def table(runs: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> str
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     made = arguments.parser("commonsense", (__doc__ or "").split("\n")[0], METHODS)
     made.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    made.add_argument("--lrs", nargs="+", type=float, default=[1e-4, 2e-4, 3e-4, 5e-4])
+    arguments.add_grid(made, (1e-4, 2e-4, 3e-4, 5e-4))
     made.add_argument("--targets", default=TARGETS, help="layers that LoRA is put on, with commas between")
     made.add_argument("--micro-batch", type=int, help="most examples in memory at once, in training")
     made.add_argument("--checkpoint-every", type=int, default=500, metavar="STEPS")
     made.add_argument("--eval-batch", type=int, default=16, help="prompts answered at once")
     made.add_argument("--beams", type=int, default=4)
     made.add_argument("--new-tokens", type=int, default=32, help="most tokens of an answer")
-    made.add_argument("--tune-first-seed", action="store_true", help=arguments.TUNE_FIRST_SEED)
-    made.add_argument("--table", action="store_true", help="make no run, print the table of those there are")
     made.set_defaults(
         model="llama-7b", seeds=[0], batch=16, alpha=None, length=256, rank=32, bfloat16=True,
         out=Path("benchmarks/results/paper/commonsense"),

@@ -107,9 +107,7 @@ def table(runs: Sequence[Mapping[str, Any]], names: Sequence[str], tasks: Sequen
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     made = arguments.parser("glue", (__doc__ or "").split("\n")[0], METHODS)
     made.add_argument("--tasks", nargs="+", default=["cola", "sst2", "mrpc", "stsb", "rte"], choices=list(TASKS))
-    made.add_argument("--lrs", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3, 1e-2])
-    made.add_argument("--tune-first-seed", action="store_true", help=arguments.TUNE_FIRST_SEED)
-    made.add_argument("--table", action="store_true", help="make no run, print the table of those there are")
+    arguments.add_grid(made, (3e-4, 1e-3, 3e-3, 1e-2))
     made.set_defaults(out=Path("benchmarks/results/paper/glue.jsonl"), data=glue_tasks.HUB)
     options = made.parse_args(argv)
     arguments.check(made, options)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from ..contract import DEGENERATE, SKIPPED, fail, is_sharded
+from ..contract import SKIPPED, fail, is_sharded
 from ..diagnostics import Diagnostics
-from ..optim.pairs import PairOps
+from ..optim.pairs import PairOps, is_identity, multiply
 from .peft import find_pairs
 
 
@@ -47,7 +45,7 @@ class GradientHooks:
         """Take S of the factors as they are now."""
         solved = self._ops.solve(range(len(self.pairs)))
         for index, (status, scale) in self._ops.outcome().items():
-            left = (status != SKIPPED) & ~((status == DEGENERATE) & (scale == 1))
+            left = (status != SKIPPED) & ~is_identity(status, scale)
             unit = self._units[index]
             unit = torch.ones_like(scale) if unit is None else unit.to(scale)
             unit = scale.where((unit == 1) & left, unit)
@@ -89,13 +87,8 @@ class _Multiply:
         self.owner, self.index, self.side = owner, index, side
 
     def __call__(self, grad: Tensor) -> Tensor:
-        pair: Any = self.owner.pairs[self.index]
-        made = torch.empty_like(grad)
-        views = pair.views_A if self.side else pair.views_B
-        top = torch.finfo(grad.dtype).max
-        for source, target, matrix in zip(views(grad), views(made), self.owner._matrices[self.index][:, self.side]):
-            wide = source.to(matrix.dtype)
-            product = matrix @ wide if self.side else wide @ matrix
-            # what was not finite stays so: a loss scaler looks for it
-            target.copy_(product.clamp(-top, top).where(wide.isfinite().all(), product))
+        pair = self.owner.pairs[self.index]
+        made = grad.detach().clone()
+        views = pair.views_A(made) if self.side else [view.mT for view in pair.views_B(made)]
+        multiply(views, self.owner._matrices[self.index][:, self.side].unbind())
         return made

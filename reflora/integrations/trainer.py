@@ -56,10 +56,11 @@ class RefLoRACallback(TrainerCallback):
         self._report(kwargs.get("optimizer"))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for table in self._report(kwargs.get("optimizer")).tables:
+        tables = self._report(kwargs.get("optimizer")).tables
+        for table in tables:
             if all(table is not old for old in self._seen):  # an interval leaves the last one standing
                 self._skipped.append((table[:, col.STATUS] == SKIPPED).sum())
-        self._seen = self._report(kwargs.get("optimizer")).tables
+        self._seen = tables
         if len(self._skipped) > 64:
             self._skipped = [torch.stack([one.cpu() for one in self._skipped]).sum()]
 

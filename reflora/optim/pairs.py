@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import plan as col
 from ..backends import Backend, resolve
-from ..contract import REFACTORED, LoRAPair, as_pairs, check_backend, check_precision, is_sharded
+from ..contract import DEGENERATE, REFACTORED, LoRAPair, as_pairs, check_backend, check_precision, is_sharded
 from ..diagnostics import Diagnostics, diagnose
 from ..functional import check_grads, mark_written
 from ..plan import Plan, by_device
@@ -149,6 +149,11 @@ def scale_sides(pair: LoRAPair, A: Tensor | None, B: Tensor | None, unit: Tensor
     if A is not None and B is not None:
         views = [*pair.views_A(A), *pair.views_B(B)]
         torch._foreach_mul_(views, [*unit.unbind(), *(1 / unit).unbind()])
+
+
+def is_identity(status: Tensor, scale: Tensor) -> Tensor:
+    """Whether S was I: a degenerate layer without a scale. Of the columns that `outcome` returns."""
+    return (status == DEGENERATE) & (scale == 1)
 
 
 def multiply(views: Sequence[Tensor], matrices: Sequence[Tensor]) -> None:

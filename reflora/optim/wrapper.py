@@ -13,20 +13,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..contract import (
-    DEGENERATE,
-    SKIPPED,
-    LoRAPair,
-    PairLike,
-    as_pairs,
-    check_backend,
-    check_count,
-    check_precision,
-    fail,
-    local,
-)  # fmt: skip
+from ..contract import SKIPPED, LoRAPair, PairLike, as_pairs, check_backend, check_count, check_precision, fail, local
 from ..diagnostics import Diagnostics
-from .pairs import ops_of
+from .pairs import is_identity, ops_of
 from .plain import watched
 from .state import PHASE, SAVED
 from .transport import StateMove, check_movable, movable
@@ -36,7 +25,10 @@ if TYPE_CHECKING:
     from .sharded import ShardedOps
 
 COUNTER, SKIPS, UNIT = "reflora_steps", "reflora_skipped", "reflora_unit"
-FLATTENED = "Wrappers that flatten or replace parameters (DeepSpeed, FSDP1) cannot be served: use DDP or FSDP2."
+FLATTENED = (
+    "Wrappers that flatten or replace parameters (DeepSpeed, FSDP1) leave none to precondition: use DDP or FSDP2, or "
+    "for ZeRO-1 and 2 reflora.GradientHooks."
+)
 OPTIONS = ("pairs", "scalar", "interval", "warmup_steps", "backend", "precision", "_places")
 
 
@@ -194,7 +186,8 @@ class Wrapped(Optimizer):
         since = steps - self.warmup_steps
         chosen = [index for index, on in enumerate(active) if on]
         if since < 0:
-            return {self.pairs[i].A: self._identity(self.pairs[i]) for i in chosen}
+            new = (self.pairs[i] for i in chosen if PHASE not in self.state.get(self.pairs[i].A, {}))
+            return {pair.A: self._identity(pair) for pair in new}
         fresh = {}
         if self.interval == 1:
             self._ops.precondition(active)
@@ -239,8 +232,7 @@ class Wrapped(Optimizer):
             status, scale = outcome[i]
             own = self.state.get(self.pairs[i].A, {})
             before = own.get(PHASE, torch.zeros_like(status)).double()
-            is_identity = (status == DEGENERATE) & (scale == 1)
-            after = before.where(status == SKIPPED, (~is_identity).double())
+            after = before.where(status == SKIPPED, (~is_identity(status, scale)).double())
             units.append(scale.where((after == 1) & (before == 0), 1.0))
             kept[i] = {PHASE: after.float()}
             if not movable(self.base):
