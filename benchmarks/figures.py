@@ -29,6 +29,7 @@ COLOURS = {
     "LoRA-Muon, our kernels": "#661100",
     "LoRA-Pro, full": "#DDCC77",
     "LoRA+": "#AA4499",
+    "DoRA": "#CC6677",
 }
 MARKERS = dict(zip(COLOURS, "|osD^v<>P*Xph1248dH"))
 

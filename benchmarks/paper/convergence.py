@@ -67,10 +67,14 @@ def draw(path: Path, runs: Sequence[Mapping[str, Any]], env: Mapping[str, str]) 
             axis.plot(steps, curves.mean(0), color=colour, lw=1.2, label=f"{label} ({own[0]['lr']:g})")
             axis.fill_between(steps, curves.amin(0), curves.amax(0), color=colour, alpha=0.15, lw=0)
         axis.set(xlabel="step", ylabel=f"training loss (mean of {WINDOW} steps)")
-        axis.set_title(f"{runs[0]['model']} on {runs[0]['task']}, r = {runs[0]['rank']}", fontsize=7.5, loc="left")
+        axis.set_title(
+            f"{runs[0]['model']} on {runs[0]['task']}, r = {runs[0]['rank']}; learning rates in brackets",
+            fontsize=7.5,
+            loc="left",
+        )
         axis.grid(**drawing.GRID)
-        axis.legend(frameon=False, fontsize=6.5, ncols=2, title="method (learning rate)", title_fontsize=6.5)
-        figure.tight_layout(rect=drawing.room(figure, env, 0))
+        figure.legend(loc="upper center", frameon=False, fontsize=6.5, ncols=3)
+        figure.tight_layout(rect=drawing.room(figure, env, -(-len(dict.fromkeys(run["method"] for run in runs)) // 3)))
         for suffix in (".png", ".svg"):
             drawing.save(pyplot, figure, path.with_suffix(suffix))
     return True
