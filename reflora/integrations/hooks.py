@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from ..contract import SKIPPED, fail, is_sharded
+from ..contract import fail, is_sharded
 from ..diagnostics import Diagnostics
-from ..optim.pairs import PairOps, is_identity, multiply
+from ..optim.pairs import PairOps, multiply, new_units
 from .peft import find_pairs
 
 
@@ -19,19 +21,29 @@ class GradientHooks:
     `refresh()`, which is to be called after every step that has moved the weights (oftener does no harm): so
     preconditioning commutes with all of that but clipping, which then sees the preconditioned gradients.
 
-    S is divided by one constant a layer, ||B||_F / ||A||_F when it first was not I: Adam divides a constant away, and
-    training from B = 0 has no jump where S leaves I. The constants are the `state_dict`, for a resumed run.
-    Raises as `reflora.find_pairs`, and ValueError for sharded factors (FSDP2).
+    Training from B = 0 has no jump where S leaves I: B's gradients are divided by c = ||B||_F / ||A||_F (A's are
+    multiplied, where it was A that was 0), a number a layer. It is kept in the `state_dict`, for a resumed run.
+    follow: True divides by the largest c so far, so that the norm of all gradients stays one of both factors, as a
+        clipping of it needs. False divides by c as it was when S left I: what Adam makes of that is RefLoRAAdamW's step
+        up to eps, but B's gradients grow with c, and under a clipped norm A then hardly moves.
+    Raises as `reflora.find_pairs`, and ValueError for sharded factors (FSDP2) or a model that has such hooks.
     """
 
-    def __init__(self, model: nn.Module, backend: str | None = None, precision: str = "float64"):
+    def __init__(
+        self, model: nn.Module, backend: str | None = None, precision: str = "float64", *, follow: bool = True
+    ):
         self.pairs = find_pairs(model)
+        self.follow = follow
         for pair in self.pairs:
             if is_sharded(pair.A):
                 remedy = "FSDP2 is served by reflora.create_reflora_optimizer."
                 fail(pair.name, "factors that this process holds whole", "DTensor", remedy)
+            if any(isinstance(hook, _Multiply) for hook in (pair.A._backward_hooks or {}).values()):
+                remedy = "Call remove() on the earlier ones first: S would be applied twice."
+                fail(pair.name, "factors without GradientHooks", "a second set", remedy)
         self._ops = PairOps(self.pairs, backend, precision)
-        self._units: list[Tensor | None] = [None] * len(self.pairs)
+        # [experts, 3] each: of A and B as new_units has them, and whether S has been other than I
+        self._units = [torch.zeros(pair.experts, 3, dtype=torch.float64) for pair in self.pairs]
         self._matrices: dict[int, Tensor] = {}
         self.refresh()
         self._handles = [
@@ -44,14 +56,16 @@ class GradientHooks:
     def refresh(self) -> None:
         """Take S of the factors as they are now."""
         solved = self._ops.solve(range(len(self.pairs)))
-        for index, (status, scale) in self._ops.outcome().items():
-            left = (status != SKIPPED) & ~is_identity(status, scale)
-            unit = self._units[index]
-            unit = torch.ones_like(scale) if unit is None else unit.to(scale)
-            unit = scale.where((unit == 1) & left, unit)
-            self._units[index] = unit
-            by = torch.stack([1 / unit, unit], 1)[..., None, None].where(left[:, None, None, None], 1.0)
-            self._matrices[index] = solved[index] * by.to(solved[index])
+        for index, found in self._ops.outcome().items():
+            kept = self._units[index].to(found.scale)
+            units = new_units(kept[:, :2], kept[:, 2], found)
+            if self.follow:
+                further = torch.stack([units[:, 0].minimum(found.scale), units[:, 1].maximum(found.scale)], 1)
+                # 0 and 1: nothing to keep a unit for
+                units = further.where(found.left[:, None] & (units > 0) & (units != 1), units)
+            self._units[index] = torch.cat([units, kept[:, 2:].maximum(found.left[:, None])], 1)
+            of_A, of_B = units.where(units > 0, 1.0).unbind(1)
+            self._matrices[index] = solved[index] * torch.stack([1 / of_B, of_A], 1)[..., None, None].to(solved[index])
 
     def diagnostics(self) -> Diagnostics:
         """Of the last `refresh`, layer by layer; reading its properties synchronises."""
@@ -62,9 +76,13 @@ class GradientHooks:
         for handle in self._handles:
             handle.remove()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        remedy = "Build GradientHooks(model) over the copy and load this one's state_dict()."
+        fail("a copy of GradientHooks", "hooks of one model", "copy or pickle", remedy, TypeError)
+
     def state_dict(self) -> dict[str, Tensor]:
-        """The constant of each layer, `[experts]`, by name."""
-        return {pair.name: unit.clone() for pair, unit in zip(self.pairs, self._units) if unit is not None}
+        """The constants of each layer, `[experts, 3]`, by name: of A, of B, and whether they are settled."""
+        return {pair.name: units.clone() for pair, units in zip(self.pairs, self._units)}
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         """Raises ValueError for the state of other layers."""
@@ -88,6 +106,8 @@ class _Multiply:
 
     def __call__(self, grad: Tensor) -> Tensor:
         pair = self.owner.pairs[self.index]
+        if not (pair.A.requires_grad and pair.B.requires_grad):
+            return grad  # one of them was frozen since: a plain step
         made = grad.detach().clone()
         views = pair.views_A(made) if self.side else [view.mT for view in pair.views_B(made)]
         multiply(views, self.owner._matrices[self.index][:, self.side].unbind())

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from ..contract import LoRAPair, as_pairs, fail, is_sharded
 
-# dictionaries of a layer whose update is B diag(x) A, not B A: AdaLoRA, KaSA
 PLAIN_FACTORS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+# what torch.compile, activation checkpointing and FSDP put between a module and its name
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+# dictionaries of a layer whose update is B diag(x) A, not B A: AdaLoRA, KaSA
 SCALED_INSIDE = ("lora_E", "lora_diag")
 
 
@@ -77,7 +79,8 @@ def find_sites(model: nn.Module, adapter: str | None = None) -> list[Site]:
 
 def _sites(model: nn.Module) -> Iterator[Site]:
     """Each adapter of each LoRA layer; a module that is registered twice comes once."""
-    for path, module in model.named_modules():
+    for wrapped_path, module in model.named_modules():
+        path = _own_path(wrapped_path)
         for left, right in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
             factors_A, factors_B = _by_adapter(module, left), _by_adapter(module, right)
             for adapter in (name for name in factors_A if name in factors_B):
@@ -85,6 +88,11 @@ def _sites(model: nn.Module) -> Iterator[Site]:
                 layout = _layout(module, A, left.startswith("lora_embedding"))
                 pair = LoRAPair(f"{path}.{adapter}" if path else adapter, A, B, layout)
                 yield Site(module, adapter, pair, (factors_A[adapter], factors_B[adapter]))
+
+
+def _own_path(path: str) -> str:
+    """A module's path without the wrappers on the way: the same name, compiled or not."""
+    return ".".join(part for part in path.split(".") if part not in WRAPPERS)
 
 
 def _by_adapter(module: nn.Module, name: str) -> Mapping[str, Any]:

@@ -3,20 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import plan as col
 from ..backends import Backend, resolve
-from ..contract import DEGENERATE, REFACTORED, LoRAPair, as_pairs, check_backend, check_precision, is_sharded
+from ..contract import DEGENERATE, REFACTORED, SKIPPED, LoRAPair, as_pairs, check_backend, check_precision, is_sharded
 from ..diagnostics import Diagnostics, diagnose
 from ..functional import check_grads, mark_written
 from ..plan import Plan, by_device
 
 if TYPE_CHECKING:
     from .sharded import ShardedOps
+
+
+OUTCOME = [col.STATUS, col.SCALE, col.NORM_A, col.NORM_B]
+
+
+class Outcome(NamedTuple):
+    """What became of a pair: columns of the result table, float64 `[experts]` each."""
+
+    status: Tensor
+    scale: Tensor
+    norm_A: Tensor
+    norm_B: Tensor
+
+    @property
+    def identity(self) -> Tensor:
+        """Whether S was I: a degenerate layer without a scale."""
+        return (self.status == DEGENERATE) & (self.scale == 1)
+
+    @property
+    def left(self) -> Tensor:
+        """Whether there was an S, and it was not I."""
+        return (self.status != SKIPPED) & ~self.identity
 
 
 def ops_of(pairs: Sequence[LoRAPair], backend: str | None = None, precision: str = "float64") -> PairOps | ShardedOps:
@@ -49,16 +71,16 @@ class PairOps:
         """What the last call did, layer by layer."""
         return diagnose(self.pairs, *self._last) if self._solved is None else self._solved[0].diagnostics()
 
-    def outcome(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """STATUS and SCALE of the last call by pair, float64 `[experts]` each, on the pair's device."""
+    def outcome(self) -> dict[int, Outcome]:
+        """Of the last call, by pair, on the pair's device."""
         if self._solved is not None:
             inner, chosen = self._solved
             return {chosen[index]: columns for index, columns in inner.outcome().items()}
         found: dict[int, list[Tensor]] = {}
         for indices, plan, results in zip(*self._last):
-            for row, columns in zip(plan.rows, results[:, [col.STATUS, col.SCALE]].unbind()):
+            for row, columns in zip(plan.rows, results[:, OUTCOME].unbind()):
                 found.setdefault(indices[row.pair], []).append(columns)
-        return {index: (*torch.stack(rows, 1),) for index, rows in found.items()}
+        return {index: Outcome(*torch.stack(rows, 1)) for index, rows in found.items()}
 
     def agree(self, flag: bool) -> bool:
         """Of one process."""
@@ -77,8 +99,8 @@ class PairOps:
         self._run(factors, lambda plan, backend: backend.refactor(plan, scalar, self.precision))
         mark_written([t for sides in factors for t in sides if t is not None])
         outcome = self.outcome()
-        columns = [outcome[index] for index in range(len(self.pairs))]
-        return [scale.sqrt().where(status == REFACTORED, 1.0) for status, scale in columns]
+        found = [outcome[index] for index in range(len(self.pairs))]
+        return [one.scale.sqrt().where(one.status == REFACTORED, 1.0) for one in found]
 
     def solve(self, indices: Iterable[int]) -> dict[int, Tensor]:
         """S and S^-1 of some pairs, `[experts, 2, r, r]` in float32 (float64 for float64 factors).
@@ -115,7 +137,7 @@ class PairOps:
         multiply(views, factors)
 
     def scale_grads(self, index: int, unit: Tensor) -> None:
-        """`gA` times the unit, `gB` over it, `[experts]`: what S over the unit would have given."""
+        """`gA` times its unit, `gB` over its own, `[experts, 2]`: what S over the units would have given."""
         scale_sides(self.pairs[index], self.pairs[index].A.grad, self.pairs[index].B.grad, unit)
 
     def _run(
@@ -145,15 +167,26 @@ class PairOps:
 
 
 def scale_sides(pair: LoRAPair, A: Tensor | None, B: Tensor | None, unit: Tensor) -> None:
-    """Tensors like the factors of a pair: A's times the unit, B's over it, `[experts]`."""
+    """Tensors like the factors of a pair: A's times the unit, B's over it, `[experts]`, or `[experts, 2]` of both."""
     if A is not None and B is not None:
         views = [*pair.views_A(A), *pair.views_B(B)]
-        torch._foreach_mul_(views, [*unit.unbind(), *(1 / unit).unbind()])
+        of_A, of_B = unit.unbind(1) if unit.dim() == 2 else (unit, unit)
+        torch._foreach_mul_(views, [*of_A.unbind(), *(1 / of_B).unbind()])
 
 
-def is_identity(status: Tensor, scale: Tensor) -> Tensor:
-    """Whether S was I: a degenerate layer without a scale. Of the columns that `outcome` returns."""
-    return (status == DEGENERATE) & (scale == 1)
+def new_units(units: Tensor, phase: Tensor, found: Outcome, kept: bool = False) -> Tensor:
+    """By what to scale the gradients of A (and to divide those of B) for an optimizer whose state cannot be moved.
+
+    units: `[experts, 2]` of A and B, 0 for a factor that has had no gradient yet, which is none while the other is 0.
+    phase: `[experts]`, 1 where S was not I before. kept: whether this S serves later steps too, in which both factors
+    have gradients. Where S stops being I, a factor whose state is in the old unit of
+    gradients keeps it. The other has no unit to keep: that of a tiny c would leave it below Adam's eps.
+    """
+    still = (found.identity & (phase == 0))[:, None]
+    touched = torch.stack([found.norm_B > 0, found.norm_A > 0], -1) | kept
+    units = units.where(~still | (units > 0), touched.to(units))
+    leaving = (found.left & (phase == 0))[:, None]
+    return units.where(~leaving, (units * found.scale[:, None]).where(units > 0, 1.0))
 
 
 def multiply(views: Sequence[Tensor], matrices: Sequence[Tensor]) -> None:
@@ -166,7 +199,8 @@ def multiply(views: Sequence[Tensor], matrices: Sequence[Tensor]) -> None:
     for (_, dtype, _), (same, factors) in groups.items():
         top = torch.finfo(dtype).max
         stack, values = torch.stack(factors), torch.stack(same)
-        product = stack @ values.to(stack.dtype)
+        wide = torch.promote_types(stack.dtype, dtype)
+        product = stack.to(wide) @ values.to(wide)
         finite = values.isfinite().all(2).all(1)[:, None, None]
         torch._foreach_copy_(same, list(product.clamp(-top, top).where(finite, product).to(dtype).unbind()))
 

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 from .. import linalg
 from ..contract import DEGENERATE, LoRAPair, check_backend, check_precision, fail, local
 from ..diagnostics import Diagnostics, row_names
-from .pairs import PairOps, multiply, scale_sides
+from .pairs import Outcome, PairOps, multiply, scale_sides
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -40,11 +40,11 @@ class ShardedOps:
         """What the last call did, layer by layer; of those that it was about."""
         return self._inner.diagnostics() if self._inner else PairOps([]).diagnostics()
 
-    def outcome(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """STATUS and SCALE of the last call by pair, float64 `[experts]` each."""
+    def outcome(self) -> dict[int, Outcome]:
+        """Of the last call, by pair."""
         found = self._inner.outcome() if self._inner else {}
         return {
-            index: (torch.cat([found[row][0] for row in rows]), torch.cat([found[row][1] for row in rows]))
+            index: Outcome(*(torch.cat(columns) for columns in zip(*(found[row] for row in rows))))
             for index, rows in self._rows.items()
         }
 
@@ -92,7 +92,7 @@ class ShardedOps:
             _put_back(grad, side, whole)
 
     def scale_grads(self, index: int, unit: Tensor) -> None:
-        """`gA` times the unit, `gB` over it, `[experts]`."""
+        """`gA` times its unit, `gB` over its own, `[experts, 2]`."""
         pair = self.pairs[index]
         if pair.A.grad is not None and pair.B.grad is not None:
             scale_sides(pair, local(pair.A.grad), local(pair.B.grad), unit)
@@ -120,7 +120,7 @@ class ShardedOps:
             if index not in outcome:
                 roots.append(torch.ones(pair.experts, dtype=torch.float64, device=local(pair.A).device))
                 continue
-            status, scale = outcome[index]
+            status, scale = outcome[index].status, outcome[index].scale
             root = scale.sqrt()
             if pair.A.dtype in HALF:
                 root = torch.exp2(root.log2().round())  # exact

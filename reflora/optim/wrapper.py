@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from ..contract import SKIPPED, LoRAPair, PairLike, as_pairs, check_backend, check_count, check_precision, fail, local
 from ..diagnostics import Diagnostics
-from .pairs import is_identity, ops_of
+from .pairs import new_units, ops_of
 from .plain import watched
 from .state import PHASE, SAVED
 from .transport import StateMove, check_movable, movable
@@ -201,9 +201,9 @@ class Wrapped(Optimizer):
             kept.setdefault(self.pairs[i].A, {}).update(entries)
         if not movable(self.base):
             for i in chosen:
-                unit = kept.get(self.pairs[i].A, {}).get(UNIT, self.state.get(self.pairs[i].A, {}).get(UNIT))
-                if unit is not None:
-                    self._ops.scale_grads(i, unit)
+                units = kept.get(self.pairs[i].A, {}).get(UNIT, self.state.get(self.pairs[i].A, {}).get(UNIT))
+                if units is not None:
+                    self._ops.scale_grads(i, units.where(units > 0, 1.0))
         return kept
 
     def _identity(self, pair: LoRAPair) -> dict[str, Tensor]:
@@ -211,7 +211,7 @@ class Wrapped(Optimizer):
         factor = local(pair.A)
         kept = {PHASE: torch.zeros(pair.experts, device=factor.device)}
         if not movable(self.base):
-            kept[UNIT] = torch.ones(pair.experts, dtype=torch.float64, device=factor.device)
+            kept[UNIT] = torch.ones(pair.experts, 2, dtype=torch.float64, device=factor.device)
         if self.interval > 1:
             dtype = torch.float64 if factor.dtype == torch.float64 else torch.float32
             kept[SAVED] = torch.eye(pair.rank, dtype=dtype, device=factor.device).repeat(pair.experts, 2, 1, 1)
@@ -220,24 +220,23 @@ class Wrapped(Optimizer):
     def _change_units(self, unsettled: list[int]) -> dict[int, dict[str, Tensor]]:
         """Where a layer's S has just stopped being I: its state moved by c, or from now on its gradients by 1 / c.
 
-        Returns what is to be kept of these layers, `[experts]` each: reflora_phase, 1 where S is not I, and for a class
-        whose state cannot be moved reflora_unit, c. Reads one flag a layer from the device until that layer has left
-        I, nothing afterwards.
+        Returns what is to be kept of these layers: reflora_phase `[experts]`, 1 where S is not I, and for a class whose
+        state cannot be moved reflora_unit `[experts, 2]`, of `new_units`. Reads one flag a layer from the device until
+        that layer has left I, nothing afterwards.
         """
         if not unsettled:
             return {}
         outcome = self._ops.outcome()
         kept, units = {}, []
         for i in unsettled:
-            status, scale = outcome[i]
-            own = self.state.get(self.pairs[i].A, {})
-            before = own.get(PHASE, torch.zeros_like(status)).double()
-            after = before.where(status == SKIPPED, (~is_identity(status, scale)).double())
-            units.append(scale.where((after == 1) & (before == 0), 1.0))
+            found, own = outcome[i], self.state.get(self.pairs[i].A, {})
+            before = own.get(PHASE, torch.zeros_like(found.scale)).double()
+            after = before.where(found.status == SKIPPED, found.left.double())
+            units.append(found.scale.where((after == 1) & (before == 0), 1.0))
             kept[i] = {PHASE: after.float()}
             if not movable(self.base):
-                # before its first step there is no unit to keep
-                kept[i][UNIT] = own.get(UNIT, torch.ones_like(scale)) * (units[-1] if PHASE in own else 1.0)
+                own_units = own.get(UNIT, found.scale.new_zeros(len(before), 2))
+                kept[i][UNIT] = new_units(own_units, before, found, self.interval > 1)
             if after.all():
                 self._settled.add(i)
         if movable(self.base):

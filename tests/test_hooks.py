@@ -1,0 +1,151 @@
+"""GradientHooks in one process: RefLoRA's steps in front of an optimizer that knows nothing of it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+import reflora
+
+
+def build() -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(24, 20), nn.Tanh(), nn.Linear(20, 24))
+    return get_peft_model(net, LoraConfig(r=4, lora_alpha=8, target_modules=["0", "2"]))
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def factors(model: nn.Module, name: str) -> list[Tensor]:
+    return [p.detach() for path, p in model.named_parameters() if f"lora_{name}" in path]
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: range,
+    hooks: Any = None,
+    clip: float = 0.0,
+    slow: int = 1,
+) -> None:
+    """slow: steps over which the learning rate rises to its 1e-3, from 0."""
+    x, y = torch.randn(2, 64, 24, generator=torch.Generator().manual_seed(1)).to(next(model.parameters())).unbind()
+    for step in steps:
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * min(1.0, step / slow)
+        optimizer.zero_grad()
+        ((model(x) - y).square().sum() / 64).backward()
+        if clip:
+            nn.utils.clip_grad_norm_(trained(model), clip)
+        optimizer.step()
+        if hooks is not None:
+            hooks.refresh()
+
+
+def adamw(model: nn.Module, eps: float = 1e-8) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(trained(model), lr=1e-3, eps=eps)
+
+
+def test_without_following_the_steps_are_those_of_the_optimizer() -> None:
+    model, other = build().double(), build().double()
+    train(model, adamw(model, 1e-30), range(40), reflora.GradientHooks(model, follow=False), slow=10)
+    train(other, reflora.create_reflora_optimizer(other, lr=1e-3, eps=1e-30), range(40), slow=10)
+    for mine, wanted in zip(trained(model), trained(other)):
+        torch.testing.assert_close(mine, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_a_clipped_norm_leaves_both_factors_training() -> None:
+    """From B = 0 under a slow learning rate c grows a thousandfold: A stood still while the norm was all B's."""
+    moved = {}
+    for kind in ("optimizer", "hooks", "first c"):
+        model = build()
+        start = [A.clone() for A in factors(model, "A")]
+        if kind == "optimizer":
+            train(model, reflora.create_reflora_optimizer(model, lr=1e-3), range(300), clip=1.0, slow=150)
+        else:
+            hooks = reflora.GradientHooks(model, follow=kind == "hooks")
+            train(model, adamw(model), range(300), hooks, clip=1.0, slow=150)
+        moved[kind] = [float((A - old).norm()) for A, old in zip(factors(model, "A"), start)]
+    for ours, first, wanted in zip(moved["hooks"], moved["first c"], moved["optimizer"]):
+        assert 0.5 * wanted < ours < 2 * wanted and first < wanted / 10
+
+
+def test_a_factor_that_had_no_gradient_keeps_no_unit() -> None:
+    """A's gradients were scaled by the tiny c of the second step, and vanished in Adam's eps."""
+    model = build()
+    hooks = reflora.GradientHooks(model, follow=False)
+    train(model, adamw(model), range(20), hooks, slow=10**6)
+    for units in hooks.state_dict().values():
+        of_A, of_B, settled = units[0].tolist()
+        assert of_A == 1 and 0 < of_B < 1e-4 and settled == 1
+
+
+def test_a_stopped_run_goes_on_bit_for_bit() -> None:
+    model, straight = build(), build()
+    train(straight, adamw(straight), range(8), reflora.GradientHooks(straight))
+    optimizer, hooks = adamw(model), reflora.GradientHooks(model)
+    train(model, optimizer, range(4), hooks)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), hooks.state_dict()))
+    again = build()
+    again.load_state_dict(saved[0])
+    resumed, hooks = adamw(again), reflora.GradientHooks(again)
+    resumed.load_state_dict(saved[1])
+    hooks.load_state_dict(saved[2])
+    train(again, resumed, range(4, 8), hooks)
+    for mine, wanted in zip(trained(again), trained(straight)):
+        assert torch.equal(mine, wanted)
+    with pytest.raises(ValueError, match="expected the layers"):
+        hooks.load_state_dict({"another": torch.ones(1, 3)})
+
+
+def test_layers_are_named_alike_compiled_or_not() -> None:
+    model = build()
+    names = set(reflora.GradientHooks(model).state_dict())
+    assert set(reflora.GradientHooks(torch.compile(build())).state_dict()) == names  # type: ignore[arg-type]
+
+
+def test_a_second_set_of_hooks_is_refused() -> None:
+    model = build()
+    hooks = reflora.GradientHooks(model)
+    with pytest.raises(ValueError, match="a second set.*remove()"):
+        reflora.GradientHooks(model)
+    hooks.remove()
+    reflora.GradientHooks(model)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_copies_are_refused(copied: Any) -> None:
+    with pytest.raises(TypeError, match="over the copy"):
+        copied(reflora.GradientHooks(build()))
+
+
+def test_with_a_factor_frozen_the_other_takes_plain_steps() -> None:
+    model, plain = build(), build()
+    for one in (model, plain):
+        for B in factors(one, "B"):
+            B.normal_(generator=torch.Generator().manual_seed(3))
+    hooks = reflora.GradientHooks(model)
+    for one in (model, plain):
+        for name, param in one.named_parameters():
+            param.requires_grad_("lora_B" in name)
+    train(model, adamw(model), range(3), hooks)
+    train(plain, adamw(plain), range(3))
+    for mine, wanted in zip(trained(model), trained(plain)):
+        assert torch.equal(mine, wanted)
+
+
+def test_a_model_turned_to_float64_before_the_next_refresh() -> None:
+    model = build()
+    hooks = reflora.GradientHooks(model)
+    train(model, adamw(model), range(2), hooks)
+    model.double()
+    train(model, adamw(model), range(2, 4), hooks)
+    assert all(p.dtype == torch.float64 and p.isfinite().all() for p in trained(model))
