@@ -25,7 +25,7 @@ help:  ## this list
 test: lint pytest  ## lint and every test that needs no GPU
 
 pytest: $(BUILT)  ## the tests alone; ARGS= for pytest
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 soak: $(BUILT)  ## 20 000 steps a variant: drift, memory, host time; soak.csv under OUT
 	SOAK_OUT=$(OUT) OMP_NUM_THREADS=1 $(PY) -m pytest -m soak $(ARGS) tests/test_soak.py

@@ -158,11 +158,26 @@ def _check_shapes(pair: LoRAPair) -> None:
         fail(pair.name, expected, got, remedy)
     if min(A.numel(), B.numel()) == 0:
         fail(pair.name, "at least one element in A and B", got, "Leave empty factors out of the list.")
+    if layout.startswith("experts") and is_sharded(A):
+        _check_cut(pair)
     try:
         pair.views_A(A), pair.views_B(B)
     except RuntimeError:
         strides = f"strides {A.stride()} and {B.stride()}"
         fail(pair.name, "factors that can be viewed as matrices", strides, "Call .contiguous() on them first.")
+
+
+def _check_cut(pair: LoRAPair) -> None:
+    """Each process holds a part of every expert."""
+    if 3 in (pair.A.dim(), pair.B.dim()):
+        got = f"A {tuple(pair.A.shape)} and B {tuple(pair.B.shape)}"
+        remedy = "Keep them as A [E * r, n_in] and B [n_out, r * E]."
+        fail(pair.name, "sharded expert factors of two dimensions", got, remedy)
+    for side, tensor, dim in (("A", pair.A, 0), ("B", pair.B, 1)):
+        if pair.experts > 1 and any(placed.is_shard(dim) for placed in tensor.placements):  # type: ignore[attr-defined]
+            cut: Any = tensor.placements  # type: ignore[attr-defined]
+            remedy = "Shard A by columns: fully_shard(..., shard_placement_fn=reflora.shard_placement(model, n))."
+            fail(f"{pair.name}, {side}", "expert factors that are not cut across experts", cut, remedy)
 
 
 def check_disjoint(pairs: Sequence[LoRAPair]) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -79,18 +81,34 @@ def alone(variant: str, steps: int = 6, start: bool | str = True) -> dict[str, T
     return trained(model)
 
 
-def together(work: Callable[[int, Path], Any], *more: object) -> list[Any]:
-    """`work(rank, folder, *more)` in each of two processes that share a folder; what each returned."""
+Case = Callable[[int, Path], Any]
+
+
+def together(cases: Sequence[Case]) -> dict[str, list[Any]]:
+    """By name, what each of two processes returned of `case(rank, folder)`, one case after another.
+
+    A case that raises in both is its error; the later ones go on.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_enter, (work, folder, more), nprocs=WORLD)
-        return [torch.load(Path(folder) / f"result{rank}.pt", weights_only=False) for rank in range(WORLD)]
+        mp.spawn(_enter, (cases, folder), nprocs=WORLD)
+        results = [torch.load(Path(folder) / f"result{rank}.pt", weights_only=False) for rank in range(WORLD)]
+    return {case.__name__: [result[case.__name__] for result in results] for case in cases}
 
 
-def _enter(rank: int, work: Callable[..., Any], folder: str, more: tuple[object, ...]) -> None:
+def _enter(rank: int, cases: Sequence[Case], folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=timedelta(minutes=3)
+    )
+    found: dict[str, Any] = {}
     try:
-        torch.save(work(rank, Path(folder), *more), Path(folder) / f"result{rank}.pt")
+        for case in cases:
+            (Path(folder) / case.__name__).mkdir(exist_ok=True)
+            try:
+                found[case.__name__] = case(rank, Path(folder) / case.__name__)
+            except Exception:
+                found[case.__name__] = AssertionError(traceback.format_exc())
+        torch.save(found, Path(folder) / f"result{rank}.pt")
         dist.barrier()
     finally:
         dist.destroy_process_group()
@@ -137,6 +155,19 @@ def fsdp2(rank: int, folder: Path) -> dict[str, Any]:
     return found
 
 
+def experts_of(pair: reflora.LoRAPair, experts: int) -> list[reflora.LoRAPair]:
+    return [reflora.LoRAPair("experts", pair.A, pair.B, f"experts({experts})")]
+
+
+def stacked_experts() -> list[reflora.LoRAPair]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    A, B = (distribute_tensor(torch.randn(shape), mesh, [Shard(1)]) for shape in ((3, 2, 8), (8, 2, 3)))
+    return [reflora.LoRAPair("stack", A, B, "experts(3)")]
+
+
 def fsdp2_refusals(rank: int, folder: Path) -> dict[str, str]:
     model = sharded(False)
     pairs = reflora.find_pairs(model)
@@ -144,10 +175,13 @@ def fsdp2_refusals(rank: int, folder: Path) -> dict[str, str]:
     for name, call in {
         "RefLoRAAdamW": lambda: reflora.RefLoRAAdamW(model.parameters(), pairs=pairs),
         "refactor_": lambda: reflora.refactor_(pairs),
+        "options": lambda: reflora.create_reflora_optimizer(model, lr=1e-2, carry_grams=True),
+        "experts": lambda: reflora.wrap(torch.optim.AdamW)(model.parameters(), pairs=experts_of(pairs[1], 3)),
+        "stacked experts": lambda: reflora.wrap(torch.optim.AdamW)(model.parameters(), pairs=stacked_experts()),
     }.items():
         try:
             call()
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             found[name] = str(error)
     # a gradient that is not finite in one process is so in all
     optimizer = reflora.create_reflora_optimizer(model, lr=1e-2)
@@ -159,6 +193,21 @@ def fsdp2_refusals(rank: int, folder: Path) -> dict[str, str]:
     found["skipped"] = str(optimizer.skipped_steps)  # type: ignore[attr-defined]
     found["unchanged"] = str(all(torch.equal(a, b) for a, b in zip(before.values(), trained(model).values())))
     return found
+
+
+def fsdp2_refactorer(rank: int, folder: Path) -> dict[str, list[bool]]:
+    """Which layers' gradients the drop-in Refactorer changes where one of them is not finite in one process."""
+    model = sharded(True, start="gaussian")
+    pairs = reflora.find_pairs(model)
+    for pair in pairs:
+        pair.B.detach().to_local().normal_()  # type: ignore[attr-defined]
+    nn.functional.cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()
+    if rank == 0:
+        pairs[0].A.grad.to_local()[0, 0] = torch.nan  # type: ignore[union-attr]
+    before = [pair.B.grad.full_tensor().clone() for pair in pairs]  # type: ignore[union-attr]
+    reflora.Refactorer(model).dummy_step()
+    after = [pair.B.grad.full_tensor() for pair in pairs]  # type: ignore[union-attr]
+    return {"changed": [not torch.equal(a, b) for a, b in zip(before, after)]}
 
 
 def fsdp1(rank: int, folder: Path) -> dict[str, str]:

@@ -75,7 +75,7 @@ class Refactorer:
         if not self._due():
             return
         active = [pair.A.grad is not None and pair.B.grad is not None for pair in self.pairs]
-        self._ops.precondition(active, scalar=self.use_scalar)
+        self._ops.precondition(self._ops.with_finite_grads(active), scalar=self.use_scalar)
 
     @torch.no_grad()
     def step(self, optimizer: Optimizer) -> None:

@@ -17,6 +17,7 @@ from .peft import find_pairs
 
 # how torch's own AdamW computes, not what: RefLoRAAdamW is one fused call whatever they say
 _IMPLEMENTATIONS = ("fused", "foreach")
+OWN_OPTIONS = ("carry_grams", "check_grads", "state_dtype", "master_weights", "stochastic_rounding")
 
 
 def create_reflora_optimizer(
@@ -42,11 +43,15 @@ def create_reflora_optimizer(
 
     The other arguments are RefLoRAAdamW's. Parameters in no pair take plain steps. Raises as `find_pairs`, ValueError
     for a class whose closure is required or, with scalar=True, whose state cannot be moved, TypeError for no optimizer
-    class.
+    class, or for RefLoRAAdamW's own options where the model is sharded.
     """
     pairs = find_pairs(model)
     if any(is_sharded(pair.A) for pair in pairs) or _will_be_sharded():
         optimizer_cls = optimizer_cls or torch.optim.AdamW
+        own = sorted(set(OWN_OPTIONS) & kwargs.keys())
+        if own:
+            remedy = "FSDP2 is stepped by torch's AdamW with the preconditioning in front: leave them out."
+            fail("a sharded model", "none of RefLoRAAdamW's own options", ", ".join(own), remedy, TypeError)
     elif optimizer_cls is None or optimizer_cls is torch.optim.AdamW:
         optimizer_cls = RefLoRAAdamW
         kwargs = {name: value for name, value in kwargs.items() if name not in _IMPLEMENTATIONS}

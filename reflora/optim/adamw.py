@@ -156,6 +156,9 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
         if any(capturing(b.plan.device) and not b.stepped for b in bindings):
             remedy = "Take a step outside the graph first, two with carry_grams=True."
             fail("CUDA graph capture", "an optimizer that has taken a step", "none", remedy, RuntimeError)
+        if self._only_makes_state():
+            self._init_group()
+            return
         tables = [hyper_table(self.param_groups, binding.plan.device) for binding in bindings]
         strays = self._bind_pairs(slots)
         self._step_pairs(tables)
@@ -163,6 +166,13 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
             step_plain(self, [(p, LIKE_TORCH) for p in self._plain[number]], group)
             for p in strays.get(number, ()):
                 step_stray(self, p, self.storage, group, self.check_grads)
+
+    def _only_makes_state(self) -> bool:
+        """Whether this is the step without gradients that torch.distributed.checkpoint takes before it loads."""
+        if self.state or any(float(group["lr"]) for group in self.param_groups):
+            return False
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return bool(grads) and not any(bool(grad.any()) for grad in grads)
 
     def invalidate(self) -> None:
         """Forget carried Grams (carry_grams=True); for after a write to a factor that autograd does not see."""

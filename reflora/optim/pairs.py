@@ -82,9 +82,13 @@ class PairOps:
                 found.setdefault(indices[row.pair], []).append(columns)
         return {index: Outcome(*torch.stack(rows, 1)) for index, rows in found.items()}
 
-    def agree(self, flag: bool) -> bool:
+    def with_finite_grads(self, active: Sequence[bool]) -> list[bool]:
+        """Those that are to be asked for: of pairs held whole the kernels look themselves."""
+        return list(active)
+
+    def agree(self, finite: bool, moving: bool) -> tuple[bool, bool]:
         """Of one process."""
-        return flag
+        return finite, moving
 
     def precondition(self, active: Sequence[bool], scalar: bool = False) -> None:
         """`reflora.precondition_` of each active pair's `.grad`."""

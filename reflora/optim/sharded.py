@@ -33,8 +33,6 @@ class ShardedOps:
         self.pairs, self.backend, self.precision = list(pairs), backend, precision
         self._inner: PairOps | None = None
         self._rows: dict[int, list[int]] = {}
-        for pair in self.pairs:
-            _check_experts(pair)
 
     def diagnostics(self) -> Diagnostics:
         """What the last call did, layer by layer; of those that it was about."""
@@ -97,15 +95,25 @@ class ShardedOps:
         if pair.A.grad is not None and pair.B.grad is not None:
             scale_sides(pair, local(pair.A.grad), local(pair.B.grad), unit)
 
-    def agree(self, flag: bool) -> bool:
-        """Whether the flag is set in every process that holds a part of the pairs."""
+    def with_finite_grads(self, active: Sequence[bool]) -> list[bool]:
+        """The active pairs whose gradients are finite in every process; waits for the device."""
+        found = []
+        for pair, on in zip(self.pairs, active):
+            grads = [local(t.grad) for t in (pair.A, pair.B) if on and t.grad is not None]
+            bad = torch.stack([~grad.isfinite().all() for grad in grads]).any() if grads else torch.tensor(False)
+            found.append((pair, 1, bad.double().to(local(pair.A).device).view(1)))
+        return [on and not bool(bad) for on, bad in zip(active, _summed(found))]
+
+    def agree(self, finite: bool, moving: bool) -> tuple[bool, bool]:
+        """Whether it is finite in every process that holds a part of the pairs, and moving in any."""
+        votes: tuple[float, ...] = float(finite), float(not moving)
         # in the order of the pairs, which all processes share
         for mesh in dict.fromkeys(pair.A.device_mesh for pair in self.pairs if isinstance(pair.A, DTensor)):
             for dim in range(mesh.ndim):
-                vote = torch.tensor(float(flag), device=mesh.device_type)
+                vote = torch.tensor(votes, device=mesh.device_type)
                 dist.all_reduce(vote, dist.ReduceOp.MIN, group=mesh.get_group(dim))
-                flag = bool(vote)
-        return flag
+                votes = (*vote.tolist(),)
+        return bool(votes[0]), not votes[1]
 
     @torch.no_grad()
     def refactor(self, active: Sequence[bool], scalar: bool) -> list[Tensor]:
@@ -179,9 +187,3 @@ def _put_back(tensor: Tensor, dim: int, part: Tensor) -> None:
             part, tensor.device_mesh, wanted, run_check=False, shape=tensor.shape, stride=tensor.stride()
         )
         local(tensor).copy_(whole.redistribute(placements=tensor.placements).to_local())
-
-
-def _check_experts(pair: LoRAPair) -> None:
-    if pair.experts > 1 and isinstance(pair.A, DTensor) and any(p.is_shard(0) for p in pair.A.placements):
-        remedy = "Shard A along its columns: fully_shard(..., shard_placement_fn=reflora.shard_placement(model, n))."
-        fail(f"{pair.name}, A", "expert factors that are not cut across experts", pair.A.placements, remedy)

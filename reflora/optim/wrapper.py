@@ -99,6 +99,7 @@ class Wrapped(Optimizer):
             group[COUNTER], group[SKIPS] = 0, 0
         place = {param: number for number, param in enumerate(self._params())}
         self._places = [(place.get(pair.A), place.get(pair.B)) for pair in self.pairs]
+        assert self._ops  # now, for what it refuses
 
     @functools.cached_property
     def _ops(self) -> PairOps | ShardedOps:
@@ -135,16 +136,18 @@ class Wrapped(Optimizer):
             return loss
         active = self._active()
         grads = [local(t.grad) for p, on in zip(self.pairs, active) if on for t in (p.A, p.B) if t.grad is not None]
-        if not self._ops.agree(_finite(grads)):
+        finite, moving = self._ops.agree(*_norm(grads))
+        if not finite:
             self._count(SKIPS)
             return loss
         steps = self.param_groups[0].get(COUNTER, 0)
         if self.scalar:
-            if steps == 0 and self.warmup_steps == 0:
+            if steps == 0 and self.warmup_steps == 0 and moving:
                 self._refactor(active, with_grads=True)
             _unhooked_step(self.base)(self)
             after = steps + 1 - self.warmup_steps
-            if after >= 0 and after % self.interval == 0:
+            # without gradients this is a step that only makes state, as loaders take one
+            if after >= 0 and after % self.interval == 0 and moving:
                 self._refactor(active, with_grads=False)
         else:
             kept = self._precondition(active, steps)
@@ -152,6 +155,8 @@ class Wrapped(Optimizer):
             # only now: many optimizers take an empty state for the sign of a first step
             for param, entries in kept.items():
                 self.state[param].update(entries)
+            if kept:
+                self._hold_places()
         self._count(COUNTER)
         return loss
 
@@ -249,6 +254,12 @@ class Wrapped(Optimizer):
         roots = self._ops.refactor(active, scalar=True)
         move.apply([roots[i] for i in chosen])
 
+    def _hold_places(self) -> None:
+        """An entry for parameters that the base class keeps nothing for: checkpoints want all of them, or none."""
+        for param in self._params():
+            if param.grad is not None and not self.state.get(param):
+                self.state[param][PHASE] = torch.zeros(1, device=param.device)
+
     def _count(self, key: str) -> None:
         value = self.param_groups[0].get(key, 0) + 1
         for group in self.param_groups:
@@ -279,10 +290,14 @@ def scaler_found_inf(optimizer: Optimizer) -> bool:
     return found_inf is not None and bool(found_inf)
 
 
-def _finite(grads: list[Tensor]) -> bool:
+def _norm(grads: list[Tensor]) -> tuple[bool, bool]:
+    """Whether all are finite, and whether any is not zero."""
     grads = [grad for grad in grads if grad.numel()]  # of a sharded one this process may hold nothing
-    # the 2-norm is the fast one, but may overflow where every entry is finite
-    return not grads or any(bool(torch.nn.utils.get_total_norm(grads, order).isfinite()) for order in (2.0, math.inf))
+    norm = float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
+    if not math.isfinite(norm) or (grads and norm == 0):
+        # the 2-norm is the fast one, but may overflow, or vanish, where the largest entry does not
+        norm = float(torch.nn.utils.get_total_norm(grads, math.inf))
+    return math.isfinite(norm), norm > 0
 
 
 def _unhooked_step(base: type[Optimizer]) -> Callable[..., Any]:

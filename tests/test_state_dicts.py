@@ -1,0 +1,69 @@
+"""torch.distributed.checkpoint's state_dict functions, in one process: saved, loaded into new ones, on bit for bit."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_model_state_dict, set_optimizer_state_dict
+from wrapping import backward, make_pairs, targets
+
+import reflora
+
+
+def build() -> tuple[nn.Module, list[reflora.LoRAPair]]:
+    torch.manual_seed(0)
+    pairs = make_pairs(2)
+    model = nn.Module()
+    for index, pair in enumerate(pairs):
+        model.register_parameter(f"A{index}", pair.A)
+        model.register_parameter(f"B{index}", pair.B)
+    return model, pairs
+
+
+KINDS = {
+    "RefLoRAAdamW": (reflora.RefLoRAAdamW, {}),
+    "RefLoRAAdamW, scalar": (reflora.RefLoRAAdamW, {"scalar": True}),
+    "AdamW": (reflora.wrap(torch.optim.AdamW), {}),
+    "AdamW, scalar": (reflora.wrap(torch.optim.AdamW), {"scalar": True}),
+    "SGD": (reflora.wrap(torch.optim.SGD), {}),
+    "SGD with momentum, scalar": (reflora.wrap(torch.optim.SGD), {"momentum": 0.9, "scalar": True}),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"interval": 2}, {"warmup_steps": 2}], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loaded_run_goes_on_bit_for_bit(kind: str, options: dict[str, Any]) -> None:
+    """Weights first: before it loads, torch takes a step of zero gradients, which RefLoRA-S refactored them in."""
+    cls, more = KINDS[kind]
+    model, pairs = build()
+    goals = targets(pairs)
+    optimizer = cls(model.parameters(), pairs=pairs, lr=1e-2, **more, **options)
+    for _ in range(3):
+        backward(pairs, goals), optimizer.step()
+    weights, state = copy.deepcopy(get_state_dict(model, optimizer))
+    again, others = build()
+    resumed = cls(again.parameters(), pairs=others, lr=1e-2, **more, **options)
+    set_model_state_dict(again, weights)
+    set_optimizer_state_dict(again, resumed, state)
+    for mine, wanted in zip(again.parameters(), model.parameters()):
+        assert torch.equal(mine, wanted)
+    for _ in range(3):
+        backward(pairs, goals), optimizer.step()
+        backward(others, goals), resumed.step()
+    for mine, wanted in zip(again.parameters(), model.parameters()):
+        assert torch.equal(mine, wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_first_step_at_learning_rate_zero_is_a_step(kind: str) -> None:
+    """As schedules with a warm-up begin: the moments are filled."""
+    cls, more = KINDS[kind]
+    model, pairs = build()
+    optimizer = cls(model.parameters(), pairs=pairs, lr=0.0, **more)
+    goals = targets(pairs)
+    backward(pairs, goals), optimizer.step()
+    assert optimizer.diagnostics().refactored > 0
