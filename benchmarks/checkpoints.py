@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pickle
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +52,10 @@ class Checkpoint:
         """
         if not self.path.exists():
             return
-        content: dict[str, Any] = torch.load(self.path, map_location=run.device, weights_only=True)
+        try:
+            content: dict[str, Any] = torch.load(self.path, map_location=run.device, weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{self.path}: expected a checkpoint, got a damaged file. Remove it.") from error
         own, stored = _trainable(run), content["weights"]
         if {name: w.shape for name, w in own.items()} != {name: w.shape for name, w in stored.items()}:
             raise ValueError(f"{self.path}: expected the trainable weights of this run, got others. Remove the file.")
@@ -61,6 +67,24 @@ class Checkpoint:
         if content["random_cuda"] is not None:
             torch.cuda.set_rng_state(content["random_cuda"].cpu(), run.device)
         run.losses[:], run.seconds = content["losses"], content["seconds"]
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """While this program writes into it. Raises BlockingIOError, an OSError, where another one does."""
+    try:
+        import fcntl
+    except ImportError:  # no POSIX system: on trust
+        yield
+        return
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(
+                f"{folder}: another program makes this run. Wait, or choose another --out."
+            ) from error
+        yield
 
 
 def _trainable(run: Trained) -> dict[str, torch.Tensor]:

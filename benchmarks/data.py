@@ -79,12 +79,23 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """train and eval examples, and the number of classes (1: a regression)."""
+    """train and eval examples, the number of classes (1: a regression), and the kind of model that it is for."""
 
     name: str
     train: list[Example]
     eval: list[Example]
     classes: int
+    kind: str = "text"
+
+
+def digest(*parts: Iterable[Any]) -> str:
+    """Of examples, in their order: short, and another one wherever a text or a label is."""
+    made = hashlib.sha256()
+    for part in parts:
+        for item in part:
+            made.update(repr(item).encode())
+        made.update(b"\0")
+    return made.hexdigest()[:12]
 
 
 def drawn(items: Sequence[Any], count: int | None) -> list[Any]:

@@ -70,10 +70,14 @@ class Trained:
         return all(map(math.isfinite, self.losses)) and all(bool(p.isfinite().all()) for p in weights)
 
 
-def build(recipe: Recipe, classes: int, device: torch.device, backend: str | None = None) -> Trained:
-    """The model and its optimizer before the first step."""
+def build(
+    recipe: Recipe, classes: int, device: torch.device, backend: str | None = None, kind: str = "text"
+) -> Trained:
+    """The model and its optimizer before the first step. Raises ValueError for a model of another kind."""
     preset = models.preset(recipe.model)
     loaded = models.load(recipe.model, classes, device, recipe.seed, preset.dtype, preset.checkpointing, trained=True)
+    if loaded.kind != kind:
+        raise ValueError(f"--model: expected a {kind} model, got {recipe.model}, a model of {loaded.kind} kind.")
     targets = tuple(recipe.targets.split(",")) if recipe.targets else preset.targets
     adapter = variants.Adapter(recipe.rank, recipe.alpha, targets, recipe.seed, recipe.steps, recipe.lora_dropout)
     method = methods.METHODS[recipe.method]
@@ -104,7 +108,7 @@ def train(
 
     checkpoint: where the run is kept, and goes on from if it is there. micro_batch: most examples in memory at once.
     """
-    run = build(recipe, task.classes, device, backend)
+    run = build(recipe, task.classes, device, backend, task.kind)
     torch.manual_seed(recipe.seed)
     if checkpoint:
         checkpoint.load(run)
@@ -146,9 +150,15 @@ def _rate(recipe: Recipe, step: int) -> float:
 
 
 def _set_dropout(model: nn.Module, rate: float | None) -> None:
-    """The dropout in front of the classification head, which transformers keeps at the top of the model."""
+    """The dropout in front of the classification head: at the top of the model, or in the head (RoBERTa's)."""
     for path, module in model.named_modules():
-        if rate is not None and isinstance(module, nn.Dropout) and path.removeprefix("base_model.model.") == "dropout":
+        *above, name = path.removeprefix("base_model.model.").split(".")
+        if (
+            rate is not None
+            and isinstance(module, nn.Dropout)
+            and name == "dropout"
+            and above[:1] in ([], ["classifier"])
+        ):
             module.p = rate
 
 
@@ -204,12 +214,15 @@ def series(
 ) -> list[dict[str, Any]]:
     """The runs of `keys`, those made that the record lacks, with a progress bar over all."""
     found = record.find(keys)
-    for turn in harness.progress(range(len(keys)), label):
-        # looked up again: another process may have made it by now
-        if found[turn] is None and (new := record.find(keys[turn : turn + 1])[0]) is not None:
-            found[turn] = new
-        if found[turn] is None:
-            found[turn] = record.add({**keys[turn], **make(keys[turn])})
+    try:
+        for turn in harness.progress(range(len(keys)), label):
+            # looked up again: another process may have made it by now
+            if found[turn] is None and (new := record.find(keys[turn : turn + 1])[0]) is not None:
+                found[turn] = new
+            if found[turn] is None:
+                found[turn] = record.add({**keys[turn], **make(keys[turn])})
+    except KeyboardInterrupt:
+        raise SystemExit(f"\nstopped; the same command goes on from {record.path}") from None
     return [run for run in found if run is not None]
 
 

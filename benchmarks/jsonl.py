@@ -12,9 +12,19 @@ from typing import Any
 def read(path: Path) -> Iterator[dict[str, Any]]:
     """Every whole line; one that was cut off while it was written counts for nothing. None where there is no file."""
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(json.JSONDecodeError):
-                yield json.loads(line)
+                found = json.loads(line)
+                if isinstance(found, dict):
+                    yield found
+
+
+def other_content(path: Path) -> bool:
+    """Whether there is a file that is none of these."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(1) not in (b"", b"{", b"\n")
 
 
 def append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:

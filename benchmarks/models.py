@@ -119,6 +119,8 @@ def load(
     do. Raises OSError for a model that cannot be had.
     """
     torch.manual_seed(seed)
+    if trained and name in _LLAMA:
+        raise OSError(f"--model: expected trained weights, got {name}, whose shape alone is known. Pass a folder.")
     model, tokenizer, kind, weights = _base(name, classes, device, dtype)
     if trained and weights != "pretrained":
         raise OSError(f"--model: expected trained weights of {name}, got {weights}. Pass a folder, or go online.")

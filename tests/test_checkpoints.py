@@ -69,6 +69,14 @@ def test_checkpoint_of_another_model_is_refused(tiny: None, tmp_path: Path) -> N
         finetuning.train(recipe("dora", 2), TASK, CPU, checkpoint=kept)
 
 
+def test_damaged_checkpoint_is_named(tiny: None, tmp_path: Path) -> None:
+    kept = checkpoints.Checkpoint(tmp_path / "c.pt", 1)
+    finetuning.train(recipe("lora", 1), TASK, CPU, checkpoint=kept)
+    kept.path.write_bytes(kept.path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"c.pt: expected a checkpoint, got a damaged file. Remove it."):
+        finetuning.train(recipe("lora", 2), TASK, CPU, checkpoint=kept)
+
+
 def test_parts_of_a_batch_add_up(tiny: None) -> None:
     whole = finetuning.train(recipe("lora", 3), TASK, CPU)
     parts = [finetuning.train(recipe("lora", 3), TASK, CPU, micro_batch=most) for most in (4, 5)]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_models import save_causal
 
-from benchmarks import finetuning, generation, jsonl, models
+from benchmarks import checkpoints, finetuning, generation, jsonl, models
 from benchmarks.paper import commonsense, commonsense_tasks
 from benchmarks.paper.commonsense_tasks import TASKS
 
@@ -159,7 +159,7 @@ def test_stopped_in_training_and_in_a_test_set_it_ends_as_if_it_never_had_been(
             raise KeyboardInterrupt
         return backward(*given)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="goes on"):
         patch.setattr(finetuning, "_backward", stop_at_third)
         commonsense.main(stopped)
     assert not (tmp_path / "stopped" / "runs.jsonl").exists()
@@ -172,7 +172,7 @@ def test_stopped_in_training_and_in_a_test_set_it_ends_as_if_it_never_had_been(
         asked.extend(map(str, inputs["input_ids"].tolist()))
         return generate(model, inputs, *given)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="goes on"):
         patch.setattr(generation, "_generate", stop_at_tenth)
         commonsense.main(stopped)
     assert calls == 3  # the first two steps were kept
@@ -237,6 +237,7 @@ def test_papers_averages_come_out_of_its_columns() -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--methods", "lora", "pissa"], "--methods: expected methods that train an adapter alone, got pissa"),
         (["--beams", "0"], "--beams: expected at least 1, got 0"),
         (["--lrs", "nan"], "--lrs: expected positive numbers"),
         (["--targets", "q_proj,w_proj"], "got 'w_proj', which no layer has"),
@@ -256,6 +257,19 @@ def test_bad_options_are_one_line(
 def test_model_that_is_not_causal_is_refused(root: Path, tmp_path: Path, tiny: None) -> None:
     with pytest.raises(SystemExit, match="causal"):
         commonsense.main(arguments(root, Path("minilm"), tmp_path, "--methods", "lora"))
+
+
+def test_a_run_that_another_program_makes_is_left_to_it(tmp_path: Path) -> None:
+    first = checkpoints.alone(tmp_path)
+    with first, pytest.raises(OSError, match="another program makes this run"), checkpoints.alone(tmp_path):
+        pass
+    with checkpoints.alone(tmp_path):
+        pass
+
+
+def test_a_set_without_a_train_file_is_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    commonsense_tasks.training_texts(root, list(TASKS), "")
+    assert "no train file in" in capsys.readouterr().err
 
 
 def test_rows_of_another_layout_are_refused(tmp_path: Path) -> None:

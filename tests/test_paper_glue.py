@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_benchmarks import write_rows
+from tiny_models import SIZE, save_causal
 
-from benchmarks import data, finetuning
+from benchmarks import data, finetuning, jsonl
 from benchmarks.paper import convergence, glue, glue_tasks, tables, tuning
 
 CPU = torch.device("cpu")
@@ -119,6 +121,52 @@ def test_other_dev_rows_are_another_run_and_repeats_are_one(
     assert ": 1 runs" in capsys.readouterr().out
     glue.main([*some, *size])
     assert [json.loads(line)["eval_rows"] for line in out.read_text().splitlines()] == [4, 12]
+
+
+def test_other_texts_are_another_run(tiny: None, root: Path, tmp_path: Path) -> None:
+    """Of the same number of rows: a line of the file stood for whatever the data had become."""
+    out = tmp_path / "runs.jsonl"
+    copied = Path(shutil.copytree(root, tmp_path / "copy"))
+    size = ["--steps", "2", "--batch", "4", "--rank", "2", "--device", "cpu", "--out", str(out), "--tasks", "cola"]
+    some = ["--data", str(copied), "--methods", "lora", "--seeds", "0", "--lrs", "1e-3", *size]
+    glue.main(some)
+    write_rows(copied / "cola" / "train.jsonl.gz", [{**row, "sentence1": "else"} for row in ROWS["cola"]])  # type: ignore[arg-type,dict-item]
+    glue.main(some)
+    glue.main(some)
+    runs = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(runs) == 2 and runs[0]["rows"] == runs[1]["rows"]
+
+
+def test_stopped_by_hand_it_says_where_it_goes_on(tmp_path: Path) -> None:
+    def interrupted(_: object) -> dict[str, float]:
+        raise KeyboardInterrupt
+
+    record = finetuning.Record(tmp_path / "runs.jsonl", {"cpu": "x"})
+    with pytest.raises(SystemExit, match="stopped; the same command goes on from .*runs.jsonl"):
+        finetuning.series(record, [{"seed": 0}], interrupted, "runs")
+
+
+@pytest.mark.parametrize("content", [b"\x89PNG\xff\xfe", b"commit,lr\n1,2\n"])
+def test_a_file_of_something_else_is_left_alone(
+    content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "figure"
+    other.write_bytes(content)
+    with pytest.raises(SystemExit):
+        glue.parse(["--data", "x", "--out", str(other)])
+    assert "--out: expected a file of JSON lines, or none yet" in capsys.readouterr().err
+    other.write_bytes(b'{"seed": 1}\n[2]\n\xff\n')
+    assert list(jsonl.read(other)) == [{"seed": 1}]
+
+
+def test_dropout_of_the_head_is_set_wherever_it_is() -> None:
+    import transformers
+
+    config = transformers.RobertaConfig(**SIZE, vocab_size=50, num_labels=2)
+    model = transformers.RobertaForSequenceClassification(config)
+    inner = model.roberta.embeddings.dropout.p
+    finetuning._set_dropout(model, 0.35)
+    assert model.classifier.dropout.p == 0.35 and model.roberta.embeddings.dropout.p == inner != 0.35
 
 
 def test_papers_averages_come_out_of_its_columns() -> None:
@@ -258,3 +306,13 @@ def test_a_model_without_its_weights_is_refused(root: Path, tmp_path: Path, tiny
     size = ["--steps", "1", "--batch", "2", "--tasks", "cola", "--out", str(tmp_path / "runs.jsonl"), "--device", "cpu"]
     with pytest.raises(SystemExit, match="--model: expected trained weights of deberta-v3-base, got random weights"):
         glue.main(["--data", str(root), "--model", "deberta-v3-base", *size])
+    with pytest.raises(SystemExit, match="--model: expected trained weights, got llama2-7b"):
+        glue.main(["--data", str(root), "--model", "llama2-7b", *size])
+
+
+def test_a_model_of_another_kind_is_refused(root: Path, tmp_path: Path) -> None:
+    texts = ["some words", "and others"]
+    causal = save_causal(tmp_path / "model", texts)
+    size = ["--steps", "1", "--batch", "2", "--tasks", "cola", "--out", str(tmp_path / "runs.jsonl"), "--device", "cpu"]
+    with pytest.raises(SystemExit, match="--model: expected a text model, got .* of causal kind"):
+        glue.main(["--data", str(root), "--model", str(causal), *size])

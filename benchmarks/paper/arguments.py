@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .. import harness, methods
+from .. import harness, jsonl, methods
 
 
 def parser(program: str, summary: str, chosen: Sequence[str]) -> argparse.ArgumentParser:
@@ -56,9 +56,17 @@ def check(made: argparse.ArgumentParser, chosen: argparse.Namespace, counts: Seq
         made.error(f"--plain-steps: expected at least 0, got {chosen.plain_steps}")
 
 
+def environment(chosen: argparse.Namespace) -> dict[str, str]:
+    """harness.environment of these options."""
+    env = harness.environment(torch.device(chosen.device), torch.float32)
+    return {**env, "dtype": "float32, autocast to bfloat16"} if chosen.bfloat16 else env
+
+
 def check_file(made: argparse.ArgumentParser, out: Path) -> None:
     if out.is_dir():
         made.error(f"--out: expected a file of JSON lines, got the folder {out}")
+    if jsonl.other_content(out):
+        made.error(f"--out: expected a file of JSON lines, or none yet, got {out}")
     harness.make_folder(made, out.parent, out)
 
 

@@ -25,6 +25,10 @@ from .commonsense_tasks import PAPER, TARGETS, TASKS, Question
 METHODS = ("lora", "preclora", "nora+", "dora", "reflora", "reflora-s")
 EPOCHS, LR_WARMUP, DROPOUT = 2, 100, 0.05
 LOSS_WINDOW = 20
+# base weights are trained, or changed as PiSSA does: what would be saved is no adapter of the base model
+NO_ADAPTER = ("full", "bitfit", "pissa")
+# a stopped training begins anew: AdaLoRA's ranks and the published hooks are in no optimizer's state
+NOT_KEPT = ("adalora", "published", "published-s")
 Tests = Mapping[str, Sequence[Question]]
 
 
@@ -44,6 +48,13 @@ def run(options: argparse.Namespace, train: data.Task, tests: Tests, key: Mappin
     tidy(options)
     folder = options.out / name_of(key)
     folder.mkdir(parents=True, exist_ok=True)
+    with checkpoints.alone(folder):
+        return make(options, train, tests, key, folder)
+
+
+def make(
+    options: argparse.Namespace, train: data.Task, tests: Tests, key: Mapping[str, Any], folder: Path
+) -> dict[str, Any]:
     kept = checkpoints.Checkpoint(folder / "checkpoint.pt", options.checkpoint_every)
     bar = harness.bar(key["steps"], f"{folder.name}: train")
 
@@ -52,7 +63,8 @@ def run(options: argparse.Namespace, train: data.Task, tests: Tests, key: Mappin
 
     device = torch.device(options.device)
     made = finetuning.recipe_of(key)
-    trained = finetuning.train(made, train, device, options.backend, watch, kept, options.micro_batch)
+    checkpoint = kept if made.method not in NOT_KEPT else None
+    trained = finetuning.train(made, train, device, options.backend, watch, checkpoint, options.micro_batch)
     bar.close()
     scores = {name: test(options, trained, folder, name, questions) for name, questions in tests.items()}
     trained.model.save_pretrained(str(folder / "adapter"))  # type: ignore[operator]
@@ -143,6 +155,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options.alpha = 2 * options.rank if options.alpha is None else options.alpha
     if options.data is None and not options.table:
         made.error("--data: expected a folder with commonsense_170k.json or train files, and the eight test sets")
+    for name in set(options.methods) & set(NO_ADAPTER):
+        made.error(f"--methods: expected methods that train an adapter alone, got {name}")
     arguments.check(made, options, ("micro_batch", "checkpoint_every", "eval_batch", "beams", "new_tokens"))
     arguments.check_rates(made, "--lrs", options.lrs)
     harness.make_folder(made, options.out, options.out)
@@ -156,7 +170,7 @@ def load(options: argparse.Namespace, end: str) -> tuple[data.Task, dict[str, Se
     tests = {name: data.drawn(TASKS[name].questions(root), options.eval_rows) for name in options.tasks}
     if len(texts) < options.batch:
         raise ValueError(f"--batch: expected at most the {len(texts)} training texts, got {options.batch}.")
-    return data.Task("commonsense", texts, [], 1), tests
+    return data.Task("commonsense", texts, [], 1, "causal"), tests
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -180,6 +194,7 @@ def series(options: argparse.Namespace, record: finetuning.Record) -> list[dict[
     train, tests = load(options, models.end_of_text(hub_id(options)))
     asked = {name: getattr(options, name) for name in ("beams", "new_tokens")}
     asked["questions"] = {name: len(questions) for name, questions in tests.items()}
+    asked["data"] = data.digest(train.train, *tests.values())
     epochs = {} if options.steps else {"epochs": EPOCHS}
 
     def key(task: str, method: str, lr: float, seed: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,8 @@ def training_texts(root: Path, names: Sequence[str], end: str) -> list[data.Exam
             folder = TASKS[name].folder(root)
             if any(folder.glob("train.*")):  # one set has none in some collections
                 found += rows(folder, ("train",))
+            else:
+                print(f"no train file in {folder}: training is on the other sets", file=sys.stderr)
     if not found:
         raise FileNotFoundError(f"--data: expected {TRAIN_FILES[0]}.json or train files in {root}, found none.")
     return [data.Example(prompt(row) + row["output"] + end, 0) for row in found]

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .. import drawing, figures, finetuning, harness, methods
+from .. import data, drawing, figures, finetuning, methods
 from . import arguments, glue, glue_tasks, tuning
 from .glue_tasks import TASKS
 
@@ -100,11 +100,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         chosen = rates(options)
     except (OSError, ValueError) as error:
         raise SystemExit(f"convergence: {error}") from error
-    record = finetuning.Record(options.out, harness.environment(torch.device(options.device), torch.float32))
-    keys = [
-        finetuning.key(options.task, glue.recipe(options, options.task, len(task.train), method, chosen[method], seed))
-        for seed, method in itertools.product(options.seeds, options.methods)
-    ]
+    record = finetuning.Record(options.out, arguments.environment(options))
+    digest = data.digest(task.train)
+
+    def key(seed: int, method: str) -> dict[str, Any]:
+        recipe = glue.recipe(options, options.task, len(task.train), method, chosen[method], seed)
+        return {**finetuning.key(options.task, recipe), "data": digest}
+
+    keys = list(itertools.starmap(key, itertools.product(options.seeds, options.methods)))
 
     def make(key: Mapping[str, Any]) -> dict[str, Any]:
         run = finetuning.train(finetuning.recipe_of(key), task, torch.device(options.device), options.backend)

@@ -118,7 +118,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
-    record = finetuning.Record(options.out, harness.environment(torch.device(options.device), torch.float32))
+    record = finetuning.Record(options.out, arguments.environment(options))
     asked = [
         run
         for run in record.runs()
@@ -136,11 +136,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def series(options: argparse.Namespace, record: finetuning.Record) -> list[dict[str, Any]]:
     tasks = {name: load(options, name) for name in options.tasks}
+    digests = {name: data.digest(task.train, task.eval) for name, task in tasks.items()}
 
     def key(task: str, method: str, lr: float, seed: int) -> dict[str, Any]:
         made = recipe(options, task, len(tasks[task].train), method, lr, seed)
         epochs = {} if options.steps else {"epochs": TASKS[task].epochs}
-        return {**finetuning.key(task, made), **epochs, "eval_rows": len(tasks[task].eval)}
+        return {**finetuning.key(task, made), **epochs, "eval_rows": len(tasks[task].eval), "data": digests[task]}
 
     print(harness.header(record.env), flush=True)
     names = options.tasks, options.methods, options.lrs, options.seeds
