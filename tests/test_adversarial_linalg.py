@@ -1,4 +1,4 @@
-"""eigh, polar and geometric_mean of every order up to 130, on the matrices that break solvers, several kinds a batch."""
+"""eigh, polar and geometric_mean of every order up to 130, on matrices that break solvers, several kinds a batch."""
 
 from __future__ import annotations
 
