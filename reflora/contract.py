@@ -26,6 +26,12 @@ KAPPA_MAX = {"float64": 1e6, "float32": 1e4}
 REFACTORED, DEGENERATE, SKIPPED, PLAIN = 0, 1, 2, 3
 
 
+NO_GRADIENT = (
+    "no LoRA pair has a gradient in this step: nothing is trained. Was the model sharded, or its parameters replaced, "
+    "after the optimizer was made? Does a checkpointed block get inputs without one (enable_input_require_grads)?"
+)
+
+
 def fail(what: str, expected: object, got: object, remedy: str, error: type[Exception] = ValueError) -> NoReturn:
     """Raise `error` with the one wording every error of this package has."""
     raise error(f"{what}: expected {expected}, got {got}. {remedy}")
@@ -176,8 +182,19 @@ def _check_cut(pair: LoRAPair) -> None:
     for side, tensor, dim in (("A", pair.A, 0), ("B", pair.B, 1)):
         if pair.experts > 1 and any(placed.is_shard(dim) for placed in tensor.placements):  # type: ignore[attr-defined]
             cut: Any = tensor.placements  # type: ignore[attr-defined]
-            remedy = "Shard A by columns: fully_shard(..., shard_placement_fn=reflora.shard_placement(model, n))."
+            remedy = (
+                "Shard A by columns, fully_shard(..., shard_placement_fn=reflora.shard_placement(model, n)), where n "
+                "divides n_in; leave other layers whole (ignored_params=)."
+            )
             fail(f"{pair.name}, {side}", "expert factors that are not cut across experts", cut, remedy)
+
+
+def check_unhooked(pairs: Iterable[LoRAPair]) -> None:
+    """Raises ValueError where GradientHooks precondition already: S would be applied twice."""
+    for pair in pairs:
+        if any(getattr(hook, "preconditions", False) for hook in (pair.A._backward_hooks or {}).values()):
+            remedy = "Call their remove() first: S would be applied twice."
+            fail(pair.name, "gradients that nothing preconditions yet", "reflora.GradientHooks on the model", remedy)
 
 
 def check_disjoint(pairs: Sequence[LoRAPair]) -> None:

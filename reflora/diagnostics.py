@@ -90,6 +90,15 @@ class Diagnostics:
         )
 
 
+def uniform(pairs: Sequence[LoRAPair], status: int) -> Diagnostics:
+    """Of a step that did the same with every layer and measured none: it was skipped, or not taken."""
+    names = row_names(pairs)
+    device = pairs[0].A.device if pairs else None
+    results = torch.full((len(names), col.REPORTED), torch.nan, dtype=torch.float64, device=device)
+    results[:, col.STATUS] = status
+    return Diagnostics(names, [results], list(range(len(names))))
+
+
 def diagnose(
     pairs: Sequence[LoRAPair], indices: list[list[int]], plans: list[Plan], results: list[Tensor]
 ) -> Diagnostics:

@@ -112,11 +112,36 @@ def test_layers_are_named_alike_compiled_or_not() -> None:
     assert set(reflora.GradientHooks(torch.compile(build())).state_dict()) == names  # type: ignore[arg-type]
 
 
-def test_a_second_set_of_hooks_is_refused() -> None:
+@pytest.mark.parametrize("cls", [None, torch.optim.SGD])
+def test_hooks_under_an_optimizer_that_preconditions_are_refused_at_its_first_step(cls: Any) -> None:
+    model = build()
+    optimizer = reflora.create_reflora_optimizer(model, cls, lr=1e-3)
+    reflora.GradientHooks(model)
+    before = [p.detach().clone() for p in trained(model)]
+    with pytest.raises(ValueError, match="S would be applied twice"):
+        train(model, optimizer, range(1))
+    assert all(torch.equal(p, old) for p, old in zip(trained(model), before))
+
+
+def test_a_refactorer_on_an_optimizer_that_refactors_is_refused() -> None:
+    for cls in (None, torch.optim.SGD):
+        model = build()
+        optimizer = reflora.create_reflora_optimizer(model, cls, lr=1e-3)
+        with pytest.raises(ValueError, match="expected one that does not refactor by itself"):
+            reflora.Refactorer(model).integrate_into_optimizer(optimizer)
+
+
+def test_s_is_applied_once() -> None:
     model = build()
     hooks = reflora.GradientHooks(model)
-    with pytest.raises(ValueError, match="a second set.*remove()"):
-        reflora.GradientHooks(model)
+    for again in (
+        reflora.GradientHooks,
+        reflora.Refactorer,
+        lambda m: reflora.create_reflora_optimizer(m, lr=1e-3),
+        lambda m: reflora.create_reflora_optimizer(m, torch.optim.SGD, lr=1e-3),
+    ):
+        with pytest.raises(ValueError, match=r"GradientHooks on the model. Call their remove\(\) first"):
+            again(model)
     hooks.remove()
     reflora.GradientHooks(model)
 

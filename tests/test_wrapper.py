@@ -178,8 +178,13 @@ def test_a_non_finite_gradient_skips_the_whole_step():
     optimizer.step()
     assert all(map(torch.equal, factors(pairs), before[0])) and torch.equal(pairs[0].A.grad, gradient)
     assert optimizer.skipped_steps == 1 and optimizer.param_groups[0]["reflora_steps"] == 1
+    report = optimizer.diagnostics()
+    assert report.skipped == len(report.names) == 8 and report.refactored == 0
     for key, state in optimizer.state_dict()["state"].items():
         assert all(torch.equal(state[name], value) for name, value in before[1]["state"][key].items())
+    backward(pairs, goals)
+    optimizer.step()
+    assert optimizer.diagnostics().refactored == 8
 
 
 @pytest.mark.parametrize("interval", [1, 2])
@@ -360,6 +365,14 @@ def test_parameters_that_are_swapped_one_by_one_are_followed():
     optimizer.param_groups[0]["params"] = [nn.Parameter(torch.cat([t.detach().flatten() for t in factors(swapped)]))]
     with pytest.raises(RuntimeError, match="flatten or replace parameters"):
         optimizer.step()
+
+
+def test_a_step_without_any_gradient_is_told_of():
+    """As of an optimizer whose parameters are no longer the model's."""
+    pairs = make_pairs()
+    for optimizer in (reflora.RefLoRAAdamW(factors(pairs), pairs=pairs), wrap(torch.optim.SGD, pairs)):
+        with pytest.warns(UserWarning, match="no LoRA pair has a gradient"):
+            optimizer.step()
 
 
 def test_matrices_of_two_types_multiply():

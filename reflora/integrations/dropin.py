@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..contract import check_count, fail
+from ..contract import check_count, check_unhooked, fail
 from ..diagnostics import Diagnostics
+from ..optim.adamw import RefLoRAAdamW
 from ..optim.pairs import ops_of
 from ..optim.transport import StateMove
-from ..optim.wrapper import FLATTENED, scaler_found_inf
+from ..optim.wrapper import FLATTENED, Wrapped, scaler_found_inf
 from .peft import Site, find_sites
 
 SKIP_STEPS = "reflora_skip_steps"
@@ -46,6 +47,7 @@ class Refactorer:
         sites = find_sites(model)
         self.pairs = [site.pair for site in sites]
         self.lora_weights = [(pair.A, pair.B) for pair in self.pairs]
+        check_unhooked(self.pairs)
         self._ops = ops_of(self.pairs)
         self._optimizer: Optimizer | None = None
         self._skip_steps = warmup_steps
@@ -93,12 +95,16 @@ class Refactorer:
         """Register the hooks that refactor around each `optimizer.step()`; once for an optimizer.
 
         use_scalar without a warm-up refactors at once. A state_dict loaded before the first step takes that back, since
-        it belongs to the factors as they were saved. Raises RuntimeError for an optimizer that steps none of the pairs.
+        it belongs to the factors as they were saved. Raises RuntimeError for an optimizer that steps none of the pairs,
+        ValueError for one that does all this by itself.
         """
         for handle in self._handles:
             handle.remove()
         self._optimizer = optimizer
         self._check_members(optimizer)
+        if isinstance(optimizer, (RefLoRAAdamW, Wrapped)):
+            remedy = "It needs no Refactorer, and a Refactorer wants a plain one, such as torch.optim.AdamW."
+            fail("optimizer", "one that does not refactor by itself", type(optimizer).__name__, remedy)
         self.skip_steps = self.warmup_steps
         self._depth, self._written = 0, []
         self._handles = [

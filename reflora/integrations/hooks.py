@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..contract import fail, is_sharded
+from ..contract import check_unhooked, fail, is_sharded
 from ..diagnostics import Diagnostics
 from ..optim.pairs import PairOps, multiply, new_units
 from .peft import find_pairs
@@ -38,9 +38,7 @@ class GradientHooks:
             if is_sharded(pair.A):
                 remedy = "FSDP2 is served by reflora.create_reflora_optimizer."
                 fail(pair.name, "factors that this process holds whole", "DTensor", remedy)
-            if any(isinstance(hook, _Multiply) for hook in (pair.A._backward_hooks or {}).values()):
-                remedy = "Call remove() on the earlier ones first: S would be applied twice."
-                fail(pair.name, "factors without GradientHooks", "a second set", remedy)
+        check_unhooked(self.pairs)
         self._ops = PairOps(self.pairs, backend, precision)
         # [experts, 3] each: of A and B as new_units has them, and whether S has been other than I
         self._units = [torch.zeros(pair.experts, 3, dtype=torch.float64) for pair in self.pairs]
@@ -100,6 +98,8 @@ class GradientHooks:
 
 class _Multiply:
     """The hook of one factor; side 1 is A."""
+
+    preconditions = True  # what check_unhooked asks
 
     def __init__(self, owner: GradientHooks, index: int, side: int):
         self.owner, self.index, self.side = owner, index, side

@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback
 
 from .. import plan as col
 from ..contract import SKIPPED, fail
+from ..diagnostics import Diagnostics
 from .dropin import Refactorer
 
 
@@ -35,14 +36,14 @@ class RefLoRACallback(TrainerCallback):
     figures; `callbacks=[RefLoRACallback()]` puts it behind them, and the figures in `state.log_history` alone.
     Keys: "reflora/balance", "reflora/condition", "reflora/degenerate" of the last step, "reflora/skipped" layers since
     the last log: all of them for a step that was skipped whole. Nothing is read from the device between logs.
-    source: what has `diagnostics()`; by default the trainer's optimizer, for a RefTrainer its Refactorer or Hooks.
+    source: what has `diagnostics()`; by default the trainer's optimizer. A RefTrainer's Refactorer is found by
+        `install`, in `callbacks=` it has to be given.
     """
 
     def __init__(self, source: Any = None) -> None:
         self.source = source
         self._skipped: list[Tensor] = []
         self._seen: list[Tensor] = []
-        self._whole = 0  # steps skipped whole, as an optimizer around another one counts them
 
     def install(self, trainer: Trainer) -> RefLoRACallback:
         trainer.callback_handler.callbacks.insert(0, self)
@@ -52,12 +53,11 @@ class RefLoRACallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Raises ValueError where nothing of RefLoRA is found."""
-        source = self._source(kwargs.get("optimizer"))
-        source.diagnostics()
-        self._skipped, self._whole = [], getattr(source, "skipped_steps", 0)
+        self._skipped = []
+        self._report(kwargs.get("optimizer"))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        tables = self._source(kwargs.get("optimizer")).diagnostics().tables
+        tables = self._report(kwargs.get("optimizer")).tables
         for table in tables:
             if all(table is not old for old in self._seen):  # an interval leaves the last one standing
                 self._skipped.append((table[:, col.STATUS] == SKIPPED).sum())
@@ -68,23 +68,21 @@ class RefLoRACallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if self.source is None and kwargs.get("optimizer") is None:
             return  # an evaluation before there is one
-        source = self._source(kwargs.get("optimizer"))
-        whole = getattr(source, "skipped_steps", 0) - self._whole
-        report = source.diagnostics()
-        if not report.names and not whole:
+        report = self._report(kwargs.get("optimizer"))
+        if not report.names:
             return
         found = {
             "reflora/balance": report.worst_balance,
             "reflora/condition": report.worst_condition,
             "reflora/degenerate": report.degenerate,
-            "reflora/skipped": sum(map(int, self._skipped)) + whole * sum(pair.experts for pair in source.pairs),
+            "reflora/skipped": sum(map(int, self._skipped)),
         }
-        self._skipped, self._whole = [], self._whole + whole
+        self._skipped = []
         for place in (logs, state.log_history[-1] if state.log_history else None):
             if place is not None:
                 place.update(found)
 
-    def _source(self, optimizer: Any) -> Any:
+    def _report(self, optimizer: Any) -> Diagnostics:
         source = self.source
         while source is None and optimizer is not None:
             if hasattr(optimizer, "diagnostics"):
@@ -93,4 +91,4 @@ class RefLoRACallback(TrainerCallback):
         if source is None:
             remedy = "Pass optimizers=(reflora.create_reflora_optimizer(...), None), or RefLoRACallback(refactorer)."
             fail("RefLoRACallback", "an optimizer with diagnostics()", "none", remedy)
-        return source
+        return source.diagnostics()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from itertools import accumulate, chain
 from operator import attrgetter
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..backends import AdamWStep, resolve
-from ..contract import PairLike, as_pairs, fail
+from ..contract import NO_GRADIENT, PairLike, as_pairs, check_unhooked, fail
 from ..diagnostics import Diagnostics, diagnose, row_names
 from ..plan import by_device
 from . import state as keys
@@ -96,6 +97,7 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
         check_storage(state_dtype, master_weights, stochastic_rounding, carry_grams and scalar)
         params, pairs = flatten(params, pairs)
         self.pairs = as_pairs(pairs)
+        check_unhooked(self.pairs)
         self.scalar, self.interval, self.warmup_steps = scalar, interval, warmup_steps
         self.backend, self.precision = backend, precision
         self.carry_grams, self.check_grads = carry_grams, check_grads
@@ -161,6 +163,8 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
             return
         tables = [hyper_table(self.param_groups, binding.plan.device) for binding in bindings]
         strays = self._bind_pairs(slots)
+        if not strays and not any(binding.written for binding in bindings):
+            warnings.warn(NO_GRADIENT, stacklevel=4)
         self._step_pairs(tables)
         for number, group in enumerate(self.param_groups):
             step_plain(self, [(p, LIKE_TORCH) for p in self._plain[number]], group)
@@ -217,6 +221,7 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
         if any({*map(attrgetter("device"), b.plan.factors)} != {b.plan.device} for b in self._bindings):
             self._bindings = []
         if not self._bindings:
+            check_unhooked(self.pairs)
             first_rows = [0, *accumulate(pair.experts for pair in self.pairs)]
             self._bindings = [
                 Binding(

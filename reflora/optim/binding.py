@@ -142,6 +142,11 @@ class Binding:
                 got = f"{grad.dtype}, {grad.layout}"
                 fail(f"{name}, gradient", f"{factor.dtype}, strided, like its factor", got, remedy)
 
+    @property
+    def written(self) -> list[Tensor]:
+        """The factors that the next step is about."""
+        return self._written
+
     def run(self, step: AdamWStep) -> None:
         """One step of the pairs with gradients."""
         if not self._written:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ..contract import PLAIN, LoRAPair, fail
+from ..diagnostics import uniform
 from ..functional import OP_TAGS
-from ..plan import REPORTED, STATUS
+from ..plan import REPORTED
 from .binding import Binding
 from .state import LIKE_TORCH, Storage, fit, init_pair, init_param
 
@@ -42,10 +43,7 @@ def parameters(optimizer: Any) -> list[Tensor]:
 
 def empty_results(pairs: list[LoRAPair]) -> Tensor:
     """Float64 `[rows of all pairs, REPORTED]` of a step that has not been taken, on the device of the first."""
-    device = pairs[0].A.device if pairs else None
-    results = torch.full((sum(p.experts for p in pairs), REPORTED), torch.nan, dtype=torch.float64, device=device)
-    results[:, STATUS] = PLAIN
-    return results
+    return uniform(pairs, PLAIN).tables[0]
 
 
 class TracedStep:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,20 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..contract import SKIPPED, LoRAPair, PairLike, as_pairs, check_backend, check_count, check_precision, fail, local
-from ..diagnostics import Diagnostics
+from ..contract import (
+    NO_GRADIENT,
+    SKIPPED,
+    LoRAPair,
+    PairLike,
+    as_pairs,
+    check_backend,
+    check_count,
+    check_precision,
+    check_unhooked,
+    fail,
+    local,
+)  # fmt: skip
+from ..diagnostics import Diagnostics, uniform
 from .pairs import new_units, ops_of
 from .plain import watched
 from .state import PHASE, SAVED
@@ -94,6 +107,8 @@ class Wrapped(Optimizer):
         self.scalar, self.interval, self.warmup_steps = scalar, interval, warmup_steps
         self.backend, self.precision = backend, precision
         self._settled: set[int] = set()
+        self._skip: Diagnostics | None = None
+        check_unhooked(self.pairs)
         super().__init__(params, **kwargs)
         for group in self.param_groups:
             group[COUNTER], group[SKIPS] = 0, 0
@@ -122,8 +137,11 @@ class Wrapped(Optimizer):
         return self.param_groups[0].get(SKIPS, 0)
 
     def diagnostics(self) -> Diagnostics:
-        """What the last preconditioning or refactoring did, layer by layer; reading its properties synchronises."""
-        return self._ops.diagnostics()
+        """What the last preconditioning or refactoring did, layer by layer; reading its properties synchronises.
+
+        After a step that was skipped whole, that all layers were.
+        """
+        return self._ops.diagnostics() if self._skip is None else self._skip
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -139,8 +157,14 @@ class Wrapped(Optimizer):
         finite, moving = self._ops.agree(*_norm(grads))
         if not finite:
             self._count(SKIPS)
+            self._skip = uniform(self.pairs, SKIPPED)
             return loss
-        steps = self.param_groups[0].get(COUNTER, 0)
+        if not grads:
+            warnings.warn(NO_GRADIENT, stacklevel=4)
+        self._skip = None
+        steps, fresh = self.param_groups[0].get(COUNTER, 0), not self.state
+        if steps == 0:
+            check_unhooked(self.pairs)
         if self.scalar:
             if steps == 0 and self.warmup_steps == 0 and moving:
                 self._refactor(active, with_grads=True)
@@ -157,7 +181,8 @@ class Wrapped(Optimizer):
                 self.state[param].update(entries)
             if kept:
                 self._hold_places()
-        self._count(COUNTER)
+        if moving or not fresh:  # a loader's step, which only makes state, is none
+            self._count(COUNTER)
         return loss
 
     def _active(self) -> list[bool]:
@@ -281,7 +306,7 @@ class Wrapped(Optimizer):
         return {**super().__getstate__(), **{name: getattr(self, name) for name in OPTIONS}}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _blank, (self.base,), {**self.__getstate__(), "_settled": set()}
+        return _blank, (self.base,), {**self.__getstate__(), "_settled": set(), "_skip": None}
 
 
 def scaler_found_inf(optimizer: Optimizer) -> bool:
