@@ -17,7 +17,7 @@ export PYTHONDONTWRITEBYTECODE :=
 DEPS := $(VENV)/.deps
 BUILT := $(VENV)/.built
 
-.PHONY: help test pytest soak sanitize lint format build bench compare memory steps scaling eigh paper gpu compile-table clean
+.PHONY: help test pytest soak sanitize mutants lint format build bench compare memory steps scaling eigh paper gpu compile-table clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ soak: $(BUILT)  ## 20 000 steps a variant: drift, memory, host time; soak.csv un
 sanitize: $(BUILT)  ## the tests of the C++ core under AddressSanitizer and UBSan, then under ThreadSanitizer
 	.ci/sanitize address,undefined $(PY)
 	.ci/sanitize thread $(PY)
+
+mutants: $(BUILT)  ## deliberate faults in kernels and C++: is each caught by a test? mutants.csv under OUT
+	$(PY) .ci/mutants.py --out $(OUT)/mutants.csv
 
 lint: $(DEPS)  ## ruff and mypy, as CI runs them
 	$(PY) -m ruff check .

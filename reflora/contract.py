@@ -131,14 +131,19 @@ def check_pair(pair: LoRAPair, sharded: bool = False) -> None:
         if tensor.layout != torch.strided or tensor.is_meta:
             remedy = "Sparse and meta tensors cannot be refactored: materialise the factors first."
             fail(what, "a dense tensor on a device", f"{type(tensor).__name__} ({tensor.layout})", remedy)
-        if any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape)):
-            fail(what, "a tensor whose elements do not share memory", f"strides {tensor.stride()}", "Call .clone().")
+        check_unexpanded(what, tensor)
     if pair.A.device != pair.B.device:
         remedy = "Move both factors of a pair to one device; different pairs may be on different devices."
         fail(pair.name, f"B on {pair.A.device} like A", pair.B.device, remedy)
     if pair.A.dtype != pair.B.dtype:
         fail(pair.name, f"B of {pair.A.dtype} like A", pair.B.dtype, "Cast both factors of a pair to one dtype.")
     _check_shapes(pair)
+
+
+def check_unexpanded(what: str, tensor: Tensor) -> None:
+    """What is written in place has memory for each of its elements."""
+    if any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape)):
+        fail(what, "a tensor whose elements do not share memory", f"strides {tensor.stride()}", "Call .clone().")
 
 
 def _check_shapes(pair: LoRAPair) -> None:

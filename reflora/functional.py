@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .backends import resolve
-from .contract import LoRAPair, PairLike, as_pairs, check_backend, check_precision, fail
+from .contract import LoRAPair, PairLike, as_pairs, check_backend, check_precision, check_unexpanded, fail
 from .diagnostics import Diagnostics, diagnose, row_names
 from .plan import REPORTED, Plan, by_device
 
@@ -98,6 +98,7 @@ def check_grads(pairs: Sequence[LoRAPair], grads: Grads) -> None:
                 fail(
                     f"{pair.name}, gradient of {side}", str(want), str(got), "Gradients are shaped like their factors."
                 )
+            check_unexpanded(f"{pair.name}, gradient of {side}", grad)
 
 
 def over_devices(pairs: list[LoRAPair], run: Callable[[Plan], Tensor]) -> Diagnostics:

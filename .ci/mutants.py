@@ -1,0 +1,289 @@
+"""Deliberate faults, one at a time in a copy of the checkout: each must make a test fail. `make mutants`.
+
+Prints a table of the faults and of the test that caught each; leaves with 1 where one was not caught.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+LINALG = "tests/test_linalg.py tests/test_eigh.py tests/test_adversarial_linalg.py"
+STEPS = "tests/test_functional.py tests/test_adamw.py tests/test_adamw_state.py tests/test_adamw_storage.py"
+TRITON = "tests/test_kernels.py tests/test_kernels_adamw.py tests/test_kernels_linalg.py tests/test_kernels_eigh.py"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`before` becomes `after`, once, in `file`; `tests` are asked, with pytest's -k `only`."""
+
+    what: str
+    file: str
+    before: str
+    after: str
+    tests: str
+    only: str
+
+
+def cpp(what: str, file: str, before: str, after: str, tests: str = STEPS) -> Fault:
+    return Fault(what, f"csrc/{file}", before, after, f"{tests} tests/test_adversarial.py", "cpp")
+
+
+def triton(what: str, file: str, before: str, after: str, tests: str = TRITON) -> Fault:
+    return Fault(what, f"reflora/kernels/{file}", before, after, tests, "")
+
+
+def python(what: str, file: str, before: str, after: str, tests: str, only: str = "") -> Fault:
+    return Fault(what, f"reflora/{file}", before, after, tests, only)
+
+
+FAULTS = (
+    cpp("AdamW adds its step", "adamw.h", "u.decay - u.step_size * first", "u.decay + u.step_size * first"),
+    cpp(
+        "v of the gradient, not of its square", "adamw.h", "u.one_minus_beta2 * grad * grad", "u.one_minus_beta2 * grad"
+    ),
+    cpp("no bias correction of v", "adamw.h", "T(1 / root(bias2))", "T(1)"),
+    cpp("0 / 0 is a step", "adamw.h", " + (first == 0 ? T(1) : T(0))", ""),
+    cpp(
+        "gradients do not saturate",
+        "adamw.h",
+        "saturated(g[PLAIN_STEP ? i : i * inc] * u.grad, top)",
+        "g[PLAIN_STEP ? i : i * inc] * u.grad",
+    ),
+    cpp(
+        "amsgrad keeps the smaller v",
+        "adamw.h",
+        "highest > second ? highest : second",
+        "highest < second ? highest : second",
+    ),
+    cpp(
+        "the last column of a ragged block is left out",
+        "apply.h",
+        "k < count; ++k)\n                buffer",
+        "k + 1 < count; ++k)\n                buffer",
+    ),
+    cpp(
+        "no clamp where factors are stored",
+        "apply.h",
+        "narrow_saturated(values[o * lo + i * lin], p + i * si)",
+        "narrow(values[o * lo + i * lin], p + i * si)",
+    ),
+    cpp(
+        "S^-1 on both sides",
+        "row.h",
+        "apply_in_place<T, S>(gb, right, right, rp, in, out)",
+        "apply_in_place<T, S>(gb, left, left, rp, in, out)",
+    ),
+    cpp("gradients are not looked at", "row.h", "!(all_finite(ga) && all_finite(gb))", "!all_finite(ga)"),
+    cpp(
+        "moments keep their old unit",
+        "row.h",
+        "return was_identity == identity ? 1 : identity ? c : 1 / c;",
+        "return 1;",
+    ),
+    cpp("factors of no room are refactored", "row.h", "<= Storage<S>::max / 2;", "<= Storage<S>::max * 2;"),
+    cpp("a step is not counted", "row.h", "*count += 1;", "*count += 0;"),
+    cpp(
+        "the first row of a padded panel stays as it was",
+        "storage.h",
+        "for (int64_t i = f.r; i < rp; ++i) out[i] = 0;",
+        "for (int64_t i = f.r + 1; i < rp; ++i) out[i] = 0;",
+    ),
+    cpp(
+        "float64 Grams are not scaled",
+        "solve.h",
+        "-exponent_of(top < 1e-300 ? 1e-300 : top));\n    }\n    for",
+        "0);\n    }\n    for",
+    ),
+    cpp("condition numbers are not looked at", "solve.h", "a.kappa <= kappa_max && b.kappa <= kappa_max", "true"),
+    cpp(
+        "S without its scale", "solve.h", "out.S[i] *= out.c, out.S_inv[i] /= out.c", "out.S[i] *= 1, out.S_inv[i] /= 1"
+    ),
+    cpp(
+        "S is transposed wrongly",
+        "solve.h",
+        "d.transpose(b.U, tmp), d.matmul(X, a.E, Y), d.matmul(tmp, Y, out.S);",
+        "d.transpose(b.U, tmp), d.matmul(X, a.U, Y), d.matmul(tmp, Y, out.S);",
+    ),
+    cpp("Newton-Schulz stops early", "dense.h", "if (!(away > 1e-8)) return;", "if (!(away > 1e-2)) return;"),
+    cpp("pivots are not sought", "dense.h", "if (a > best) best = a, p = i;", "if (false) best = a, p = i;", LINALG),
+    cpp("eigenvectors keep their signs", "eigh.h", "sign = z < 0 ? T(-1) : T(1);", "sign = T(1);", LINALG),
+    cpp(
+        "eigenvalues in descending order",
+        "eigh.h",
+        "x[order[k - 1] * step] > x[i * step]",
+        "x[order[k - 1] * step] < x[i * step]",
+        LINALG,
+    ),
+    cpp("a null space is not completed", "svd.h", "complete(G, flags);", "", LINALG),
+    triton(
+        "AdamW adds its step", "update.py", "tl.fma(-step_size, m / denominator", "tl.fma(step_size, m / denominator"
+    ),
+    triton(
+        "no mask at the ragged edge",
+        "pair.py",
+        "m = (i < r)[:, None] & (k < n)[None, :]\n    else",
+        "m = (i < r)[:, None] & (k < n + 1)[None, :]\n    else",
+    ),
+    triton(
+        "inner blocks are read past r",
+        "pair.py",
+        "(j < r)[:, None] & (k < n)[None, :]",
+        "(j < RC)[:, None] & (k < n)[None, :]",
+    ),
+    triton(
+        "gradients do not saturate", "update.py", "tl.where(g == g, tl.minimum(tl.maximum(g, -limit), limit), 0.0)", "g"
+    ),
+    triton("moments move the wrong way", "settle.py", "1.0 / used, 1.0)", "used, 1.0)"),
+    triton("a NaN is no reason to skip", "chunks.py", "if CHECK:\n            o, m", "if False:\n            o, m"),
+    triton(
+        "the Gram of side B is of its rows",
+        "gram.py",
+        "tl.dot(tl.trans(left), x, input_precision",
+        "tl.dot(tl.trans(x), left, input_precision",
+    ),
+    triton(
+        "traces are not made 1",
+        "gram.py",
+        "tl.where(usable, 1.0 / tl.where(usable, trace, 1.0), 0.0), norm",
+        "tl.where(usable, 1.0, 0.0), norm",
+    ),
+    triton("a saved S is not taken back", "settle.py", "elif saved == 1:", "elif saved == 2:"),
+    python(
+        "S and S^-1 change places",
+        "backends/torch_solve.py",
+        "S = c_col * _symmetric(La_inv.mT @ Q.mT @ Lb.mT)",
+        "S = 1 / c_col * _symmetric(La_inv.mT @ Q.mT @ Lb.mT)",
+        STEPS,
+        "torch",
+    ),
+    python(
+        "the guard on S looks at S alone",
+        "backends/torch_solve.py",
+        " & (S_inv.abs().amax((1, 2)) <= huge)",
+        "",
+        "tests/test_adversarial.py tests/test_functional.py",
+        "torch",
+    ),
+    python(
+        "a loaded state forgets the phase",
+        "optim/state.py",
+        "MASTER, PHASE, STEPS, SAVED):\n        if",
+        "MASTER, STEPS, SAVED):\n        if",
+        "tests/test_adamw_loading.py tests/test_adamw_state.py tests/test_never_ruined.py",
+    ),
+    python("a wrapper steps over NaN", "optim/wrapper.py", "if not finite:", "if False:", "tests/test_wrapper.py"),
+    python(
+        "hooks use S on the wrong side",
+        "integrations/hooks.py",
+        "for side, factor in ((1, pair.A), (0, pair.B))",
+        "for side, factor in ((0, pair.A), (1, pair.B))",
+        "tests/test_hooks.py",
+    ),
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--only", default="", help="faults whose file or text has this in it")
+    parser.add_argument("--out", type=Path, help="CSV of what caught them")
+    options = parser.parse_args()
+    chosen = [fault for fault in FAULTS if options.only in f"{fault.file} {fault.what}"]
+    tree = ROOT / "build" / "mutants"
+    configure(tree)
+    lines, missed = [], 0
+    for number, fault in enumerate(chosen, 1):
+        began = time.perf_counter()
+        caught = tried(tree, fault)
+        missed += not caught
+        lines.append((fault.file, fault.what, caught or "NOT CAUGHT"))
+        took = time.perf_counter() - began
+        print(f"{number}/{len(chosen)}  {fault.file}: {fault.what}\n      {lines[-1][2]}  ({took:.0f} s)", flush=True)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        with options.out.open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([("file", "fault", "caught by"), *lines])
+    print(f"{len(chosen) - missed} of {len(chosen)} faults are caught")
+    return int(missed > 0)
+
+
+def configure(tree: Path) -> None:
+    """A copy of the tracked files with a build of its own."""
+    shutil.rmtree(tree, ignore_errors=True)
+    tree.mkdir(parents=True)
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    for name in filter(None, listed.split("\0")):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tree / name)
+    import pybind11
+
+    options = [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    quiet(["cmake", "-S", ".", "-B", "build", "-G", "Ninja", *options], tree)
+    build(tree)
+
+
+def build(tree: Path) -> None:
+    quiet(["cmake", "--build", "build"], tree)
+    for core in (tree / "build").glob("_C*.so"):
+        shutil.copy(core, tree / "reflora" / core.name)
+
+
+def quiet(command: list[str], folder: Path) -> None:
+    # cmake and ninja are beside the interpreter
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(command, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+
+
+def tried(tree: Path, fault: Fault) -> str:
+    """The first test that fails with the fault in place; "" for none."""
+    path = tree / fault.file
+    sound = path.read_text()
+    if sound.count(fault.before) != 1:
+        raise SystemExit(f"{fault.file}: expected one {fault.before!r}, found {sound.count(fault.before)}")
+    path.write_text(sound.replace(fault.before, fault.after))
+    try:
+        if fault.file.startswith("csrc/"):
+            build(tree)
+        return first_failure(tree, fault)
+    finally:
+        path.write_text(sound)
+
+
+def first_failure(tree: Path, fault: Fault) -> str:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "--tb=no",
+        "-rfE",
+    ]
+    only = ["-k", fault.only] if fault.only else []
+    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tree)}
+    done = subprocess.run([*command, *only, *fault.tests.split()], cwd=tree, env=env, capture_output=True, text=True)
+    if done.returncode < 0:
+        return f"killed by signal {-done.returncode}"
+    found = re.search(r"^(?:FAILED|ERROR) (\S+::\S+)", done.stdout, re.MULTILINE)
+    if found is None and done.returncode:
+        raise SystemExit(f"{fault.what}: no test ran\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return found[1].removeprefix("tests/") if found else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
