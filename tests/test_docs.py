@@ -1,4 +1,4 @@
-"""The table of what works names tests that exist, and that nobody skips."""
+"""The tables of what works, and of what can go wrong, name tests that exist, and that nobody skips."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-NAMED = re.findall(r"`(test_\w+\.py)::(test_\w+)`( \(GPU\))?", (ROOT / "docs" / "integrations.md").read_text())
+PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in ("integrations", "reliability")}
+CELL = re.compile(r"`(test_\w+\.py)::(test_\w+)`( \(GPU\))?")
+NAMED = [cell for text in PAGES.values() for cell in CELL.findall(text)]
 
 
-def test_every_row_names_a_test() -> None:
-    rows = [line for line in (ROOT / "docs" / "integrations.md").read_text().splitlines() if line.startswith("| ")]
+@pytest.mark.parametrize("page, tables, least", [("integrations", 4, 30), ("reliability", 2, 18)])
+def test_every_row_names_a_test(page: str, tables: int, least: int) -> None:
+    rows = [line for line in PAGES[page].splitlines() if line.startswith("| ")]
     headings = [line for line in rows if line.rstrip(" |").endswith("test")]
-    assert len(headings) == 4 and len(rows) - len(headings) == len(NAMED) > 30
+    assert len(headings) == tables and len(rows) - len(headings) == len(CELL.findall(PAGES[page])) > least
 
 
 @pytest.mark.parametrize("file, name, gpu", NAMED)
