@@ -17,7 +17,7 @@ export PYTHONDONTWRITEBYTECODE :=
 DEPS := $(VENV)/.deps
 BUILT := $(VENV)/.built
 
-.PHONY: help test pytest soak sanitize mutants lint format build bench compare memory steps scaling eigh paper gpu compile-table clean
+.PHONY: help test pytest soak sanitize mutants audit lint format build bench compare memory steps scaling eigh paper gpu compile-table clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,10 @@ sanitize: $(BUILT)  ## the tests of the C++ core under AddressSanitizer and UBSa
 
 mutants: $(BUILT)  ## deliberate faults in kernels and C++: is each caught by a test? mutants.csv under OUT
 	$(PY) .ci/mutants.py --out $(OUT)/mutants.csv
+
+audit:  ## known vulnerabilities of what requirements.txt pins, by pip-audit in an environment of its own
+	$(PYTHON) -m venv build/audit && build/audit/bin/pip -q install pip-audit
+	build/audit/bin/pip-audit --no-deps --disable-pip -r requirements.txt
 
 lint: $(DEPS)  ## ruff and mypy, as CI runs them
 	$(PY) -m ruff check .

@@ -62,6 +62,9 @@ def test_pure_python_wheel(sdist: Path, tmp_path: Path) -> None:
         needs = message_from_bytes(archive.read(metadata)).get_all("Requires-Dist") or []
         archive.extractall(tmp_path / "site")
     assert [name for name in names if "/_C" in name or not name.startswith("reflora")] == []
+    # the package and its metadata: no tests, benchmarks, sources or caches
+    own = {p.relative_to(ROOT).as_posix() for p in (ROOT / "reflora").rglob("*.py")} | {"reflora/py.typed"}
+    assert {name for name in names if ".dist-info/" not in name} == own
     assert "reflora/py.typed" in names
     assert [need for need in needs if "extra ==" not in need] == ["torch>=2.9"]
 

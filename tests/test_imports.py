@@ -119,3 +119,23 @@ def test_import_stays_light(statement: str, absent: list[str]) -> None:
     program = f"{statement}; import sys; print([m for m in {absent} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+def loads_anything(node: ast.AST) -> bool:
+    """Whether a call may run what a file says: pickle's, or torch.load without weights_only=True."""
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+        return False
+    owner = ast.unparse(node.func.value)
+    if node.func.attr in ("load", "loads") and owner in ("pickle", "dill", "marshal", "joblib", "shelve"):
+        return True
+    safe = any(word.arg == "weights_only" and ast.unparse(word.value) == "True" for word in node.keywords)
+    return node.func.attr == "load" and owner == "torch" and not safe
+
+
+def test_no_file_is_loaded_that_could_run_code() -> None:
+    assert loads_anything(ast.parse("torch.load(path)").body[0].value)  # type: ignore[attr-defined]
+    assert not loads_anything(ast.parse("torch.load(path, weights_only=True)").body[0].value)  # type: ignore[attr-defined]
+    for folder in ("reflora", "benchmarks", "examples"):
+        for path in (ROOT / folder).rglob("*.py"):
+            found = [node.lineno for node in ast.walk(ast.parse(path.read_text())) if loads_anything(node)]  # type: ignore[attr-defined]
+            assert not found, (path, found)
