@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .sharded import ShardedOps
 
 
+# the columns of Outcome
 OUTCOME = [col.STATUS, col.SCALE, col.NORM_A, col.NORM_B]
 
 
@@ -183,8 +184,10 @@ def new_units(units: Tensor, phase: Tensor, found: Outcome, kept: bool = False) 
 
     units: `[experts, 2]` of A and B, 0 for a factor that has had no gradient yet, which is none while the other is 0.
     phase: `[experts]`, 1 where S was not I before. kept: whether this S serves later steps too, in which both factors
-    have gradients. Where S stops being I, a factor whose state is in the old unit of
-    gradients keeps it. The other has no unit to keep: that of a tiny c would leave it below Adam's eps.
+    have gradients.
+
+    Where S stops being I, a factor whose state is in the old unit of gradients keeps it. The other has no unit to keep:
+    that of a tiny c would leave it below Adam's eps.
     """
     still = (found.identity & (phase == 0))[:, None]
     touched = torch.stack([found.norm_B > 0, found.norm_A > 0], -1) | kept

@@ -102,7 +102,8 @@ class ShardedOps:
             grads = [local(t.grad) for t in (pair.A, pair.B) if on and t.grad is not None]
             bad = torch.stack([~grad.isfinite().all() for grad in grads]).any() if grads else torch.tensor(False)
             found.append((pair, 1, bad.double().to(local(pair.A).device).view(1)))
-        return [on and not bool(bad) for on, bad in zip(active, _summed(found))]
+        bads = torch.cat(_summed(found)).tolist() if found else []
+        return [on and not bad for on, bad in zip(active, bads)]
 
     def agree(self, finite: bool, moving: bool) -> tuple[bool, bool]:
         """Whether it is finite in every process that holds a part of the pairs, and moving in any."""
