@@ -22,7 +22,8 @@ LAYERS = (
     ("backends",),
     ("functional", "linalg"),
     ("optim",),
-    ("integrations",),
+    ("integrations", "doctor"),
+    ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # only these look modules up by name, where ast cannot follow

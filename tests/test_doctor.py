@@ -1,0 +1,121 @@
+"""`python -m reflora` and `python -m reflora doctor` on adapters that PEFT has saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from reflora import __main__ as program
+from reflora import doctor
+from reflora.backends import torch_backend
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.conv = nn.Embedding(9, 12), nn.Conv1d(12, 10, 3, padding=1)
+        self.first, self.last = nn.Linear(10, 16), nn.Linear(16, 5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = torch.tanh(self.conv(self.embedding(tokens).mT)).mT
+        return self.last(torch.tanh(self.first(hidden)))
+
+
+def base() -> nn.Module:
+    torch.manual_seed(0)
+    return Net()
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """Factors of unlike sizes; one layer is at PEFT's start, B = 0."""
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["embedding", "conv", "first", "last"])
+    model = get_peft_model(base(), config)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=3.0 if "_A" in name else 0.05)
+        if "last.lora_B" in name:
+            nn.init.zeros_(parameter)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    return tmp_path / "adapter"
+
+
+def merged(folder: Path) -> nn.Module:
+    return PeftModel.from_pretrained(base(), str(folder)).merge_and_unload()
+
+
+def test_report(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    png = tmp_path / "pictures" / "adapter.png"
+    assert program.main(["doctor", str(saved), "--png", str(png)]) == 0
+    printed = capsys.readouterr().out
+    for word in ("embedding", "conv", "first", "last", "degenerate", "eff. rank", "4 layers"):
+        assert word in printed
+    assert png.read_bytes().startswith(b"\x89PNG")
+    found = {one.name: one for one in doctor.Adapter(saved).layers()}
+    model = PeftModel.from_pretrained(base(), str(saved)).base_model.model
+    A, B = (getattr(model.first, side)["default"].weight.detach().double() for side in ("lora_A", "lora_B"))
+    one = found["first"]
+    assert one.norm == pytest.approx(float((B @ A).norm()), rel=1e-9)
+    assert one.scale == pytest.approx(float(B.norm() / A.norm()), rel=1e-6)
+    Ga, Gb = A @ A.mT, B.mT @ B
+    assert one.balance == pytest.approx(float((Ga - Gb).norm() / Ga.norm()), rel=1e-6)
+    share = torch.linalg.svdvals(B @ A)[:4]
+    share = share / share.sum()
+    assert one.effective_rank == pytest.approx(float((-share * share.log()).sum().exp()), rel=1e-6)
+    assert found["last"].status == "degenerate" and found["last"].effective_rank == found["last"].norm == 0
+
+
+def test_balanced_copy_merges_to_the_same_weights(saved: Path, tmp_path: Path) -> None:
+    out = tmp_path / "balanced"
+    assert program.main(["doctor", str(saved), "--refactor", str(out)]) == 0
+    for mine, wanted in zip(merged(out).parameters(), merged(saved).parameters(), strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-5)
+    balance = {one.name: one.balance for one in doctor.Adapter(out).layers()}
+    assert all(balance[name] < 1e-5 for name in ("embedding", "conv", "first")) and balance["last"] > 0.1
+    with pytest.raises(SystemExit, match="reflora doctor: .*balanced"):
+        program.main(["doctor", str(saved), "--refactor", str(out)])
+
+
+def test_experts_are_layers_of_their_own(tmp_path: Path) -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 10, 7))
+
+    model = nn.Module()
+    model.experts = Experts()
+    config = LoraConfig(r=2, target_parameters=["experts.weight"], init_lora_weights=False)
+    get_peft_model(model, config).save_pretrained(str(tmp_path))
+    layers = doctor.Adapter(tmp_path).layers()
+    assert len(layers) == 3 and all(one.rank == 2 for one in layers)
+
+
+@pytest.mark.parametrize("spoilt", ["nothing", "pickle", "no config", "another kind"])
+def test_other_folders_get_one_clear_line(spoilt: str, saved: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "nothing" if spoilt == "nothing" else saved
+    if spoilt == "pickle":
+        (saved / doctor.WEIGHTS).rename(saved / "adapter_model.bin")
+    elif spoilt == "no config":
+        (saved / doctor.CONFIG).unlink()
+    elif spoilt == "another kind":
+        save_file({"prompt": torch.zeros(3)}, str(saved / doctor.WEIGHTS))
+    with pytest.raises(SystemExit, match="reflora doctor: .*expected .*, got"):
+        program.main(["doctor", str(folder)])
+
+
+def test_what_serves(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert program.main([]) == 0
+    printed = capsys.readouterr().out
+    assert "torch   ok" in printed and f"torch {torch.__version__.split('+')[0]}" in printed
+    monkeypatch.setattr(torch_backend, "unavailable", lambda device: "not today")
+    assert program.main([]) == 0 and "torch   -  not today" in capsys.readouterr().out
+    wrong = SimpleNamespace(status=torch.zeros(24))
+    monkeypatch.setattr(program, "refactor_", lambda pairs, backend: wrong)
+    assert program.main([]) == 1 and "WRONG" in capsys.readouterr().out
