@@ -115,7 +115,13 @@ FAULTS = (
         "d.transpose(b.U, tmp), d.matmul(X, a.U, Y), d.matmul(tmp, Y, out.S);",
     ),
     cpp("Newton-Schulz stops early", "dense.h", "if (!(away > 1e-8)) return;", "if (!(away > 1e-2)) return;"),
-    cpp("pivots are not sought", "dense.h", "if (a > best) best = a, p = i;", "if (false) best = a, p = i;", LINALG),
+    cpp(
+        "a polar factor that is none is not noticed",
+        "matrices.h",
+        "if (!(root(skew) <= rounding * norm",
+        "if (!(true",
+        LINALG,
+    ),
     cpp("eigenvectors keep their signs", "eigh.h", "sign = z < 0 ? T(-1) : T(1);", "sign = T(1);", LINALG),
     cpp(
         "eigenvalues in descending order",
