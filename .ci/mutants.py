@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 LINALG = "tests/test_linalg.py tests/test_eigh.py tests/test_adversarial_linalg.py"
 STEPS = "tests/test_functional.py tests/test_adamw.py tests/test_adamw_state.py tests/test_adamw_changes.py"
-TRITON = "tests/test_kernels.py tests/test_kernels_adamw.py tests/test_kernels_linalg.py tests/test_kernels_eigh.py"
+TRITON = "tests/test_kernels.py tests/test_kernels_adamw.py tests/test_kernels_linalg.py tests/test_adamw_state.py"
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def cpp(what: str, file: str, before: str, after: str, tests: str = STEPS) -> Fa
 
 
 def triton(what: str, file: str, before: str, after: str, tests: str = TRITON) -> Fault:
-    return Fault(what, f"reflora/kernels/{file}", before, after, tests, "")
+    return Fault(what, f"reflora/kernels/{file}", before, after, tests, "triton or test_kernels")
 
 
 def python(what: str, file: str, before: str, after: str, tests: str, only: str = "") -> Fault:

@@ -57,8 +57,9 @@ SPECTRA: dict[str, Draw] = {
     "repeated": _repeated, "two clusters": _two_clusters, "rank one": _rank_one, "half rank": _half_rank,
     "random": _random, "zero": lambda r, _: torch.zeros(r, dtype=DOUBLE),
 }  # fmt: skip
-# a factor as a whole
+# a factor as a whole, in float32 and in float64
 SCALES = {"1": 1.0, "1e-30": 1e-30, "1e30": 1e30, "denormal": 1e-41, "largest": 3e38}
+SCALES_FLOAT64 = {"1": 1.0, "1e-200": 1e-200, "1e200": 1e200, "denormal": 1e-310, "largest": 1e308}
 
 
 def rotated(spectrum: Tensor, n: int, generator: torch.Generator) -> Tensor:
@@ -134,15 +135,16 @@ def pairs(
     def pick(some: Sequence[Any]) -> Any:
         return some[int(torch.randint(len(some), (1,), generator=generator))]
 
+    scales = SCALES_FLOAT64 if dtype == DOUBLE else SCALES
     for number in range(count):
         r, mild = pick(ranks), pick((False, True))
         kind_A = pick(MILD) if mild and number % 2 else KINDS[number % len(KINDS)]
         kind_B = pick(MILD if mild else KINDS)
         # one factor in eight is shorter than r
         n_in, n_out = (1 + pick(range(r)) if pick(range(8)) == 0 else r + pick(range(9)) for _ in range(2))
-        by_A, by_B = (pick(list(SCALES)) if pick(range(3)) == 0 else "1" for _ in range(2))
-        A = factor(kind_A, r, n_in, generator) * SCALES[by_A]
-        B = factor(kind_B, r, n_out, generator).mT * SCALES[by_B]
+        by_A, by_B = (pick(list(scales)) if pick(range(3)) == 0 else "1" for _ in range(2))
+        A = factor(kind_A, r, n_in, generator) * scales[by_A]
+        B = factor(kind_B, r, n_out, generator).mT * scales[by_B]
         top = torch.finfo(dtype).max
         name = f"r={r}, A {kind_A} [{r}, {n_in}] x {by_A}, B {kind_B} [{n_out}, {r}] x {by_B}"
         yield name, A.clamp(-top, top).to(dtype).contiguous(), B.clamp(-top, top).to(dtype).contiguous()

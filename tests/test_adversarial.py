@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import adversarial
 import pytest
 import torch
@@ -28,6 +30,10 @@ def draw(dtype: torch.dtype, seed: int, count: int = COUNT, ranks: range = range
 def top_of(*tensors: Tensor) -> float:
     """Largest magnitude, 1 for zeros."""
     return max(float(X.double().abs().max()) for X in tensors) or 1.0
+
+
+def norm_of(X: Tensor) -> float:
+    return top_of(X) * float((X.double() / top_of(X)).norm())
 
 
 def check_refactored(names: list[str], pairs: Pairs, backend: str, scalar: bool) -> None:
@@ -78,6 +84,24 @@ def test_factors_whose_product_nearly_cancels(backend: str) -> None:
     assert check_kept(["far apart", "alike"], pairs, backend) == [DEGENERATE] * 2
 
 
+@pytest.mark.parametrize("small", ["A", "B"])
+def test_an_s_or_inverse_past_the_range_is_degenerate(backend: str, small: str) -> None:
+    """c itself is within it, and so is one of the two."""
+    generator = torch.Generator().manual_seed(6)
+    kinds, scales = (("k=1e4", "equal"), (3e-37, 1.0)) if small == "A" else (("equal", "k=1e4"), (1.0, 3e-37))
+    A, B = adversarial.factor(kinds[0], 6, 9, generator), adversarial.factor(kinds[1], 6, 8, generator).mT
+    pair = (A * scales[0]).float().contiguous(), (B * scales[1]).float().contiguous()
+    grads = torch.randn(6, 9, generator=generator), torch.randn(8, 6, generator=generator)
+    given = [grad.clone() for grad in grads]
+    report = reflora.precondition_([pair], [grads], backend=backend)
+    assert report.status.tolist() == [DEGENERATE] and max(report.condition_A, report.condition_B) < 1e6
+    c = float(report.scale)
+    torch.testing.assert_close(grads[0].double(), saturated(given[0].double() / c, torch.float32), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        grads[1].double(), saturated(given[1].double() * c, torch.float32), rtol=1e-5, atol=1e-44
+    )
+
+
 @pytest.mark.parametrize("scalar", [False, True], ids=["RefLoRA", "RefLoRA-S"])
 @pytest.mark.skipif(not served("triton"), reason="no triton")
 def test_refactor_interpreted(scalar: bool) -> None:
@@ -104,8 +128,10 @@ def test_precondition(fast_backend: str, dtype: torch.dtype) -> None:
         report.condition_B.tolist(),
     ):  # fmt: skip
         assert gA.isfinite().all() and gB.isfinite().all(), name
-        assert how != SKIPPED, name
-        if how == DEGENERATE:
+        if how == SKIPPED:  # the norm of a float64 factor is past the range
+            assert dtype == torch.float64 and not math.isfinite(max(norm_of(A), norm_of(B))), name
+            assert torch.equal(gA, old_gA) and torch.equal(gB, old_gB), name
+        elif how == DEGENERATE:
             lost = torch.finfo(dtype).tiny
             torch.testing.assert_close(gA.double(), saturated(old_gA.double() / scale, dtype), rtol=1e-5, atol=lost)
             torch.testing.assert_close(gB.double(), saturated(old_gB.double() * scale, dtype), rtol=1e-5, atol=lost)
