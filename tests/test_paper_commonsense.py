@@ -194,7 +194,7 @@ def test_stopped_in_training_and_in_a_test_set_it_ends_as_if_it_never_had_been(
 def test_batched_answers_are_those_of_single_prompts(root: Path, model: Path) -> None:
     """Padding on the left, masked: the published evaluation has no mask, and must ask one prompt at a time."""
     recipe = finetuning.Recipe(str(model), "lora", 0, 1e-3, 1, 2, 64, 2, 4, targets="q_proj")
-    run = finetuning.build(recipe, 1, CPU)
+    run = finetuning.build(recipe, 1, CPU, kind="causal")
     prompts = [question.prompt[: 20 + 31 * index] for index, question in enumerate(TASKS["obqa"].questions(root))]
     for beams in (1, 3):
         alone = dict(
