@@ -286,7 +286,7 @@ def first_failure(tree: Path, fault: Fault) -> str:
     done = subprocess.run([*command, *only, *fault.tests.split()], cwd=tree, env=env, capture_output=True, text=True)
     if done.returncode < 0:
         return f"killed by signal {-done.returncode}"
-    found = re.search(r"^(?:FAILED|ERROR) (\S+::\S+)", done.stdout, re.MULTILINE)
+    found = re.search(r"^(?:FAILED|ERROR) (.+?::.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
     if found is None and done.returncode:
         raise SystemExit(f"{fault.what}: no test ran\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     return found[1].removeprefix("tests/") if found else ""

@@ -234,6 +234,6 @@ def test_gradients_past_the_range_leave_everything_finite(backend):
         optimizer.step()
     assert optimizer.diagnostics().skipped == 0
     # saturated, they make Adam's usual steps: weights neither fly away nor fall to 0
-    assert 1e-3 < (A.detach() - before).abs().mean() and (A.detach() - before).abs().max() < 0.03
+    assert (A.detach() - before).abs().mean() > 1e-3 and (A.detach() - before).abs().max() < 0.03
     for t in (A, B):
         assert t.isfinite().all() and all(v.isfinite().all() for v in optimizer.state[t].values())
