@@ -168,6 +168,26 @@ def test_adamw(fast_backend: str, scalar: bool) -> None:
 
 
 @pytest.mark.parametrize("scalar", [False, True], ids=["RefLoRA", "RefLoRA-S"])
+def test_a_wrapped_optimizer(fast_backend: str, scalar: bool) -> None:
+    """At ordinary scales: torch's moments do not saturate, and a gradient past 1e19 has an infinite square."""
+    whole = zip(*draw(torch.float32, seed=7))
+    drawn = [(name, pair) for name, pair in whole if " x 1," in name and name.endswith(" x 1")]
+    names, pairs = [name for name, _ in drawn], [pair for _, pair in drawn]
+    assert len(pairs) > 300
+    for A, B in pairs:
+        A.requires_grad_(), B.requires_grad_()
+    params = [factor for pair in pairs for factor in pair]
+    optimizer = reflora.wrap(torch.optim.AdamW)(params, pairs=pairs, lr=1e-3, scalar=scalar, backend=fast_backend)
+    for _ in range(3):
+        for A, B in pairs:
+            A.grad, B.grad = torch.randn_like(A), torch.randn_like(B)
+        optimizer.step()
+    assert optimizer.skipped_steps == 0
+    for name, (A, B) in zip(names, pairs):
+        assert A.isfinite().all() and B.isfinite().all(), name
+
+
+@pytest.mark.parametrize("scalar", [False, True], ids=["RefLoRA", "RefLoRA-S"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_factors_whose_balanced_pair_has_no_room_are_left_as_they_are(
     backend: str, dtype: torch.dtype, scalar: bool
