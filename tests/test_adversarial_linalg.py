@@ -13,6 +13,7 @@ from torch import Tensor
 
 from reflora import linalg
 
+CPU = torch.device("cpu")
 ORDERS = range(1, 131)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
@@ -33,18 +34,20 @@ def factors(
     return torch.stack(found)
 
 
-def check_eigh(n: int, dtype: torch.dtype, backend: str) -> None:
+def check_eigh(n: int, dtype: torch.dtype, backend: str, device: torch.device = CPU) -> None:
     scales = (1.0, *spectra.SCALES[dtype])
     X = torch.cat([spectra.matrices(k, 1, n, dtype, scales[i % len(scales)]) for i, k in enumerate(spectra.KINDS)])
-    w, V = linalg.eigh(X, backend=backend)
+    w, V = (part.cpu() for part in linalg.eigh(X.to(device), backend=backend))
     assert w.isfinite().all() and V.isfinite().all() and (w.diff(dim=-1) >= 0).all(), n
     residual, orthogonality = spectra.errors(X, w, V)
     assert residual < 4 + n and orthogonality < 8 + 4 * n, (n, residual, orthogonality)
 
 
-def check_polar(n: int, dtype: torch.dtype, backend: str, generator: torch.Generator) -> None:
+def check_polar(
+    n: int, dtype: torch.dtype, backend: str, generator: torch.Generator, device: torch.device = CPU
+) -> None:
     X = factors(n, generator).to(dtype)
-    Q, H = (part.double() for part in linalg.polar(X, backend=backend))
+    Q, H = (part.cpu().double() for part in linalg.polar(X.to(device), backend=backend))
     assert Q.isfinite().all() and H.isfinite().all(), n
     unit, eye = torch.finfo(dtype), torch.eye(n, dtype=torch.float64)
     top = X.double().abs().amax((1, 2), keepdim=True).clamp_min(unit.tiny)
@@ -59,14 +62,16 @@ def check_polar(n: int, dtype: torch.dtype, backend: str, generator: torch.Gener
     assert torch.equal(H, H.mT) and (least > -(100 + n) * unit.eps * norm - lost).all(), n
 
 
-def check_mean(n: int, dtype: torch.dtype, backend: str, generator: torch.Generator) -> tuple[int, int]:
+def check_mean(
+    n: int, dtype: torch.dtype, backend: str, generator: torch.Generator, device: torch.device = CPU
+) -> tuple[int, int]:
     """NaN throughout where X or Y is singular in its type, right elsewhere; how many there were of either."""
     order = torch.randperm(len(adversarial.KINDS), generator=generator).tolist()
     hard, mild = [adversarial.KINDS[number] for number in order[:4]], list(adversarial.MILD[:4])
     sides = hard + mild, mild[2:] + hard[:2] + mild
     halves = [factors(n, generator, kinds, (1.0, 1e-12, 1e12), 1e18) for kinds in sides]
     X, Y = ((F @ F.mT).to(dtype) for F in halves)
-    mean = linalg.geometric_mean(X, Y, backend=backend).double()
+    mean = linalg.geometric_mean(X.to(device), Y.to(device), backend=backend).cpu().double()
     whole, gone = (mean.isfinite().flatten(1).all(1), mean.isnan().flatten(1).all(1))
     assert (whole | gone).all(), n
     a, b = (torch.linalg.eigvalsh(M.double()) for M in (X, Y))
