@@ -148,23 +148,31 @@ def saturated(values: Tensor, dtype: torch.dtype) -> Tensor:
     return values.clamp(-top, top).to(dtype).double()
 
 
-@pytest.mark.parametrize("scalar", [False, True], ids=["RefLoRA", "RefLoRA-S"])
-def test_adamw(fast_backend: str, scalar: bool) -> None:
-    """Three steps from every pair: finite, and no layer of finite factors and gradients left behind."""
-    names, pairs = draw(torch.float32, seed=4, count=500)
-    for A, B in pairs:
-        A.requires_grad_(), B.requires_grad_()
-    optimizer = reflora.RefLoRAAdamW(pairs, lr=1e-3, scalar=scalar, backend=fast_backend)
+def three_steps(names: list[str], pairs: Pairs, optimizer: torch.optim.Optimizer) -> None:
+    """Finite, and no layer of finite factors and gradients left behind."""
     for _ in range(3):
         for A, B in pairs:
             A.grad, B.grad = torch.randn_like(A), torch.randn_like(B)
         optimizer.step()
-    assert optimizer.diagnostics().skipped == 0
+        assert optimizer.diagnostics().skipped == 0  # type: ignore[attr-defined]
     for name, (A, B) in zip(names, pairs):
         assert A.isfinite().all() and B.isfinite().all(), name
-        for tensor in (A, B):
+
+
+def check_adamw(names: list[str], pairs: Pairs, backend: str, scalar: bool) -> None:
+    for A, B in pairs:
+        A.requires_grad_(), B.requires_grad_()
+    optimizer = reflora.RefLoRAAdamW(pairs, lr=1e-3, scalar=scalar, backend=backend)
+    three_steps(names, pairs, optimizer)
+    for name, pair in zip(names, pairs):
+        for tensor in pair:
             moments = (optimizer.state[tensor][key] for key in ("exp_avg", "exp_avg_sq"))
             assert all(moment.isfinite().all() for moment in moments), name
+
+
+@pytest.mark.parametrize("scalar", [False, True], ids=["RefLoRA", "RefLoRA-S"])
+def test_adamw(fast_backend: str, scalar: bool) -> None:
+    check_adamw(*draw(torch.float32, seed=4, count=500), fast_backend, scalar)
 
 
 @pytest.mark.parametrize("scalar", [False, True], ids=["RefLoRA", "RefLoRA-S"])
@@ -178,13 +186,8 @@ def test_a_wrapped_optimizer(fast_backend: str, scalar: bool) -> None:
         A.requires_grad_(), B.requires_grad_()
     params = [factor for pair in pairs for factor in pair]
     optimizer = reflora.wrap(torch.optim.AdamW)(params, pairs=pairs, lr=1e-3, scalar=scalar, backend=fast_backend)
-    for _ in range(3):
-        for A, B in pairs:
-            A.grad, B.grad = torch.randn_like(A), torch.randn_like(B)
-        optimizer.step()
+    three_steps(names, pairs, optimizer)
     assert optimizer.skipped_steps == 0
-    for name, (A, B) in zip(names, pairs):
-        assert A.isfinite().all() and B.isfinite().all(), name
 
 
 @pytest.mark.parametrize("scalar", [False, True], ids=["RefLoRA", "RefLoRA-S"])
