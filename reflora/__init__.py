@@ -38,6 +38,16 @@ if TYPE_CHECKING:
     from .diagnostics import Diagnostics as Diagnostics
     from .functional import precondition_ as precondition_
     from .functional import refactor_ as refactor_
+    from .integrations.arguments import PEFTArguments as PEFTArguments
+    from .integrations.dropin import Refactorer as Refactorer
+    from .integrations.fsdp import shard_placement as shard_placement
+    from .integrations.hooks import GradientHooks as GradientHooks
+    from .integrations.optimizer import OptimizerFactory as OptimizerFactory
+    from .integrations.optimizer import create_reflora_optimizer as create_reflora_optimizer
+    from .integrations.optimizer import wrap as wrap
+    from .integrations.peft import find_pairs as find_pairs
+    from .integrations.trainer import RefLoRACallback as RefLoRACallback
+    from .integrations.trainer import RefTrainer as RefTrainer
     from .optim.adamw import RefLoRAAdamW as RefLoRAAdamW
 
 

@@ -41,10 +41,11 @@ def fail(what: str, expected: object, got: object, remedy: str, error: type[Exce
 class LoRAPair:
     """One LoRA adapter of one layer: leaf tensors A and B with `dW = scaling * B @ A`.
 
-    layout says how the storage is read as `A [r, n_in]` and `B [n_out, r]`:
-      "linear", "embedding"  A `[r, n_in]`, B `[n_out, r]`
-      "conv"                 A `[r, in, *kernel]`, B `[n_out, r, 1, ...]`
-      "experts(E)"           A `[E * r, n_in]` or `[E, r, n_in]`, B `[n_out, r * E]` or `[n_out, r, E]`, E innermost
+    `layout` says how the storage is read as `A [r, n_in]` and `B [n_out, r]`:
+
+    - `"linear"`, `"embedding"`: A `[r, n_in]`, B `[n_out, r]`
+    - `"conv"`: A `[r, in, *kernel]`, B `[n_out, r, 1, ...]`
+    - `"experts(E)"`: A `[E * r, n_in]` or `[E, r, n_in]`, B `[n_out, r * E]` or `[n_out, r, E]`, E innermost
     """
 
     name: str

@@ -15,9 +15,11 @@ from .plan import Plan
 class Diagnostics:
     """What a step did, layer by layer. Tensors stay on their devices: reading a property synchronises.
 
-    `names[i]` is the layer of entry i, row `order[i]` of the concatenated tables (columns in reflora/plan.py); an
-    experts pair has one entry an expert. Inactive layers (no gradient) have status PLAIN (3) and NaN elsewhere.
+    `names[i]` is the layer of entry i; an experts pair has one entry an expert. Inactive layers (no gradient, or a
+    warm-up step) have status 3 and NaN elsewhere.
     """
+
+    # entry i is row order[i] of the concatenated results, columns in reflora/plan.py
 
     def __init__(self, names: list[str], results: list[Tensor], order: list[int]):
         self.names = names

@@ -23,14 +23,16 @@ SKIP_STEPS = "reflora_skip_steps"
 class Refactorer:
     """RefLoRA through step hooks of any torch optimizer.
 
-    warmup_steps: steps before the first refactoring; none are needed, also with B = 0.
-    interval: refactor every that many steps; the steps between are plain ones.
-    use_scalar: RefLoRA-S, which refactors in `integrate_into_optimizer` and after each step, and moves the state.
-    re_init: draw A and B anew and take the difference out of the base weights.
-
     Layers where S does not exist use `c I` (see reflora.precondition_); a layer without a gradient, or with a
     non-finite one, is left alone. `skip_steps` lives in the integrated optimizer's state_dict, so that a resumed run
     does not warm up again. Raises as `reflora.find_pairs`.
+
+    Args:
+        model: A PEFT model.
+        warmup_steps: Steps before the first refactoring; none are needed, also with B = 0.
+        re_init: Draw A and B anew and take the difference out of the base weights.
+        interval: Refactor every that many steps; the steps between are plain ones.
+        use_scalar: RefLoRA-S, which refactors in `integrate_into_optimizer` and after each step, and moves the state.
     """
 
     def __init__(

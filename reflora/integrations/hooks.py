@@ -23,10 +23,17 @@ class GradientHooks:
 
     Training from B = 0 has no jump where S leaves I: B's gradients are divided by c = ||B||_F / ||A||_F (A's are
     multiplied, where it was A that was 0), a number a layer. It is kept in the `state_dict`, for a resumed run.
-    follow: True divides by the largest c so far, so that the norm of all gradients stays one of both factors, as a
-        clipping of it needs. False divides by c as it was when S left I: what Adam makes of that is RefLoRAAdamW's step
-        up to eps, but B's gradients grow with c, and under a clipped norm A then hardly moves.
-    Raises as `reflora.find_pairs`, and ValueError for sharded factors (FSDP2) or a model that has such hooks.
+
+    Args:
+        model: A PEFT model; under DeepSpeed `engine.module`.
+        backend: None, "triton", "cpp" or "torch".
+        precision: "float64" or "float32".
+        follow: True divides by the largest c so far, so that the norm of all gradients stays one of both factors, as a
+            clipping of it needs. False divides by c as it was when S left I: what Adam makes of that is RefLoRAAdamW's
+            step up to eps, but B's gradients grow with c, and under a clipped norm A then hardly moves.
+
+    Raises:
+        ValueError: As `reflora.find_pairs`; sharded factors (FSDP2); a model that has such hooks.
     """
 
     def __init__(

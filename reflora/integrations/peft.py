@@ -35,14 +35,18 @@ class Site:
 def find_pairs(model: nn.Module, adapter: str | None = None) -> list[LoRAPair]:
     """Every LoRA pair of `model`, named by its module's path and its adapter.
 
-    adapter: None takes each pair whose two factors are trainable, whatever its adapter; a name takes that adapter's
-        pairs, trainable or not.
-
     Serves PEFT LoRA on linear (DoRA's magnitude is left alone), Conv1D, embedding, convolution and attention layers,
     on quantised base layers and on `target_parameters` (layout "experts(E)"); DDP, PeftModel and torch.compile
     wrappers are looked through. Layers whose factors are tied to an earlier layer's, grouped convolutions and layers
     with a scaling between B and A (AdaLoRA, KaSA) are no pairs: a warning names them, and they take plain steps.
-    Raises ValueError when nothing is left, or as `reflora.contract.check_pair`.
+
+    Args:
+        model: The model, wrapped or not.
+        adapter: None takes each pair whose two factors are trainable, whatever its adapter; a name takes that
+            adapter's pairs, trainable or not.
+
+    Raises:
+        ValueError: Nothing is left; factors that were flattened, or that cannot be served for another reason.
     """
     return [site.pair for site in find_sites(model, adapter)]
 

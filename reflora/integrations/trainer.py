@@ -36,8 +36,10 @@ class RefLoRACallback(TrainerCallback):
     figures; `callbacks=[RefLoRACallback()]` puts it behind them, and the figures in `state.log_history` alone.
     Keys: "reflora/balance", "reflora/condition", "reflora/degenerate" of the last step, "reflora/skipped" layers since
     the last log: all of them for a step that was skipped whole. Nothing is read from the device between logs.
-    source: what has `diagnostics()`; by default the trainer's optimizer. A RefTrainer's Refactorer is found by
-        `install`, in `callbacks=` it has to be given.
+
+    Args:
+        source: What has `diagnostics()`; by default the trainer's optimizer. A RefTrainer's Refactorer is found by
+            `install`, in `callbacks=` it has to be given.
     """
 
     def __init__(self, source: Any = None) -> None:

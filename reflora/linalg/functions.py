@@ -47,16 +47,26 @@ def eigh(
 ) -> Eigh:
     """Eigenvalues `[..., n]`, ascending, and eigenvectors `[..., n, n]`, the columns, of symmetric X `[..., n, n]`.
 
-    The component of largest magnitude of each eigenvector, the first where several are, is positive. V0 `[..., n, n]`:
-    eigenvectors of a matrix near X, which spare the Jacobi iteration of "triton" most of its sweeps; "cpp" and "torch"
-    gain nothing from them and start anew. V0 that is not orthogonal to about 0.1 is not used. On a GPU n > 128 goes
-    through torch.linalg.eigh, which waits for the device.
+    The component of largest magnitude of each eigenvector, the first where several are, is positive. On a GPU n > 128
+    goes through torch.linalg.eigh, which waits for the device. torch.linalg.eigh returns the same names; it reads the
+    lower triangle of X alone.
 
     Differentiable where eigenvalues are apart. Between equal ones the gradient through V counts as 0, between nearly
     equal ones it is inaccurate, even of functions like `V f(w) V^T`, which have one: take `sqrtm` for those.
-    Raises TypeError or ValueError for anything but a floating `[..., n, n]`, for a V0 or `out` that does not match it,
-    RuntimeError for an unavailable backend or for `out` with an X that requires grad. torch.linalg.eigh
-    returns the same names; it reads the lower triangle of X alone.
+
+    Args:
+        X: Symmetric, any floating dtype.
+        V0: `[..., n, n]`, eigenvectors of a matrix near X, which spare the Jacobi iteration of "triton" most of its
+            sweeps; "cpp" and "torch" gain nothing from them and start anew. Not used where it is not orthogonal to
+            about 0.1.
+        out: Where results are copied to, of the shapes and type they would have.
+        backend: None (the fastest that can serve the device), "triton", "cpp" or "torch".
+        precision: "float64" or "float32"; None is the type of X.
+
+    Raises:
+        TypeError: No floating tensor.
+        ValueError: Not `[..., n, n]`, or a V0 or `out` that does not match X.
+        RuntimeError: An unavailable backend, or `out` with an X that requires grad.
     """
     precision = _own(X) if precision is None else precision
     _check("eigh", X, backend, precision, (VECTOR, MATRIX), out)

@@ -35,33 +35,49 @@ _GRAD = attrgetter("grad")
 class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
     """AdamW (decoupled weight decay) with RefLoRA preconditioning of LoRA pairs (arXiv 2505.18877).
 
-    params: what torch optimizers take (parameters, groups, named parameters), or a bare list of pairs.
-    pairs: the LoRA pairs among them, as LoRAPair or (A, B), such as `reflora.find_pairs(model)`. A and B may sit in
-        different groups. Parameters in no pair, and pairs where only one factor has a gradient, get plain AdamW.
-    scalar: RefLoRA-S, the scalar refactoring after every step (Theorem 5), in place of S (Theorem 3).
-    interval: recompute S every that many steps and reuse it in between.
-    warmup_steps: first steps with S = I. Not needed for safety: degenerate layers (B = 0 at PEFT's start) are found on
-        the device, layer by layer, and use S = c I. `10**9` gives AdamW itself.
-    backend: None (the fastest that can serve the device), "triton", "cpp" or "torch". precision: of Grams and solve.
-    foreach, fused: taken for torch's sake and ignored, the step is always fused.
-
-    carry_grams: keep the factors' Grams from one step to the next, which saves reading them once (4 of 32 bytes a
-        float32 parameter). Writes that bump `_version` are seen; after one that does not, through `.data`, raw memory
-        or torch's own fused optimizers, call `invalidate()`. Never used while a CUDA graph is captured, nor after.
-    check_grads: skip a layer whose gradient is not finite, which costs one more read of it. With False, and under a
-        GradScaler, which has looked already, what is NaN in a preconditioned gradient counts as 0, and what is infinite
-        as the largest number that can be squared.
-    state_dtype: torch.float32 keeps the moments of 16-bit factors in float32; None, like torch, in the factor's dtype.
-    master_weights: float32 copies of 16-bit factors (state "master"), with moments in float32.
-    stochastic_rounding: bfloat16 factors of pairs are rounded up or down with the probability that makes the mean
-        exact; reproducible, the seed is drawn from torch's generator here and kept in the param_groups.
-    capturable: taken for torch's sake: with Triton and r <= 128 a step can be captured in a CUDA graph, after one that
-        was not (two with carry_grams). Pass lr as a tensor on the device for replays to hear a scheduler. Capture again
-        after load_state_dict, add_param_group or moving the model.
-
     A layer with a non-finite gradient or factor is skipped, its state untouched, and counted in `diagnostics()`.
     State per parameter is torch.optim.AdamW's; what else steers a resumed run is in the state_dict too.
-    Raises ValueError or TypeError for pairs or options that cannot be served, RuntimeError for an unavailable backend.
+
+    Args:
+        params: What torch optimizers take (parameters, groups, named parameters), or a bare list of pairs.
+        pairs: The LoRA pairs among them, as LoRAPair or `(A [r, n_in], B [n_out, r])`, such as
+            `reflora.find_pairs(model)`. A and B may sit in different groups. Parameters in no pair, and pairs where
+            only one factor has a gradient, get plain AdamW.
+        lr: Learning rate; a tensor on the device where a CUDA graph or torch.compile is to hear a scheduler.
+        betas: Decay of the first and second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled, as torch.optim.AdamW's.
+        amsgrad: As torch.optim.AdamW's.
+        maximize: As torch.optim.AdamW's.
+        scalar: RefLoRA-S, the scalar refactoring after every step (Theorem 5), in place of S (Theorem 3).
+        interval: Recompute S every that many steps and reuse it in between.
+        warmup_steps: First steps with S = I. Not needed for safety: degenerate layers (B = 0 at PEFT's start) are found
+            on the device, layer by layer, and use S = c I. `10**9` gives AdamW itself.
+        backend: None (the fastest that can serve the device), "triton", "cpp" or "torch".
+        precision: "float64" or, faster on GPUs with slow float64, "float32": of Grams and solve.
+        carry_grams: Keep the factors' Grams from one step to the next, which saves reading them once (4 of 32 bytes a
+            float32 parameter). Writes that bump `_version` are seen; after one that does not, through `.data`, raw
+            memory or torch's own fused optimizers, call `invalidate()`. Never used while a CUDA graph is captured, nor
+            after.
+        check_grads: Skip a layer whose gradient is not finite, which costs one more read of it. With False, and under
+            a GradScaler, which has looked already, what is NaN in a preconditioned gradient counts as 0, and what is
+            infinite as the largest number that can be squared.
+        state_dtype: torch.float32 keeps the moments of 16-bit factors in float32; None, like torch, in the factor's
+            dtype.
+        master_weights: float32 copies of 16-bit factors (state "master"), with moments in float32.
+        stochastic_rounding: bfloat16 factors of pairs are rounded up or down with the probability that makes the mean
+            exact; reproducible, the seed is drawn from torch's generator here and kept in the param_groups.
+        foreach: Taken for torch's sake and ignored: the step is always fused.
+        fused: As foreach.
+        capturable: Taken for torch's sake: with Triton and r <= 128 a step can be captured in a CUDA graph, after one
+            that was not (two with carry_grams). Capture again after load_state_dict, add_param_group or moving the
+            model.
+        differentiable: Refused where True.
+
+    Raises:
+        ValueError: Pairs or options that cannot be served.
+        TypeError: The same, of a wrong type.
+        RuntimeError: The backend cannot serve the device, with the reason.
     """
 
     def __init__(
@@ -250,8 +266,10 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what state_dict() gave, or the state of a torch.optim.AdamW over the same parameters.
 
-        Group options that the loaded state lacks keep the constructor's values. Raises ValueError, before anything is
-        changed, where a loaded tensor has not the shape that its parameter asks for.
+        Group options that the loaded state lacks keep the constructor's values.
+
+        Raises:
+            ValueError: A loaded tensor has not the shape that its parameter asks for. Nothing has changed then.
         """
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
         saved = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
