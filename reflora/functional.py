@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from ._ops import add_op_namespace_prefix, ops
 from .backends import resolve
 from .contract import LoRAPair, PairLike, as_pairs, check_backend, check_precision, check_unexpanded, fail
 from .diagnostics import Diagnostics, diagnose, row_names
@@ -26,14 +27,27 @@ def refactor_(
 ) -> Diagnostics:
     """Refactor every pair: `A <- P^T A`, `B <- B P^-T`, then `A A^T = B^T B` and `B A` is as before.
 
-    scalar=True: `A <- sqrt(s) A`, `B <- B / sqrt(s)` with `s = ||B||_F / ||A||_F` (RefLoRA-S). Degenerate pairs get the
-    scalar refactoring, pairs with a zero or non-finite factor are left alone. Optimizer state is not moved: inside
-    training use RefLoRAAdamW. Raises as `reflora.contract.as_pairs` and `reflora.backends.resolve`. Paper, section 3.
+    Degenerate pairs get the scalar refactoring, pairs with a zero or non-finite factor are left alone. Optimizer state
+    is not moved: inside training use RefLoRAAdamW. Paper, section 3.
+
+    Args:
+        pairs: LoRAPairs, or tuples `(A [r, n_in], B [n_out, r])`; float32, float64, bfloat16 or float16.
+        scalar: RefLoRA-S, `A <- sqrt(s) A`, `B <- B / sqrt(s)` with `s = ||B||_F / ||A||_F`.
+        backend: None (the fastest that can serve the device), "triton", "cpp" or "torch".
+        precision: "float64" or, faster on GPUs with slow float64, "float32": of Grams and solve.
+
+    Returns:
+        What was done, layer by layer; condition and balance are those before.
+
+    Raises:
+        TypeError: no tensors, an unsupported dtype.
+        ValueError: shapes that do not match, factors that overlap, two devices or dtypes in a pair.
+        RuntimeError: the backend cannot serve the device, with the reason.
     """
     if torch.compiler.is_compiling():
         named, factors, layouts = _flat(pairs)
         with torch.no_grad():
-            results = torch.ops.reflora.refactor_(factors, layouts, scalar, backend or "", precision)
+            results = ops.refactor_(factors, layouts, scalar, backend or "", precision)
         return Diagnostics(row_names(named), [results], list(range(len(row_names(named)))))
     check_backend(backend)
     check_precision(precision)
@@ -56,10 +70,22 @@ def precondition_(
 ) -> Diagnostics:
     """Precondition every pair's gradients in place: `gA <- S^-1 gA`, `gB <- gB S`, `S = (A A^T)^-1 # (B^T B)`.
 
-    grads: one `(gA, gB)` a pair, laid out like the factors; default their `.grad`. Pairs where either is None are left
-    alone, as are pairs with a non-finite factor or gradient; degenerate pairs use `S = c I`, `c = ||B||_F / ||A||_F`
-    (S = I where a norm is zero). Products past the storage range saturate. scalar=True uses `s I` throughout.
-    Raises as `refactor_`, and ValueError for gradients that do not match. Paper, section 3.3.
+    Pairs with a non-finite factor or gradient are left alone; degenerate pairs use `S = c I`, `c = ||B||_F / ||A||_F`
+    (S = I where a norm is zero). Products past the storage range saturate. Paper, section 3.3.
+
+    Args:
+        pairs: as in `refactor_`.
+        grads: one `(gA, gB)` a pair, laid out like the factors; default their `.grad`. Pairs where either is None are
+            left alone.
+        scalar: `S = c I` for every pair.
+        backend: as in `refactor_`.
+        precision: as in `refactor_`.
+
+    Returns:
+        What was done, layer by layer.
+
+    Raises:
+        ValueError: gradients that do not match their factors; and as `refactor_`.
     """
     if torch.compiler.is_compiling():
         named, factors, layouts = _flat(pairs)
@@ -67,7 +93,7 @@ def precondition_(
         both = [index for index, (a, b) in enumerate(sides) if a is not None and b is not None]
         flat = [g for index in both for g in sides[index]]
         with torch.no_grad():
-            results = torch.ops.reflora.precondition_(factors, flat, both, layouts, scalar, backend or "", precision)
+            results = ops.precondition_(factors, flat, both, layouts, scalar, backend or "", precision)
         return Diagnostics(row_names(named), [results], list(range(len(row_names(named)))))
     check_backend(backend)
     check_precision(precision)
@@ -130,14 +156,14 @@ def _ordered(found: Diagnostics, device: torch.device) -> Tensor:
     return tables[0].contiguous() if len(tables) == 1 else torch.cat(tables)[found.order]
 
 
-@torch.library.custom_op("reflora::refactor_", mutates_args=("factors",), tags=OP_TAGS)
+@torch.library.custom_op(add_op_namespace_prefix("refactor_"), mutates_args=("factors",), tags=OP_TAGS)
 def _refactor_op(factors: list[Tensor], layouts: str, scalar: bool, backend: str, precision: str) -> Tensor:
     """factors: A and B of each pair in turns. Returns float64 `[rows, REPORTED]` (reflora/plan.py)."""
     found = refactor_(_unflat(factors, layouts), scalar, backend or None, precision)
     return _ordered(found, factors[0].device)
 
 
-@torch.library.custom_op("reflora::precondition_", mutates_args=("grads",), tags=OP_TAGS)
+@torch.library.custom_op(add_op_namespace_prefix("precondition_"), mutates_args=("grads",), tags=OP_TAGS)
 def _precondition_op(
     factors: list[Tensor],
     grads: list[Tensor],

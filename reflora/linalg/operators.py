@@ -10,43 +10,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._ops import add_op_namespace_prefix, ops
 from . import direct
 
 
-@torch.library.custom_op("reflora::eigh", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("eigh"), mutates_args=())
 def eigh(X: Tensor, V0: Tensor | None, backend: str, precision: str) -> tuple[Tensor, Tensor]:
     w, V = direct.eigh(X, V0, backend or None, precision)
     return w, V
 
 
-@torch.library.custom_op("reflora::eigvalsh", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("eigvalsh"), mutates_args=())
 def eigvalsh(X: Tensor, backend: str, precision: str) -> Tensor:
     return direct.eigvalsh(X, backend or None, precision)[0]
 
 
-@torch.library.custom_op("reflora::svd", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("svd"), mutates_args=())
 def svd(X: Tensor, backend: str, precision: str) -> tuple[Tensor, Tensor, Tensor]:
     U, S, Vh = direct.svd(X, backend or None, precision)
     return U, S, Vh
 
 
-@torch.library.custom_op("reflora::polar", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("polar"), mutates_args=())
 def polar(X: Tensor, backend: str, precision: str) -> tuple[Tensor, Tensor]:
     Q, H = direct.polar(X, backend or None, precision)
     return Q, H
 
 
-@torch.library.custom_op("reflora::geometric_mean", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("geometric_mean"), mutates_args=())
 def geometric_mean(X: Tensor, Y: Tensor, backend: str, precision: str) -> Tensor:
     return direct.geometric_mean(X, Y, backend or None, precision)[0]
 
 
-@torch.library.custom_op("reflora::sqrtm", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("sqrtm"), mutates_args=())
 def sqrtm(X: Tensor, inverse: bool, backend: str, precision: str) -> Tensor:
     return direct.sqrtm(X, inverse, backend or None, precision)[0]
 
 
-@torch.library.custom_op("reflora::inv_root", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("inv_root"), mutates_args=())
 def inv_root(X: Tensor, p: float, eps: float, backend: str, precision: str) -> Tensor:
     return direct.inv_root(X, p, eps, backend or None, precision)[0]
 
@@ -119,7 +120,7 @@ def _keep_sqrtm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _sqrtm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     """`V (L * (V^T g V)) V^T` with L the divided differences of the root (Daleckii and Krein)."""
     (X,) = ctx.saved_tensors
-    w, V = torch.ops.reflora.eigh(X.double(), None, ctx.backend, "float64")
+    w, V = ops.eigh(X.double(), None, ctx.backend, "float64")
     root = w.clamp_min(0).sqrt()
     differences = 1 / (root.unsqueeze(-1) + root.unsqueeze(-2))
     if ctx.inverse:

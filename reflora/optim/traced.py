@@ -16,6 +16,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from .._ops import add_op_namespace_prefix, ops
 from ..contract import PLAIN, LoRAPair, fail
 from ..diagnostics import uniform
 from ..functional import OP_TAGS
@@ -81,7 +82,7 @@ class TracedStep:
             hypers += [lr, group["betas"][0], group["betas"][1], group["eps"], group["weight_decay"]]
             hypers += [float(group["amsgrad"]), float(group["maximize"])]
         state = [self.state[p][name] for p, own in zip(params, self.traced_names) for name in own]
-        torch.ops.reflora.adamw_(
+        ops.adamw_(
             params, [params[index].grad for index in graded], graded, state, self._traced_results, hypers, lrs,
             lr_groups, getattr(self, "grad_scale", None), getattr(self, "found_inf", None), self._handle,
         )  # fmt: skip
@@ -152,7 +153,7 @@ class TracedStep:
         self.last_was_traced = False
 
 
-@torch.library.custom_op("reflora::adamw_", mutates_args=("params", "state", "results"), tags=OP_TAGS)
+@torch.library.custom_op(add_op_namespace_prefix("adamw_"), mutates_args=("params", "state", "results"), tags=OP_TAGS)
 def adamw_(
     params: list[Tensor], grads: list[Tensor], graded: list[int], state: list[Tensor], results: Tensor,
     hypers: list[float], lrs: list[Tensor], lr_groups: list[int], grad_scale: Tensor | None,
