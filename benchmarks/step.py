@@ -17,12 +17,13 @@ from pathlib import Path
 
 import torch
 
-from . import figures, harness, methods, probes, shapes
+from . import figures, harness, methods, overhead, probes, shapes
 from .harness import Measurement, summarize
 from .stepper import COPY, DTYPES, SLOW, Run, Stepper, measure
 
 NAME = "step"
 METHODS = ("lora", "reflora", "reflora-carried", "reflora-s", "published", "riemannian")
+CPU_METHODS = (*METHODS, "lora-pro", "lora-rite")
 SLOW_RANK = 32  # from here on torch's eigh and svd take up to 0.1 s a matrix on CUDA (pytorch issue 175585)
 GPU_CASES = ("deberta-v3-base:8", "llama-7b:16", "llama-7b:32", "llama-7b:64", "llama-7b:128", "llama3-8b:32")
 CPU_CASES = ("deberta-v3-base:8", "deberta-v3-base:32")
@@ -189,7 +190,8 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     for shape, rank in cases:
         layers = shapes.layers(shape)
         slow = shape.startswith("llama") if cpu else rank > SLOW_RANK
-        names = options.methods or [name for name in METHODS if not (slow and name in SLOW)]
+        usual = CPU_METHODS if cpu else METHODS
+        names = options.methods or [name for name in usual if not (slow and name in SLOW)]
         for caches in options.caches or (("cold", "warm") if cpu else ("cold",)):
             done = measure(options, f"{shape} ({len(layers)} pairs) r={rank} {caches}", layers, rank, names, caches)
             found = measurements(done, NAME, caches == "cold")
@@ -199,6 +201,7 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
             print(report(found, done.failures), flush=True)
             del done
     drawn = figures.step(path.with_suffix(".png"), rows, env)
-    print(f"\nwrote {path}" + (f" and {path.with_suffix('.png').name}" if drawn else ""))
+    drawn |= overhead.draw(options.out / f"overhead_{options.device.type}.png", rows, env)
+    print(f"\nwrote {path}" + (f", {path.stem}.png and overhead_{options.device.type}.png" if drawn else ""))
     if not sound:
         raise SystemExit(1)
