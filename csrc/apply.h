@@ -23,7 +23,7 @@ INLINE void apply_left_block(const T* RESTRICT m, int64_t ldm, const T* RESTRICT
 
 template <class T, int MR>
 INLINE void apply_left_rows(const T* m, int64_t ldm, const T* g, int64_t ld, int64_t r, T* out) {
-    constexpr int W = VecOf<T>::W, STEP = 4 * W <= CHUNK ? 4 : 2;
+    constexpr int W = VecOf<T>::W, STEP = REGISTERS == 32 && 4 * W <= CHUNK ? 4 : 2;
     for (int64_t k = 0; k < CHUNK; k += STEP * W) apply_left_block<T, MR, STEP>(m, ldm, g + k, ld, r, out + k);
 }
 
@@ -34,8 +34,12 @@ static void apply_left(const T* m, int64_t ldm, const T* g, int64_t ld, int64_t 
     for (; i < r; ++i) apply_left_rows<T, 1>(m + i * ldm, ldm, g, ld, r, out + i * CHUNK);
 }
 
+// a row of so many numbers, 32 bytes, does for small ranks
+template <class T>
+constexpr int HALF = 32 / int(sizeof(T));
+
 // out[k, :] = sum_j g[k, j] M[j, :], k < count; rows of g are ld apart, rows of out and M ldo
-template <class T, int BYTES, int NV>
+template <class T, int NV, int BYTES = REGISTER>
 INLINE void apply_right_block(const T* RESTRICT m, int64_t ldm, const T* RESTRICT g, int64_t ld, int64_t r, int64_t count,
                               T* RESTRICT out, int64_t ldo) {
     using V = typename VecOf<T, BYTES>::type;
@@ -62,12 +66,12 @@ INLINE void apply_right_block(const T* RESTRICT m, int64_t ldm, const T* RESTRIC
 
 template <class T>
 static void apply_right(const T* m, int64_t ldm, const T* g, int64_t ld, int64_t r, int64_t count, T* out, int64_t ldo) {
-    constexpr int W = VecOf<T>::W, HALF = W / 2;
-    if (ldo == HALF) return apply_right_block<T, 32, 1>(m, ldm, g, ld, r, count, out, ldo);
+    constexpr int W = VecOf<T>::W, NARROW = REGISTER < 32 ? REGISTER : 32, NV = REGISTERS == 32 ? 4 : 2;
+    if (ldo == HALF<T>) return apply_right_block<T, 32 / NARROW, NARROW>(m, ldm, g, ld, r, count, out, ldo);
     int64_t j = 0;
-    for (; j + 4 * W <= ldo; j += 4 * W) apply_right_block<T, 64, 4>(m + j, ldm, g, ld, r, count, out + j, ldo);
-    for (; j + 2 * W <= ldo; j += 2 * W) apply_right_block<T, 64, 2>(m + j, ldm, g, ld, r, count, out + j, ldo);
-    for (; j < ldo; j += W) apply_right_block<T, 64, 1>(m + j, ldm, g, ld, r, count, out + j, ldo);
+    for (; j + NV * W <= ldo; j += NV * W) apply_right_block<T, NV>(m + j, ldm, g, ld, r, count, out + j, ldo);
+    for (; j + 2 * W <= ldo; j += 2 * W) apply_right_block<T, 2>(m + j, ldm, g, ld, r, count, out + j, ldo);
+    for (; j < ldo; j += W) apply_right_block<T, 1>(m + j, ldm, g, ld, r, count, out + j, ldo);
 }
 
 // Columns [k0, k0 + count) of a factor, read for application. Left (A-like): rows of the panel are rows of the factor.
@@ -100,7 +104,7 @@ struct Reader {
 template <class T, class S, class Use>
 INLINE void for_blocks(const Factor<S>& f, const T* m, const T* mt, int64_t ldm, T* in, T* out, Use use) {
     Reader<T, S> reader{f, in, f.transposed(), 0};
-    const int64_t ldo = f.r <= VecOf<T>::W / 2 ? VecOf<T>::W / 2 : ldm;
+    const int64_t ldo = f.r <= HALF<T> ? HALF<T> : ldm;
     for (int64_t k0 = 0; k0 < f.n; k0 += CHUNK) {
         const int64_t count = least(CHUNK, f.n - k0);
         const T* x = reader.read(k0, count);

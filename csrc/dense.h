@@ -30,14 +30,16 @@ struct Dense {
             }
     }
 
-    // C += P^T P over `count` rows of P [count, rp], at least the upper triangle. Eight rows at a time keep enough sums in
-    // flight to hide the latency of one; inlined into its callers they would not stay in registers
+    // C += P^T P over `count` rows of P [count, rp], at least the upper triangle. Eight rows at a time (four where there are
+    // but 16 registers) keep enough sums in flight to hide the latency of one; inlined into its callers they would not
+    // stay in registers
     __attribute__((noinline)) void gram_add(const T* P, int64_t count, T* C) const {
-        for (int64_t i0 = 0; i0 < r; i0 += 8) {
+        constexpr int MR = REGISTERS / 4;
+        for (int64_t i0 = 0; i0 < r; i0 += MR) {
             int64_t j0 = i0;
-            for (; j0 + 3 * W <= rp; j0 += 3 * W) gram_block<8, 3>(P, count, rp, i0, j0, C);
-            for (; j0 + 2 * W <= rp; j0 += 2 * W) gram_block<8, 2>(P, count, rp, i0, j0, C);
-            for (; j0 < rp; j0 += W) gram_block<8, 1>(P, count, rp, i0, j0, C);
+            for (; j0 + 3 * W <= rp; j0 += 3 * W) gram_block<MR, 3>(P, count, rp, i0, j0, C);
+            for (; j0 + 2 * W <= rp; j0 += 2 * W) gram_block<MR, 2>(P, count, rp, i0, j0, C);
+            for (; j0 < rp; j0 += W) gram_block<MR, 1>(P, count, rp, i0, j0, C);
         }
     }
 
@@ -61,8 +63,9 @@ struct Dense {
 
     template <int MR>
     INLINE void matmul_rows(const T* A, const T* B, T* C, int64_t r, int64_t rp) {
+        constexpr int NV = REGISTERS == 32 ? 4 : 3;
         int64_t j0 = 0;
-        for (; j0 + 4 * W <= rp; j0 += 4 * W) matmul_block<MR, 4>(A, B, C, r, rp, j0);
+        for (; j0 + NV * W <= rp; j0 += NV * W) matmul_block<MR, NV>(A, B, C, r, rp, j0);
         for (; j0 + 2 * W <= rp; j0 += 2 * W) matmul_block<MR, 2>(A, B, C, r, rp, j0);
         for (; j0 < rp; j0 += W) matmul_block<MR, 1>(A, B, C, r, rp, j0);
     }

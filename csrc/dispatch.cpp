@@ -118,7 +118,7 @@ template <class T>
 void run_matrices(Function f, const T* x, const T* y, const std::array<T*, 3>& out, int64_t batch, int64_t n, double root,
                   double shift, double unit, int threads) {
     const Kernels& k = *chosen().kernels;
-    const int64_t step = batch < 8 ? batch : 8;
+    const int64_t lanes = k.eigh_count(F64), step = batch < lanes ? batch : lanes;
     const int64_t size = n * n;
     const size_t block = (size_t(step * size) * sizeof(double) + 63) / 64 * 64;
     parallel((batch + step - 1) / step, 5 * block + k.matrices_bytes(step, n), threads, [&](int64_t i, void* work) {

@@ -46,12 +46,12 @@ INLINE size_t bytes_for(int64_t r) {
 template <class S>
 INLINE double sum_of_squares(const S* p, int64_t stride, int64_t n, double scale) {
     using V = VecOf<double>::type;
-    V sum[4] = {};
+    constexpr int W = VecOf<double>::W;
+    V sum[32 / W] = {};
     int64_t i = 0;
     for (; stride == 1 && i + 32 <= n; i += 32)
-        for (int u = 0; u < 4; ++u) {
-            V x;
-            for (int l = 0; l < 8; ++l) x[l] = double(widen(p[i + 8 * u + l])) * scale;
+        for (int u = 0; u < 32 / W; ++u) {
+            const V x = doubles(p + i + W * u) * scale;
             sum[u] += x * x;
         }
     double rest = 0;
@@ -59,8 +59,9 @@ INLINE double sum_of_squares(const S* p, int64_t stride, int64_t n, double scale
         const double x = double(widen(p[i * stride])) * scale;
         rest += x * x;
     }
-    const V all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-    for (int l = 0; l < 8; ++l) rest += all[l];
+    double all[32];
+    for (int u = 0; u < 32 / W; ++u) store<V>(all + W * u, sum[u]);
+    for (int l = 0; l < 8; ++l) rest += (all[l] + all[8 + l]) + (all[16 + l] + all[24 + l]);
     return rest;
 }
 

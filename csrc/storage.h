@@ -126,26 +126,55 @@ bool all_finite<float>(const Factor<float>& f) {
 #endif
 
 #ifdef REFLORA_SHUFFLE
-INLINE void transpose8(VecOf<double>::type* v) {
-    using V = VecOf<double>::type;
-    V a[8], b[8];
-#define SHUF(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+// as many vectors of doubles as one has elements, transposed
+INLINE void transpose_block(VecOf<double, 64>::type* v) {
+    VecOf<double, 64>::type a[8], b[8];
     for (int i = 0; i < 8; i += 2) {
-        a[i] = SHUF(v[i], v[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
-        a[i + 1] = SHUF(v[i], v[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+        a[i] = SHUFFLE(v[i], v[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
+        a[i + 1] = SHUFFLE(v[i], v[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
     }
     for (int i = 0; i < 8; i += 4)
         for (int j = 0; j < 2; ++j) {
-            b[i + j] = SHUF(a[i + j], a[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-            b[i + j + 2] = SHUF(a[i + j], a[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+            b[i + j] = SHUFFLE(a[i + j], a[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+            b[i + j + 2] = SHUFFLE(a[i + j], a[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
         }
     for (int j = 0; j < 4; ++j) {
-        v[j] = SHUF(b[j], b[j + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-        v[j + 4] = SHUF(b[j], b[j + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+        v[j] = SHUFFLE(b[j], b[j + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        v[j + 4] = SHUFFLE(b[j], b[j + 4], 4, 5, 6, 7, 12, 13, 14, 15);
     }
-#undef SHUF
 }
+
+INLINE void transpose_block(VecOf<double, 32>::type* v) {
+    VecOf<double, 32>::type a[4];
+    for (int i = 0; i < 4; i += 2) {
+        a[i] = SHUFFLE(v[i], v[i + 1], 0, 4, 2, 6);
+        a[i + 1] = SHUFFLE(v[i], v[i + 1], 1, 5, 3, 7);
+    }
+    for (int j = 0; j < 2; ++j) {
+        v[j] = SHUFFLE(a[j], a[j + 2], 0, 1, 4, 5);
+        v[j + 2] = SHUFFLE(a[j], a[j + 2], 2, 3, 6, 7);
+    }
+}
+
+INLINE void transpose_block(VecOf<double, 16>::type* v) {
+    const VecOf<double, 16>::type a = SHUFFLE(v[0], v[1], 0, 2);
+    v[1] = SHUFFLE(v[0], v[1], 1, 3), v[0] = a;
+}
+#undef SHUFFLE
 #endif
+
+// a vector of doubles of as many stored values
+template <class S>
+INLINE VecOf<double>::type doubles(const S* p) {
+    VecOf<double>::type v;
+    for (int l = 0; l < VecOf<double>::W; ++l) v[l] = double(widen(p[l]));
+    return v;
+}
+INLINE VecOf<double>::type doubles(const float* p) {
+    typedef VecOf<float, REGISTER / 2>::type Half;
+    return __builtin_convertvector(load<Half>(p), VecOf<double>::type);
+}
 
 // columns [k0, k0 + count) of f times `scale`, transposed: panel[k * rp + i], zeros for i >= r
 template <class S>
@@ -158,19 +187,17 @@ INLINE void pack(const Factor<S>& f, int64_t k0, int64_t count, int64_t rp, doub
     int64_t i0 = 0;
 #ifdef REFLORA_SHUFFLE
     using V = VecOf<double>::type;
-    for (; f.sn == 1 && i0 + 8 <= f.r; i0 += 8) {
+    constexpr int W = VecOf<double>::W;
+    for (; f.sn == 1 && i0 + W <= f.r; i0 += W) {
         int64_t k = 0;
-        for (; k + 8 <= count; k += 8) {
-            V v[8];
-            for (int i = 0; i < 8; ++i) {
-                const S* p = f.p + (i0 + i) * f.sr + k0 + k;
-                for (int l = 0; l < 8; ++l) v[i][l] = double(widen(p[l])) * scale;
-            }
-            transpose8(v);
-            for (int l = 0; l < 8; ++l) store<V>(panel + (k + l) * rp + i0, v[l]);
+        for (; k + W <= count; k += W) {
+            V v[W];
+            for (int i = 0; i < W; ++i) v[i] = doubles(f.p + (i0 + i) * f.sr + k0 + k) * scale;
+            transpose_block(v);
+            for (int l = 0; l < W; ++l) store<V>(panel + (k + l) * rp + i0, v[l]);
         }
         for (; k < count; ++k)
-            for (int i = 0; i < 8; ++i) panel[k * rp + i0 + i] = double(widen(f.p[(i0 + i) * f.sr + k0 + k])) * scale;
+            for (int i = 0; i < W; ++i) panel[k * rp + i0 + i] = double(widen(f.p[(i0 + i) * f.sr + k0 + k])) * scale;
     }
 #endif
     for (int64_t k = 0; k < count; ++k) {

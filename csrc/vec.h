@@ -11,7 +11,18 @@ namespace REFLORA_ISA {
 #define MEMBER inline __attribute__((always_inline))
 #define RESTRICT __restrict__
 
-template <class T, int BYTES = 64>
+// bytes of a register, and how many there are: a vector that fits into none lives in memory, whatever is done with it
+#if defined(__AVX512F__)
+constexpr int REGISTER = 64, REGISTERS = 32;
+#elif defined(__AVX__)
+constexpr int REGISTER = 32, REGISTERS = 16;
+#elif defined(__aarch64__)
+constexpr int REGISTER = 16, REGISTERS = 32;
+#else
+constexpr int REGISTER = 16, REGISTERS = 16;
+#endif
+
+template <class T, int BYTES = REGISTER>
 struct VecOf {
     static constexpr int W = BYTES / int(sizeof(T));
     typedef T type __attribute__((vector_size(BYTES), aligned(alignof(T)), may_alias));
@@ -44,9 +55,9 @@ INLINE V fused(V a, V b, V c) {
     return c;
 }
 
-// r rounded up to whole 64-byte vectors
+// r rounded up to whole 64 bytes, the widest vector, on every processor
 template <class T>
-INLINE int64_t padded(int64_t r) { constexpr int W = VecOf<T>::W; return (r + W - 1) / W * W; }
+INLINE int64_t padded(int64_t r) { constexpr int W = 64 / int(sizeof(T)); return (r + W - 1) / W * W; }
 
 // sum of x[i] * y[i] over n, a multiple of the vector width
 template <class T>

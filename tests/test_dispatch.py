@@ -8,7 +8,7 @@ import pytest
 
 SCRIPT = """
 import torch
-from reflora import RefLoRAAdamW, _C, precondition_, reference
+from reflora import RefLoRAAdamW, _C, linalg, precondition_, reference
 torch.manual_seed(0)
 for r in (1, 4, 8, 12, 32, 70):
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-10), (torch.bfloat16, 2e-2)):
@@ -24,6 +24,13 @@ for r in (1, 4, 8, 12, 32, 70):
             t.grad = torch.ones_like(t)
         optimizer.step()
         assert all(t.isfinite().all() for t in pair)
+# groups as wide as a vector, whose width is the instruction set's
+X = torch.randn(19, 5, 5)
+for f in (linalg.eigh, linalg.svd, linalg.polar, lambda X: [linalg.inv_root(X @ X.mT, 4, eps=1e-3)]):
+    for part, whole in zip(f(X[4:17].contiguous()), f(X)):
+        assert torch.equal(part, whole[4:17])
+U, S, Vh = linalg.svd(X)
+assert torch.allclose((U * S.unsqueeze(-2)) @ Vh, X, atol=1e-5)
 print(_C.instruction_set())
 """
 
