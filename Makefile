@@ -17,7 +17,7 @@ export PYTHONDONTWRITEBYTECODE :=
 DEPS := $(VENV)/.deps
 BUILT := $(VENV)/.built
 
-.PHONY: help test pytest soak sanitize mutants audit lint format build bench compare memory steps scaling eigh paper gpu compile-table clean
+.PHONY: help test pytest soak sanitize mutants audit lint format docs wheel hub build bench compare memory steps scaling eigh paper gpu compile-table clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,15 @@ lint: $(DEPS)  ## ruff and mypy, as CI runs them
 format: $(DEPS)  ## let ruff mend what it can
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+docs: $(DEPS)  ## the pages of docs/ as a site, in build/site; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
+wheel:  ## sdist and wheel in dist/, then the tests over the wheel in an environment of its own, without a compiler
+	PYTHON=$(PYTHON) .ci/wheel $(ARGS)
+
+hub:  ## the package as a kernel of the Hugging Face hub, in build/hub
+	rm -rf build/hub && $(PYTHON) .ci/hub_kernel.py build/hub
 
 build: $(BUILT)  ## the virtual environment with reflora built in place
 

@@ -120,7 +120,7 @@ def test_step_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     pytest.importorskip("peft")
     kernels.main(["step", "--cases", "minilm:4", *TINY, "--out", str(tmp_path)])
     rows = rows_of(tmp_path / "step_cpu.csv")
-    labels = {methods.LABELS[name] for name in step.METHODS}
+    labels = {methods.LABELS[name] for name in step.CPU_METHODS}
     cold = {(row["method"], row["metric"]): float(row["p50"]) for row in rows if row["case"].endswith("cold")}
     assert {method for method, metric in cold if metric == "wall to LoRA"} == labels
     assert cold["LoRA", "wall to LoRA"] == 1 and cold["copy", "bandwidth"] > 0
@@ -129,7 +129,8 @@ def test_step_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert {row["case"].split()[-1] for row in rows} == {"cold", "warm"}
     assert not {"host", "gpu", "kernel launches"} & {row["metric"] for row in rows}  # of a GPU alone
     assert "minilm (36 pairs) r=4 warm" in capsys.readouterr().out
-    assert (tmp_path / "step_cpu.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("step_cpu.png", "overhead_cpu.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_method_that_fails_is_shown_and_the_others_go_on(
@@ -288,6 +289,12 @@ def test_bad_options_get_one_clear_line(arguments: list[str], message: str, caps
 
 
 # ---- roofline
+
+
+def test_roofline_draws_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    roofline.main(["--png", str(tmp_path / "roofline.png")])
+    assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
+    assert "36 B a parameter, 1.29 of AdamW's" in capsys.readouterr().out
 
 
 def test_bytes_of_a_step_are_those_of_the_notes() -> None:

@@ -15,7 +15,7 @@ SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "in
 
 
 def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
-    """minilm, vit-base and llama2-7b; nothing is looked up in a hub."""
+    """minilm, deberta-v3-base, vit-base, llama-7b and llama2-7b; nothing is looked up in a hub."""
     import transformers
 
     def base(classes: int) -> tuple[Any, Any, str, str]:
@@ -30,7 +30,9 @@ def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "_pretrained", absent)
     monkeypatch.setattr(models, "_base_of_minilm", base)
     monkeypatch.setattr(models, "_VIT", {**SIZE, "image_size": 32, "patch_size": 8})
-    monkeypatch.setitem(models._LLAMA, "llama2-7b", {**SIZE, "vocab_size": 200, "num_key_value_heads": 2})
+    monkeypatch.setattr(models, "_DEBERTA", {**models._DEBERTA, **SIZE, "vocab_size": 200})
+    for name in ("llama-7b", "llama2-7b"):
+        monkeypatch.setitem(models._LLAMA, name, {**SIZE, "vocab_size": 200, "num_key_value_heads": 2})
 
 
 def save_causal(folder: Path, texts: Sequence[str]) -> Path:

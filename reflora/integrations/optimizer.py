@@ -34,16 +34,27 @@ def create_reflora_optimizer(
 ) -> Optimizer:
     """An optimizer over the trainable parameters of `model` that steps its LoRA pairs as RefLoRA does.
 
-    optimizer_cls: None and torch.optim.AdamW both give RefLoRAAdamW, which is AdamW with the preconditioning fused in
-        (torch's `fused` and `foreach` are accepted and change nothing). Any other class gives a subclass of it that
-        preconditions inside `step`: see `reflora.optim.wrapper.Wrapped` for what that costs.
-        A model that is sharded by FSDP2 takes such a subclass of torch.optim.AdamW: its pairs are DTensors, and one
-        all-reduce of their Grams a step gives every process the same S.
-    kwargs: for the optimizer, such as betas, weight_decay or momentum.
+    Parameters in no pair take plain steps. A model that is sharded by FSDP2 takes a subclass of torch.optim.AdamW that
+    preconditions inside `step`: its pairs are DTensors, and one all-reduce of their Grams a step gives every process
+    the same S.
 
-    The other arguments are RefLoRAAdamW's. Parameters in no pair take plain steps. Raises as `find_pairs`, ValueError
-    for a class whose closure is required or, with scalar=True, whose state cannot be moved, TypeError for no optimizer
-    class, or for RefLoRAAdamW's own options where the model is sharded.
+    Args:
+        model: A PEFT model, or any with PEFT's LoRA layers in it.
+        optimizer_cls: None and torch.optim.AdamW both give RefLoRAAdamW, which is AdamW with the preconditioning fused
+            in (torch's `fused` and `foreach` are accepted and change nothing). Any other class gives a subclass of it
+            that preconditions inside `step`, with one host synchronisation a step on a GPU.
+        lr: Learning rate.
+        scalar: RefLoRA-S, as in RefLoRAAdamW.
+        interval: Recompute S every that many steps.
+        warmup_steps: First steps with S = I.
+        backend: None, "triton", "cpp" or "torch".
+        precision: "float64" or "float32".
+        **kwargs: For the optimizer, such as betas, weight_decay or momentum.
+
+    Raises:
+        ValueError: No LoRA pair is found; a class whose closure is required or, with scalar=True, whose state cannot
+            be moved.
+        TypeError: No optimizer class, or RefLoRAAdamW's own options where the model is sharded.
     """
     pairs = find_pairs(model)
     if any(is_sharded(pair.A) for pair in pairs) or _will_be_sharded():
@@ -67,18 +78,30 @@ def create_reflora_optimizer(
 class OptimizerFactory:
     """`create_reflora_optimizer` for `transformers.Trainer(optimizer_cls_and_kwargs=(OptimizerFactory, {"lr": ...}))`.
 
-    Trainer (transformers 5) makes a factory without arguments and calls it with the model, so that the optimizer is
-    built when the model is where it trains.
+    Trainer (transformers 5.3 and later) makes a factory without arguments and calls it with the model, so that the
+    optimizer is built when the model is where it trains. axolotl's trainers add their training arguments.
     """
 
     def __init__(self, *given: object, **kwargs: object):
         if given or kwargs:
-            remedy = "Before transformers 5 use optimizers=(reflora.create_reflora_optimizer(model, lr=...), None)."
+            remedy = "Before transformers 5.3 use optimizers=(reflora.create_reflora_optimizer(model, lr=...), None)."
             fail("OptimizerFactory", "no arguments", f"{len(given) + len(kwargs)}", remedy, TypeError)
 
-    def __call__(self, model: nn.Module, **kwargs: Any) -> Optimizer:
-        """kwargs: of create_reflora_optimizer."""
-        return create_reflora_optimizer(model, **kwargs)
+    def __call__(self, model: nn.Module, training_args: Any = None, **kwargs: Any) -> Optimizer:
+        """kwargs: of create_reflora_optimizer. What they lack of AdamW's options is taken from `training_args`."""
+        return create_reflora_optimizer(
+            model, **({**adamw_options(training_args), **kwargs} if training_args else kwargs)
+        )
+
+
+def adamw_options(training_args: Any) -> dict[str, Any]:
+    """AdamW's options among transformers' TrainingArguments."""
+    return {
+        "lr": training_args.learning_rate,
+        "betas": (training_args.adam_beta1, training_args.adam_beta2),
+        "eps": training_args.adam_epsilon,
+        "weight_decay": training_args.weight_decay,
+    }
 
 
 def wrap(optimizer_cls: type[Optimizer]) -> type[Optimizer]:
@@ -88,7 +111,11 @@ def wrap(optimizer_cls: type[Optimizer]) -> type[Optimizer]:
     RefLoRAAdamW, which cannot follow parameters that are replaced after it was built (FSDP2 by hand): that is what
     `wrap(torch.optim.AdamW)` is for.
     Its constructor takes `pairs=` and RefLoRAAdamW's scalar, interval, warmup_steps, backend and precision on top of
-    the class's own arguments. Raises TypeError for what is no optimizer class, ValueError for one that needs a closure.
+    the class's own arguments.
+
+    Raises:
+        TypeError: No optimizer class.
+        ValueError: A class that needs a closure.
     """
     return reflora_class(optimizer_cls)
 

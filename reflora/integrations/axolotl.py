@@ -1,0 +1,55 @@
+"""axolotl's plugin: `plugins: [reflora.integrations.axolotl.RefLoRAPlugin]` in a YAML file trains with RefLoRA."""
+
+from __future__ import annotations
+
+import ast
+import logging
+from typing import Any
+
+from axolotl.integrations.base import BasePlugin
+
+from ..contract import fail
+from .optimizer import OptimizerFactory, adamw_options
+
+LOG = logging.getLogger(__name__)
+# options that make parameter groups, which the factory's one group would silently undo
+GROUPED = ("loraplus_lr_ratio", "lr_groups", "embedding_lr", "embedding_lr_scale")
+SERVED = ("adamw_torch", "adamw_torch_fused")
+
+
+class RefLoRAPlugin(BasePlugin):
+    """Gives axolotl's trainer RefLoRAAdamW with the YAML file's learning rate, betas, eps and weight decay.
+
+    `optim_args` there are further arguments of `reflora.create_reflora_optimizer`, such as `scalar: true`.
+
+    Raises:
+        ValueError: An `optimizer:` other than adamw_torch and adamw_torch_fused, or learning rates by group.
+    """
+
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        """Called by axolotl before the trainer builds its optimizer."""
+        named = cfg.get("optimizer") or SERVED[0]
+        if getattr(named, "value", named) not in SERVED:
+            fail("optimizer", " or ".join(SERVED), str(named), "RefLoRAAdamW takes its place: name one of these.")
+        grouped = [name for name in GROUPED if cfg.get(name) is not None]
+        if grouped:
+            fail("RefLoRAPlugin", "one learning rate", ", ".join(grouped), "Leave them out.")
+        options = {**adamw_options(trainer.args), **parsed(cfg.get("optim_args"))}
+        trainer.optimizer_cls_and_kwargs = (OptimizerFactory, options)
+        LOG.info("reflora: trains with %s", options)
+
+
+def parsed(optim_args: Any) -> dict[str, Any]:
+    """A mapping as it is; of "scalar=True,interval=2" the values as Python literals, words as they stand."""
+    if not isinstance(optim_args, str):
+        return dict(optim_args or {})
+    found: dict[str, Any] = {}
+    for item in filter(None, (part.strip() for part in optim_args.split(","))):
+        name, equals, value = item.partition("=")
+        if not equals:
+            fail("optim_args", "name=value, separated by commas", repr(item), "Write scalar=True, for example.")
+        try:
+            found[name.strip()] = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
+        except (ValueError, SyntaxError):
+            found[name.strip()] = value
+    return found

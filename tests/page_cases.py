@@ -1,0 +1,161 @@
+"""What the code blocks of a page take as given, such as `model`; `page_cases.py JOBS RESULTS` runs them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import json
+import os
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TEXTS = ["To be, or not to be, that is the question.", "All the world's a stage.", "Now is the winter."] * 8
+SIZE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+
+
+def causal() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZE))
+
+
+def adapted() -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(causal(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def rows(count: int = 16) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    tokens = [torch.randint(64, (8,), generator=generator) for _ in range(count)]
+    return [{"input_ids": row, "labels": row} for row in tokens]
+
+
+def batch() -> dict[str, torch.Tensor]:
+    return {name: torch.stack([row[name] for row in rows(4)]) for name in ("input_ids", "labels")}
+
+
+def loader() -> Any:
+    return torch.utils.data.DataLoader(rows(), batch_size=4)  # type: ignore[arg-type]
+
+
+def arguments(**more: Any) -> Any:
+    from transformers import TrainingArguments
+
+    return TrainingArguments("out", max_steps=3, use_cpu=True, report_to=[], **more)
+
+
+def one_process() -> None:
+    where = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+    os.environ.update({name: str(value) for name, value in where.items()}, DS_ACCELERATOR="cpu")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tempfile.mktemp()}", rank=0, world_size=1)
+
+
+def readme() -> dict[str, Any]:
+    from transformers import Trainer
+
+    X = torch.randn(5, 8, 8)
+    pair = torch.randn(4, 16, requires_grad=True), torch.randn(12, 4, requires_grad=True)
+    (pair[1] @ pair[0]).square().sum().backward()
+    given = {"Trainer": Trainer, "args": arguments(), "data": rows(), "pairs": [pair], "X": X + X.mT}
+    return {"model": adapted(), **given}
+
+
+def trainer() -> dict[str, Any]:
+    import datasets
+    from tiny_models import save_causal
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(save_causal(Path("causal"), TEXTS))
+    tokenizer.pad_token = tokenizer.eos_token
+    given = {"causal_model": causal(), "text_dataset": datasets.Dataset.from_dict({"text": TEXTS})}
+    given["causal_model"].resize_token_embeddings(len(tokenizer))
+    return {"model": adapted(), "train_dataset": rows(), "tokenizer": tokenizer, **given}
+
+
+def qlora() -> dict[str, Any]:
+    from tiny_models import save_causal
+
+    return {"folder": str(save_causal(Path("causal"), TEXTS))}
+
+
+def fsdp2() -> dict[str, Any]:
+    one_process()
+    return {"model": adapted()}
+
+
+def deepspeed() -> dict[str, Any]:
+    one_process()
+    return {"model": adapted(), "loader": loader(), "folder": "engine"}
+
+
+def config() -> dict[str, Any]:
+    """LLaMA-Factory's register and its entry, as far as the page uses them."""
+    from types import ModuleType
+
+    for name in ("", ".v1", ".v1.trainers", ".v1.plugins", ".v1.plugins.trainer_plugins"):
+        sys.modules[f"llamafactory{name}"] = ModuleType(f"llamafactory{name}")
+    optimizers = sys.modules["llamafactory.v1.plugins.trainer_plugins.optimizers"] = ModuleType("optimizers")
+    optimizers.optimizer = sys.modules[f"{_FACTORY}.optimizer"] = ModuleType("optimizer")  # type: ignore[attr-defined]
+    registered: dict[str, Any] = {}
+
+    class OptimizerPlugin:
+        def __init__(self, name: str):
+            self.name = name
+
+        def register(self) -> Any:
+            return lambda function: registered.setdefault(self.name, function)
+
+    def run_sft() -> None:
+        optimizer = registered["reflora"](adapted(), {"name": "reflora", "lr": 1e-4})
+        assert len(optimizer.pairs) == 14 and optimizer.param_groups[0]["lr"] == 1e-4
+
+    sys.modules[f"{_FACTORY}.optimizer"].OptimizerPlugin = OptimizerPlugin  # type: ignore[attr-defined]
+    entry = sys.modules["llamafactory.v1.trainers.sft_trainer"] = ModuleType("sft_trainer")
+    entry.run_sft = run_sft  # type: ignore[attr-defined]
+    return {"model": adapted()}
+
+
+_FACTORY = "llamafactory.v1.plugins.trainer_plugins.optimizers"
+GIVEN: dict[str, Any] = {
+    "README.md": readme,
+    "docs/quickstart.md": dict,
+    "docs/howto/trainer.md": trainer,
+    "docs/howto/loop.md": lambda: {"model": adapted(), "batches": itertools.cycle(loader())},
+    "docs/howto/qlora.md": qlora,
+    "docs/howto/optimizers.md": lambda: {"model": adapted()},
+    "docs/howto/distributed.md#accelerate": lambda: {"model": adapted(), "loader": loader()},
+    "docs/howto/distributed.md#FSDP2": fsdp2,
+    "docs/howto/distributed.md#DeepSpeed, ZeRO-1 and 2": deepspeed,
+    "docs/howto/compile.md": lambda: {"model": adapted(), "batch": batch()},
+    "docs/howto/config.md": config,
+    "docs/howto/published.md": lambda: {"model": adapted(), "arguments": arguments(), "train_dataset": rows()},
+    "docs/howto/adapters.md": lambda: {"model": adapted()},
+    "docs/howto/linalg.md": dict,
+}
+
+
+def run(unit: str, page: str, folder: str) -> dict[str, str]:
+    """What the blocks print, and the traceback of what they raise."""
+    printed = io.StringIO()
+    os.chdir(folder)
+    try:
+        with contextlib.redirect_stdout(printed):
+            program = compile(Path(page).read_text(), page, "exec")
+            exec(program, GIVEN[unit]() | {"__name__": "__page__"})
+    except Exception:  # told by the test of this unit; the later ones are run
+        return {"printed": printed.getvalue(), "error": traceback.format_exc()}
+    return {"printed": printed.getvalue(), "error": ""}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    jobs = json.loads(Path(sys.argv[1]).read_text())
+    Path(sys.argv[2]).write_text(json.dumps({job[0]: run(*job) for job in jobs}))
