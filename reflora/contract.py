@@ -236,4 +236,4 @@ def check_precision(precision: str) -> None:
 
 def check_count(what: str, value: Any, minimum: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        fail(what, f"an integer >= {minimum}", repr(value), "It counts optimizer steps.")
+        fail(what, f"an integer >= {minimum}", repr(value), "It is a count.")

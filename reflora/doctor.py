@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contract import DEGENERATE, REFACTORED, SKIPPED, LoRAPair, fail
+from .contract import DEGENERATE, KAPPA_MAX, REFACTORED, SKIPPED, LoRAPair, fail
 from .functional import refactor_
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -140,7 +140,7 @@ def draw(layers: Sequence[Layer], path: Path) -> None:
     place = range(len(layers))
     top.semilogy(place, [one.condition_A for one in layers], ".", label="A", color="tab:blue")
     top.semilogy(place, [one.condition_B for one in layers], ".", label="B", color="tab:orange")
-    top.axhline(1e6, color="grey", lw=0.8, ls="--", label="degenerate past this")
+    top.axhline(KAPPA_MAX["float64"], color="grey", lw=0.8, ls="--", label="degenerate past this")
     top.set(ylabel="condition number")
     top.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
     middle.semilogy(place, [one.balance for one in layers], ".", color="tab:green")

@@ -74,7 +74,7 @@ def test_a_run(plugin: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
 
 
 @pytest.mark.parametrize(
-    "given", ["scalar=true, interval=3,backend=torch", {"scalar": True, "interval": 3, "backend": "torch"}]
+    "given", ["scalar = true, interval=3,backend= torch", {"scalar": True, "interval": 3, "backend": "torch"}]
 )
 def test_optim_args_as_text_or_mapping(plugin: Any, tmp_path: Path, given: Any) -> None:
     made = trainer(tmp_path)

@@ -256,3 +256,11 @@ def test_no_rows_of_the_table_are_missed():
     plan.rebuild()
     results = triton_backend.refactor(plan, False, "float64")
     assert results.shape == (1, col.RESULTS) and results[0, col.STATUS] == REFACTORED
+
+
+def test_a_triton_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from reflora.backends import triton_backend
+
+    assert triton_backend._version() >= (3, 6)
+    monkeypatch.setattr(triton_backend, "_version", lambda: (3, 5))
+    assert "Triton 3.6 or later" in str(triton_backend.unavailable(torch.device("cpu")))

@@ -1,10 +1,11 @@
-"""Triton kernels on NVIDIA GPUs: one launch a rank class, one program a row (rows of r > 128 go through torch)."""
+"""Triton kernels on NVIDIA GPUs: one launch a rank class, two for a fused step (r > 128 goes through torch)."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 import torch
@@ -21,6 +22,8 @@ def unavailable(device: torch.device) -> str | None:
     """Why the kernels cannot run on `device`. TRITON_INTERPRET=1 (Triton's interpreter) serves CPU tensors."""
     if not _installed():
         return "triton is not installed (pip install triton)"
+    if _version() < (3, 6):
+        return "the kernels need Triton 3.6 or later (torch 2.10 and later come with it)"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None if device.type == "cpu" else f"under TRITON_INTERPRET=1 the kernels run on the CPU, not on {device}"
     if device.type != "cuda" or not torch.cuda.is_available():
@@ -35,6 +38,15 @@ def unavailable(device: torch.device) -> str | None:
 @cache
 def _installed() -> bool:
     return find_spec("triton") is not None
+
+
+@cache
+def _version() -> tuple[int, ...]:
+    """(major, minor); of a build under another name, which says nothing, new enough."""
+    try:
+        return tuple(map(int, version("triton").split(".")[:2]))
+    except PackageNotFoundError:
+        return (3, 6)
 
 
 def refactor(plan: Plan, scalar: bool, precision: str) -> Tensor:

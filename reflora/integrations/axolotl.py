@@ -45,11 +45,11 @@ def parsed(optim_args: Any) -> dict[str, Any]:
         return dict(optim_args or {})
     found: dict[str, Any] = {}
     for item in filter(None, (part.strip() for part in optim_args.split(","))):
-        name, equals, value = item.partition("=")
+        name, equals, value = (part.strip() for part in item.partition("="))
         if not equals:
             fail("optim_args", "name=value, separated by commas", repr(item), "Write scalar=True, for example.")
         try:
-            found[name.strip()] = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
+            found[name] = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
         except (ValueError, SyntaxError):
-            found[name.strip()] = value
+            found[name] = value
     return found
