@@ -82,6 +82,12 @@ print(json.dumps([reflora.__file__, resolve(None, cpu).NAME, load("cpp").unavail
     file, backend, reason = json.loads(done.stdout)
     assert file.startswith(str(tmp_path)) and backend == "torch" and "REFLORA_NO_CPP" in reason
 
+    # in the source tree, which a program in its folder imports before what is installed
+    done = run([sys.executable, "-c", program], sdist, PYTHONPATH=str(sdist))
+    assert done.returncode == 0, done.stderr
+    _, backend, reason = json.loads(done.stdout)
+    assert backend == "torch" and "source tree" in reason and "pip install -e ." in reason
+
 
 @pytest.mark.parametrize("how", ["CXX points nowhere", "none on the PATH"])
 def test_one_clear_line_without_a_compiler(sdist: Path, tmp_path: Path, how: str) -> None:

@@ -6,6 +6,7 @@ Grams and solve are always float64 here: precision="float32" only lowers the bou
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -28,6 +29,8 @@ _POLAR, _GEOMETRIC_MEAN, _SQRTM, _INVSQRTM, _SVD, _INV_ROOT = range(6)
 
 def unavailable(device: torch.device) -> str | None:
     """The C++ core serves CPU tensors, where it was built."""
+    if _C is None and Path(__file__).parents[2].joinpath("CMakeLists.txt").exists():
+        return "this is the source tree, whose C++ core is not built: leave its folder, or pip install -e . in it"
     if _C is None:
         return f"the C++ core is not built ({_missing}); reinstall with a C++ compiler and without REFLORA_NO_CPP"
     if device.type != "cpu":
