@@ -52,8 +52,9 @@ def stage(out: Path) -> None:
     shutil.copytree(ROOT / "reflora", out / "torch-ext" / "reflora", ignore=ignore)
     (out / "build.toml").write_text(BUILD.format(version=VERSION))
     shutil.copy(ROOT / "README.md", out / "CARD.md")
+    version = digest()
     for backend in BACKENDS:
-        name, folder = f"_reflora_{backend}_{digest()}", out / "build" / f"torch-{backend}"
+        name, folder = f"_reflora_{backend}_{version}", out / "build" / f"torch-{backend}"
         shutil.copytree(ROOT / "reflora", folder, ignore=ignore)
         (folder / "_ops.py").write_text(OPS.format(name=name))
         metadata = {

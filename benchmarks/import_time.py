@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from statistics import median
 
+import torch
+
 from . import harness
 
 STATEMENTS = (
@@ -31,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.import_time", description=__doc__)
     parser.add_argument("--runs", type=int, default=9)
     options = parser.parse_args(argv)
+    print(harness.header(harness.environment(torch.device("cpu"), torch.float32)))
     rows = []
     for statement in STATEMENTS:
         times = milliseconds(statement, options.runs)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from .harness import Measurement
 BASE = "LoRA"
 
 
-def draw(path: Path, rows: Sequence[Measurement], env: dict[str, str]) -> bool:
+def draw(path: Path, rows: Sequence[Measurement], env: Mapping[str, str]) -> bool:
     """A panel a case of cold caches, on a logarithmic axis that starts at 1: AdamW itself is no bar at all."""
     pyplot = drawing.pyplot()
     metric = "gpu to LoRA" if any(row.metric == "gpu to LoRA" for row in rows) else "wall to LoRA"
@@ -24,9 +25,12 @@ def draw(path: Path, rows: Sequence[Measurement], env: dict[str, str]) -> bool:
     labels = list(dict.fromkeys(row.method for row in sorted(rows, key=lambda row: row.summary.p50)))
     high = max(row.summary.p80 for row in rows)
     with pyplot.rc_context(drawing.STYLE):
-        size = (3.1 * len(cases) + 1.3, 0.24 * len(labels) + 0.95)
-        figure, axes = pyplot.subplots(1, len(cases), figsize=size, sharey=True, squeeze=False)
-        for axis, case in zip(axes[0], cases):
+        lines, columns = math.ceil(len(cases) / 3), min(len(cases), 3)
+        size = (3.1 * columns + 1.3, (0.24 * len(labels) + 0.95) * lines)
+        figure, axes = pyplot.subplots(lines, columns, figsize=size, sharey=True, squeeze=False)
+        for axis in axes.flat[len(cases) :]:
+            axis.set_visible(False)
+        for axis, case in zip(axes.flat, cases):
             _panel(axis, {row.method: row for row in rows if row.case == case}, labels, high)
             axis.set_title(case.removesuffix(" cold"), fontsize=8, loc="left")
             axis.set_xlabel("optimizer.step() over fused AdamW's")

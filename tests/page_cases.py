@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import sys
-import tempfile
 import traceback
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,8 @@ def arguments(**more: Any) -> Any:
 def one_process() -> None:
     where = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
     os.environ.update({name: str(value) for name, value in where.items()}, DS_ACCELERATOR="cpu")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tempfile.mktemp()}", rank=0, world_size=1)
+    store = Path("store").absolute()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
 
 
 def readme() -> dict[str, Any]:
@@ -100,10 +100,11 @@ def config() -> dict[str, Any]:
     """LLaMA-Factory's register and its entry, as far as the page uses them."""
     from types import ModuleType
 
-    for name in ("", ".v1", ".v1.trainers", ".v1.plugins", ".v1.plugins.trainer_plugins"):
-        sys.modules[f"llamafactory{name}"] = ModuleType(f"llamafactory{name}")
-    optimizers = sys.modules["llamafactory.v1.plugins.trainer_plugins.optimizers"] = ModuleType("optimizers")
-    optimizers.optimizer = sys.modules[f"{_FACTORY}.optimizer"] = ModuleType("optimizer")  # type: ignore[attr-defined]
+    places = ("plugins", "plugins.trainer_plugins", "plugins.trainer_plugins.optimizers", "trainers")
+    register, entry = "plugins.trainer_plugins.optimizers.optimizer", "trainers.sft_trainer"
+    made = {name: ModuleType(f"llamafactory.v1.{name}") for name in (*places, register, entry)}
+    sys.modules.update({module.__name__: module for module in made.values()})
+    sys.modules.update({name: ModuleType(name) for name in ("llamafactory", "llamafactory.v1")})
     registered: dict[str, Any] = {}
 
     class OptimizerPlugin:
@@ -117,13 +118,11 @@ def config() -> dict[str, Any]:
         optimizer = registered["reflora"](adapted(), {"name": "reflora", "lr": 1e-4})
         assert len(optimizer.pairs) == 14 and optimizer.param_groups[0]["lr"] == 1e-4
 
-    sys.modules[f"{_FACTORY}.optimizer"].OptimizerPlugin = OptimizerPlugin  # type: ignore[attr-defined]
-    entry = sys.modules["llamafactory.v1.trainers.sft_trainer"] = ModuleType("sft_trainer")
-    entry.run_sft = run_sft  # type: ignore[attr-defined]
+    made[register].OptimizerPlugin = OptimizerPlugin  # type: ignore[attr-defined]
+    made[entry].run_sft = run_sft  # type: ignore[attr-defined]
     return {"model": adapted()}
 
 
-_FACTORY = "llamafactory.v1.plugins.trainer_plugins.optimizers"
 GIVEN: dict[str, Any] = {
     "README.md": readme,
     "docs/quickstart.md": dict,

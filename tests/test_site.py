@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -66,11 +67,22 @@ def test_no_link_of_the_site_leads_nowhere(site: Path) -> None:
 
 
 @pytest.mark.xdist_group("site")
-def test_every_public_name_is_on_a_page_with_its_arguments(site: Path) -> None:
+def test_every_public_name_is_on_a_page(site: Path) -> None:
     anchors = {anchor for path in (site / "api").rglob("*.html") for anchor in Page(path).anchors}
     names = set(reflora.__all__) - {"__version__", "linalg", "reference"}
     names |= {f"linalg.{name}" for name in reflora.linalg.__all__}
     assert {name for name in names if f"reflora.{name}" not in anchors} == set()
+
+
+@pytest.mark.parametrize("name", reflora.__all__)
+def test_a_docstring_that_lists_arguments_lists_them_all(name: str) -> None:
+    public = getattr(reflora, name)
+    text = inspect.getdoc(public) or ""
+    if "Args:" not in text:
+        assert name not in ("RefLoRAAdamW", "create_reflora_optimizer", "refactor_", "precondition_", "find_pairs")
+        return
+    listed = set(re.findall(r"^ {4}\**(\w+): ", text.split("Args:")[1].split("Raises:")[0], re.MULTILINE))
+    assert set(inspect.signature(public).parameters) == listed
 
 
 @pytest.mark.xdist_group("site")

@@ -114,7 +114,7 @@ def test_factory_is_the_optimizer_and_both_are_a_plain_loop(tmp_path: Path) -> N
 
 
 def test_a_factory_before_transformers_5_says_what_to_do() -> None:
-    with pytest.raises(TypeError, match="Before transformers 5 use optimizers="):
+    with pytest.raises(TypeError, match="Before transformers 5.3 use optimizers="):
         OptimizerFactory([nn.Parameter(torch.zeros(2))], lr=1e-3)
 
 

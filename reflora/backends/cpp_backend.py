@@ -19,7 +19,12 @@ from . import AdamWStep, torch_backend
 try:
     from .. import _C
 except ImportError as error:
-    _C, _missing = None, str(error)
+    _C, _missing = (
+        None,
+        f"the C++ core is not built ({error}); reinstall with a C++ compiler and without REFLORA_NO_CPP",
+    )
+    if Path(__file__).parents[2].joinpath("CMakeLists.txt").exists():
+        _missing = "this is the source tree, whose C++ core is not built: leave its folder, or pip install -e . in it"
 
 NAME = "cpp"
 
@@ -29,10 +34,8 @@ _POLAR, _GEOMETRIC_MEAN, _SQRTM, _INVSQRTM, _SVD, _INV_ROOT = range(6)
 
 def unavailable(device: torch.device) -> str | None:
     """The C++ core serves CPU tensors, where it was built."""
-    if _C is None and Path(__file__).parents[2].joinpath("CMakeLists.txt").exists():
-        return "this is the source tree, whose C++ core is not built: leave its folder, or pip install -e . in it"
     if _C is None:
-        return f"the C++ core is not built ({_missing}); reinstall with a C++ compiler and without REFLORA_NO_CPP"
+        return _missing
     if device.type != "cpu":
         return f"the C++ core works on CPU tensors, these are on {device}"
     return None
