@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 import torch
 
@@ -10,6 +11,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: kernels then run on the CPU
 
 import pytest
+from interpreter import patch_once_a_launch
 
 from reflora import reference
 from reflora.backends import load
@@ -35,7 +37,12 @@ def served(name: str) -> bool:
     return load(name).unavailable(torch.device("cpu")) is None
 
 
+if served("triton") and not torch.cuda.is_available():
+    patch_once_a_launch()
 BACKENDS = [name for name in ("cpp", "torch", "triton") if served(name)]
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), reason="builds C++; no compiler"
+)
 
 
 @pytest.fixture(params=BACKENDS)

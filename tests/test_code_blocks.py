@@ -21,6 +21,7 @@ import page_cases
 import pytest
 import torch
 import yaml
+from conftest import needs_compiler
 
 import reflora
 
@@ -117,7 +118,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str
 
 
 @pytest.mark.xdist_group("pages")
-@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("unit", [pytest.param(u, marks=needs_compiler if "DeepSpeed" in u else ()) for u in UNITS])
 def test_python(unit: str, results: dict[str, dict[str, str]]) -> None:
     compile(program(unit, gpu=True), unit, "exec")
     assert results[unit]["error"] == ""

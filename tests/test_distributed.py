@@ -8,6 +8,7 @@ from typing import Any
 import distributed_cases as cases
 import pytest
 import torch
+from conftest import needs_compiler
 from torch import Tensor
 
 
@@ -99,6 +100,7 @@ def test_accelerate_accumulates_and_clips(both: Both) -> None:
         assert_equal(found, wanted)
 
 
+@needs_compiler
 def test_deepspeed() -> None:
     """ZeRO-1 and 2 step as one process does; what cannot is refused."""
     pytest.importorskip("deepspeed")

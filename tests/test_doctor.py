@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from reflora import __main__ as program
 from reflora import doctor
-from reflora.backends import torch_backend
+from reflora.backends import triton_backend
 
 
 class Net(nn.Module):
@@ -111,11 +111,11 @@ def test_other_folders_get_one_clear_line(spoilt: str, saved: Path, tmp_path: Pa
 
 
 def test_what_serves(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_backend, "unavailable", lambda device: "not today")
     assert program.main([]) == 0
     printed = capsys.readouterr().out
     assert "torch   ok" in printed and f"torch {torch.__version__.split('+')[0]}" in printed
-    monkeypatch.setattr(torch_backend, "unavailable", lambda device: "not today")
-    assert program.main([]) == 0 and "torch   -  not today" in capsys.readouterr().out
+    assert "triton  -  not today" in printed
     wrong = SimpleNamespace(status=torch.zeros(24))
     monkeypatch.setattr(program, "refactor_", lambda pairs, backend: wrong)
     assert program.main([]) == 1 and "WRONG" in capsys.readouterr().out

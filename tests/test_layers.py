@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import needs_compiler
 from peft import LoraConfig, get_peft_model
 from test_peft import KINDS, adapted
 from torch import Tensor, nn
@@ -185,7 +186,7 @@ def _eight_bit(name: str) -> Any:
     return pytest.importorskip("bitsandbytes").optim.AdamW8bit
 
 
-@pytest.mark.parametrize("name", ["bitsandbytes", "torchao"])
+@pytest.mark.parametrize("name", ["bitsandbytes", pytest.param("torchao", marks=needs_compiler)])
 def test_eight_bit_states(name: str) -> None:
     """From B = 0, through the wrapper: as with float32 states, up to their eight bits; and a resume is exact."""
     cls = _eight_bit(name)

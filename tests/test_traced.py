@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import needs_compiler
 from torch._inductor import config as inductor_config
 from toys import clones, factors, leaf_pairs, random_grads
 
@@ -61,6 +62,7 @@ def test_a_compiled_step_is_the_eager_one(options):
     assert all(torch.equal(eager, compiled) for eager, compiled in zip(*ends))
 
 
+@needs_compiler
 def test_a_compiled_training_step():
     """Forward, backward and step in one function: no error, and no recompilation from one step to the next."""
     pairs = leaf_pairs(SHAPES, torch.float32)
