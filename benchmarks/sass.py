@@ -32,6 +32,7 @@ KINDS = {
     "BAR": ("BAR",),
 }  # fmt: skip
 RECIPROCAL = "MUFU.RCP"
+SOURCES = Path(__file__).parents[1] / "reflora/kernels"
 FAR = 1 << 40  # address of a label that is not in the function: no branch to it goes back
 
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
@@ -147,6 +148,9 @@ def _function(path: str, line: int) -> str | None:
     """Which function of ours a line is in."""
     if "triton/language" in path:
         return None
+    if not Path(path).exists():
+        # Triton's cache knows kernels by their text: this one was compiled in another copy of the package, now gone
+        path = str(SOURCES / Path(path).name)
     names = [name for first, last, name in _definitions(path) if first <= line <= last]
     return f"{Path(path).stem}.{names[-1]}" if names else None
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import compile_table, sass
+from reflora.kernels import solve
 
 ROOT = Path(__file__).parent.parent
 LISTING = """
@@ -51,6 +52,13 @@ def test_innermost_loop_is_counted(text: Callable[[], str]) -> None:
     counts = {kind: number for kind, number in loop.counts().items() if number}
     assert counts == {"DFMA": 1, "SHFL": 1, "total": 6}
     assert loop.function() == ("?" if text() == LISTING else "test_sass.labelled")
+
+
+def test_a_kernel_from_the_cache_of_a_copy_that_is_gone() -> None:
+    mark = f'"{Path(__file__)}", line {labelled.__code__.co_firstlineno}'
+    gone = f'"/gone/reflora/kernels/solve.py", line {solve.polar_factor.fn.__code__.co_firstlineno + 1}'
+    (loop,) = sass.elimination_loops(labelled().replace(mark, gone))
+    assert loop.function() == "solve.polar_factor"
 
 
 def test_unrolled_loop_counts_its_pivots() -> None:
