@@ -131,7 +131,10 @@ def table(layers: Sequence[Layer], width: int = 48) -> str:
 
 def draw(layers: Sequence[Layer], path: Path) -> None:
     """Condition numbers, balance and effective rank over the layers, as a picture. Raises ImportError."""
-    import matplotlib
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("a picture needs matplotlib: pip install matplotlib, or leave --png out") from error
 
     matplotlib.use("Agg")
     from matplotlib import pyplot

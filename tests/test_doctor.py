@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -108,6 +109,12 @@ def test_other_folders_get_one_clear_line(spoilt: str, saved: Path, tmp_path: Pa
         save_file({"prompt": torch.zeros(3)}, str(saved / doctor.WEIGHTS))
     with pytest.raises(SystemExit, match="reflora doctor: .*expected .*, got"):
         program.main(["doctor", str(folder)])
+
+
+def test_a_picture_without_matplotlib(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match="pip install matplotlib"):
+        program.main(["doctor", str(saved), "--png", str(tmp_path / "adapter.png")])
 
 
 def test_what_serves(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
