@@ -138,9 +138,13 @@ def elimination_loops(text: str) -> list[Loop]:
 
 @cache
 def _definitions(path: str) -> list[tuple[int, int, str]]:
-    if not Path(path).exists():
+    file = Path(path)
+    if not file.exists():
+        # Triton's cache knows kernels by their text: this one was compiled in another copy of the package, now gone
+        file = SOURCES / file.name
+    if not file.exists():
         return []
-    tree = ast.parse(Path(path).read_text())
+    tree = ast.parse(file.read_text())
     return [(n.lineno, n.end_lineno or n.lineno, n.name) for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
 
 
@@ -148,9 +152,6 @@ def _function(path: str, line: int) -> str | None:
     """Which function of ours a line is in."""
     if "triton/language" in path:
         return None
-    if not Path(path).exists():
-        # Triton's cache knows kernels by their text: this one was compiled in another copy of the package, now gone
-        path = str(SOURCES / Path(path).name)
     names = [name for first, last, name in _definitions(path) if first <= line <= last]
     return f"{Path(path).stem}.{names[-1]}" if names else None
 

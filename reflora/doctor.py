@@ -134,7 +134,7 @@ def draw(layers: Sequence[Layer], path: Path) -> None:
     try:
         import matplotlib
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("a picture needs matplotlib: pip install matplotlib, or leave --png out") from error
+        raise ModuleNotFoundError("a picture needs matplotlib: pip install matplotlib") from error
 
     matplotlib.use("Agg")
     from matplotlib import pyplot

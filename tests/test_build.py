@@ -87,6 +87,7 @@ print(json.dumps([reflora.__file__, resolve(None, cpu).NAME, load("cpp").unavail
     assert done.returncode == 0, done.stderr
     _, backend, reason = json.loads(done.stdout)
     assert backend == "torch" and "source tree" in reason and "pip install -e ." in reason
+    assert "_C" in reason  # what the import said: a core may be there and not load
 
 
 @pytest.mark.parametrize("how", ["CXX points nowhere", "none on the PATH"])

@@ -30,7 +30,7 @@ def test_a_group_stays_on_one_worker(tmp_path: Path) -> None:
     assert not {"<gw0>", "<gw1>"} <= set(done.stdout.split())
 
 
-@pytest.mark.skipif(torch.cuda.is_available() or not served("triton"), reason="needs the interpreter")
+@pytest.mark.skipif(not served("triton"), reason="needs the interpreter")
 def test_the_interpreter_is_patched_once_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime import interpreter
 

@@ -24,7 +24,7 @@ except ImportError as error:
         f"the C++ core is not built ({error}); reinstall with a C++ compiler and without REFLORA_NO_CPP",
     )
     if Path(__file__).parents[2].joinpath("CMakeLists.txt").exists():
-        _missing = "this is the source tree, whose C++ core is not built: leave its folder, or pip install -e . in it"
+        _missing = f"the source tree's C++ core is not built ({error}): leave its folder, or pip install -e . in it"
 
 NAME = "cpp"
 
