@@ -163,6 +163,15 @@ FAULTS = (
         "tl.where(usable, 1.0 / tl.where(usable, trace, 1.0), 0.0), norm",
         "tl.where(usable, 1.0, 0.0), norm",
     ),
+    triton("RefLoRA-S forgets what the first update comes to", "adamw_scalar.py", "if before & after:", "if False:"),
+    triton(
+        "squares keep an older exponent",
+        "balance.py",
+        "acc *= power_of_two(tl.maximum(2 * (exponent - larger), -1000))",
+        "acc *= 1.0",
+        "tests/test_kernels_routes.py",
+    ),
+    triton("v moves as m does", "update.py", "1.0 / turn, 1.0 / (turn * turn)", "1.0 / turn, 1.0 / turn"),
     triton("a saved S is not taken back", "settle.py", "elif saved == 1:", "elif saved == 2:"),
     python(
         "S and S^-1 change places",

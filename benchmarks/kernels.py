@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from . import eigh, host, scaling, step
+from . import eigh, host, profile, scaling, step
 
-PROGRAMS = (step, scaling, eigh, host)
+PROGRAMS = (step, scaling, eigh, host, profile)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -16,6 +16,8 @@ CASES = (("deberta-v3-base", 8), ("llama-7b", 16), ("llama-7b", 32), ("llama-7b"
 # bytes a parameter: p, g and two moments read, p and two moments written
 ADAMW = 28
 ONE_READ = 4
+# RefLoRA-S makes its update twice, the first time to see what norms it gives: p, g and two moments are read once more
+FORESEEN = 4 * ONE_READ
 # eliminations of the solve: the Cholesky factors of both Grams, with their inverses
 ELIMINATIONS = 2
 # products of the solve: N and N^-T, two for each of 9 Newton-Schulz steps (in practice 7 to 13), two each for S, S^-1
@@ -111,6 +113,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         moved = bytes_a_parameter(check, carried)
         words = f"{'carried' if carried else 'fresh'} Grams, {'with' if check else 'without'} the search of g"
         print(f"{words}: {moved} B a parameter, {moved / ADAMW:.2f} of AdamW's")
+    moved = FORESEEN + ADAMW
+    print(f"RefLoRA-S: {moved} B a parameter, {moved / ADAMW:.2f} of AdamW's")
     if options.png:
         from . import roofline_figure
 

@@ -13,7 +13,7 @@ from kernel_cases import DEVICE, DOUBLE, MARKS, Fused
 
 from reflora import plan as col
 from reflora.backends import FRESH, IDENTITY, SAVED, torch_backend, triton_backend
-from reflora.contract import PLAIN, SKIPPED, LoRAPair
+from reflora.contract import PLAIN, REFACTORED, SKIPPED, LoRAPair
 from reflora.kernels import launch, routes
 from reflora.plan import A_SIDE, B_SIDE
 
@@ -234,12 +234,13 @@ def test_memory_beyond_adamw(rank_class, layers, megabytes):
 
 
 def test_launches(monkeypatch):
-    """Two a rank class by the split route, one by the other; whatever the shapes."""
-    from reflora.kernels import adamw
+    """Two a rank class by the split route and for RefLoRA-S, one by the other route; whatever the shapes."""
+    from reflora.kernels import adamw, adamw_scalar
 
     launches = []
-    for name in ("gram_kernel", "update_kernel", "row_kernel"):
-        kernel = getattr(adamw, name)
+    kernels = [(adamw, name) for name in ("gram_kernel", "update_kernel", "row_kernel")]
+    for module, name in [*kernels, (adamw_scalar, "foresee_kernel"), (adamw_scalar, "turn_kernel")]:
+        kernel = getattr(module, name)
         original = kernel.run
         monkeypatch.setattr(kernel, "run", lambda *a, _n=name, _r=original, **k: launches.append(_n) or _r(*a, **k))
     run(torch.float32, [{"source": FRESH}])
@@ -247,6 +248,25 @@ def test_launches(monkeypatch):
     launches.clear()
     run(torch.float32, [{"source": FRESH}], "row")
     assert launches == ["row_kernel"]
+    launches.clear()
+    run(torch.float32, [{"source": IDENTITY, "scalar_after": True}])
+    assert launches == ["foresee_kernel", "turn_kernel"]
+
+
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (1e140, 1e-150), (1e-100, 1e170)], ids=str)
+def test_norms_over_chunks_of_the_scalar_variant(scales):
+    """Balanced after every step, far outside the range that squares have, the first step and its start included."""
+    pairs = [LoRAPair("", scales[0] * p.A, scales[1] * p.B) for p in pairs_of(DOUBLE)[:3]]
+    fused = Fused(pairs, [dict(lr=1e-2 * scale, eps=0.0, weight_decay=0.0) for scale in scales])
+    for number in range(3):
+        grads = gradients(pairs, number)
+        before = [p.B @ p.A for p in pairs]
+        result = fused.step(grads, IDENTITY, scalar_before=number == 0, scalar_after=True)
+        assert result[:, col.STATUS].tolist() == [REFACTORED] * 3
+        for p, product in zip(pairs, before):
+            norm_a, norm_b = (float((f / f.abs().max()).norm() * f.abs().max()) for f in (p.A, p.B))
+            assert norm_a == pytest.approx(norm_b, rel=1e-12)
+            assert p.A.isfinite().all() and p.B.isfinite().all() and not torch.equal(p.B @ p.A, product)
 
 
 def test_a_class_without_a_kernel_on_a_device_goes_through_torch(monkeypatch):

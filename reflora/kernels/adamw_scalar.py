@@ -1,4 +1,9 @@
-"""One RefLoRA-S step under AdamW (paper, Theorem 5), every row of a rank class in one launch, one program a row."""
+"""One RefLoRA-S step under AdamW (paper, Theorem 5) of every row of a rank class, in two launches over chunks of rows.
+
+What a factor is multiplied by after its update depends on the norm that the update gives it. So the first launch makes
+the update without keeping it, and the last chunk of a row to arrive settles the row; the second launch makes it again
+and keeps it. Nothing is written twice.
+"""
 
 from typing import TYPE_CHECKING
 
@@ -10,121 +15,175 @@ from ..plan import AMSGRAD as AMSGRAD_COLUMN
 from ..plan import Plan
 from . import table as col
 from .adamw import active, unscaling
-from .chunks import HEADER
-from .dtypes import FLOAT32
-from .launch import prepare, solve_constants, state_constants
-from .mean import form_scaled_identity
-from .pair import area_of, column, finite_grads, report, rescale
-from .scalar import decide_scalar
+from .balance import AFTER, BEFORE, look, step_side, total_norm
+from .chunks import HEADER, MOVE, ROOT, RUN, TURN, any_bad, counts
+from .dtypes import power_of_two
+from .launch import prepare, scalar_constants
+from .pair import area_of, column, report
+from .scalar import balance_root
 from .settle import refuse, steps_of, store_counts, store_scalars
-from .update import update
 
 if TYPE_CHECKING:
     from ..backends import AdamWStep
 
 
 @triton.jit
-def move_side(
-    p_row, root, r, code, state, SIDE: tl.constexpr, MOMENTS: tl.constexpr, AMSGRAD: tl.constexpr,
+def due(steps, warmup, interval):
+    """(refactored before the update, after it) of a row that has taken part in `steps` steps."""
+    return (steps == 0) & (warmup == 0), (steps + 1 >= warmup) & ((steps + 1 - warmup) % interval == 0)
+
+
+@triton.jit
+def step_chunk(
+    p_row, parts, header, hypers, unscale, root, move, turn, seed, chunk, chunks_a, width, r, code,
+    CHECK: tl.constexpr, AMSGRAD: tl.constexpr, MASTER: tl.constexpr, KEEP: tl.constexpr, RC: tl.constexpr,
+    BN: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The update of a chunk. root, move: factors of A and its moments before it; turn: of A after. B: the inverse."""
+    if chunk < chunks_a:
+        step_side(
+            p_row, parts, header, hypers, unscale / root, root, move, turn, seed, chunk, chunk, width, r, code,
+            col.A_SIDE, CHECK, AMSGRAD, MASTER, KEEP, RC, BN, DTYPE, STATE, WIDE,
+        )  # fmt: skip
+    else:
+        back = turn
+        if turn is not None:
+            back = 1.0 / turn
+        step_side(
+            p_row, parts, header, hypers, unscale * root, 1.0 / root, 1.0 / move, back, seed, chunk, chunk - chunks_a,
+            width, r, code, col.B_SIDE, CHECK, AMSGRAD, MASTER, KEEP, RC, BN, DTYPE, STATE, WIDE,
+        )  # fmt: skip
+
+
+@triton.jit
+def settle_scalar(
+    p_row, row, parts, header, results, hypers, unscale, seed, width, r, code, warmup, interval, AMSGRAD: tl.constexpr,
     MASTER: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """A side's factor is multiplied by root; for MOMENTS its moments follow."""
-    rescale(p_row, root, r, code, col.P, col.P, SIDE, RC, BN, DTYPE, WIDE)
-    if MASTER:
-        if column(p_row, SIDE + col.W) != 0:
-            rescale(p_row, root, r, code, col.W, col.P, SIDE, RC, BN, FLOAT32, WIDE)
-    if MOMENTS:
-        rescale(p_row, 1.0 / root, r, state, col.M, col.P, SIDE, RC, BN, STATE, WIDE)
-        rescale(p_row, 1.0 / (root * root), r, state, col.V, col.P, SIDE, RC, BN, STATE, WIDE)
-        if AMSGRAD:
-            if column(p_row, SIDE + col.X) != 0:
-                rescale(p_row, 1.0 / (root * root), r, state, col.X, col.P, SIDE, RC, BN, STATE, WIDE)
-
-
-@triton.jit(do_not_specialize=["warmup", "interval", "seed"])
-def scalar_kernel(
-    table, rows, headers, results, work, hypers, grad_scale, found_inf, seed, warmup, interval, CHECK: tl.constexpr,
-    AMSGRAD: tl.constexpr, MASTER: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    DTYPE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr,
-):  # fmt: skip
-    """As row_kernel of adamw.py. Refactored before the very first update, and after those that the schedule names."""
-    index = tl.program_id(0)
-    row = tl.load(rows + index)
-    p_row = table + row.to(tl.int64) * col.COLUMNS
-    area, header = area_of(work, index, RC, WIDE), headers + index.to(tl.int64) * HEADER
-    r, code = column(p_row, col.R).to(tl.int32), column(p_row, col.DTYPE).to(tl.int32)
-    state = column(p_row, col.STATE).to(tl.int32)
-    if active(p_row, found_inf):
-        nan = tl.full((), float("nan"), tl.float64)
-        one = tl.full((), 1.0, tl.float64)
-        status, root, norm_a, norm_b = decide_scalar(p_row, r, code, RC, BN, DTYPE, WIDE)
-        if CHECK:
-            status = tl.where(finite_grads(p_row, r, code, RC, BN, DTYPE, WIDE), status, col.SKIPPED)
-        steps = steps_of(p_row)
-        before = (steps == 0) & (warmup == 0)
-        after = (steps + 1 >= warmup) & ((steps + 1 - warmup) % interval == 0)
-        plain = not (before | after)
-        shown = tl.where(plain & (status != col.SKIPPED), col.PLAIN, status)
-        report(results, row, shown, nan, nan, nan, root * root, norm_a, norm_b)
-        if status != col.SKIPPED:
-            count_a, count_b = store_scalars(p_row, header, hypers)
-            form_scaled_identity(area, one, one, RC, WIDE)
-            p_phase = column(p_row, col.PHASE).to(tl.pointer_type(tl.float32))
-            has_phase = column(p_row, col.PHASE) != 0
-            phase = tl.load(p_phase, mask=has_phase, other=0.0)
-            # a plain step after full refactoring: the moments go back to units of S = I
-            move = tl.where(plain & (phase != 0) & (status == col.REFACTORED), root * root, 1.0)
-            root = tl.where(before, root, 1.0)
-            move = tl.where(before, 1.0 / root, move)
-            if before:
-                # the norms are read by all before a factor is moved
-                tl.debug_barrier()
-                move_side(
-                    p_row, root, r, code, state, col.A_SIDE, False, AMSGRAD, MASTER, RC, BN, DTYPE, STATE, WIDE
-                )  # fmt: skip
-                move_side(
-                    p_row, 1.0 / root, r, code, state, col.B_SIDE, False, AMSGRAD, MASTER, RC, BN, DTYPE, STATE, WIDE
+    """From a row's squares to its header, its new counts, phase and report; by one program."""
+    chunks_a, chunks = counts(p_row, width)
+    norm_a, exponent_a = total_norm(parts, 0, chunks_a, BEFORE)
+    norm_b, exponent_b = total_norm(parts, chunks_a, chunks, BEFORE)
+    status, root = balance_root(norm_a, exponent_a, norm_b, exponent_b, code)
+    status = tl.where(any_bad(header, chunks), col.SKIPPED, status)
+    steps = steps_of(p_row)
+    before, after = due(steps, warmup, interval)
+    plain = not (before | after)
+    nan = tl.full((), float("nan"), tl.float64)
+    shown = tl.where(plain & (status != col.SKIPPED), col.PLAIN, status)
+    sizes = norm_a * power_of_two(exponent_a), norm_b * power_of_two(exponent_b)
+    report(results, row, shown, nan, nan, nan, root * root, sizes[0], sizes[1])
+    if status != col.SKIPPED:
+        count_a, count_b = store_scalars(p_row, header, hypers)
+        p_phase = column(p_row, col.PHASE).to(tl.pointer_type(tl.float32))
+        has_phase = column(p_row, col.PHASE) != 0
+        phase = tl.load(p_phase, mask=has_phase, other=0.0)
+        # a plain step after full refactoring: the moments go back to units of S = I
+        move = tl.where(plain & (phase != 0) & (status == col.REFACTORED), root * root, 1.0)
+        root = tl.where(before, root, 1.0)
+        move = tl.where(before, 1.0 / root, move)
+        if before & after:
+            # the very first step: what its update comes to is known only now
+            for chunk in range(0, chunks):
+                step_chunk(
+                    p_row, parts, header, hypers, unscale, root, move, None, seed, chunk, chunks_a, width, r, code,
+                    False, AMSGRAD, MASTER, False, RC, BN, DTYPE, STATE, WIDE,
                 )  # fmt: skip
             tl.debug_barrier()
-            unscale = unscaling(grad_scale)
-            n_a, n_b = column(p_row, col.A_SIDE + col.N).to(tl.int32), column(p_row, col.B_SIDE + col.N).to(tl.int32)
-            update(
-                p_row, area, header, hypers, unscale / root, move, seed, 0, 0, n_a, r, code, state, col.A_SIDE,
-                AMSGRAD, MASTER, False, RC, BN, BK, DTYPE, STATE, WIDE, TC,
-            )  # fmt: skip
-            update(
-                p_row, area, header, hypers, unscale * root, 1.0 / move, seed, 0, 0, n_b, r, code, state, col.B_SIDE,
-                AMSGRAD, MASTER, False, RC, BN, BK, DTYPE, STATE, WIDE, TC,
-            )  # fmt: skip
-            tl.store(p_phase, tl.where(plain, 0.0, phase), mask=has_phase)
-            if after:
-                tl.debug_barrier()
-                status, root, norm_a, norm_b = decide_scalar(p_row, r, code, RC, BN, DTYPE, WIDE)
-                tl.debug_barrier()
-                if status == col.REFACTORED:
-                    move_side(
-                        p_row, root, r, code, state, col.A_SIDE, True, AMSGRAD, MASTER, RC, BN, DTYPE, STATE, WIDE
-                    )  # fmt: skip
-                    move_side(
-                        p_row, 1.0 / root, r, code, state, col.B_SIDE, True, AMSGRAD, MASTER, RC, BN, DTYPE, STATE,
-                        WIDE,
-                    )  # fmt: skip
-            store_counts(p_row, count_a, count_b, steps)
+        turn = tl.full((), 1.0, tl.float64)
+        if after:
+            norm_a, exponent_a = total_norm(parts, 0, chunks_a, AFTER)
+            norm_b, exponent_b = total_norm(parts, chunks_a, chunks, AFTER)
+            status, new_root = balance_root(norm_a, exponent_a, norm_b, exponent_b, code)
+            turn = tl.where(status == col.REFACTORED, new_root, 1.0)
+        tl.store(header + ROOT, root)
+        tl.store(header + MOVE, move)
+        tl.store(header + TURN, turn)
+        tl.store(p_phase, tl.where(plain, 0.0, phase), mask=has_phase)
+        tl.store(header + RUN, 1.0)
+        # counts are read by all before they are written
+        tl.debug_barrier()
+        store_counts(p_row, count_a, count_b, steps)
     else:
+        tl.store(header + RUN, 0.0)
+
+
+@triton.jit(do_not_specialize=["seed", "warmup", "interval"])
+def foresee_kernel(
+    table, rows, items, widths, headers, arrivals, results, work, hypers, grad_scale, found_inf, seed, warmup,
+    interval, CHECK: tl.constexpr, AMSGRAD: tl.constexpr, MASTER: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr,
+    DTYPE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """First launch, a program a chunk; arguments as gram_kernel's of adamw.py."""
+    item = tl.program_id(0)
+    index, chunk = tl.load(items + 2 * item), tl.load(items + 2 * item + 1)
+    row, width = tl.load(rows + index), tl.load(widths + index)
+    p_row = table + row.to(tl.int64) * col.COLUMNS
+    parts, header = area_of(work, index, RC, WIDE), headers + index.to(tl.int64) * HEADER
+    r, code = column(p_row, col.R).to(tl.int32), column(p_row, col.DTYPE).to(tl.int32)
+    if active(p_row, found_inf):
+        chunks_a, chunks = counts(p_row, width)
+        before, after = due(steps_of(p_row), warmup, interval)
+        unscale, one = unscaling(grad_scale), tl.full((), 1.0, tl.float64)
+        if after & (not before):
+            step_chunk(
+                p_row, parts, header, hypers, unscale, one, one, None, seed, chunk, chunks_a, width, r, code, CHECK,
+                AMSGRAD, MASTER, False, RC, BN, DTYPE, STATE, WIDE,
+            )  # fmt: skip
+        elif chunk < chunks_a:
+            look(p_row, parts, header, chunk, chunk, width, r, code, col.A_SIDE, CHECK, RC, BN, DTYPE, WIDE)
+        else:
+            look(
+                p_row, parts, header, chunk, chunk - chunks_a, width, r, code, col.B_SIDE, CHECK, RC, BN, DTYPE, WIDE
+            )  # fmt: skip
+        # as in gram_kernel: all threads' stores come before the arrival
+        tl.debug_barrier()
+        if tl.atomic_add(arrivals + index, 1, sem="acq_rel", scope="gpu") == chunks - 1:
+            tl.debug_barrier()
+            tl.store(arrivals + index, 0)
+            settle_scalar(
+                p_row, row, parts, header, results, hypers, unscale, seed, width, r, code, warmup, interval, AMSGRAD,
+                MASTER, RC, BN, DTYPE, STATE, WIDE,
+            )  # fmt: skip
+    elif chunk == 0:
         refuse(row, header, results)
 
 
+@triton.jit(do_not_specialize=["seed"])
+def turn_kernel(
+    table, rows, items, widths, headers, hypers, grad_scale, seed, AMSGRAD: tl.constexpr, MASTER: tl.constexpr,
+    RC: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Second launch, a program a chunk."""
+    item = tl.program_id(0)
+    index, chunk = tl.load(items + 2 * item), tl.load(items + 2 * item + 1)
+    row, width = tl.load(rows + index), tl.load(widths + index)
+    p_row = table + row.to(tl.int64) * col.COLUMNS
+    header = headers + index.to(tl.int64) * HEADER
+    r, code = column(p_row, col.R).to(tl.int32), column(p_row, col.DTYPE).to(tl.int32)
+    if tl.load(header + RUN) != 0:
+        chunks_a, chunks = counts(p_row, width)
+        root, move, turn = tl.load(header + ROOT), tl.load(header + MOVE), tl.load(header + TURN)
+        step_chunk(
+            p_row, header, header, hypers, unscaling(grad_scale), root, move, turn, seed, chunk, chunks_a, width, r,
+            code, False, AMSGRAD, MASTER, True, RC, BN, DTYPE, STATE, WIDE,
+        )  # fmt: skip
+
+
 def adamw_scalar(plan: Plan, step: "AdamWStep", results: Tensor) -> None:
-    """Every row of r <= 128, one launch a rank class; results float64 `[rows, RESULTS]` are written row by row."""
+    """Every row of r <= 128; results float64 `[rows, RESULTS]` are written row by row."""
     prepared = prepare(plan)
     table, hypers = prepared.table(plan.table), prepared.hypers(step.hypers)
     amsgrad = bool(step.hypers[:, AMSGRAD_COLUMN].any())
     for group in prepared.groups:
-        solve = {**group.constants, **solve_constants(group, step.precision)}
-        scalar_kernel[(len(group.numbers),)](
-            table, group.numbers, group.headers, results, group.workspace, hypers, step.grad_scale, step.found_inf,
-            step.seed, step.warmup_steps, step.interval, CHECK=step.check, AMSGRAD=amsgrad,
-            **state_constants(group, step.precision),
-            **{name: solve[name] for name in ("RC", "BN", "BK", "DTYPE", "WIDE", "TC")}, **group.options,
+        constants = {"AMSGRAD": amsgrad, **scalar_constants(group)}
+        foresee_kernel[(len(group.items),)](
+            table, group.numbers, group.items, group.widths, group.headers, group.arrivals, results, group.workspace,
+            hypers, step.grad_scale, step.found_inf, step.seed, step.warmup_steps, step.interval, CHECK=step.check,
+            **constants, **group.scalar_options,
+        )  # fmt: skip
+        turn_kernel[(len(group.items),)](
+            table, group.numbers, group.items, group.widths, group.headers, hypers, step.grad_scale, step.seed,
+            **constants, **group.scalar_options,
         )  # fmt: skip

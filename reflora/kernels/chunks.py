@@ -20,6 +20,8 @@ CHUNKS = tl.constexpr(8)
 RUN, STEP_SIZE_A, CORRECTION_A, DECAY_A, COUNT_A, STEP_SIZE_B, CORRECTION_B, DECAY_B, COUNT_B, MOVE, CARRIED = (
     tl.constexpr(c) for c in range(11)
 )
+# RefLoRA-S: what A is multiplied by before its update and after
+ROOT, TURN = tl.constexpr(11), tl.constexpr(12)
 BAD, EXPONENT, HEADER = tl.constexpr(16), tl.constexpr(24), tl.constexpr(32)
 
 

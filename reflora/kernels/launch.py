@@ -71,6 +71,11 @@ class Group:
         # master weights take registers of their own
         return launch_options(warps, 255 if self.master else self.route.update_registers)
 
+    @property
+    def scalar_options(self) -> dict[str, int]:
+        """Of RefLoRA-S: with 16 warps, at 128 registers, it would spill."""
+        return launch_options(min(8, self.route.warps))
+
     @cached_property
     def workspace(self) -> Tensor:
         elements = self.rank_class * self.rank_class + self.rank_class
@@ -139,6 +144,12 @@ def _branched(code: int, precision: str) -> int:
 
 def state_constants(group: Group, precision: str) -> dict[str, Any]:
     return {"STATE": _branched(group.state, precision), "MASTER": group.master}
+
+
+def scalar_constants(group: Group) -> dict[str, Any]:
+    """Of RefLoRA-S, which has no dot and so no need of the branch."""
+    kept = {name: group.constants[name] for name in ("RC", "BN", "WIDE")}
+    return {**kept, "DTYPE": group.dtype, "STATE": group.state, "MASTER": group.master}
 
 
 class Prepared:

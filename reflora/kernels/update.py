@@ -40,29 +40,44 @@ def side_scalars(header, SIDE: tl.constexpr):
 
 
 @triton.jit
+def put(address, o, values, factor, mask, code, DTYPE: tl.constexpr, KEEP: tl.constexpr):
+    """Stores values, times a float64 factor where there is one; nothing unless KEEP."""
+    if KEEP:
+        if factor is not None:
+            values = values.to(tl.float64) * factor
+        store(address, o, values, mask, code, DTYPE)
+
+
+@triton.jit
 def moments(
-    p_row, p_hyper, o, mask, g, m_factor, state, SIDE: tl.constexpr, AMSGRAD: tl.constexpr, STATE: tl.constexpr,
-    WIDE: tl.constexpr,
+    p_row, p_hyper, o, mask, g, m_factor, turn, state, SIDE: tl.constexpr, AMSGRAD: tl.constexpr, KEEP: tl.constexpr,
+    STATE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """m and v of a block (the largest v for amsgrad), moved to new units by m_factor, updated by g and stored."""
+    """m and v of a block (the largest v for amsgrad), moved to new units by m_factor, updated by g and kept.
+
+    turn: what the factor is multiplied by after the step, which moves what is kept once more; None for 1.
+    """
     beta1, beta2 = tl.load(p_hyper + col.BETA1), tl.load(p_hyper + col.BETA2)
     limit = tl.full((), 1e38 if WIDE == tl.float32 else 1e307, WIDE)
+    back, back_squared = turn, turn
+    if turn is not None:
+        back, back_squared = 1.0 / turn, 1.0 / (turn * turn)
     p_m, p_v = column(p_row, SIDE + col.M), column(p_row, SIDE + col.V)
     m = load(p_m, o, mask, state, STATE, WIDE) * m_factor
     m = tl.minimum(tl.maximum(m, -limit), limit)
     # which products are fused is spelt out: every variant and route then rounds alike
     m = tl.fma((1.0 - beta1).to(WIDE), g - m, m)
-    store(p_m, o, m, mask, state, STATE)
+    put(p_m, o, m, back, mask, state, STATE, KEEP)
     # not by the square of m_factor, which may leave the range where v does not
     v = load(p_v, o, mask, state, STATE, WIDE) * m_factor * m_factor
     v = tl.fma((1.0 - beta2).to(WIDE) * g, g, beta2.to(WIDE) * v)
-    store(p_v, o, v, mask, state, STATE)
+    put(p_v, o, v, back_squared, mask, state, STATE, KEEP)
     if AMSGRAD:
         # groups without amsgrad have no X
         p_x = column(p_row, SIDE + col.X)
         chosen = mask & (tl.load(p_hyper + col.AMSGRAD).to(tl.int32) != 0)
         x = tl.maximum(load(p_x, o, chosen, state, STATE, WIDE) * m_factor * m_factor, v)
-        store(p_x, o, x, chosen, state, STATE)
+        put(p_x, o, x, back_squared, chosen, state, STATE, KEEP)
         v = tl.where(chosen, x, v)
     return m, v
 
@@ -82,15 +97,15 @@ def weights(
 
 @triton.jit
 def keep_weights(
-    p_row, o, mask, p, key, columns, r, code, SIDE: tl.constexpr, MASTER: tl.constexpr, RANDOM: tl.constexpr,
-    RC: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr,
+    p_row, o, mask, p, turn, key, columns, r, code, SIDE: tl.constexpr, MASTER: tl.constexpr, RANDOM: tl.constexpr,
+    KEEP: tl.constexpr, RC: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Stores updated weights and returns what the factor now holds, 0 where masked."""
+    """Keeps updated weights, times turn where there is one. Returns them rounded as the factor's, 0 where masked."""
     if MASTER:
         address = column(p_row, SIDE + col.W)
         top = tl.where(code == FLOAT16, 65504.0, 3.3895313892515355e38).to(WIDE)
         within = tl.minimum(tl.maximum(p, -top), top)
-        store(address, o, within, mask & (address != 0), FLOAT32, FLOAT32)
+        put(address, o, within, turn, mask & (address != 0), FLOAT32, FLOAT32, KEEP)
     kept = rounded(p, code, DTYPE)
     if RANDOM:
         i = tl.arange(0, RC).to(tl.int64)
@@ -100,7 +115,7 @@ def keep_weights(
             elements = columns.to(tl.int64)[:, None] * r + i[None, :]
         random = round_randomly(within_bfloat16(p), elements, key).to(WIDE)
         kept = tl.where((code == BFLOAT16) & (column(p_row, SIDE + col.W) == 0), random, kept)
-    store(column(p_row, SIDE + col.P), o, kept, mask, code, DTYPE)
+    put(column(p_row, SIDE + col.P), o, kept, turn, mask, code, DTYPE, KEEP)
     return tl.where(mask, kept, 0.0)
 
 
@@ -109,6 +124,38 @@ def within_bfloat16(p):
     top = tl.full((), 3.3895313892515355e38, tl.float32)
     p = p.to(tl.float32)
     return tl.where(p == p, tl.minimum(tl.maximum(p, -top), top), 0.0)
+
+
+@triton.jit
+def hypers_of(p_row, hypers, unscale, SIDE: tl.constexpr, WIDE: tl.constexpr):
+    """(address of a side's hyperparameters, what its gradient is multiplied by, bound of that product, eps)."""
+    p_hyper = hypers + column(p_row, SIDE + col.HYPER) * col.HYPERS
+    g_factor = tl.where(tl.load(p_hyper + col.MAXIMIZE) != 0, -unscale, unscale).to(WIDE)
+    # its square stays in range too
+    limit = tl.full((), 1e18 if WIDE == tl.float32 else 1e153, WIDE)
+    return p_hyper, g_factor, limit, tl.load(p_hyper + col.EPS).to(WIDE)
+
+
+@triton.jit
+def side_key(p_row, seed, count, SIDE: tl.constexpr):
+    """Of stochastic rounding, for step number `count` of a side; 0 without a seed."""
+    key = tl.full((), 0, tl.uint64)
+    if seed is not None:
+        key = key_of(seed, 2 * column(p_row, col.TAG) + (0 if SIDE == col.A_SIDE else 1), count.to(tl.int64) - 1)
+    return key
+
+
+@triton.jit
+def bounded(g, limit):
+    """Past the range: saturated, so that m and p stay finite."""
+    return tl.where(g == g, tl.minimum(tl.maximum(g, -limit), limit), 0.0)
+
+
+@triton.jit
+def advance(p, m, v, step_size, correction, decay, eps):
+    # eps = 0 and no gradient yet: 0 / 0 is no step
+    denominator = tl.where(m == 0, 1.0, tl.fma(tl.sqrt(v), correction, eps))
+    return tl.fma(-step_size, m / denominator, p * decay)
 
 
 @triton.jit
@@ -122,17 +169,12 @@ def update(
     unscale, m_factor: float64 scalars for the gradient and for the moments' change of units. CARRY: the Gram of the
     updated columns is left as chunk number `chunk`, summed as `accumulate` would.
     """
-    p_hyper = hypers + column(p_row, SIDE + col.HYPER) * col.HYPERS
+    p_hyper, g_factor, limit, eps = hypers_of(p_row, hypers, unscale, SIDE, WIDE)
     step_size, correction, decay, count = side_scalars(header, SIDE)
-    g_factor = tl.where(tl.load(p_hyper + col.MAXIMIZE) != 0, -unscale, unscale).to(WIDE)
     step_size, correction, decay = step_size.to(WIDE), correction.to(WIDE), decay.to(WIDE)
-    eps, m_factor = tl.load(p_hyper + col.EPS).to(WIDE), m_factor.to(WIDE)
-    # its square stays in range too
-    limit = tl.full((), 1e18 if WIDE == tl.float32 else 1e153, WIDE)
+    m_factor = m_factor.to(WIDE)
     RANDOM: tl.constexpr = seed is not None
-    key = tl.full((), 0, tl.uint64)
-    if RANDOM:
-        key = key_of(seed, 2 * column(p_row, col.TAG) + (0 if SIDE == col.A_SIDE else 1), count.to(tl.int64) - 1)
+    key = side_key(p_row, seed, count, SIDE)
     sr, sn = column(p_row, SIDE + col.P_SR), column(p_row, SIDE + col.P_SN)
     p_g, g_sr, g_sn = column(p_row, SIDE + col.G), column(p_row, SIDE + col.G_SR), column(p_row, SIDE + col.G_SN)
     matrix = resident(mixer(area, SIDE == col.A_SIDE, RC, WIDE), RC, BK)
@@ -140,16 +182,15 @@ def update(
     acc = tl.zeros([RC, RC], TC)
     for start in range(begin, end, BN):
         g = mix(matrix, p_g, g_sr, g_sn, start, r, end, code, g_factor, SIDE, RC, BN, BK, DTYPE, WIDE, WIDE)
-        # past the range: saturate, so that m and p stay finite
-        g = tl.where(g == g, tl.minimum(tl.maximum(g, -limit), limit), 0.0)
         o, mask = offsets(start, sr, sn, r, end, SIDE, RC, BN)
-        m, v = moments(p_row, p_hyper, o, mask, g, m_factor, state, SIDE, AMSGRAD, STATE, WIDE)
+        m, v = moments(
+            p_row, p_hyper, o, mask, bounded(g, limit), m_factor, None, state, SIDE, AMSGRAD, True, STATE, WIDE
+        )  # fmt: skip
         p = weights(p_row, o, mask, code, SIDE, MASTER, DTYPE, WIDE)
-        # eps = 0 and no gradient yet: 0 / 0 is no step
-        denominator = tl.where(m == 0, 1.0, tl.fma(tl.sqrt(v), correction, eps))
-        p = tl.fma(-step_size, m / denominator, p * decay)
+        p = advance(p, m, v, step_size, correction, decay, eps)
+        columns = start + tl.arange(0, BN)
         p = keep_weights(
-            p_row, o, mask, p, key, start + tl.arange(0, BN), r, code, SIDE, MASTER, RANDOM, RC, DTYPE, WIDE
+            p_row, o, mask, p, None, key, columns, r, code, SIDE, MASTER, RANDOM, True, RC, DTYPE, WIDE
         )  # fmt: skip
         if CARRY:
             x = p.to(TC)

@@ -9,12 +9,12 @@ import torch
 from ..contract import STORAGE_DTYPES
 from . import eigh, inv_root, svd
 from .adamw import gram_kernel, row_kernel, update_kernel
-from .adamw_scalar import scalar_kernel
+from .adamw_scalar import foresee_kernel, turn_kernel
 from .dtypes import MIXED
 from .geometric_mean import geometric_mean_kernel
 from .jacobi import constants as eigen_constants
 from .jacobi import options as eigen_options
-from .launch import Group, solve_constants, state_constants
+from .launch import Group, scalar_constants, solve_constants, state_constants
 from .matrices import constants as matrix_constants
 from .matrices import options as matrix_options
 from .polar import polar_kernel
@@ -30,8 +30,9 @@ PAIR = {
 }  # fmt: skip
 PAIR_KERNELS = {
     "precondition": precondition_kernel, "refactor": refactor_kernel, "gram": gram_kernel, "update": update_kernel,
-    "row": row_kernel, "scalar": scalar_kernel,
+    "row": row_kernel, "foresee": foresee_kernel, "turn": turn_kernel,
 }  # fmt: skip
+SCALAR_KERNELS = ("foresee", "turn")
 AMP = {"grad_scale": None, "found_inf": None, "seed": None}
 PAIR_CONSTANTS: dict[str, Any] = {
     "SCALAR": False, "SCHEDULED": False, "KEEP": False, "CARRY": False, "CHECK": True, "AMSGRAD": False,
@@ -61,10 +62,13 @@ def variant(
     group = Group(rank_class, torch.zeros(1, dtype=torch.int32), code, state, wide)
     kernel = PAIR_KERNELS[name]
     constants = {**PAIR_CONSTANTS, **group.constants, **solve_constants(group, precision)}
-    constants = {**constants, **state_constants(group, precision), **changed}
+    own = scalar_constants(group) if name in SCALAR_KERNELS else state_constants(group, precision)
+    constants = {**constants, **own, **changed}
     typed = {key: value for key, value in constants.items() if isinstance(value, str)}
     constants = {key: constants[key] for key in kernel.arg_names if key in constants and key not in typed}
-    options = group.update_options(constants["CARRY"]) if name == "update" else group.options
+    options = group.scalar_options if name in SCALAR_KERNELS else group.options
+    if name == "update":
+        options = group.update_options(constants["CARRY"])
     return _complete(kernel, {**PAIR, **typed}, constants, options)
 
 
