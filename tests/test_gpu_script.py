@@ -1,0 +1,71 @@
+"""`.ci/gpu` without a GPU: its parts run, report and go on after a failure, and their commands are ones that parse."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from benchmarks import kernels
+
+ROOT = Path(__file__).parent.parent
+PARTS = "build pytest step eigh throughput compare memory llama profile ncu glue"
+STUB = """#!/usr/bin/env bash
+name=$(basename "$0")
+{ printf '%q ' "$name" "$@"; echo; } >>"$COMMANDS"
+[[ "$*" != *"${BROKEN:-no such argument}"* ]] || exit 3
+"""
+
+
+def run(folder: Path, **settings: str) -> tuple[int, list[list[str]], str]:
+    """(exit code, commands, summary) of the script, every tool of which only writes down how it was called."""
+    tools = folder / "tools"
+    tools.mkdir()
+    for name in ("python", "ncu", "compute-sanitizer", "nvidia-smi"):
+        (tools / name).write_text(STUB)
+        (tools / name).chmod(0o755)
+    env = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": str(tools / "python")}
+    env.update(COMMANDS=str(folder / "commands"), DATA=str(folder), **settings)
+    out = folder / "out"
+    done = subprocess.run([".ci/gpu", str(out)], cwd=ROOT, env=env, capture_output=True, text=True)
+    commands = [shlex.split(line) for line in (folder / "commands").read_text().splitlines()]
+    return done.returncode, commands, (out / "summary.txt").read_text()
+
+
+def parse(monkeypatch: pytest.MonkeyPatch, module: str, arguments: list[str]) -> None:
+    """Leaves with SystemExit where the module would not take these arguments."""
+    for program in kernels.PROGRAMS:
+        monkeypatch.setattr(program, "run", lambda parser, options: None)
+    loaded = import_module(module)
+    (loaded.main if loaded is kernels else loaded.parse)(arguments)
+
+
+def test_every_part_runs_a_command_that_parses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, commands, summary = run(tmp_path, PARTS=PARTS, SANITIZE="1")
+    assert code == 0, summary
+    for part in [*PARTS.split(), "memcheck", "racecheck", "glue-table"]:
+        assert f"==== {part}: ok in " in summary
+    modules = []
+    for name, *arguments in commands:
+        if "-m" in arguments:
+            at = arguments.index("-m")
+            modules.append((name, arguments[at + 1]))
+            if arguments[at + 1] != "pytest":
+                parse(monkeypatch, arguments[at + 1], arguments[at + 2 :])
+    assert modules.count(("python", "benchmarks.paper.glue")) == 5 * 3 + 1
+    assert modules.count(("ncu", "benchmarks.kernels")) == modules.count(("compute-sanitizer", "pytest")) == 2
+
+
+def test_a_part_that_fails_is_reported_and_the_others_run(tmp_path: Path) -> None:
+    code, commands, summary = run(tmp_path, PARTS="step eigh glue", BROKEN="--tasks rte --seeds 1")
+    assert code == 1
+    assert "==== glue: failed (1) in " in summary and "==== glue-table: ok in " in summary
+    assert len(commands) == 2 + 2 + 16
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir()
+    assert "==== step: failed (3) in " in run(tmp_path / "first", PARTS="step eigh", BROKEN="kernels step")[2]
+    assert "==== eigh: out of time in " in run(tmp_path / "second", PARTS="step eigh", DEADLINE="-1")[2]
