@@ -64,14 +64,18 @@ def cpu_model() -> str:
 
 
 def commit() -> str:
-    """Short hash of the checkout that this file lies in, with `-dirty` for uncommitted changes; "none" outside git."""
+    """Short hash of the checkout that this file lies in, with `-dirty` for uncommitted changes.
+
+    Outside git what REFLORA_COMMIT says, or "none".
+    """
     folder = Path(__file__).parent
+    outside = os.environ.get("REFLORA_COMMIT") or "none"
     try:
         command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude", "*"]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        return "none"
-    return result.stdout.strip() or "none"
+        return outside
+    return result.stdout.strip() or outside
 
 
 def _version(package: str) -> str:

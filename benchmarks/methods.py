@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -168,6 +169,14 @@ def missing(names: Sequence[str]) -> str | None:
             except (ImportError, AttributeError) as error:
                 return f"--methods: {name} needs a PEFT with peft.optimizers.{PEFT_OPTIMIZERS[name]} ({error})"
     return None
+
+
+def available(names: Sequence[str]) -> list[str]:
+    """Those of `names` that can be built; of the others a line says why they are left out."""
+    reasons = {name: missing([name]) for name in names}
+    for reason in filter(None, reasons.values()):
+        print(f"left out: {reason}", file=sys.stderr)
+    return [name for name, reason in reasons.items() if not reason]
 
 
 def unserved(backend: str | None, device: torch.device) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,12 +82,7 @@ def chosen_methods(made: argparse.ArgumentParser, text: str, model: str) -> list
     llama = model in models.LLAMAS
     if text == "all":
         left_out = ("bitfit", "full", "pissa", "lora-pro-full") if llama else ()
-        reasons = {
-            name: methods.missing([name]) for name in methods.METHODS if name not in (*methods.EXPERIMENTS, *left_out)
-        }
-        for reason in filter(None, reasons.values()):
-            print(f"left out: {reason}", file=sys.stderr)
-        return [name for name, reason in reasons.items() if not reason]
+        return methods.available([n for n in methods.METHODS if n not in (*methods.EXPERIMENTS, *left_out)])
     names = list(dict.fromkeys(name.strip() for name in text.split(",")))
     unknown = [name for name in names if name not in methods.METHODS]
     if unknown:

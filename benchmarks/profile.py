@@ -29,11 +29,12 @@ _DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 
 @dataclass
 class Kernel:
-    """One kernel of a step; times: seconds in each step, of all its launches together."""
+    """One kernel of a step; times: seconds in each step, of all its launches together; args: of the longest launch."""
 
     name: str
     times: list[float] = field(default_factory=list)
     launches: int = 0
+    longest: float = 0.0
     args: dict[str, Any] = field(default_factory=dict)
 
 
@@ -78,7 +79,8 @@ def kernels(events: Sequence[harness.Event]) -> list[Kernel]:
             kernel.times += [0.0] * (turn + 1 - len(kernel.times))
             kernel.times[turn] += event["dur"] / 1e6
             kernel.launches += 1
-            kernel.args = dict(event.get("args", {}))
+            if event["dur"] > kernel.longest:
+                kernel.longest, kernel.args = event["dur"], dict(event.get("args", {}))
         gap.times.append(idle / 1e6)
     for kernel in found.values():
         kernel.times += [0.0] * (len(steps) - len(kernel.times))
@@ -124,7 +126,11 @@ def measure(options: argparse.Namespace, name: str, rank: int, copies: probes.Co
             work()
             continue
         kinds = torch.profiler.ProfilerActivity
-        events = harness.trace(work, kinds.CPU, kinds.CUDA)
+        events = harness.trace(work, kinds.CUDA)
+        if not spans(events):
+            raise SystemExit("profile: torch.profiler saw no kernel; does this machine let CUPTI trace?")
+        if stepper.overtaken:
+            print(f"{method}: gaps are host time in {stepper.overtaken} of {options.steps} steps, the device was ahead")
         rows += measurements(case, method, kernels(events), shapes.size(layers, rank), copies)
     return rows
 

@@ -158,7 +158,7 @@ def settle(parser: argparse.ArgumentParser, options: argparse.Namespace, rounds:
     options.rounds = rounds if options.rounds is None else options.rounds
     options.seconds = seconds if options.seconds is None else options.seconds
     options.copy_mib = (512 if gpu else 128) if options.copy_mib is None else options.copy_mib
-    reason = methods.unserved(options.backend, options.device) or methods.missing(options.methods or METHODS)
+    reason = methods.unserved(options.backend, options.device) or methods.missing(options.methods or ())
     if reason:
         parser.error(reason)
     for name, least in (("rounds", 1), ("warm", 2), ("copy_mib", 1)):
@@ -191,7 +191,7 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         layers = shapes.layers(shape)
         slow = shape.startswith("llama") if cpu else rank > SLOW_RANK
         usual = CPU_METHODS if cpu else METHODS
-        names = options.methods or [name for name in usual if not (slow and name in SLOW)]
+        names = options.methods or methods.available([name for name in usual if not (slow and name in SLOW)])
         for caches in options.caches or (("cold", "warm") if cpu else ("cold",)):
             done = measure(options, f"{shape} ({len(layers)} pairs) r={rank} {caches}", layers, rank, names, caches)
             found = measurements(done, NAME, caches == "cold")
