@@ -15,7 +15,7 @@ from benchmarks import kernels
 ROOT = Path(__file__).parent.parent
 PARTS = "build pytest memcheck racecheck step profile throughput eigh compare memory llama ncu glue"
 STUB = """#!/usr/bin/env bash
-name=$(basename "$0")
+name=${0##*/}
 line=$(printf '%q ' "$name" "$@")
 echo "$line" >>"$COMMANDS"
 [[ "$*" != *"${BROKEN:-no such argument}"* ]] || exit 3

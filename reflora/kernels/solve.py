@@ -124,6 +124,10 @@ def factor_all(p_slot, apart, scale, r, RC: tl.constexpr, COUNT: tl.constexpr):
     row, column_of = row3[None, :, :, :], column3[None, :, :, :]
     which = tl.arange(0, COUNT)
     o = which[:, None, None, None] * apart + row * RC + column_of
+    # A load lays threads along its axes in order of how contiguous the addresses are. Which of three axes that are not
+    # comes next is another one in Triton 3.6 than in 3.7, at up to three times the instructions a pivot. The hint puts
+    # rows next; vectors are read along the last axis alone, where it says what is so.
+    o = tl.max_contiguous(o, [1, 1, 2, 32 if RC > 32 else RC])
     i = tl.arange(0, RC)[None, :]
     T = tl.load(p_slot + o) * scale[:, None, None, None]
     pivots = tl.zeros([COUNT, RC], T.dtype)
