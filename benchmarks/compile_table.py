@@ -14,7 +14,6 @@ import os
 import re
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
@@ -46,7 +45,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Figures:
-    """registers a thread; spills: bytes of local memory a thread; shared: bytes a program; seconds of compile time.
+    """registers a thread; spills: bytes of local memory a thread; shared: bytes a program.
 
     limit: KiB of shared memory that the architecture grants a block; fits: whether shared is within.
     """
@@ -62,7 +61,6 @@ class Figures:
     shared: int
     limit: int
     fits: str
-    seconds: float
 
 
 def kernel_names() -> list[str]:
@@ -138,18 +136,14 @@ def build(case: Case) -> tuple[Any, dict[str, int]]:
 
 def compile_case(case: Case) -> Figures:
     """Compile one case and read its cubin."""
-    import reflora.kernels.variants  # noqa: F401  the import is not the compiler's time
-
-    start = time.perf_counter()
     compiled, options = build(case)
-    seconds = time.perf_counter() - start
     text = dump(compiled.asm["cubin"], "cuobjdump", "--dump-resource-usage")
     usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
     spills = int(usage["STACK"]) + int(usage["LOCAL"])
     what = (case.kernel, case.rank_class, case.precision, case.storage, case.capability)
     shared, limit = compiled.metadata.shared, SHARED_LIMITS[case.capability]
     fits = "yes" if shared <= limit << 10 else "no"
-    return Figures(*what, options["num_warps"], int(usage["REG"]), spills, shared, limit, fits, round(seconds, 1))
+    return Figures(*what, options["num_warps"], int(usage["REG"]), spills, shared, limit, fits)
 
 
 def dump(cubin: bytes, tool: str, *arguments: str) -> str:
@@ -173,7 +167,7 @@ def in_processes(work: Callable[[Item], Result], items: Iterable[Item], workers:
 
 
 def markdown(rows: list[Figures]) -> str:
-    names = [field.name for field in fields(Figures) if field.name != "seconds"]
+    names = [field.name for field in fields(Figures)]
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     lines += ["| " + " | ".join(str(getattr(row, name)) for name in names) + " |" for row in rows]
     return "\n".join(lines) + "\n"
