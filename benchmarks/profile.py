@@ -18,7 +18,7 @@ import torch
 
 from . import harness, methods, probes, roofline, shapes, step
 from .harness import Measurement, summarize
-from .stepper import DTYPES, Stepper
+from .stepper import DTYPES, Stepper, gradient
 
 NAME = "profile"
 METHODS = ("lora", "reflora", "reflora-carried", "reflora-s")
@@ -111,7 +111,7 @@ def measure(options: argparse.Namespace, name: str, rank: int, copies: probes.Co
     pairs = shapes.random_pairs(layers, rank, torch.float32, options.device)
     generator = torch.Generator(options.device).manual_seed(0)
     factors = [factor for pair in pairs for factor in pair]
-    draw = [1e-3 * torch.randn(f.shape, generator=generator, device=options.device) for f in factors]
+    draw = [gradient(factor, generator) for factor in factors]
     for method in options.methods:
         stepper = Stepper(method, pairs, methods.Setting(lr=1e-4, warmup_steps=0), options.device)
         stepper.set_gradients(draw)

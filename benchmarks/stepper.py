@@ -119,7 +119,7 @@ def measure(
     pairs = shapes.random_pairs(layers, rank, DTYPES[options.dtype], device)
     generator = torch.Generator(device).manual_seed(0)
     factors = [factor for pair in pairs for factor in pair]
-    draws = [[_gradient(factor, generator) for factor in factors] for _ in range(2)]
+    draws = [[gradient(factor, generator) for factor in factors] for _ in range(2)]
     copies = probes.Copies(device, options.copy_mib) if cold else None
     setting = methods.Setting(lr=1e-4, warmup_steps=0, backend=options.backend)
     probes.warm_libraries(device)
@@ -162,7 +162,7 @@ def measure(
     return Run(case, steppers, copies, draws[0])
 
 
-def _gradient(parameter: Tensor, generator: torch.Generator) -> Tensor:
+def gradient(parameter: Tensor, generator: torch.Generator) -> Tensor:
     noise = torch.randn(parameter.shape, generator=generator, device=parameter.device)
     return (1e-3 * noise).to(parameter.dtype)
 

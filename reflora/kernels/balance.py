@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from . import table as col
-from .chunks import BAD, never_finite, span
+from .chunks import never_finite, span, store_bad
 from .dtypes import exponent_of, load, power_of_two
 from .pair import block_zeros, column, offsets
 from .settle import step_scalars
@@ -57,14 +57,6 @@ def total_norm(parts, first, last, WHEN: tl.constexpr):
 
 
 @triton.jit
-def store_bad(header, chunk, bad, CHECK: tl.constexpr):
-    found = tl.full((), 0.0, tl.float64)
-    if CHECK:
-        found = tl.max(tl.max(bad, 1), 0).to(tl.float64)
-    tl.store(header + BAD + chunk, found)
-
-
-@triton.jit
 def look(
     p_row, parts, header, chunk, own_chunk, width, r, code, SIDE: tl.constexpr, CHECK: tl.constexpr, RC: tl.constexpr,
     BN: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr,
@@ -82,7 +74,7 @@ def look(
             o, mask = offsets(start, g_sr, g_sn, r, end, SIDE, RC, BN)
             bad = tl.maximum(bad, never_finite(load(p_g, o, mask, code, DTYPE, WIDE)))
     store_squares(parts, chunk, acc, exponent, BEFORE)
-    store_bad(header, chunk, bad, CHECK)
+    store_bad(header, chunk, bad)
 
 
 @triton.jit
@@ -137,4 +129,4 @@ def step_side(
     if not KEEP:
         store_squares(parts, chunk, old, old_exponent, BEFORE)
         store_squares(parts, chunk, new, new_exponent, AFTER)
-        store_bad(header, chunk, bad, CHECK)
+        store_bad(header, chunk, bad)

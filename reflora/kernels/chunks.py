@@ -65,6 +65,12 @@ def never_finite(x):
 
 
 @triton.jit
+def store_bad(header, chunk, bad):
+    """Whether an element of a chunk's gradient was not finite, from a block of never_finite."""
+    tl.store(header + BAD + chunk, tl.max(tl.max(bad, 1), 0).to(tl.float64))
+
+
+@triton.jit
 def accumulate(
     p_row, area, header, chunk, begin, end, r, code, SIDE: tl.constexpr, CHECK: tl.constexpr, RC: tl.constexpr,
     BN: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr, SCALED: tl.constexpr,
@@ -96,7 +102,7 @@ def accumulate(
     acc = tl.where(sound == 1, acc, float("nan"))
     store_packed(chunk_gram(area, chunk, RC, WIDE), acc, RC, TC)
     tl.store(header + EXPONENT + chunk, exponent.to(tl.float64))
-    tl.store(header + BAD + chunk, tl.max(tl.max(bad, 1), 0).to(tl.float64))
+    store_bad(header, chunk, bad)
 
 
 @triton.jit
@@ -110,7 +116,7 @@ def search(
     for start in range(begin, end, BN):
         o, m = offsets(start, g_sr, g_sn, r, end, SIDE, RC, BN)
         bad = tl.maximum(bad, never_finite(load(p_g, o, m, code, DTYPE, WIDE)))
-    tl.store(header + BAD + chunk, tl.max(tl.max(bad, 1), 0).to(tl.float64))
+    store_bad(header, chunk, bad)
 
 
 @triton.jit
