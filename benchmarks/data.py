@@ -155,6 +155,23 @@ def _family_texts(root: Path, modules: Iterable[str]) -> set[str]:
     return texts
 
 
+def docstrings(root: Path) -> Iterator[str]:
+    """Every docstring of 30 characters or more below a folder of sources, once, in the order of the files."""
+    seen = set()
+    for file in python_files(root):
+        for text in _docstrings(file):
+            if len(text) >= 30 and text not in seen:
+                seen.add(text)
+                yield text
+
+
+def python_files(root: Path) -> Iterator[Path]:
+    """The sources of a standard library without its tests and what pip has put there, in a fixed order."""
+    for file in sorted(root.rglob("*.py")):
+        if not {"test", "tests", "site-packages", "lib2to3", "idlelib"} & set(file.relative_to(root).parts):
+            yield file
+
+
 def _docstrings(file: Path) -> Iterator[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)

@@ -24,9 +24,9 @@ class Recipe:
     """What makes two runs the same run.
 
     lr falls linearly to zero after `lr_warmup` rising steps, or stays where schedule is "constant"; plain_steps: of
-    AdamW before RefLoRA starts; dropout: in front of the head, None for the model's own; rows: training examples;
-    bfloat16: autocast, weights and optimizer stay as they are; targets: of LoRA, with commas between, the preset's
-    where empty; lora_dropout: in front of A.
+    AdamW before RefLoRA starts, None for the start that it has by itself, 0 also where a method has none; dropout: in
+    front of the head, None for the model's own; rows: training examples; bfloat16: autocast, weights and optimizer stay
+    as they are; targets: of LoRA, with commas between, the preset's where empty; lora_dropout: in front of A.
     """
 
     model: str
@@ -40,7 +40,7 @@ class Recipe:
     alpha: int
     weight_decay: float = 0.01
     lr_warmup: int = 0
-    plain_steps: int = 0
+    plain_steps: int | None = 0
     schedule: str = "linear"
     dropout: float | None = None
     rows: int = 0

@@ -21,10 +21,10 @@ Pairs = Sequence[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Setting:
-    """What all methods of a run share; warmup_steps are plain AdamW steps of the RefLoRA variants."""
+    """What all methods of a run share; warmup_steps: of the RefLoRA variants, as RefLoRAAdamW has it."""
 
     lr: float
-    warmup_steps: int
+    warmup_steps: int | None
     weight_decay: float = 0.01
     backend: str | None = None
     scaling: float = 1.0
@@ -81,7 +81,7 @@ def _unit_determinant(subject: Subject) -> Optimizer:
 
 def _published(subject: Subject, scalar: bool) -> Optimizer:
     optimizer = _adamw(subject)
-    published_reflora.attach(optimizer, subject.pairs, subject.setting.warmup_steps, scalar=scalar)
+    published_reflora.attach(optimizer, subject.pairs, subject.setting.warmup_steps or 0, scalar=scalar)
     return optimizer
 
 
@@ -158,6 +158,11 @@ PEFT_OPTIMIZERS = {
 def build(name: str, subject: Subject) -> Optimizer:
     """The optimizer of the method `name` of METHODS."""
     return METHODS[name].make(subject)
+
+
+def starts(name: str) -> bool:
+    """Whether the method `name` has a start of its own, that is, heeds warmup_steps."""
+    return name.startswith(("reflora", "published")) and name not in EXPERIMENTS
 
 
 def missing(names: Sequence[str]) -> str | None:

@@ -64,6 +64,13 @@ struct RowOp {
         else scale_in_place(a, root(s)), scale_in_place(b, 1 / root(s));
     }
 
+    // weight of the Grams in the S of this step (reference.shrink_weight), none for the paper's S
+    std::optional<double> weight() const {
+        if (job.kind != ADAMW || !job.start) return job.weight;
+        const double steps = *reinterpret_cast<const float*>(row[COUNT]), start = double(job.start);
+        return steps * steps / (steps * steps + start * start);
+    }
+
     // Grams and S; false: a factor is not finite
     bool solved(Solution& x, bool factors) {
         const size_t size = size_t(d.rp * d.rp);
@@ -73,21 +80,22 @@ struct RowOp {
         for (size_t i = 0; i < size; ++i) first[i] = second[i] = 0;
         Arena scratch = arena;
         double* panel = scratch.take<double>(size_t(d.rp * CHUNK));
+        const double share = weight().value_or(1);
         Gram g[2];
         for (Gram& one : g) one.unit = scratch.take<double>(size), one.U = scratch.take<double>(size), one.E = scratch.take<double>(size);
         if (kept && *kept) {
             for (int side = 0; side < 2; ++side)
                 for (size_t i = 0; i < size; ++i) g[side].unit[i] = sums(side)[i];
-            finish_gram(d, a.n, 1, g[0]);
-            finish_gram(d, b.n, 1, g[1]);
+            finish_gram(d, a.n, 1, share, g[0]);
+            finish_gram(d, b.n, 1, share, g[1]);
         } else {
-            gram(d, a, panel, g[0]);
-            gram(d, b, panel, g[1]);
+            gram(d, a, share, panel, g[0]);
+            gram(d, b, share, panel, g[1]);
         }
         result[NORM_A] = g[0].norm, result[NORM_B] = g[1].norm;
         if (!(g[0].norm <= Storage<double>::max && g[1].norm <= Storage<double>::max)) return false;
         result[KAPPA_A] = g[0].kappa, result[KAPPA_B] = g[1].kappa;
-        solve(d, g[0], g[1], job.kappa_max, tiny, top, scratch, x);
+        solve(d, g[0], g[1], job.kappa_max, tiny, top, !weight(), scratch, x);
         result[STATUS] = x.status, result[SCALE] = x.c, result[BALANCE] = balance(d, g[0], g[1]);
         return true;
     }
@@ -123,9 +131,9 @@ struct RowOp {
         float* count = reinterpret_cast<float*>(row[COUNT]);
         const int64_t steps = int64_t(*count), since = steps - job.warmup_steps;
         const bool next_is_fresh = since + 1 >= 0 && (since + 1) % job.interval == 0;
-        const bool before = steps == 0 && job.warmup_steps == 0;
+        const bool before = steps == 0 && job.warmup_steps == 0 && job.start == 0;
         const Source source = job.scalar || since < 0 ? IDENTITY : since % job.interval == 0 ? FRESH : SAVED_S;
-        const bool refactors = job.scalar && (before || next_is_fresh);
+        const bool refactors = job.scalar && (before || next_is_fresh || job.start);
         const bool done = refactors ? scalar_step(before, next_is_fresh) : step(source, next_is_fresh);
         if (!done) return skip();
         *count += 1;
@@ -138,14 +146,14 @@ struct RowOp {
         if (source == FRESH || (source == SAVED_S && *reinterpret_cast<const T*>(row[SAVED]) == 0)) {
             Solution x;
             if (!solved(x, false)) return false;
-            const bool identity = x.status == DEGENERATE && x.c == 1;
+            const bool identity = x.status == DEGENERATE && x.scale == 1;
             if (!identity) round_S(x);
             if (job.interval > 1) keep(identity);
-            move = change_phase(phase, identity, x.c);
+            move = change_phase(phase, identity || job.start, x.c);
         } else {
             if (!(all_finite(a) && all_finite(b))) return false;
             if (source == SAVED_S) recall(), result[STATUS] = REFACTORED;
-            else if (*phase != 0) {
+            else if (*phase == REFACTORED_UNITS) {
                 double s = 0;
                 scalar_norms(s);
                 move = change_phase(phase, true, s != 0 ? s : 1);
@@ -162,8 +170,8 @@ struct RowOp {
     }
 
     double change_phase(float* phase, bool identity, double c) {
-        const bool was_identity = *phase == 0;
-        *phase = identity ? 0.0f : 1.0f;
+        const bool was_identity = *phase != REFACTORED_UNITS;
+        *phase = identity ? 0.0f : float(REFACTORED_UNITS);
         return was_identity == identity ? 1 : identity ? c : 1 / c;
     }
 
@@ -223,12 +231,23 @@ struct RowOp {
         if (!scalar_norms(s)) return false;
         result[STATUS] = s != 0 ? REFACTORED : DEGENERATE;
         const double by = before && s != 0 ? root(s) : 1, scale = 1 / job.grad_scale;
+        const double old_a = result[NORM_A], old_b = result[NORM_B];
         update(0, nullptr, scale / by, by, 1 / by, nullptr);
         update(SIDE, nullptr, scale * by, 1 / by, by, nullptr);
-        if (!after || !scalar_norms(s) || s == 0) return true;
+        if (!(after || job.start) || !scalar_norms(s)) return true;
+        if (job.start && !(begun(old_a, old_b) && after)) return result[STATUS] = PLAIN, true;
+        if (s == 0) return true;
         scale_side(0, root(s));
         scale_side(SIDE, 1 / root(s));
         return true;
+    }
+
+    // whether RefLoRA-S balances this row: from the step on in which its norms, old and new, have crossed
+    bool begun(double old_a, double old_b) const {
+        const double new_a = result[NORM_A], new_b = result[NORM_B];
+        float* phase = reinterpret_cast<float*>(row[PHASE]);
+        if (*phase == 0 && ((old_b <= old_a && new_b >= new_a) || (old_b >= old_a && new_b <= new_a))) *phase = BALANCED;
+        return *phase != 0;
     }
 
     void scale_side(int side, double by) {

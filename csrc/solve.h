@@ -30,7 +30,7 @@ struct Gram {
 // S and S^-1 are computed where out.S is given, P and P^-T (S = P P^T) where out.P is
 struct Solution {
     Status status;
-    double c;
+    double c, scale;  // ||B|| / ||A||, and what S is scaled by: c or 1
     double *S, *S_inv, *P, *P_inv_T;
 };
 
@@ -83,22 +83,24 @@ static double factor_norm(const Factor<S>& f) {
     return root(sum) / scale;
 }
 
-// from the sums over all blocks in out.unit, of a factor of n columns times `scale`
-INLINE void finish_gram(const Dense& d, int64_t n, double scale, Gram& out) {
+// from the sums over all blocks in out.unit, of a factor of n columns times `scale`; what is factored is the Gram over its
+// trace, shrunk towards I / r (reference.shrink_weight)
+INLINE void finish_gram(const Dense& d, int64_t n, double scale, double weight, Gram& out) {
     out.kappa = __builtin_inf();
     d.mirror(out.unit);
     double trace = 0;
     for (int64_t i = 0; i < d.r; ++i) trace += out.unit[i * d.rp + i];
     out.norm = root(trace) / scale;
     if (!(trace > 0) || !(trace < d.huge)) return;
-    for (int64_t i = 0; i < d.r * d.rp; ++i) out.unit[i] /= trace, out.U[i] = out.unit[i];
+    for (int64_t i = 0; i < d.r * d.rp; ++i) out.unit[i] /= trace, out.U[i] = weight * out.unit[i];
+    for (int64_t i = 0; i < d.r; ++i) out.U[i * d.rp + i] += (1 - weight) / double(d.r);
     if (n < d.r) return;
     if (d.cholesky(out.U, out.E)) out.kappa = d.norm(out.U) * d.norm(out.E);
     if (out.kappa != out.kappa) out.kappa = __builtin_inf();
 }
 
 template <class S>
-static void gram(const Dense& d, const Factor<S>& f, double* panel, Gram& out) {
+static void gram(const Dense& d, const Factor<S>& f, double weight, double* panel, Gram& out) {
     double scale = 1;
     for (int64_t i = 0; i < d.rp * d.rp; ++i) out.unit[i] = 0;
     if (sizeof(S) == 8) {  // products of narrower types are exact in double and cannot leave its range
@@ -112,7 +114,7 @@ static void gram(const Dense& d, const Factor<S>& f, double* panel, Gram& out) {
         pack(f, k, count, d.rp, scale, panel);
         d.gram_add(panel, count, out.unit);
     }
-    finish_gram(d, f.n, scale, out);
+    finish_gram(d, f.n, scale, weight, out);
 }
 
 // Whether products and sums of these values and of the same values over the power of two of the largest have the same
@@ -162,13 +164,14 @@ static void scaled_identity(const Dense& d, double* out, double value) {
 }
 
 // tiny, top: the normal range of the type that S is applied in
-static void solve(const Dense& d, const Gram& a, const Gram& b, double kappa_max, double tiny, double top, Arena arena,
-                  Solution& out) {
+static void solve(const Dense& d, const Gram& a, const Gram& b, double kappa_max, double tiny, double top, bool scaled,
+                  Arena arena, Solution& out) {
     const size_t size = size_t(d.rp * d.rp);
     out.status = DEGENERATE;
     out.c = b.norm / a.norm;
     if (!usable_scale(out.c, tiny, top)) out.c = 1;
     else if (a.kappa <= kappa_max && b.kappa <= kappa_max) out.status = REFACTORED;
+    out.scale = scaled ? out.c : 1;
     if (out.status == REFACTORED) {
         double *X = arena.take<double>(size), *Y = arena.take<double>(size), *M = arena.take<double>(size);
         double* tmp = arena.take<double>(size);
@@ -181,7 +184,7 @@ static void solve(const Dense& d, const Gram& a, const Gram& b, double kappa_max
             d.transpose(b.U, tmp), d.matmul(X, a.E, Y), d.matmul(tmp, Y, out.S);      // Lb Q La^-1
             d.transpose(b.E, tmp), d.matmul(X, a.U, Y), d.matmul(tmp, Y, out.S_inv);  // Lb^-T Q La^T
             d.symmetrize(out.S), d.symmetrize(out.S_inv);
-            for (int64_t i = 0; i < d.r * d.rp; ++i) out.S[i] *= out.c, out.S_inv[i] /= out.c;
+            for (int64_t i = 0; i < d.r * d.rp; ++i) out.S[i] *= out.scale, out.S_inv[i] /= out.scale;
             if (!(d.largest(out.S) <= top && d.largest(out.S_inv) <= top)) out.status = DEGENERATE;
         }
         if (out.P) {
@@ -189,7 +192,7 @@ static void solve(const Dense& d, const Gram& a, const Gram& b, double kappa_max
             d.transpose(X, tmp), d.matmul(tmp, out.P_inv_T, C), d.symmetrize(C);  // H = Q^T N = C C^T
             if (!d.cholesky(C, M)) out.status = DEGENERATE;
             else {
-                const double half = root(out.c);
+                const double half = root(out.scale);
                 d.transpose(a.E, tmp), d.transpose(C, X), d.matmul(tmp, X, out.P);        // La^-T C
                 d.transpose(a.U, tmp), d.transpose(M, X), d.matmul(tmp, X, out.P_inv_T);  // La C^-T
                 for (int64_t i = 0; i < d.r * d.rp; ++i) out.P[i] *= half, out.P_inv_T[i] /= half;
@@ -198,8 +201,8 @@ static void solve(const Dense& d, const Gram& a, const Gram& b, double kappa_max
         }
     }
     if (out.status == REFACTORED) return;
-    if (out.S) scaled_identity(d, out.S, out.c), scaled_identity(d, out.S_inv, 1 / out.c);
-    if (out.P) scaled_identity(d, out.P, root(out.c)), scaled_identity(d, out.P_inv_T, 1 / root(out.c));
+    if (out.S) scaled_identity(d, out.S, out.scale), scaled_identity(d, out.S_inv, 1 / out.scale);
+    if (out.P) scaled_identity(d, out.P, root(out.scale)), scaled_identity(d, out.P_inv_T, 1 / root(out.scale));
 }
 
 }  // namespace REFLORA_ISA

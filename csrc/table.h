@@ -2,12 +2,14 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 
 namespace reflora {
 
 // one side of a row: element (i, k), i < r, at P + i * SR + k * SN; M, V, X (of type STATE) and W share the strides of P
 enum Side { P, P_SR, P_SN, G, G_SR, G_SN, M, V, X, W, STEP, HYPER, N, SIDE };
 enum Row { R = 2 * SIDE, DTYPE, STATE, ACTIVE, PHASE, COUNT, SAVED, KEPT, TAG, COLUMNS = 40 };
+enum Phase { REFACTORED_UNITS = 1, BALANCED };
 enum Result { STATUS, KAPPA_A, KAPPA_B, BALANCE, SCALE, NORM_A, NORM_B, RESULTS = 8 };
 enum Hyper { LR, BETA1, BETA2, EPS, WEIGHT_DECAY, AMSGRAD, MAXIMIZE, LR_AT, LR_DTYPE, HYPERS = 10 };
 
@@ -21,8 +23,12 @@ struct Job {
     Kind kind;
     bool scalar;
     double kappa_max;
+    // of the Grams, which are shrunk towards I / r for an S without its scale c; none: the paper's S. Not of an AdamW step
+    std::optional<double> weight;
     // AdamW only
-    int64_t warmup_steps, interval;
+    // start: steps after which the weight is a half, 0 for the paper's S. With `scalar` and a start, a row is balanced
+    // from the step on in which its norms cross
+    int64_t warmup_steps, start, interval;
     const double* hypers;
     double grad_scale;
     bool check, found_inf, stochastic;

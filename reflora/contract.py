@@ -22,6 +22,9 @@ RANK_CLASSES = (16, 32, 64, 128)
 # factor of its Gram (at least k, at most r k / 2 + 1); one constant a precision, on every backend
 KAPPA_MAX = {"float64": 1e6, "float32": 1e4}
 
+# steps after which a Gram counts half in S by default, see reference.shrink_weight; chosen in benchmarks/NOTES.md
+START_STEPS = 400
+
 # values of the `status` column of Diagnostics
 REFACTORED, DEGENERATE, SKIPPED, PLAIN = 0, 1, 2, 3
 
@@ -232,6 +235,11 @@ def check_backend(backend: str | None) -> None:
 def check_precision(precision: str) -> None:
     if precision not in PRECISIONS:
         fail("precision", " or ".join(map(repr, PRECISIONS)), repr(precision), "float64 is the accurate default.")
+
+
+def start_of(warmup_steps: int | None) -> int:
+    """Steps after which a Gram counts half in S: START_STEPS for None, 0 (the exact S at once) for a number."""
+    return START_STEPS if warmup_steps is None else 0
 
 
 def check_count(what: str, value: Any, minimum: int) -> None:

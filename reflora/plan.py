@@ -28,6 +28,9 @@ A_SIDE, B_SIDE = 0, SIDE
 R, DTYPE, STATE, ACTIVE, PHASE, COUNT, SAVED, KEPT, TAG = range(2 * SIDE, 2 * SIDE + 9)
 COLUMNS = 40
 
+# what PHASE points at, but for 0: the moments are in units of a refactored layer; RefLoRA-S balances the layer
+REFACTORED_UNITS, BALANCED = 1, 2
+
 # columns of the float64 result table, one row a table row
 STATUS, KAPPA_A, KAPPA_B, BALANCE, SCALE, NORM_A, NORM_B = range(7)
 RESULTS, REPORTED = 8, 7

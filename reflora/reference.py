@@ -66,9 +66,40 @@ def refactoring(A: Tensor, B: Tensor) -> Refactoring:
     return Refactoring(P @ P.mT, P_inv_T @ P_inv_T.mT, P, P_inv_T, s)
 
 
+def shrink_weight(steps: float, start: float) -> float:
+    """Weight of the Grams in the S of a step: `w = n^2 / (n^2 + start^2)`, n the steps that a pair has done before.
+
+    From 0 at the first step over 1/2 at `start` to 1. B = 0 makes the first steps of Adam nearly of rank one; S takes
+    on the shape of B, and would keep it so (docs/mathematics.md).
+    """
+    return steps**2 / (steps**2 + start**2)
+
+
+def shrunk(A: Tensor, B: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """Factors whose Grams are `w G + (1 - w) tr(G) / r I`: with a multiple of I as further columns (rows of B)."""
+
+    def widened(X: Tensor) -> Tensor:
+        r = X.shape[0]
+        more = (1 - weight) ** 0.5 * _norm(X) / r**0.5 * torch.eye(r, dtype=torch.float64)
+        return torch.cat([weight**0.5 * X.double(), more], 1)
+
+    return widened(A), widened(B.mT).mT
+
+
 def balance_scalar(A: Tensor, B: Tensor) -> Tensor:
     """`s = ||B||_F / ||A||_F`: RefLoRA-S (paper, Theorem 5), and the S = s I of a degenerate layer."""
     return _norm(B) / _norm(A)
+
+
+def crossed(old_A: Tensor, old_B: Tensor, A: Tensor, B: Tensor) -> bool:
+    """Whether the smaller factor of a step's start has come up to the other in norm: RefLoRA-S balances from there on.
+
+    Adam's step moves every element by about the rate, so the product moves by rate times `||A|| + ||B||`; balancing a
+    pair with `||B|| = s ||A||` takes that down by `2 sqrt(s) / (1 + s)`, which costs nothing at s = 1.
+    """
+    old = [float(_norm(X)) for X in (old_A, old_B)]
+    new = [float(_norm(X)) for X in (A, B)]
+    return (old[1] <= old[0] and new[1] >= new[0]) or (old[1] >= old[0] and new[1] <= new[0])
 
 
 def condition(A: Tensor) -> Tensor:
@@ -80,8 +111,11 @@ def condition(A: Tensor) -> Tensor:
     return scaled.norm() * (1 / scaled).norm()
 
 
-def choose(A: Tensor, B: Tensor, kappa_max: float = 1e6) -> tuple[Tensor, Tensor, str]:
+def choose(A: Tensor, B: Tensor, kappa_max: float = 1e6, weight: float | None = None) -> tuple[Tensor, Tensor, str]:
     """The S a step uses, its inverse, and why: "refactored", "degenerate" or "skipped".
+
+    weight: None for the paper's S; else, of `shrink_weight`, that of the factors with shrunk Grams over the balance
+    scalar: Adam, which divides a constant away, would take its growth from B = 0 on for a trend of the gradient.
 
     A degenerate layer (a condition estimate past `kappa_max`, or n < r) uses `S = s I` with the balance scalar,
     `S = I` where a norm is zero. A layer with a non-finite factor is skipped (docs/mathematics.md).
@@ -89,10 +123,13 @@ def choose(A: Tensor, B: Tensor, kappa_max: float = 1e6) -> tuple[Tensor, Tensor
     eye = torch.eye(A.shape[0], dtype=torch.float64)
     if not (A.isfinite().all() and B.isfinite().all()):
         return eye, eye, "skipped"
-    if condition(A) <= kappa_max and condition(B.mT) <= kappa_max:
-        result = refactoring(A, B)
-        return result.S, result.S_inv, "refactored"
-    if _norm(A) == 0 or _norm(B) == 0:
+    wide = A.shape[0] <= min(A.shape[1], B.shape[0])
+    own = (A, B) if weight is None else shrunk(A, B, weight)
+    if wide and min(_norm(A), _norm(B)) > 0 and max(condition(own[0]), condition(own[1].mT)) <= kappa_max:
+        result = refactoring(*own)
+        scale = 1.0 if weight is None else balance_scalar(A, B)
+        return result.S / scale, result.S_inv * scale, "refactored"
+    if weight is not None or _norm(A) == 0 or _norm(B) == 0:
         return eye, eye, "degenerate"
     s = balance_scalar(A, B)
     return s * eye, eye / s, "degenerate"
@@ -107,9 +144,11 @@ def refactor(A: Tensor, B: Tensor, scalar: bool = False) -> tuple[Tensor, Tensor
     return result.P.mT @ A.double(), B.double() @ result.P_inv_T
 
 
-def precondition(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor) -> tuple[Tensor, Tensor]:
+def precondition(
+    A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, weight: float | None = None
+) -> tuple[Tensor, Tensor]:
     """`(S^-1 gA, gB S)`: the step of the refactored pair, in the axes of the original one (paper, section 3.3)."""
-    S, S_inv, _ = choose(A, B)
+    S, S_inv, _ = choose(A, B, weight=weight)
     return S_inv @ grad_A.double(), grad_B.double() @ S
 
 

@@ -18,7 +18,7 @@ def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
     """minilm, deberta-v3-base, vit-base, llama-7b and llama2-7b; nothing is looked up in a hub."""
     import transformers
 
-    def base(classes: int) -> tuple[Any, Any, str, str]:
+    def base(name: str, classes: int) -> tuple[Any, Any, str, str]:
         config = transformers.BertConfig(**SIZE, vocab_size=200, num_labels=classes)
         model = transformers.AutoModelForSequenceClassification.from_config(config)
         return model, batches.WordHashTokenizer(200), "text", "pretrained"
@@ -28,7 +28,7 @@ def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(models, "_pretrained", absent)
-    monkeypatch.setattr(models, "_base_of_minilm", base)
+    monkeypatch.setattr(models, "_packaged", base)
     monkeypatch.setattr(models, "_VIT", {**SIZE, "image_size": 32, "patch_size": 8})
     monkeypatch.setattr(models, "_DEBERTA", {**models._DEBERTA, **SIZE, "vocab_size": 200})
     for name in ("llama-7b", "llama2-7b"):

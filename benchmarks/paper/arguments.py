@@ -24,7 +24,7 @@ def parser(program: str, summary: str, chosen: Sequence[str]) -> argparse.Argume
     made.add_argument("--length", type=int, help="most tokens of a text")
     made.add_argument("--rank", type=int, default=8)
     made.add_argument("--alpha", type=int, default=8)
-    made.add_argument("--plain-steps", type=int, default=0, help="AdamW steps before RefLoRA starts")
+    made.add_argument("--plain-steps", type=int, help="AdamW steps before RefLoRA starts (default: its own start)")
     made.add_argument("--train-rows", type=int, help="only so many training examples")
     made.add_argument("--eval-rows", type=int, help="only so many dev examples")
     made.add_argument("--bfloat16", action="store_true", help="forward and backward under bfloat16 autocast")
@@ -32,6 +32,11 @@ def parser(program: str, summary: str, chosen: Sequence[str]) -> argparse.Argume
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument("--out", type=Path, help="the file of runs")
     return made
+
+
+def plain_steps(chosen: argparse.Namespace, method: str) -> int | None:
+    """0 for a method that has no start of its own: its runs are the same whatever is asked of the others."""
+    return chosen.plain_steps if methods.starts(method) else 0
 
 
 def add_grid(made: argparse.ArgumentParser, rates: Sequence[float]) -> None:
@@ -52,7 +57,7 @@ def check(made: argparse.ArgumentParser, chosen: argparse.Namespace, counts: Seq
         value = getattr(chosen, name)
         if value is not None and value < 1:
             made.error(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
-    if chosen.plain_steps < 0:
+    if (chosen.plain_steps or 0) < 0:
         made.error(f"--plain-steps: expected at least 0, got {chosen.plain_steps}")
 
 

@@ -38,8 +38,8 @@ def recipe(options: argparse.Namespace, rows: int, method: str, lr: float, seed:
     lr_warmup = min(LR_WARMUP, steps // 10)
     return finetuning.Recipe(
         hub_id(options), method, seed, lr, steps, options.batch, options.length, options.rank, options.alpha, 0.0,
-        lr_warmup, options.plain_steps, rows=rows, bfloat16=options.bfloat16, targets=options.targets,
-        lora_dropout=DROPOUT,
+        lr_warmup, arguments.plain_steps(options, method), rows=rows, bfloat16=options.bfloat16,
+        targets=options.targets, lora_dropout=DROPOUT,
     )  # fmt: skip
 
 

@@ -36,7 +36,8 @@ def recipe(options: argparse.Namespace, name: str, rows: int, method: str, lr: f
     length = min(task.length, options.length) if options.length else task.length
     return finetuning.Recipe(
         options.model, method, seed, lr, steps, options.batch, length, options.rank, options.alpha,
-        task.weight_decay, lr_warmup, options.plain_steps, dropout=task.dropout, rows=rows, bfloat16=options.bfloat16,
+        task.weight_decay, lr_warmup, arguments.plain_steps(options, method), dropout=task.dropout, rows=rows,
+        bfloat16=options.bfloat16,
     )  # fmt: skip
 
 

@@ -13,13 +13,17 @@ from .. import harness, methods
 Run = Mapping[str, Any]
 
 
-RESULTS = ("scores", "score", "finite", "loss", "losses", "seconds", "machine", "folder")
+RESULTS = (
+    "scores", "score", "finite", "loss", "losses", "seconds", "machine", "folder", "held_out", "stable_rank",
+    "condition_B",
+)  # fmt: skip
 NAMES = ("task", "method", "seed", "lr")
 
 
-def settings(runs: Iterable[Run]) -> dict[str, list[Run]]:
+def settings(runs: Iterable[Run], apart: Sequence[str] = ()) -> dict[str, list[Run]]:
     """Runs that may stand in one table, by what they share, in words; of runs that are the same the first.
 
+    apart: what else may differ within a table.
     A task whose runs differ in what the words do not say (rows, length) has its others in a table of their own.
     """
     found: dict[str, list[Run]] = {}
@@ -28,14 +32,14 @@ def settings(runs: Iterable[Run]) -> dict[str, list[Run]]:
     for run in runs:
         length = f"{run['steps']} steps" if run.get("epochs") is None else "the paper's epochs"
         what = f"{run['model']}, r={run['rank']}, alpha={run['alpha']}, {length}, batch {run['batch']}"
-        setting = {name: value for name, value in run.items() if name not in (*RESULTS, *NAMES)}
+        setting = {name: value for name, value in run.items() if name not in (*RESULTS, *NAMES, *apart)}
         known = others.setdefault((what, run["task"]), [])
         rest = json.dumps(setting, sort_keys=True)
         if rest not in known:
             known.append(rest)
         number = known.index(rest)
         what += f", other rows or options ({number + 1})" if number else ""
-        same = (what, json.dumps([run[name] for name in NAMES]))
+        same = (what, json.dumps([run[name] for name in (*NAMES, *apart)]))
         if same not in seen:
             seen.add(same)
             found.setdefault(what, []).append(run)

@@ -26,7 +26,8 @@ class AdamWStep:
     """What one fused step does, beside what the plan's table points at.
 
     Every row finds from its own counter n (COUNT) where its S comes from: IDENTITY for n < warmup_steps, FRESH every
-    `interval` steps from there on, SAVED in between. scalar: RefLoRA-S, at the same steps.
+    `interval` steps from there on, SAVED in between. start: 0 for the paper's S; else S comes of Grams that are shrunk
+    with the weight reference.shrink_weight(n, start), and without its scale c. scalar: RefLoRA-S, at the same steps.
 
     hypers: float64 `[groups, HYPERS]` on the CPU. lrs: by group, the tensor on the device behind LR_AT, or None.
     check: search the gradients for inf and nan and skip a row that has one. carry: keep the Grams of the updated
@@ -37,6 +38,7 @@ class AdamWStep:
     hypers: Tensor
     scalar: bool = False
     warmup_steps: int = 0
+    start: int = 0
     interval: int = 1
     precision: str = "float64"
     check: bool = True
@@ -62,7 +64,8 @@ class Backend(Protocol):
 
     def refactor(self, plan: Plan, scalar: bool, precision: str) -> Tensor: ...
 
-    def precondition(self, plan: Plan, scalar: bool, precision: str) -> Tensor: ...
+    # weight: None for the paper's S; else Grams are shrunk with it, and S comes without its scale c
+    def precondition(self, plan: Plan, scalar: bool, precision: str, weight: float | None = None) -> Tensor: ...
 
     def adamw(self, plan: Plan, step: AdamWStep) -> Tensor: ...
 

@@ -45,15 +45,16 @@ def refactor(plan: Plan, scalar: bool, precision: str) -> Tensor:
     return _run(plan, precision, kind=_REFACTOR, scalar=scalar)
 
 
-def precondition(plan: Plan, scalar: bool, precision: str) -> Tensor:
-    return _run(plan, precision, kind=_PRECONDITION, scalar=scalar)
+def precondition(plan: Plan, scalar: bool, precision: str, weight: float | None = None) -> Tensor:
+    return _run(plan, precision, kind=_PRECONDITION, scalar=scalar, weight=weight)
 
 
 def adamw(plan: Plan, step: AdamWStep) -> Tensor:
     return _run(
-        plan, step.precision, kind=_ADAMW, scalar=step.scalar, warmup_steps=step.warmup_steps, interval=step.interval,
-        hypers=step.hypers.data_ptr(), grad_scale=1.0 if step.grad_scale is None else float(step.grad_scale),
-        check=step.check, found_inf=step.found_inf is not None and float(step.found_inf) != 0,
+        plan, step.precision, kind=_ADAMW, scalar=step.scalar, warmup_steps=step.warmup_steps, start=step.start,
+        interval=step.interval, hypers=step.hypers.data_ptr(),
+        grad_scale=1.0 if step.grad_scale is None else float(step.grad_scale), check=step.check,
+        found_inf=step.found_inf is not None and float(step.found_inf) != 0,
         seed=None if step.seed is None else step.seed % 2**64, kept=_kept(plan, step.carry and not step.scalar),
     )  # fmt: skip
 

@@ -65,9 +65,21 @@ def schedule(count: Tensor, step: AdamWStep) -> tuple[Tensor, Tensor]:
     return past < 0, (past >= 0) & (past % step.interval == 0)
 
 
+def shrink_weight(count: Tensor, start: int) -> Tensor | None:
+    """Weights of the Grams of rows that have done `count` steps (reference.shrink_weight); None for the paper's S."""
+    square = count.double() ** 2
+    return square / (square + start**2) if start else None
+
+
+def crossed(old_A: Tensor, old_B: Tensor, norm_A: Tensor, norm_B: Tensor) -> Tensor:
+    """Whether the smaller of two norms `[b]` has come up to the other (reference.crossed)."""
+    below, above = (old_B <= old_A) & (norm_B >= norm_A), (old_B >= old_A) & (norm_B <= norm_A)
+    return below | above
+
+
 def scalar_schedule(count: Tensor, step: AdamWStep) -> tuple[Tensor, Tensor]:
     """(refactored before the update, after it): after every step that a fresh S would follow."""
-    before = (count == 0) & (step.warmup_steps == 0)
+    before = (count == 0) & (step.warmup_steps == 0) & (step.start == 0)
     past = count + 1 - step.warmup_steps
     return before, (past >= 0) & (past % step.interval == 0)
 
@@ -83,7 +95,7 @@ class GroupStep:
 
     def run(self, results: Tensor, grams: tuple[Gram, Gram]) -> None:
         group, step = self.group, self.step
-        solution = group.solve(*grams, step.precision, step.scalar)
+        solution = group.solve(*grams, step.precision, step.scalar, shrink_weight(self.count, step.start))
         grads = [self._gradient(side, h) for side, h in zip(SIDES, self.hypers)]
         if step.check:
             solution = skip(solution, *grads)
@@ -92,7 +104,7 @@ class GroupStep:
             self.done &= step.found_inf.to(self.device) == 0
         self._load()
         if step.scalar:
-            reported = self._scalar_step(solution, grads)
+            reported = self._scalar_step(solution, grads, grams)
         else:
             reported, grads = self._precondition(solution, grads)
             self._update(grads)
@@ -127,16 +139,28 @@ class GroupStep:
             for i, (p, w) in enumerate(zip(self.P, wide(col.W))):
                 self.P[i] = w.where(w.to(self.group.dtype) == p, p)
 
-    def _scalar_step(self, solution: Solution, grads: list[Tensor]) -> Solution:
+    def _scalar_step(self, solution: Solution, grads: list[Tensor], old: tuple[Gram, Gram]) -> Solution:
         """RefLoRA-S; rows that are not refactored in this step take a plain one."""
         before, after = scalar_schedule(self.count, self.step)
         plain = ~(before | after)
-        self._change_phase(self.done & plain, plain, solution)
+        self._change_phase(self.done & plain & (self._phases() == col.REFACTORED_UNITS), plain, solution)
         self._update(self._scalar_refactor(solution, before, grads))
         # by norms of what is stored, not of what has been rounded away
         a, b = (gram(p.to(self.group.dtype), getattr(torch, self.step.precision)) for p in self.P)
+        if self.step.start:
+            after = after & self._begun(crossed(old[0].norm, old[1].norm, a.norm, b.norm))
         self._scalar_refactor(self.group.solve(a, b, self.step.precision, True), after, grads)
-        return self._reported(solution, ~plain, PLAIN)
+        return self._reported(solution, before | after, PLAIN)
+
+    def _begun(self, crosses: Tensor) -> Tensor:
+        """Rows that RefLoRA-S balances: from the step on in which their norms have crossed."""
+        kept, phases = self.group.once(col.PHASE), self._phases()
+        begins = self.done & (phases == 0) & crosses
+        torch._foreach_copy_(kept, list(phases.masked_fill(begins, col.BALANCED).unbind(0)))
+        return begins | (phases != 0)
+
+    def _phases(self) -> Tensor:
+        return torch.stack(self.group.once(col.PHASE))
 
     def _precondition(self, solution: Solution, grads: list[Tensor]) -> tuple[Solution, list[Tensor]]:
         """(what is reported, gradients mixed by this step's S); moments are moved where S stops or starts being I."""
@@ -151,7 +175,8 @@ class GroupStep:
             torch._foreach_copy_(kept, list(both.unbind(0)))
             S, S_inv = both.unbind(1)
         unsolved = (solution.status == DEGENERATE) & (solution.scale == 1)
-        self._change_phase(self.done & (due | warm_up), warm_up | unsolved, solution)
+        in_units_of_I = warm_up | unsolved | bool(self.step.start)
+        self._change_phase(self.done & (due | warm_up), in_units_of_I, solution)
         reported = self._reported(solution, due, torch.where(warm_up, PLAIN, REFACTORED).double())
         plain = warm_up.view(-1, 1, 1)
         return reported, [g.where(plain, mixed) for g, mixed in zip(grads, (S_inv @ grads[0], S @ grads[1]))]
@@ -165,9 +190,9 @@ class GroupStep:
 
     def _change_phase(self, changes: Tensor, identity: Tensor, solution: Solution) -> None:
         """Rows with `changes` use S = I or not from here on, and their moments are in units of that."""
-        kept = self.group.once(col.PHASE)
-        phases = torch.stack(kept)
-        leaving, entering = changes & ~identity & (phases == 0), changes & identity & (phases != 0)
+        kept, phases = self.group.once(col.PHASE), self._phases()
+        moved = phases == col.REFACTORED_UNITS
+        leaving, entering = changes & ~identity & ~moved, changes & identity & moved
         c = solution.scale.where(leaving, (1 / solution.scale).where(entering, 1.0))
         self._move_moments((1 / c).to(self.group.apply))
         torch._foreach_copy_(kept, list((~identity).to(phases.dtype).where(changes, phases).unbind(0)))

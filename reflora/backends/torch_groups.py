@@ -80,8 +80,9 @@ class Group:
         compute = getattr(torch, precision)
         return gram(self.stack(A_SIDE, col.P), compute), gram(self.stack(B_SIDE, col.P), compute)
 
-    def solve(self, a: Gram, b: Gram, precision: str, scalar: bool) -> Solution:
-        solution = solve(a, b, self.apply, precision)
+    def solve(self, a: Gram, b: Gram, precision: str, scalar: bool, weight: Tensor | None = None) -> Solution:
+        """weight: of the Grams `[b]`, as in torch_solve.solve."""
+        solution = solve(a, b, self.apply, precision, weight)
         return balance(a, b, solution, self.dtype, self.apply) if scalar else solution
 
 
@@ -121,6 +122,7 @@ def chosen(results: Tensor, rows: Sequence[int] | None) -> Tensor:
 
 
 def record(results: Tensor, group: Group, a: Gram, b: Gram, solution: Solution) -> None:
-    columns = (solution.status, a.kappa, b.kappa, solution.balance, solution.scale, a.norm, b.norm)
+    kappas = (solution.kappa_A, solution.kappa_B)
+    columns = (solution.status, *kappas, solution.balance, solution.scale, a.norm, b.norm)
     values = torch.stack([c.double() for c in columns], 1)
     torch._foreach_copy_([results[number, : len(columns)] for number in group.rows], list(values.unbind(0)))

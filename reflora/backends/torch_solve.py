@@ -19,19 +19,27 @@ SCHULZ_STEPS = 22
 class Gram(NamedTuple):
     """Gram of factors `[b, r, n]` over its trace, that of a zero or non-finite factor replaced by I.
 
-    norm: Frobenius norms `[b]`, float64. L, L_inv: Cholesky factor and its inverse (I where it broke down).
-    kappa: `||L||_F ||L^-1||_F`, inf where the Gram is numerically singular.
+    norm: Frobenius norms `[b]`, float64. sound: whether the factor is finite, not zero, and n >= r.
     """
 
     unit: Tensor
     norm: Tensor
+    sound: Tensor
+
+
+class Cholesky(NamedTuple):
+    """Cholesky factors of shrunk Grams and their inverses (I where they broke down).
+
+    kappa: `||L||_F ||L^-1||_F` `[b]`, float64, inf where the Gram is numerically singular.
+    """
+
     L: Tensor
     L_inv: Tensor
     kappa: Tensor
 
 
 class Solution(NamedTuple):
-    """S and its inverse `[b, r, r]` in the apply type; status, SCALE (c) and BALANCE `[b]` in float64."""
+    """S and its inverse `[b, r, r]` in the apply type; status, SCALE (c), BALANCE and kappas `[b]` in float64."""
 
     S: Tensor
     S_inv: Tensor
@@ -40,6 +48,8 @@ class Solution(NamedTuple):
     status: Tensor
     scale: Tensor
     balance: Tensor
+    kappa_A: Tensor
+    kappa_B: Tensor
 
 
 def gram(X: Tensor, compute: torch.dtype) -> Gram:
@@ -53,12 +63,23 @@ def gram(X: Tensor, compute: torch.dtype) -> Gram:
     norm = torch.ldexp(trace.double().sqrt(), exponent).where(usable, top)
     eye = torch.eye(X.shape[1], dtype=compute, device=X.device)
     unit = (G / trace.view(-1, 1, 1)).where(usable.view(-1, 1, 1), eye)
+    return Gram(unit, norm, usable & (X.shape[1] <= X.shape[2]))
+
+
+def cholesky(G: Gram, weight: Tensor | None) -> Cholesky:
+    """Of Grams that are shrunk with the weights `[b]`, None for 1 (reference.shrink_weight)."""
+    r, dtype = G.unit.shape[1], G.unit.dtype
+    eye = torch.eye(r, dtype=dtype, device=G.unit.device)
+    unit = G.unit
+    if weight is not None:
+        own, other = weight.view(-1, 1, 1).to(dtype), ((1 - weight) / r).view(-1, 1, 1).to(dtype)
+        unit = own * unit + other * eye
     L, broke = torch.linalg.cholesky_ex(unit)
-    sound = ((broke == 0) & usable & (X.shape[1] <= X.shape[2])).view(-1, 1, 1)
+    sound = ((broke == 0) & G.sound).view(-1, 1, 1)
     L = L.tril().where(sound, eye)
     L_inv = torch.linalg.solve_triangular(L, eye.expand_as(L), upper=False)
     kappa = (_frobenius(L) * _frobenius(L_inv)).double().where(sound, torch.inf)
-    return Gram(unit, norm, L, L_inv, kappa.view(-1))
+    return Cholesky(L, L_inv, kappa.view(-1))
 
 
 def polar_factor(X: Tensor, X_inv_T: Tensor, steps: int = SCHULZ_STEPS) -> Tensor:
@@ -82,12 +103,16 @@ def polar_factor(X: Tensor, X_inv_T: Tensor, steps: int = SCHULZ_STEPS) -> Tenso
     return X
 
 
-def solve(a: Gram, b: Gram, apply: torch.dtype, precision: str) -> Solution:
-    """`S = c La^-T Q^T Lb^T` with `Lb^T La = Q H`; degenerate rows get c I, or I where c is of no use."""
+def solve(a: Gram, b: Gram, apply: torch.dtype, precision: str, weight: Tensor | None = None) -> Solution:
+    """`S = c La^-T Q^T Lb^T` with `Lb^T La = Q H`; degenerate rows get c I, or I where c is of no use.
+
+    weight: None for the paper's S; else Grams are shrunk with it, and S and S^-1 come without c.
+    """
     eye = torch.eye(a.unit.shape[1], dtype=a.unit.dtype, device=a.unit.device)
-    regular = (a.kappa <= KAPPA_MAX[precision]) & (b.kappa <= KAPPA_MAX[precision])
+    of_A, of_B = cholesky(a, weight), cholesky(b, weight)
+    regular = (of_A.kappa <= KAPPA_MAX[precision]) & (of_B.kappa <= KAPPA_MAX[precision])
     keep = regular.view(-1, 1, 1)
-    La, La_inv, Lb, Lb_inv = (M.where(keep, eye) for M in (a.L, a.L_inv, b.L, b.L_inv))
+    La, La_inv, Lb, Lb_inv = (M.where(keep, eye) for M in (of_A.L, of_A.L_inv, of_B.L, of_B.L_inv))
     N = Lb.mT @ La
     Q = polar_factor(N, Lb_inv @ La_inv.mT)
     C, broke = torch.linalg.cholesky_ex(_symmetric(Q.mT @ N))
@@ -96,7 +121,8 @@ def solve(a: Gram, b: Gram, apply: torch.dtype, precision: str) -> Solution:
     tiny, huge = torch.finfo(apply).tiny, torch.finfo(apply).max
     useful = (c >= tiny) & (c <= huge) & (1 / c >= tiny) & (1 / c <= huge)
     c = c.where(useful, 1.0)
-    c_col = c.view(-1, 1, 1)
+    scale = c if weight is None else torch.ones_like(c)
+    c_col = scale.view(-1, 1, 1)
     S = c_col * _symmetric(La_inv.mT @ Q.mT @ Lb.mT).double()
     S_inv = _symmetric(Lb_inv.mT @ Q @ La.mT).double() / c_col
     fits = (S.abs().amax((1, 2)) <= huge) & (S_inv.abs().amax((1, 2)) <= huge)  # false for NaN too
@@ -105,7 +131,8 @@ def solve(a: Gram, b: Gram, apply: torch.dtype, precision: str) -> Solution:
     finite = a.norm.isfinite() & b.norm.isfinite()
     status = torch.full_like(c, REFACTORED).where(regular, DEGENERATE).where(finite, SKIPPED)
     c = c.where(finite, 1.0)
-    keep, c_col = regular.view(-1, 1, 1), c.view(-1, 1, 1)
+    scale = c if weight is None else torch.ones_like(c)
+    keep, c_col = regular.view(-1, 1, 1), scale.view(-1, 1, 1)
     root = c_col.sqrt()
     P = (root * (La_inv.mT @ C).double()).where(keep, root * eye)
     C_inv_T = torch.linalg.solve_triangular(C.where(keep, eye), eye.expand_as(C), upper=False).mT
@@ -115,7 +142,7 @@ def solve(a: Gram, b: Gram, apply: torch.dtype, precision: str) -> Solution:
     distance = distance.where(a.norm.view(-1, 1, 1) > 0, torch.inf)
     return Solution(
         S.where(keep, c_col * eye).to(apply), S_inv.where(keep, eye / c_col).to(apply),
-        P, P_inv_T, status, c, distance.view(-1),
+        P, P_inv_T, status, c, distance.view(-1), of_A.kappa, of_B.kappa,
     )  # fmt: skip
 
 

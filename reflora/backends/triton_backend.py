@@ -59,13 +59,13 @@ def refactor(plan: Plan, scalar: bool, precision: str) -> Tensor:
     )
 
 
-def precondition(plan: Plan, scalar: bool, precision: str) -> Tensor:
+def precondition(plan: Plan, scalar: bool, precision: str, weight: float | None = None) -> Tensor:
     from ..kernels.precondition import precondition as launch
 
     return _serve(
         plan,
-        lambda results: launch(plan, scalar, precision, results),
-        lambda rows: torch_backend.precondition(plan, scalar, precision, rows),
+        lambda results: launch(plan, scalar, precision, weight, results),
+        lambda rows: torch_backend.precondition(plan, scalar, precision, weight, rows),
     )
 
 

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..contract import check_unhooked, fail, is_sharded
+from ..contract import START_STEPS, check_unhooked, fail, is_sharded
 from ..diagnostics import Diagnostics
+from ..optim.options import check_schedule
 from ..optim.pairs import PairOps, multiply, new_units
+from ..reference import shrink_weight
 from .peft import find_pairs
 
 
@@ -28,6 +30,8 @@ class GradientHooks:
         model: A PEFT model; under DeepSpeed `engine.module`.
         backend: None, "triton", "cpp" or "torch".
         precision: "float64" or "float32".
+        warmup_steps: None enters S gradually, as RefLoRAAdamW does; a number takes that many first steps with S = I. A
+            step is a `refresh()` with a backward pass before it.
         follow: True divides by the largest c so far, so that the norm of all gradients stays one of both factors, as a
             clipping of it needs. False divides by c as it was when S left I: what Adam makes of that is RefLoRAAdamW's
             step up to eps, but B's gradients grow with c, and under a clipped norm A then hardly moves.
@@ -37,10 +41,13 @@ class GradientHooks:
     """
 
     def __init__(
-        self, model: nn.Module, backend: str | None = None, precision: str = "float64", *, follow: bool = True
-    ):
+        self, model: nn.Module, backend: str | None = None, precision: str = "float64", *,
+        warmup_steps: int | None = None, follow: bool = True,
+    ):  # fmt: skip
+        check_schedule(1, warmup_steps)
         self.pairs = find_pairs(model)
-        self.follow = follow
+        self.warmup_steps, self.follow = warmup_steps, follow
+        self.steps, self.went_backward = 0, False
         for pair in self.pairs:
             if is_sharded(pair.A):
                 remedy = "FSDP2 is served by reflora.create_reflora_optimizer."
@@ -60,7 +67,16 @@ class GradientHooks:
     @torch.no_grad()
     def refresh(self) -> None:
         """Take S of the factors as they are now."""
-        solved = self._ops.solve(range(len(self.pairs)))
+        self.steps, self.went_backward = self.steps + self.went_backward, False
+        if self.steps < (self.warmup_steps or 0):
+            self._matrices = {}
+            return
+        gentle = self.warmup_steps is None
+        weight = shrink_weight(self.steps, START_STEPS) if gentle else None
+        solved = self._ops.solve(range(len(self.pairs)), weight)
+        if gentle:
+            self._matrices = solved
+            return
         for index, found in self._ops.outcome().items():
             kept = self._units[index].to(found.scale)
             units = new_units(kept[:, :2], kept[:, 2], found)
@@ -86,8 +102,9 @@ class GradientHooks:
         fail("a copy of GradientHooks", "hooks of one model", "copy or pickle", remedy, TypeError)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The constants of each layer, `[experts, 3]`, by name: of A, of B, and whether they are settled."""
-        return {pair.name: units.clone() for pair, units in zip(self.pairs, self._units)}
+        """By name of the layer `[experts, 4]`: its constants of A and B, whether they are settled, the steps so far."""
+        steps = [units.new_full((len(units), 1), self.steps) for units in self._units]
+        return {pair.name: torch.cat(both, 1) for pair, both in zip(self.pairs, zip(self._units, steps))}
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         """Raises ValueError for the state of other layers."""
@@ -99,7 +116,10 @@ class GradientHooks:
                 sorted(state_dict)[:3],
                 "Load the same model's.",
             )
-        self._units = [state_dict[name].clone() for name in names]
+        self._units = [state_dict[name][:, :3].clone() for name in names]
+        # earlier states have no fourth column
+        self.steps = max((int(state_dict[name][0, 3]) for name in names if state_dict[name].shape[1] > 3), default=0)
+        self.went_backward = False
         self.refresh()
 
 
@@ -115,6 +135,9 @@ class _Multiply:
         pair = self.owner.pairs[self.index]
         if not (pair.A.requires_grad and pair.B.requires_grad):
             return grad  # one of them was frozen since: a plain step
+        self.owner.went_backward = True
+        if self.index not in self.owner._matrices:
+            return grad
         made = grad.detach().clone()
         views = pair.views_A(made) if self.side else [view.mT for view in pair.views_B(made)]
         multiply(views, self.owner._matrices[self.index][:, self.side].unbind())

@@ -27,7 +27,7 @@ def create_reflora_optimizer(
     lr: float,
     scalar: bool = False,
     interval: int = 1,
-    warmup_steps: int = 0,
+    warmup_steps: int | None = None,
     backend: str | None = None,
     precision: str = "float64",
     **kwargs: Any,
@@ -46,7 +46,7 @@ def create_reflora_optimizer(
         lr: Learning rate.
         scalar: RefLoRA-S, as in RefLoRAAdamW.
         interval: Recompute S every that many steps.
-        warmup_steps: First steps with S = I.
+        warmup_steps: None enters S gradually; a number takes that many first steps with S = I, as published.
         backend: None, "triton", "cpp" or "torch".
         precision: "float64" or "float32".
         **kwargs: For the optimizer, such as betas, weight_decay or momentum.

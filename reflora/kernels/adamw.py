@@ -118,9 +118,9 @@ def spread(
             tl.store(header + CARRIED, 1.0)
 
 
-@triton.jit(do_not_specialize=["warmup", "interval"])
+@triton.jit(do_not_specialize=["warmup", "start", "interval"])
 def gram_kernel(
-    table, rows, items, widths, headers, arrivals, results, work, hypers, found_inf, warmup, interval,
+    table, rows, items, widths, headers, arrivals, results, work, hypers, found_inf, warmup, start, interval,
     SCHEDULED: tl.constexpr, KEEP: tl.constexpr, CARRY: tl.constexpr, CHECK: tl.constexpr, KAPPA_MAX: tl.constexpr,
     RC: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr,
     TC: tl.constexpr, SCALED: tl.constexpr,
@@ -147,7 +147,7 @@ def gram_kernel(
             tl.debug_barrier()
             tl.store(arrivals + index, 0)
             settle(
-                p_row, row, area, header, results, hypers, width, r, code, warmup, interval, SCHEDULED, KEEP,
+                p_row, row, area, header, results, hypers, width, r, code, warmup, start, interval, SCHEDULED, KEEP,
                 KAPPA_MAX, RC, BM, BK, DTYPE, WIDE, TC, SCALED,
             )  # fmt: skip
     elif chunk == 0:
@@ -175,9 +175,9 @@ def update_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["warmup", "interval", "seed"])
+@triton.jit(do_not_specialize=["warmup", "start", "interval", "seed"])
 def row_kernel(
-    table, rows, widths, headers, results, work, hypers, grad_scale, found_inf, seed, warmup, interval,
+    table, rows, widths, headers, results, work, hypers, grad_scale, found_inf, seed, warmup, start, interval,
     SCHEDULED: tl.constexpr, KEEP: tl.constexpr, CARRY: tl.constexpr, CHECK: tl.constexpr, AMSGRAD: tl.constexpr,
     MASTER: tl.constexpr, KAPPA_MAX: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
     BK: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr,
@@ -197,8 +197,8 @@ def row_kernel(
             )  # fmt: skip
         tl.debug_barrier()
         settle(
-            p_row, row, area, header, results, hypers, width, r, code, warmup, interval, SCHEDULED, KEEP, KAPPA_MAX,
-            RC, BM, BK, DTYPE, WIDE, TC, SCALED,
+            p_row, row, area, header, results, hypers, width, r, code, warmup, start, interval, SCHEDULED, KEEP,
+            KAPPA_MAX, RC, BM, BK, DTYPE, WIDE, TC, SCALED,
         )  # fmt: skip
         tl.debug_barrier()
         if tl.load(header + RUN) != 0:
@@ -225,13 +225,13 @@ def adamw(plan: Plan, step: "AdamWStep", results: Tensor) -> None:
         if group.step_route == routes.ROW:
             row_kernel[(len(group.numbers),)](
                 table, group.numbers, group.widths, group.headers, results, group.workspace, hypers, step.grad_scale,
-                step.found_inf, step.seed, step.warmup_steps, step.interval, **schedule, **storage, **solve,
+                step.found_inf, step.seed, step.warmup_steps, step.start, step.interval, **schedule, **storage, **solve,
                 **group.options,
             )  # fmt: skip
             continue
         gram_kernel[(len(group.items),)](
             table, group.numbers, group.items, group.widths, group.headers, group.arrivals, results, group.workspace,
-            hypers, step.found_inf, step.warmup_steps, step.interval, **schedule, **solve, **group.options,
+            hypers, step.found_inf, step.warmup_steps, step.start, step.interval, **schedule, **solve, **group.options,
         )  # fmt: skip
         kept = {name: solve[name] for name in ("SCALED", "RC", "BN", "BK", "DTYPE", "WIDE", "TC")}
         update_kernel[(len(group.items),)](

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 
 @triton.jit
-def due(steps, warmup, interval):
+def due(steps, warmup, start, interval):
     """(refactored before the update, after it) of a row that has taken part in `steps` steps."""
-    return (steps == 0) & (warmup == 0), (steps + 1 >= warmup) & ((steps + 1 - warmup) % interval == 0)
+    return (steps == 0) & (warmup == 0) & (start == 0), (steps + 1 >= warmup) & ((steps + 1 - warmup) % interval == 0)
 
 
 @triton.jit
@@ -57,9 +57,9 @@ def step_chunk(
 
 @triton.jit
 def settle_scalar(
-    p_row, row, parts, header, results, hypers, unscale, seed, width, r, code, warmup, interval, AMSGRAD: tl.constexpr,
-    MASTER: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr,
-    WIDE: tl.constexpr,
+    p_row, row, parts, header, results, hypers, unscale, seed, width, r, code, warmup, start, interval,
+    AMSGRAD: tl.constexpr, MASTER: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr,
+    STATE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """From a row's squares to its header, its new counts, phase and report; by one program."""
     chunks_a, chunks = counts(p_row, width)
@@ -68,19 +68,17 @@ def settle_scalar(
     status, root = balance_root(norm_a, exponent_a, norm_b, exponent_b, code)
     status = tl.where(any_bad(header, chunks), col.SKIPPED, status)
     steps = steps_of(p_row)
-    before, after = due(steps, warmup, interval)
+    before, after = due(steps, warmup, start, interval)
     plain = not (before | after)
-    nan = tl.full((), float("nan"), tl.float64)
-    shown = tl.where(plain & (status != col.SKIPPED), col.PLAIN, status)
+    shown, scale = tl.where(plain & (status != col.SKIPPED), col.PLAIN, status), root * root
     sizes = norm_a * power_of_two(exponent_a), norm_b * power_of_two(exponent_b)
-    report(results, row, shown, nan, nan, nan, root * root, sizes[0], sizes[1])
     if status != col.SKIPPED:
         count_a, count_b = store_scalars(p_row, header, hypers)
         p_phase = column(p_row, col.PHASE).to(tl.pointer_type(tl.float32))
         has_phase = column(p_row, col.PHASE) != 0
         phase = tl.load(p_phase, mask=has_phase, other=0.0)
         # a plain step after full refactoring: the moments go back to units of S = I
-        move = tl.where(plain & (phase != 0) & (status == col.REFACTORED), root * root, 1.0)
+        move = tl.where(plain & (phase == col.REFACTORED_UNITS) & (status == col.REFACTORED), scale, 1.0)
         root = tl.where(before, root, 1.0)
         move = tl.where(before, 1.0 / root, move)
         if before & after:
@@ -92,28 +90,36 @@ def settle_scalar(
                 )  # fmt: skip
             tl.debug_barrier()
         turn = tl.full((), 1.0, tl.float64)
-        if after:
+        if after | (start != 0):
             norm_a, exponent_a = total_norm(parts, 0, chunks_a, AFTER)
             norm_b, exponent_b = total_norm(parts, chunks_a, chunks, AFTER)
             status, new_root = balance_root(norm_a, exponent_a, norm_b, exponent_b, code)
+            if start != 0:
+                new_a, new_b = norm_a * power_of_two(exponent_a), norm_b * power_of_two(exponent_b)
+                crosses = ((sizes[1] <= sizes[0]) & (new_b >= new_a)) | ((sizes[1] >= sizes[0]) & (new_b <= new_a))
+                phase = tl.where((phase == 0) & crosses, col.BALANCED, phase)
+                status = tl.where((phase == 0) | (not after), col.PLAIN, status)
+                shown = tl.where(phase == 0, col.PLAIN, shown)
             turn = tl.where(status == col.REFACTORED, new_root, 1.0)
         tl.store(header + ROOT, root)
         tl.store(header + MOVE, move)
         tl.store(header + TURN, turn)
-        tl.store(p_phase, tl.where(plain, 0.0, phase), mask=has_phase)
+        tl.store(p_phase, tl.where(plain & (phase == col.REFACTORED_UNITS), 0.0, phase), mask=has_phase)
         tl.store(header + RUN, 1.0)
         # counts are read by all before they are written
         tl.debug_barrier()
         store_counts(p_row, count_a, count_b, steps)
     else:
         tl.store(header + RUN, 0.0)
+    nan = tl.full((), float("nan"), tl.float64)
+    report(results, row, shown, nan, nan, nan, scale, sizes[0], sizes[1])
 
 
-@triton.jit(do_not_specialize=["seed", "warmup", "interval"])
+@triton.jit(do_not_specialize=["seed", "warmup", "start", "interval"])
 def foresee_kernel(
     table, rows, items, widths, headers, arrivals, results, work, hypers, grad_scale, found_inf, seed, warmup,
-    interval, CHECK: tl.constexpr, AMSGRAD: tl.constexpr, MASTER: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr,
-    DTYPE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr,
+    start, interval, CHECK: tl.constexpr, AMSGRAD: tl.constexpr, MASTER: tl.constexpr, RC: tl.constexpr,
+    BN: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """First launch, a program a chunk; arguments as gram_kernel's of adamw.py."""
     item = tl.program_id(0)
@@ -124,9 +130,9 @@ def foresee_kernel(
     r, code = column(p_row, col.R).to(tl.int32), column(p_row, col.DTYPE).to(tl.int32)
     if active(p_row, found_inf):
         chunks_a, chunks = counts(p_row, width)
-        before, after = due(steps_of(p_row), warmup, interval)
+        before, after = due(steps_of(p_row), warmup, start, interval)
         unscale, one = unscaling(grad_scale), tl.full((), 1.0, tl.float64)
-        if after & (not before):
+        if (after | (start != 0)) & (not before):
             step_chunk(
                 p_row, parts, header, hypers, unscale, one, one, None, seed, chunk, chunks_a, width, r, code, CHECK,
                 AMSGRAD, MASTER, False, RC, BN, DTYPE, STATE, WIDE,
@@ -143,8 +149,8 @@ def foresee_kernel(
             tl.debug_barrier()
             tl.store(arrivals + index, 0)
             settle_scalar(
-                p_row, row, parts, header, results, hypers, unscale, seed, width, r, code, warmup, interval, AMSGRAD,
-                MASTER, RC, BN, DTYPE, STATE, WIDE,
+                p_row, row, parts, header, results, hypers, unscale, seed, width, r, code, warmup, start, interval,
+                AMSGRAD, MASTER, RC, BN, DTYPE, STATE, WIDE,
             )  # fmt: skip
     elif chunk == 0:
         refuse(row, header, results)
@@ -180,8 +186,8 @@ def adamw_scalar(plan: Plan, step: "AdamWStep", results: Tensor) -> None:
         constants = {"AMSGRAD": amsgrad, **scalar_constants(group)}
         foresee_kernel[(len(group.items),)](
             table, group.numbers, group.items, group.widths, group.headers, group.arrivals, results, group.workspace,
-            hypers, step.grad_scale, step.found_inf, step.seed, step.warmup_steps, step.interval, CHECK=step.check,
-            **constants, **group.scalar_options,
+            hypers, step.grad_scale, step.found_inf, step.seed, step.warmup_steps, step.start, step.interval,
+            CHECK=step.check, **constants, **group.scalar_options,
         )  # fmt: skip
         turn_kernel[(len(group.items),)](
             table, group.numbers, group.items, group.widths, group.headers, hypers, step.grad_scale, step.seed,

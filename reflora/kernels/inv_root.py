@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import struct
-
 import torch
 import triton
 import triton.language as tl
@@ -11,6 +9,7 @@ from torch import Tensor
 
 from .dtypes import exponent_of, power_of_two
 from .jacobi import configuration, eigen, normalise
+from .launch import float64_bits
 from .matrices import load_scaled, matrix_slot, store_result
 from .solve import PLAIN, multiply
 
@@ -81,7 +80,6 @@ def inv_root(X: Tensor, p: float, eps: float, unit: float, precision: str, out: 
     """
     root = torch.empty_like(X) if out is None else out
     work, constants, options = configuration(X, precision, WARPS)
-    # Triton passes a Python float as float32
-    bits = [struct.unpack("q", struct.pack("d", value))[0] for value in (p, eps, unit)]
+    bits = map(float64_bits, (p, eps, unit))
     inv_root_kernel[(len(X),)](X, root, work, X.shape[-1], *bits, **constants, **options)
     return root

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -121,6 +122,11 @@ def chunk_width(n_a: int, n_b: int, block: int) -> int:
 def launch_options(warps: int, registers: int = 255) -> dict[str, int]:
     # left to itself, ptxas spills a few bytes to raise the occupancy of programs that are one to a multiprocessor
     return {"num_warps": warps, "num_stages": 1, "maxnreg": min(registers, 65536 // (32 * warps))}
+
+
+def float64_bits(value: float) -> int:
+    """For a kernel's argument: Triton passes a Python float as float32."""
+    return int(struct.unpack("q", struct.pack("d", value))[0])
 
 
 def solve_constants(group: Group, precision: str) -> dict[str, Any]:

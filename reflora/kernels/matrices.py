@@ -69,7 +69,7 @@ def panel_offsets(index, first, n, TRANSPOSED: tl.constexpr, RC: tl.constexpr, B
 def load_factor(p_matrices, index, n, p_slot, RC: tl.constexpr, BM: tl.constexpr, TC: tl.constexpr):
     """Packed Cholesky factor of scaled matrix `index` into a slot. Returns (exponent, sound)."""
     exponent, usable = load_scaled(p_matrices, index, n, p_slot, True, RC, BM, TC)
-    kappa = factor(p_slot, tl.full((), 1.0, TC), n, RC)
+    kappa = factor(p_slot, tl.full((), 1.0, TC), None, n, RC)
     return exponent, tl.where(kappa < float("inf"), usable, 0)
 
 

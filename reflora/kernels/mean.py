@@ -15,20 +15,20 @@ TOGETHER = tl.constexpr(64)
 
 @triton.jit
 def decide(
-    p_row, area, r, code, KAPPA_MAX: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+    p_row, area, r, code, weight, KAPPA_MAX: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
     DTYPE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """Grams and their Cholesky factors, packed into SLOT_A and SLOT_B, and what follows from them.
 
-    Returns (status, kappa_a, kappa_b, balance, c, norm_a, norm_b): int32 and float64 scalars, c = 1 where the ratio of
-    the norms is of no use as a scale.
+    weight: as in `judge`. Returns (status, kappa_a, kappa_b, balance, c, norm_a, norm_b): int32 and float64 scalars,
+    c = 1 where the ratio of the norms is of no use as a scale.
     """
     p_a, p_b = slot(area, SLOT_A, RC, TC), slot(area, SLOT_B, RC, TC)
     scale_a, norm_a, exponent_a = gram(p_row, p_a, r, code, col.A_SIDE, RC, BN, BM, DTYPE, WIDE, TC, SCALED)
     scale_b, norm_b, exponent_b = gram(p_row, p_b, r, code, col.B_SIDE, RC, BN, BM, DTYPE, WIDE, TC, SCALED)
     c, useful = ratio(norm_a, exponent_a, norm_b, exponent_b, code)
     status, kappa_a, kappa_b, balance = judge(
-        p_row, area, r, scale_a, norm_a, scale_b, norm_b, c, useful, KAPPA_MAX, RC, BM, TC
+        p_row, area, r, scale_a, norm_a, scale_b, norm_b, c, useful, weight, KAPPA_MAX, RC, BM, TC
     )
     c = tl.where(useful, c, 1.0)
     return (
@@ -38,21 +38,28 @@ def decide(
 
 @triton.jit
 def judge(
-    p_row, area, r, scale_a, norm_a, scale_b, norm_b, c, useful, KAPPA_MAX: tl.constexpr, RC: tl.constexpr,
+    p_row, area, r, scale_a, norm_a, scale_b, norm_b, c, useful, weight, KAPPA_MAX: tl.constexpr, RC: tl.constexpr,
     BM: tl.constexpr, TC: tl.constexpr,
 ):  # fmt: skip
-    """From the Grams in SLOT_A and SLOT_B, which are factored in place: (status, kappa_a, kappa_b, balance)."""
+    """From the Grams in SLOT_A and SLOT_B, which are factored in place: (status, kappa_a, kappa_b, balance).
+
+    weight: of the Grams, which are shrunk towards I / r (reference.shrink_weight), float64; None for 1.
+    """
     p_a, p_b = slot(area, SLOT_A, RC, TC), slot(area, SLOT_B, RC, TC)
     balance = distance(p_a, p_b, scale_a, scale_b, c, RC, BM)
     balance = tl.where((norm_a > 0) & (norm_b > 0), balance, tl.where(norm_a > 0, 1.0, float("inf")))
+    shift = None
+    if weight is not None:
+        shift = ((1.0 - weight) / r).to(TC)
+        scale_a, scale_b = scale_a * weight.to(TC), scale_b * weight.to(TC)
     if RC <= TOGETHER:
         both = tl.arange(0, 2)
         apart = (RC * RC + RC) * (8 // (TC.primitive_bitwidth // 8))
-        kappa = factor_all(p_a, apart, tl.where(both == 0, scale_a, scale_b), r, RC, 2)
+        kappa = factor_all(p_a, apart, tl.where(both == 0, scale_a, scale_b), shift, r, RC, 2)
         kappa_a, kappa_b = tl.max(tl.where(both == 0, kappa, 0.0), 0), tl.max(tl.where(both == 1, kappa, 0.0), 0)
     else:
-        kappa_a = factor(p_a, scale_a, r, RC)
-        kappa_b = factor(p_b, scale_b, r, RC)
+        kappa_a = factor(p_a, scale_a, shift, r, RC)
+        kappa_b = factor(p_b, scale_b, shift, r, RC)
     kappa_a = tl.where(column(p_row, col.A_SIDE + col.N) < r, float("inf"), kappa_a)
     kappa_b = tl.where(column(p_row, col.B_SIDE + col.N) < r, float("inf"), kappa_b)
     regular = useful & (kappa_a <= KAPPA_MAX) & (kappa_b <= KAPPA_MAX)

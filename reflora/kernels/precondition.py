@@ -6,18 +6,22 @@ from torch import Tensor
 
 from ..plan import Plan
 from . import table as col
-from .launch import prepare, solve_constants
+from .launch import float64_bits, prepare, solve_constants
 from .mean import decide, mixer, settle_s
 from .pair import apply, area_of, column, finite_grads, report, rescale
 from .scalar import decide_scalar
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["weight_bits"])
 def precondition_kernel(
-    table, rows, results, work, KAPPA_MAX: tl.constexpr, SCALAR: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr, SCALED: tl.constexpr,
+    table, rows, results, work, weight_bits: tl.int64, KAPPA_MAX: tl.constexpr, SCALAR: tl.constexpr, RC: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr,
+    SCALED: tl.constexpr,
 ):  # fmt: skip
-    """table int64 `[rows, COLUMNS]`, rows int32 `[programs]`, results float64 `[rows, RESULTS]`, work: workspace."""
+    """table int64 `[rows, COLUMNS]`, rows int32 `[programs]`, results float64 `[rows, RESULTS]`, work: workspace.
+
+    weight_bits: of the float64 `weight` of `judge`, for an S without its scale c; of -1 for the paper's S.
+    """
     index = tl.program_id(0)
     row = tl.load(rows + index)
     p_row = table + row.to(tl.int64) * col.COLUMNS
@@ -37,11 +41,13 @@ def precondition_kernel(
             rescale(p_row, s, r, code, col.G, col.G, col.B_SIDE, RC, BN, DTYPE, WIDE)
         report(results, row, status, nan, nan, nan, s, norm_a, norm_b)
     else:
+        weight = weight_bits.to(tl.int64).to(tl.float64, bitcast=True)
+        scaled = weight < 0
         status, kappa_a, kappa_b, balance, c, norm_a, norm_b = decide(
-            p_row, area, r, code, KAPPA_MAX, RC, BN, BM, DTYPE, WIDE, TC, SCALED
+            p_row, area, r, code, tl.where(scaled, 1.0, weight), KAPPA_MAX, RC, BN, BM, DTYPE, WIDE, TC, SCALED
         )
         status = tl.where(finite_grads(p_row, r, code, RC, BN, DTYPE, WIDE), status, col.SKIPPED)
-        status = settle_s(area, r, status, c, code, RC, BM, BK, WIDE, TC)
+        status = settle_s(area, r, status, tl.where(scaled, c, 1.0), code, RC, BM, BK, WIDE, TC)
         if status != col.SKIPPED:
             p_s, p_inverse = mixer(area, False, RC, WIDE), mixer(area, True, RC, WIDE)
             apply(p_row, p_inverse, r, code, col.G, col.A_SIDE, RC, BN, BK, DTYPE, WIDE, WIDE)
@@ -49,12 +55,12 @@ def precondition_kernel(
         report(results, row, status, kappa_a, kappa_b, balance, c, norm_a, norm_b)
 
 
-def precondition(plan: Plan, scalar: bool, precision: str, results: Tensor) -> None:
+def precondition(plan: Plan, scalar: bool, precision: str, weight: float | None, results: Tensor) -> None:
     """Every row of r <= 128, one launch a rank class; results float64 `[rows, RESULTS]` are written row by row."""
     prepared = prepare(plan)
-    table = prepared.table(plan.table)
+    table, bits = prepared.table(plan.table), float64_bits(-1.0 if weight is None else weight)
     for group in prepared.groups:
         precondition_kernel[(len(group.numbers),)](
-            table, group.numbers, results, group.workspace, SCALAR=scalar, **group.constants,
+            table, group.numbers, results, group.workspace, bits, SCALAR=scalar, **group.constants,
             **solve_constants(group, precision), **group.options,
         )  # fmt: skip

@@ -28,7 +28,7 @@ def form_p(area, r, c, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, TC:
     tl.debug_barrier()
     finish(p_b, p_y, one, largest_double, True, RC, BM, TC)
     tl.debug_barrier()
-    kappa = factor(p_b, one.to(TC), r, RC)
+    kappa = factor(p_b, one.to(TC), None, r, RC)
     multiply(p_x, p_b, FACTOR_T, False, p_a, FACTOR_INVERSE, False, r, RC, BM, BK, TC)
     multiply(p_y, p_a, FACTOR_T, True, p_b, FACTOR_INVERSE, True, r, RC, BM, BK, TC)
     tl.debug_barrier()
@@ -63,7 +63,7 @@ def refactor_kernel(
         report(results, row, status, nan, nan, nan, root * root, norm_a, norm_b)
     else:
         status, kappa_a, kappa_b, balance, c, norm_a, norm_b = decide(
-            p_row, area, r, code, KAPPA_MAX, RC, BN, BM, DTYPE, WIDE, TC, SCALED
+            p_row, area, r, code, None, KAPPA_MAX, RC, BN, BM, DTYPE, WIDE, TC, SCALED
         )
         TP: tl.constexpr = TC if WIDE == tl.float32 else WIDE
         status = tl.where(balanced_fits(norm_a, norm_b, code), status, col.SKIPPED)

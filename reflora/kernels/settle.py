@@ -79,6 +79,13 @@ def steps_of(p_row):
 
 
 @triton.jit
+def shrink_weight(steps, start):
+    """Weight of the Grams after so many steps, float64 (reference.shrink_weight); start = 0: 1."""
+    n, half = steps.to(tl.float64), start.to(tl.float64)
+    return tl.where(start == 0, 1.0, n * n / tl.maximum(n * n + half * half, 1.0))
+
+
+@triton.jit
 def move_saved(
     p_row, area, r, code, TO_ROW: tl.constexpr, RC: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
@@ -111,14 +118,15 @@ def has_saved(p_row, r, code, RC: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.co
 
 @triton.jit
 def solve_row(
-    p_row, area, r, code, scale_a, norm_a, scale_b, norm_b, c, useful, KEEP: tl.constexpr, KAPPA_MAX: tl.constexpr,
-    RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr,
+    p_row, area, r, code, scale_a, norm_a, scale_b, norm_b, c, useful, used, weight, KEEP: tl.constexpr,
+    KAPPA_MAX: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr,
+    WIDE: tl.constexpr, TC: tl.constexpr,
 ):  # fmt: skip
-    """S and S^-1 of this step, from the Grams. Returns (status, kappa_a, kappa_b, balance)."""
+    """S and S^-1 of this step, from the Grams; used: their scale. Returns (status, kappa_a, kappa_b, balance)."""
     status, kappa_a, kappa_b, balance = judge(
-        p_row, area, r, scale_a, norm_a, scale_b, norm_b, c, useful, KAPPA_MAX, RC, BM, TC
+        p_row, area, r, scale_a, norm_a, scale_b, norm_b, c, useful, weight, KAPPA_MAX, RC, BM, TC
     )
-    status = settle_s(area, r, status, tl.where(useful, c, 1.0), code, RC, BM, BK, WIDE, TC)
+    status = settle_s(area, r, status, used, code, RC, BM, BK, WIDE, TC)
     if KEEP:
         tl.debug_barrier()
         move_saved(p_row, area, r, code, True, RC, DTYPE, WIDE)
@@ -127,7 +135,7 @@ def solve_row(
 
 @triton.jit
 def settle(
-    p_row, row, area, header, results, hypers, width, r, code, warmup, interval, SCHEDULED: tl.constexpr,
+    p_row, row, area, header, results, hypers, width, r, code, warmup, start, interval, SCHEDULED: tl.constexpr,
     KEEP: tl.constexpr, KAPPA_MAX: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
     DTYPE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
@@ -160,19 +168,20 @@ def settle(
             form_scaled_identity(area, one, one, RC, WIDE)
             status = tl.full((), col.PLAIN, tl.int32)
             new_phase = tl.full((), 0.0, tl.float32)
-            move = tl.where((phase != 0) & useful, c, 1.0)
+            move = tl.where((phase == col.REFACTORED_UNITS) & useful, c, 1.0)
         elif saved == 1:
             if KEEP:
                 move_saved(p_row, area, r, code, False, RC, DTYPE, WIDE)
             status = tl.full((), col.REFACTORED, tl.int32)
         else:
+            used = tl.where(useful & (start == 0), c, 1.0)
             status, kappa_a, kappa_b, balance = solve_row(
-                p_row, area, r, code, scale_a, norm_a, scale_b, norm_b, c, useful, KEEP, KAPPA_MAX, RC, BM, BK, DTYPE,
-                WIDE, TC,
+                p_row, area, r, code, scale_a, norm_a, scale_b, norm_b, c, useful, used, shrink_weight(steps, start),
+                KEEP, KAPPA_MAX, RC, BM, BK, DTYPE, WIDE, TC,
             )  # fmt: skip
-            used = tl.where(useful, c, 1.0)
-            new_phase = tl.where((status == col.DEGENERATE) & (used == 1.0), 0.0, 1.0)
-            move = tl.where((phase == 0) & (new_phase != 0), 1.0 / used, 1.0)
+            new_phase = tl.where((start != 0) | ((status == col.DEGENERATE) & (used == 1.0)), 0.0, 1.0)
+            move = tl.where((phase != col.REFACTORED_UNITS) & (new_phase != 0), 1.0 / used, 1.0)
+            move = tl.where((phase == col.REFACTORED_UNITS) & (start != 0) & useful, c, move)
         tl.store(p_phase, new_phase, mask=has_phase)
         count_a, count_b = store_scalars(p_row, header, hypers)
         tl.store(header + MOVE, move)

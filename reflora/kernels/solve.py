@@ -106,17 +106,18 @@ def finish(
 
 
 @triton.jit
-def factor(p_slot, scale, r, RC: tl.constexpr):
+def factor(p_slot, scale, shift, r, RC: tl.constexpr):
     """As `factor_all`, of the matrix in one slot; scale and the condition estimate are scalars."""
-    kappa = factor_all(p_slot, 0, tl.zeros([1], scale.dtype) + scale, r, RC, 1)
+    kappa = factor_all(p_slot, 0, tl.zeros([1], scale.dtype) + scale, shift, r, RC, 1)
     return tl.max(kappa, 0)
 
 
 @triton.jit
-def factor_all(p_slot, apart, scale, r, RC: tl.constexpr, COUNT: tl.constexpr):
+def factor_all(p_slot, apart, scale, shift, r, RC: tl.constexpr, COUNT: tl.constexpr):
     """Cholesky `G = L L^T` and `L^-1` of `scale` times each of COUNT symmetric matrices, packed in their place.
 
-    The matrices lie in slots `apart` elements from each other; scale `[COUNT]`. Taken together, the chain of pivots is
+    The matrices lie in slots `apart` elements from each other; scale `[COUNT]`; shift: what is added to the diagonals
+    after that, or None. Taken together, the chain of pivots is
     as long as for one. `L^-1` in the lower triangle, `L^T` above it, the diagonal of L in the slot's vector. Returns
     the condition estimates `||L||_F ||L^-1||_F`, float64 `[COUNT]`, inf where a pivot was not positive.
     """
@@ -130,6 +131,8 @@ def factor_all(p_slot, apart, scale, r, RC: tl.constexpr, COUNT: tl.constexpr):
     o = tl.max_contiguous(o, [1, 1, 2, 32 if RC > 32 else RC])
     i = tl.arange(0, RC)[None, :]
     T = tl.load(p_slot + o) * scale[:, None, None, None]
+    if shift is not None:
+        T += tl.where((row == column_of) & (row < r), shift, 0.0)
     pivots = tl.zeros([COUNT, RC], T.dtype)
     sound = tl.full([COUNT], 1, tl.int32)
     for j in range(0, r):

@@ -10,6 +10,9 @@ A_SIDE, B_SIDE = tl.constexpr(0), tl.constexpr(13)
 R, DTYPE, STATE, ACTIVE, PHASE, COUNT, SAVED, KEPT, TAG = (tl.constexpr(c) for c in range(26, 35))
 COLUMNS = tl.constexpr(40)
 
+# what PHASE points at, but for 0
+REFACTORED_UNITS, BALANCED = tl.constexpr(1), tl.constexpr(2)
+
 # columns of the float64 result table
 STATUS, KAPPA_A, KAPPA_B, BALANCE, SCALE, NORM_A, NORM_B = (tl.constexpr(c) for c in range(7))
 RESULTS = tl.constexpr(8)

@@ -26,7 +26,8 @@ Variant = tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]
 
 PAIR = {
     "table": "*i64", "rows": "*i32", "results": "*fp64", "work": "*fp64", "hypers": "*fp64", "items": "*i32",
-    "widths": "*i32", "headers": "*fp64", "arrivals": "*i32", "warmup": "i32", "interval": "i32",
+    "widths": "*i32", "headers": "*fp64", "arrivals": "*i32", "warmup": "i32", "start": "i32", "interval": "i32",
+    "weight_bits": "i64",
 }  # fmt: skip
 PAIR_KERNELS = {
     "precondition": precondition_kernel, "refactor": refactor_kernel, "gram": gram_kernel, "update": update_kernel,

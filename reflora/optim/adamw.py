@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..backends import AdamWStep, resolve
-from ..contract import NO_GRADIENT, PairLike, as_pairs, check_unhooked, fail
+from ..contract import NO_GRADIENT, PairLike, as_pairs, check_unhooked, fail, start_of
 from ..diagnostics import Diagnostics, diagnose, row_names
 from ..plan import by_device
 from . import state as keys
@@ -51,8 +51,11 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
         maximize: As torch.optim.AdamW's.
         scalar: RefLoRA-S, the scalar refactoring after every step (Theorem 5), in place of S (Theorem 3).
         interval: Recompute S every that many steps and reuse it in between.
-        warmup_steps: First steps with S = I. Not needed for safety: degenerate layers (B = 0 at PEFT's start) are found
-            on the device, layer by layer, and use S = c I. `10**9` gives AdamW itself.
+        warmup_steps: None enters S gradually, layer by layer: after n steps of a layer its Grams count in S with the
+            weight `n^2 / (n^2 + 200^2)`, a multiple of I with the rest. From B = 0 the exact S would keep B near the
+            rank of one that Adam's first step gives it. A number takes that many first steps with S = I, then the exact
+            S, as published; 0 is the exact S from the first step on, `10**9` AdamW itself. With scalar=True, None
+            leaves a layer alone until the smaller of ||A|| and ||B|| has come up to the other.
         backend: None (the fastest that can serve the device), "triton", "cpp" or "torch".
         precision: "float64" or, faster on GPUs with slow float64, "float32": of Grams and solve.
         carry_grams: Keep the factors' Grams from one step to the next, which saves reading them once (4 of 32 bytes a
@@ -93,7 +96,7 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
         maximize: bool = False,
         scalar: bool = False,
         interval: int = 1,
-        warmup_steps: int = 0,
+        warmup_steps: int | None = None,
         backend: str | None = None,
         precision: str = "float64",
         carry_grams: bool = False,
@@ -225,8 +228,8 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
             device = binding.plan.device
             scale, found_inf = (amp_scalar(self, name, device) for name in ("grad_scale", "found_inf"))
             step = AdamWStep(
-                hypers, self.scalar, self.warmup_steps, self.interval, self.precision, lrs=lrs,
-                check=self.check_grads and found_inf is None, carry=self.carry_grams,
+                hypers, self.scalar, self.warmup_steps or 0, start_of(self.warmup_steps), self.interval,
+                self.precision, lrs=lrs, check=self.check_grads and found_inf is None, carry=self.carry_grams,
                 seed=self.param_groups[0][SEED] if self.stochastic_rounding else None,
                 grad_scale=scale, found_inf=found_inf,
             )  # fmt: skip

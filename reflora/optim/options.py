@@ -19,15 +19,22 @@ def check_hypers(lr: float, betas: Any, eps: float, weight_decay: float) -> None
         fail("betas", "two numbers in [0, 1)", betas, "The defaults are (0.9, 0.999).")
 
 
-def check_options(interval: int, warmup_steps: int, backend: str | None, precision: str, differentiable: bool) -> None:
-    for name, value, least in (("interval", interval, 1), ("warmup_steps", warmup_steps, 0)):
-        check_count(name, value, least)
-        if value >= 2**31:
-            fail(name, "less than 2^31", value, "10**9 is never.")
+def check_options(
+    interval: int, warmup_steps: int | None, backend: str | None, precision: str, differentiable: bool
+) -> None:
+    check_schedule(interval, warmup_steps)
     check_backend(backend)
     check_precision(precision)
     if differentiable:
         fail("differentiable", "False", True, "The fused step has no derivative.")
+
+
+def check_schedule(interval: int, warmup_steps: int | None) -> None:
+    counts = [("interval", interval, 1)] + ([] if warmup_steps is None else [("warmup_steps", warmup_steps, 0)])
+    for name, value, least in counts:
+        check_count(name, value, least)
+        if value >= 2**31:
+            fail(name, "less than 2^31", value, "10**9 is never.")
 
 
 def check_storage(

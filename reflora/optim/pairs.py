@@ -91,11 +91,21 @@ class PairOps:
         """Of one process."""
         return finite, moving
 
-    def precondition(self, active: Sequence[bool], scalar: bool = False) -> None:
-        """`reflora.precondition_` of each active pair's `.grad`."""
+    def norms(self, indices: Iterable[int]) -> dict[int, Tensor]:
+        """Frobenius norms of A and B of some pairs, float64 `[2, experts]`."""
+        found = {}
+        for index in indices:
+            pair = self.pairs[index]
+            sides = (pair.views_A(pair.A.detach()), pair.views_B(pair.B.detach()))
+            rows = [[torch.linalg.vector_norm(view, dtype=torch.float64) for view in views] for views in sides]
+            found[index] = torch.stack([torch.stack(row) for row in rows])
+        return found
+
+    def precondition(self, active: Sequence[bool], scalar: bool = False, weight: float | None = None) -> None:
+        """`reflora.precondition_` of each active pair's `.grad`; weight: as Backend.precondition has it."""
         grads = [(p.A.grad, p.B.grad) if on else (None, None) for p, on in zip(self.pairs, active)]
         check_grads(self.pairs, grads)
-        self._run(grads, lambda plan, backend: backend.precondition(plan, scalar, self.precision))
+        self._run(grads, lambda plan, backend: backend.precondition(plan, scalar, self.precision, weight))
         mark_written([g for sides in grads for g in sides if g is not None])
 
     def refactor(self, active: Sequence[bool], scalar: bool) -> list[Tensor]:
@@ -107,7 +117,7 @@ class PairOps:
         found = [outcome[index] for index in range(len(self.pairs))]
         return [one.scale.sqrt().where(one.status == REFACTORED, 1.0) for one in found]
 
-    def solve(self, indices: Iterable[int]) -> dict[int, Tensor]:
+    def solve(self, indices: Iterable[int], weight: float | None = None) -> dict[int, Tensor]:
         """S and S^-1 of some pairs, `[experts, 2, r, r]` in float32 (float64 for float64 factors).
 
         Read off the preconditioned rows of an identity, so that every backend serves and nothing synchronises.
@@ -121,7 +131,7 @@ class PairOps:
             copies.append(LoRAPair(pair.name, A, B, pair.layout))
             grads.append((_identity(A, pair.views_A), _identity(B, pair.views_B)))
         inner = PairOps(copies, self.backend, self.precision)
-        inner._run(grads, lambda plan, backend: backend.precondition(plan, False, self.precision))
+        inner._run(grads, lambda plan, backend: backend.precondition(plan, False, self.precision, weight))
         self._solved = inner, chosen
         found = {}
         for index, pair, (gA, gB) in zip(chosen, copies, grads):

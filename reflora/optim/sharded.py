@@ -46,7 +46,17 @@ class ShardedOps:
             for index, rows in self._rows.items()
         }
 
-    def solve(self, indices: Iterable[int]) -> dict[int, Tensor]:
+    def norms(self, indices: Iterable[int]) -> dict[int, Tensor]:
+        """Frobenius norms of A and B of some pairs, float64 `[2, experts]`, in one all-reduce."""
+        chosen = list(indices)
+        parts = []
+        for pair in (self.pairs[index] for index in chosen):
+            for side, views in ((1, pair.views_A(local(pair.A))), (0, pair.views_B(local(pair.B)))):
+                parts.append((pair, side, torch.stack([view.double().square().sum() for view in views])))
+        sums = _summed(parts)
+        return {index: torch.stack(sums[2 * place : 2 * place + 2]).sqrt() for place, index in enumerate(chosen)}
+
+    def solve(self, indices: Iterable[int], weight: float | None = None) -> dict[int, Tensor]:
         """S and S^-1 of some pairs, `[experts, 2, r, r]`."""
         chosen = list(indices)
         if not chosen:
@@ -61,14 +71,14 @@ class ShardedOps:
             names = row_names([self.pairs[index]])
             proxies += [LoRAPair(name, A, B) for name, A, B in zip(names, roots_A, roots_B)]
         self._inner = PairOps(proxies, self.backend, self.precision)
-        solved = self._inner.solve(range(len(proxies)))
+        solved = self._inner.solve(range(len(proxies)), weight)
         return {index: torch.cat([solved[row] for row in rows]) for index, rows in self._rows.items()}
 
-    def precondition(self, active: Sequence[bool], scalar: bool = False) -> None:
+    def precondition(self, active: Sequence[bool], scalar: bool = False, weight: float | None = None) -> None:
         """`gA <- S^-1 gA`, `gB <- gB S` of each active pair's `.grad`."""
         if scalar:
             fail("scalar", "False for a sharded preconditioning", True, "RefLoRA-S refactors: it has refactor().")
-        self.apply(self.solve(index for index, on in enumerate(active) if on))
+        self.apply(self.solve((index for index, on in enumerate(active) if on), weight))
 
     def apply(self, saved: Mapping[int, Tensor]) -> None:
         """The same with the matrices that `solve` returned."""

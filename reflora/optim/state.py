@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..contract import LoRAPair, fail
+from ..plan import REFACTORED_UNITS
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 MASTER = "master"
@@ -91,7 +92,8 @@ def init_param(state: dict[str, Any], param: Tensor, amsgrad: bool, experts: int
 def init_pair(state: dict[str, Any], pair: LoRAPair, keep_S: bool) -> None:
     """Entries of A for its pair.
 
-    reflora_phase `[E]` float32: 1 where the moments are in units of a refactored layer, 0 where S = I was last used.
+    reflora_phase `[E]` float32: 1 where the moments are in units of a refactored layer, 0 where S = I was last used; 2
+    where RefLoRA-S balances the layer (moments in units of I).
     reflora_steps `[E]` float32: steps that the pair has taken part in, which steer warm-up and interval.
     reflora_S `[E, 2, r, r]`: the last S and S^-1, kept only for interval > 1; zeros before the first.
     """
@@ -129,7 +131,7 @@ def leave_units(state_A: dict[str, Any], state_B: dict[str, Any], pair: LoRAPair
     phases = state_A[PHASE]
     for expert, (A, B) in enumerate(zip(pair.views_A(pair.A), pair.views_B(pair.B))):
         c = torch.linalg.vector_norm(B, dtype=torch.float64) / torch.linalg.vector_norm(A, dtype=torch.float64)
-        c = c.where((phases[expert] != 0) & c.isfinite() & (c > 0), torch.ones_like(c))
+        c = c.where((phases[expert] == REFACTORED_UNITS) & c.isfinite() & (c > 0), torch.ones_like(c))
         for state, views, by in ((state_A, pair.views_A, c), (state_B, pair.views_B, 1 / c)):
             for name, power in zip(MOMENTS, (by, by * by, by * by)):
                 if name in state:

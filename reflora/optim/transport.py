@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RAdam
+from torch.optim import ASGD, SGD, Adam, AdamW, NAdam, Optimizer, RAdam
 
 from ..contract import LoRAPair, fail, is_sharded, local
 
@@ -26,6 +26,11 @@ OWN = "reflora_"
 def movable(cls: type[Optimizer]) -> bool:
     """Whether the state of `cls` is in the table, its own or a parent's."""
     return any(parent in POWERS for parent in cls.__mro__)
+
+
+def proportional(cls: type[Optimizer]) -> bool:
+    """Whether the steps of `cls` grow with the gradient, so that the scale of S is part of them."""
+    return issubclass(cls, (SGD, ASGD))
 
 
 def check_movable(cls: type[Optimizer]) -> None:

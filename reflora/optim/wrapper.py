@@ -17,21 +17,24 @@ from torch.optim import Optimizer
 from ..contract import (
     NO_GRADIENT,
     SKIPPED,
+    START_STEPS,
     LoRAPair,
     PairLike,
     as_pairs,
     check_backend,
-    check_count,
     check_precision,
     check_unhooked,
     fail,
     local,
 )  # fmt: skip
 from ..diagnostics import Diagnostics, uniform
+from ..plan import BALANCED
+from ..reference import shrink_weight
+from .options import check_schedule
 from .pairs import new_units, ops_of
 from .plain import watched
 from .state import PHASE, SAVED
-from .transport import StateMove, check_movable, movable
+from .transport import StateMove, check_movable, movable, proportional
 
 if TYPE_CHECKING:
     from .pairs import PairOps
@@ -92,13 +95,12 @@ class Wrapped(Optimizer):
         *,
         scalar: bool = False,
         interval: int = 1,
-        warmup_steps: int = 0,
+        warmup_steps: int | None = None,
         backend: str | None = None,
         precision: str = "float64",
         **kwargs: Any,
     ):
-        check_count("interval", interval, 1)
-        check_count("warmup_steps", warmup_steps, 0)
+        check_schedule(interval, warmup_steps)
         check_backend(backend)
         check_precision(precision)
         if scalar:
@@ -166,13 +168,7 @@ class Wrapped(Optimizer):
         if steps == 0:
             check_unhooked(self.pairs)
         if self.scalar:
-            if steps == 0 and self.warmup_steps == 0 and moving:
-                self._refactor(active, with_grads=True)
-            _unhooked_step(self.base)(self)
-            after = steps + 1 - self.warmup_steps
-            # without gradients this is a step that only makes state, as loaders take one
-            if after >= 0 and after % self.interval == 0 and moving:
-                self._refactor(active, with_grads=False)
+            self._scalar_step(active, steps, moving)
         else:
             kept = self._precondition(active, steps)
             _unhooked_step(self.base)(self)
@@ -213,23 +209,26 @@ class Wrapped(Optimizer):
 
     def _precondition(self, active: list[bool], steps: int) -> dict[Tensor, dict[str, Tensor]]:
         """Gradients times S; what is to be kept in the state of A's: with an interval, the matrices newly computed."""
-        since = steps - self.warmup_steps
+        since = steps - (self.warmup_steps or 0)
+        gentle = self.warmup_steps is None and not proportional(self.base)
+        weight = shrink_weight(steps, START_STEPS) if gentle else None
         chosen = [index for index, on in enumerate(active) if on]
         if since < 0:
             new = (self.pairs[i] for i in chosen if PHASE not in self.state.get(self.pairs[i].A, {}))
             return {pair.A: self._identity(pair) for pair in new}
         fresh = {}
         if self.interval == 1:
-            self._ops.precondition(active)
+            self._ops.precondition(active, weight=weight)
         else:
             saved = {i: self.state[self.pairs[i].A].get(SAVED) for i in chosen if self.pairs[i].A in self.state}
-            fresh = self._ops.solve(i for i in chosen if since % self.interval == 0 or saved.get(i) is None)
+            due = (i for i in chosen if since % self.interval == 0 or saved.get(i) is None)
+            fresh = self._ops.solve(due, weight)
             self._ops.apply({i: fresh[i] if i in fresh else saved[i] for i in chosen})
         kept = {self.pairs[i].A: {SAVED: matrices} for i, matrices in fresh.items()}
         unsettled = [i for i in (fresh if self.interval > 1 else chosen) if i not in self._settled]
-        for i, entries in self._change_units(unsettled).items():
+        for i, entries in self._change_units(unsettled, gentle).items():
             kept.setdefault(self.pairs[i].A, {}).update(entries)
-        if not movable(self.base):
+        if not movable(self.base) and not gentle:
             for i in chosen:
                 units = kept.get(self.pairs[i].A, {}).get(UNIT, self.state.get(self.pairs[i].A, {}).get(UNIT))
                 if units is not None:
@@ -247,12 +246,13 @@ class Wrapped(Optimizer):
             kept[SAVED] = torch.eye(pair.rank, dtype=dtype, device=factor.device).repeat(pair.experts, 2, 1, 1)
         return kept
 
-    def _change_units(self, unsettled: list[int]) -> dict[int, dict[str, Tensor]]:
+    def _change_units(self, unsettled: list[int], unscaled: bool) -> dict[int, dict[str, Tensor]]:
         """Where a layer's S has just stopped being I: its state moved by c, or from now on its gradients by 1 / c.
 
         Returns what is to be kept of these layers: reflora_phase `[experts]`, 1 where S is not I, and for a class whose
         state cannot be moved reflora_unit `[experts, 2]`, of `new_units`. Reads one flag a layer from the device until
-        that layer has left I, nothing afterwards.
+        that layer has left I, nothing afterwards. unscaled: S comes without c, so that units are always those of I; a
+        loaded state in others is moved back.
         """
         if not unsettled:
             return {}
@@ -261,17 +261,44 @@ class Wrapped(Optimizer):
         for i in unsettled:
             found, own = outcome[i], self.state.get(self.pairs[i].A, {})
             before = own.get(PHASE, torch.zeros_like(found.scale)).double()
-            after = before.where(found.status == SKIPPED, found.left.double())
-            units.append(found.scale.where((after == 1) & (before == 0), 1.0))
+            after = before.where(found.status == SKIPPED, found.left.double()) * (not unscaled)
+            leaves, returns = (after == 1) & (before != 1), (after == 0) & (before == 1) & unscaled
+            units.append(found.scale.where(leaves, 1.0) / found.scale.where(returns, 1.0))
             kept[i] = {PHASE: after.float()}
-            if not movable(self.base):
+            if not movable(self.base) and not unscaled:
                 own_units = own.get(UNIT, found.scale.new_zeros(len(before), 2))
                 kept[i][UNIT] = new_units(own_units, before, found, self.interval > 1)
-            if after.all():
+            if unscaled or after.all():
                 self._settled.add(i)
         if movable(self.base):
             StateMove(self, [self.pairs[i] for i in unsettled]).apply(units)
         return kept
+
+    def _scalar_step(self, active: list[bool], steps: int, moving: bool) -> None:
+        """RefLoRA-S. `moving` False is a step that only makes state, as loaders take one."""
+        gentle = self.warmup_steps is None
+        if steps == 0 and self.warmup_steps == 0 and moving:
+            self._refactor(active, with_grads=True)
+        waiting = [i for i, on in enumerate(active) if on and gentle and i not in self._settled]
+        before = self._ops.norms(waiting)
+        _unhooked_step(self.base)(self)
+        for i, after in self._ops.norms(waiting).items():
+            self._look(i, before[i], after)
+        after_warmup = steps + 1 - (self.warmup_steps or 0)
+        if after_warmup >= 0 and after_warmup % self.interval == 0 and moving:
+            chosen = [on and not (gentle and i not in self._settled) for i, on in enumerate(active)]
+            if any(chosen):
+                self._refactor(chosen, with_grads=False)
+
+    def _look(self, index: int, before: Tensor, after: Tensor) -> None:
+        """Settle a pair whose norms `[2, experts]` have crossed, expert by expert; kept in the state of its A."""
+        own = self.state[self.pairs[index].A]
+        (old_A, old_B), (new_A, new_B) = before, after
+        crosses = ((old_B <= old_A) & (new_B >= new_A)) | ((old_B >= old_A) & (new_B <= new_A))
+        phase = own.get(PHASE, torch.zeros_like(old_A, dtype=torch.float32))
+        own[PHASE] = phase.masked_fill(crosses, BALANCED)
+        if own[PHASE].all():
+            self._settled.add(index)
 
     def _refactor(self, active: list[bool], with_grads: bool) -> None:
         chosen = [index for index, on in enumerate(active) if on]

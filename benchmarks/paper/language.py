@@ -1,0 +1,206 @@
+"""Held-out loss of a causal model, all methods over a grid of learning rates: `python -m benchmarks.paper.language`.
+
+A mean over tens of thousands of tokens, where a score on 400 labels is off by a point or two: it shows differences of
+0.1 %. Beside it the stable rank of B A, `||B A||_F^2 / ||B A||_2^2`, and the condition number of B, medians over the
+layers: what a method makes of its rank. One JSON line a run; a stopped series goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import batches, data, drawing, figures, finetuning, harness, methods, models
+from . import arguments, language_tasks, tables, tuning
+
+METHODS = ("lora", "reflora", "reflora-s")
+EVAL_BATCH = 64
+Run = Mapping[str, Any]
+
+
+def recipe(options: argparse.Namespace, rows: int, method: str, lr: float, seed: int) -> finetuning.Recipe:
+    """The rate rises over at most 20 steps and falls linearly to 0; alpha = r unless it is given."""
+    alpha = options.rank if options.alpha is None else options.alpha
+    return finetuning.Recipe(
+        options.model, method, seed, lr, options.steps, options.batch, options.length, options.rank, alpha,
+        lr_warmup=min(20, options.steps // 10), plain_steps=arguments.plain_steps(options, method), rows=rows,
+        bfloat16=options.bfloat16, targets=options.targets,
+    )  # fmt: skip
+
+
+def run(options: argparse.Namespace, task: data.Task, key: Run) -> dict[str, Any]:
+    """What a line of the file holds besides its key."""
+    made = finetuning.recipe_of(key)
+    bar = harness.bar(made.steps, f"{name_of(key)}, {made.lr:g}")
+
+    def watch(step: int, trained: finetuning.Trained) -> None:
+        bar.update(step - bar.n)
+
+    trained = finetuning.train(made, task, torch.device(options.device), options.backend, watch)
+    bar.close()
+    loss = held_out_loss(trained, task.eval, made.length)
+    finite = trained.finite and math.isfinite(loss)
+    found: dict[str, Any] = {"finite": finite, "seconds": round(trained.seconds, 1)}
+    if finite:
+        found |= {"held_out": round(loss, 5), "score": round(-loss, 5)} | spectra(trained.pairs)
+    return found | ({} if finite else {"held_out": None, "score": 0.0})
+
+
+@torch.no_grad()
+def held_out_loss(run: finetuning.Trained, examples: Sequence[data.Example], length: int) -> float:
+    """Mean over all tokens, in nats."""
+    run.model.eval()
+    total, count = 0.0, 0
+    for start in range(0, len(examples), EVAL_BATCH):
+        batch = batches.encode(run.tokenizer, examples[start : start + EVAL_BATCH], length, False, True)
+        tokens = int((batch["labels"][:, 1:] != -100).sum())
+        total += run.model(**{key: value.to(run.device) for key, value in batch.items()}).loss.item() * tokens
+        count += tokens
+    return total / count
+
+
+@torch.no_grad()
+def spectra(pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """Medians over the layers of the stable rank of B A and the condition number of B; none for a model without."""
+    ranks, conditions = [], []
+    for A, B in pairs:
+        root_A, root_B = (torch.linalg.qr(X.double()).R for X in (A.mT, B))
+        product, of_B = (torch.linalg.svdvals(X) for X in (root_B @ root_A.mT, root_B))
+        ranks.append(float(product.square().sum() / product[0].square()))
+        conditions.append(float(of_B[0] / of_B[-1]))
+    if not ranks:
+        return {}
+    return {"stable_rank": round(statistics.median(ranks), 3), "condition_B": round(statistics.median(conditions), 2)}
+
+
+# ---- table and figure
+
+
+def name_of(run: Run) -> str:
+    """The method, and how it starts where that is not the package's own way."""
+    start = {None: "", 0: ", from B = 0 as it is"}.get(run["plain_steps"], f", {run['plain_steps']} plain steps")
+    return methods.LABELS[run["method"]] + (start if methods.starts(run["method"]) else "")
+
+
+def table(runs: Sequence[Run]) -> str:
+    """A line a method and a column a learning rate: held-out loss, mean over seeds; (stable rank of B A; k(B)).
+
+    "*": the best rate of a method; "!": it is at the end of those that were tried.
+    """
+    rates = sorted({run["lr"] for run in runs})
+    lines = []
+    for name in dict.fromkeys(map(name_of, runs)):
+        own = [run for run in runs if name_of(run) == name]
+        means = {lr: mean(own, lr) for lr in rates if any(run["lr"] == lr for run in own)}
+        best = min(means, key=means.__getitem__)
+        mark = "!" if best in (min(means), max(means)) else "*"
+        lines.append([name, *(_cell(own, lr, mark if lr == best else "") if lr in means else "-" for lr in rates)])
+    return harness.table(["method", *(f"{lr:g}" for lr in rates)], lines)
+
+
+def mean(runs: Sequence[Run], lr: float) -> float:
+    """Held-out loss over the seeds of a rate; inf where one has diverged."""
+    return statistics.fmean(run["held_out"] if run["finite"] else math.inf for run in runs if run["lr"] == lr)
+
+
+def _cell(runs: Sequence[Run], lr: float, mark: str) -> str:
+    loss = mean(runs, lr)
+    if not math.isfinite(loss):
+        return "diverged"
+    some = [run for run in runs if run["lr"] == lr and "stable_rank" in run]
+    if not some:
+        return f"{loss:.4f}{mark}"
+    rank, condition = (statistics.fmean(run[name] for run in some) for name in ("stable_rank", "condition_B"))
+    return f"{loss:.4f}{mark} ({rank:.1f}; {condition:.0f})"
+
+
+def draw(path: Path, runs: Sequence[Run], env: Mapping[str, str]) -> bool:
+    """PNG: loss and stable rank against the learning rate, a row of panels a rank. False without matplotlib."""
+    pyplot = drawing.pyplot()
+    if pyplot is None:
+        return False
+    ranks = sorted({run["rank"] for run in runs})
+    names = list(dict.fromkeys(map(name_of, runs)))
+    with pyplot.rc_context(drawing.STYLE):
+        figure, axes = pyplot.subplots(len(ranks), 2, figsize=(6.4, 2.3 * len(ranks) + 0.4), squeeze=False)
+        for row, rank in zip(axes, ranks):
+            some = [run for run in runs if run["rank"] == rank]
+            _panel(row[0], some, names, "held_out", f"held-out loss, r = {rank}")
+            _panel(row[1], some, names, "stable_rank", "stable rank of B A")
+            best = min(mean(some, run["lr"]) for run in some)
+            row[0].set_ylim(best * 0.995, best * 1.08)
+        drawing.finish(figure, [axes[0][0]], env, len(names))
+        drawing.save(pyplot, figure, path)
+    return True
+
+
+def _panel(axis: Any, runs: Sequence[Run], names: Sequence[str], what: str, title: str) -> None:
+    palette = list(figures.COLOURS.values())
+    for number, name in enumerate(names):
+        own = [run for run in runs if name_of(run) == name and run["finite"] and what in run]
+        rates = sorted({run["lr"] for run in own})
+        values = [statistics.fmean(run[what] for run in own if run["lr"] == lr) for lr in rates]
+        colour = figures.COLOURS.get(name, palette[-1 - number])
+        axis.plot(rates, values, color=colour, marker="os^Dv<>P"[number % 8], ms=3, lw=1.1, label=name)
+    axis.set(xscale="log", xlabel="learning rate", ylabel=title)
+    axis.grid(**drawing.GRID)
+
+
+# ---- the program
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    made = arguments.parser("language", (__doc__ or "").split("\n")[0], METHODS)
+    made.add_argument("--task", default="commonsense", choices=language_tasks.TASKS)
+    made.add_argument("--targets", default="", help="layers that LoRA is put on, with commas between (default: all)")
+    arguments.add_grid(made, (1e-3, 3e-3, 6e-3, 1e-2, 2e-2))
+    made.set_defaults(
+        model="proxy", seeds=[0], steps=400, batch=8, length=64, rank=16, alpha=None,
+        out=Path("benchmarks/results/paper/language.jsonl"),
+    )  # fmt: skip
+    options = made.parse_args(argv)
+    arguments.check(made, options)
+    arguments.check_rates(made, "--lrs", options.lrs)
+    arguments.check_file(made, options.out)
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse(argv)
+    record = finetuning.Record(options.out, arguments.environment(options))
+    asked = [one for one in record.runs() if one.get("task") == options.task and one["method"] in options.methods]
+    if not options.table:
+        try:
+            series(options, record)
+        except (OSError, ValueError, ImportError) as error:
+            raise SystemExit(f"language: {error}") from error
+        asked = [one for one in record.runs() if one.get("task") == options.task and one["method"] in options.methods]
+    for what, runs in tables.settings(asked, apart=("plain_steps",)).items():
+        print(f"\n{what}: {len(runs)} runs, the last on {harness.header(runs[-1]['machine'])}")
+        print(table(runs))
+    if drawn := asked and draw(options.out.with_suffix(".png"), asked, asked[-1]["machine"]):
+        print(f"\nwrote {options.out.with_suffix('.png')}" if drawn else "")
+
+
+def series(options: argparse.Namespace, record: finetuning.Record) -> list[dict[str, Any]]:
+    task = language_tasks.load(options.task, Path(options.data) if options.data else None)
+    task = data.Task(task.name, data.drawn(task.train, options.train_rows), task.eval[: options.eval_rows], 1, "causal")
+    seen = {"eval_rows": len(task.eval), "data": data.digest(task.train, task.eval), **models.identity(options.model)}
+
+    def key(name: str, method: str, lr: float, seed: int) -> dict[str, Any]:
+        return {**finetuning.key(name, recipe(options, len(task.train), method, lr, seed)), **seen}
+
+    print(harness.header(record.env), flush=True)
+    names = [options.task], options.methods, options.lrs, options.seeds
+    return tuning.grid(record, key, names, lambda one: run(options, task, one), options.tune_first_seed)
+
+
+if __name__ == "__main__":
+    main()
