@@ -17,7 +17,7 @@ export PYTHONDONTWRITEBYTECODE :=
 DEPS := $(VENV)/.deps
 BUILT := $(VENV)/.built
 
-.PHONY: help test pytest soak sanitize mutants audit lint format docs wheel hub build bench compare memory steps scaling eigh paper gpu compile-table clean
+.PHONY: help test pytest soak sanitize mutants audit lint format docs wheel hub build bench compare memory steps scaling eigh paper language gpu compile-table clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,6 +76,9 @@ paper: $(BUILT)  ## the paper's experiments that a CPU can do in 15 minutes, und
 	$(PY) -m benchmarks.paper.convergence --data $(DATA) $(SMALL) --steps 120 --seeds 0 --out $(OUT)/paper/convergence.jsonl
 	$(PY) -m benchmarks.paper.glue --data $(DATA) $(SMALL) --steps 120 --seeds 0 --tasks sst2 --lrs 1e-3 3e-3 \
 		--methods lora reflora reflora-s --out $(OUT)/paper/glue.jsonl
+
+language: $(BUILT)  ## held-out loss of a small language model over learning rates; DATA= a folder of commonsense sets, none: Python's sources
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.paper.language $(if $(filter hub,$(DATA)),--task python,--data $(DATA)) --out $(OUT)/paper/language.jsonl $(ARGS)
 
 gpu:  ## on a GPU machine without network: build, pytest -m gpu, benchmarks, all under OUT=
 	PYTHON=$(PYTHON) .ci/gpu $(OUT)

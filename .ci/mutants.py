@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 LINALG = "tests/test_linalg.py tests/test_eigh.py tests/test_adversarial_linalg.py"
 STEPS = "tests/test_functional.py tests/test_adamw.py tests/test_adamw_state.py tests/test_adamw_changes.py"
+START, HOOKS = "tests/test_start.py", "tests/test_hooks.py"
 TRITON = "tests/test_kernels.py tests/test_kernels_adamw.py tests/test_kernels_linalg.py tests/test_adamw_state.py"
 
 
@@ -106,7 +107,10 @@ FAULTS = (
     ),
     cpp("condition numbers are not looked at", "solve.h", "a.kappa <= kappa_max && b.kappa <= kappa_max", "true"),
     cpp(
-        "S without its scale", "solve.h", "out.S[i] *= out.c, out.S_inv[i] /= out.c", "out.S[i] *= 1, out.S_inv[i] /= 1"
+        "S without its scale",
+        "solve.h",
+        "out.S[i] *= out.scale, out.S_inv[i] /= out.scale",
+        "out.S[i] *= 1, out.S_inv[i] /= 1",
     ),
     cpp(
         "S is transposed wrongly",
@@ -196,6 +200,39 @@ FAULTS = (
         "MASTER, STEPS, SAVED):\n        if",
         "tests/test_adamw_loading.py tests/test_adamw_state.py tests/test_never_ruined.py",
     ),
+    cpp("the start never ends", "row.h", "return steps * steps / (", "return 0 * steps / (", START),
+    cpp("RefLoRA-S begins at once", "row.h", "if (*phase == 0 && ((", "if (*phase == 0 || ((", START),
+    triton("shrunk Grams of another trace", "mean.py", "((1.0 - weight) / r)", "(1.0 - weight)", START),
+    triton(
+        "S of the start has its scale",
+        "settle.py",
+        "used = tl.where(useful & (start == 0), c, 1.0)",
+        "used = tl.where(useful, c, 1.0)",
+        START,
+    ),
+    triton(
+        "RefLoRA-S forgets that it has begun",
+        "adamw_scalar.py",
+        "tl.where(plain & (phase == col.REFACTORED_UNITS), 0.0, phase)",
+        "tl.where(plain, 0.0, phase)",
+        START,
+    ),
+    python(
+        "the start counts as a number of plain steps",
+        "backends/torch_adamw.py",
+        "return square / (square + start**2) if start else None",
+        "return (count >= start).double() if start else None",
+        START,
+        "torch",
+    ),
+    python(
+        "a wrapper's start stands still",
+        "optim/wrapper.py",
+        "shrink_weight(steps, START_STEPS) if",
+        "shrink_weight(0, START_STEPS) if",
+        START,
+    ),
+    python("hooks count no steps", "integrations/hooks.py", "self.steps + self.went_backward", "self.steps", HOOKS),
     python("a wrapper steps over NaN", "optim/wrapper.py", "if not finite:", "if False:", "tests/test_wrapper.py"),
     python(
         "hooks use S on the wrong side",

@@ -87,6 +87,8 @@ def examine(folder: Path, out: Path | None, png: Path | None) -> int:
         print(doctor.table(layers))
         worst = max(layers, key=lambda one: max(one.condition_A, one.condition_B))
         print(f"\n{len(layers)} layers; the worst conditioned is {worst.name}")
+        if said := doctor.advice(layers):
+            print(said)
         if out:
             moved = adapter.write_balanced(out)
             print(f"wrote {out}: balanced, B A moved by at most {moved:.1e} of its norm")

@@ -17,6 +17,8 @@ from .functional import refactor_
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 NAMES = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
+# a median stable rank up to this, of layers of at least this rank, is a collapse: of tuned trainings it is 1.5 to 10
+COLLAPSED, COLLAPSED_OF = 1.1, 4
 STATUS = {REFACTORED: "", DEGENERATE: "degenerate", SKIPPED: "not finite"}
 
 
@@ -24,12 +26,14 @@ STATUS = {REFACTORED: "", DEGENERATE: "degenerate", SKIPPED: "not finite"}
 class Layer:
     """A row of the table; an experts layer has one an expert.
 
-    effective_rank: exp of the entropy of the singular values of B A over their sum, 0 for B A = 0. balance:
-    `||A A^T - B^T B||_F / ||A A^T||_F`. condition_A, condition_B: of `Diagnostics`. scale: `||B||_F / ||A||_F`.
+    stable_rank: `||B A||_F^2 / ||B A||_2^2`; effective_rank: exp of the entropy of the singular values of B A over
+    their sum; both 0 for B A = 0. balance: `||A A^T - B^T B||_F / ||A A^T||_F`. condition_A, condition_B: of
+    `Diagnostics`. scale: `||B||_F / ||A||_F`.
     """
 
     name: str
     rank: int
+    stable_rank: float
     effective_rank: float
     condition_A: float
     condition_B: float
@@ -74,14 +78,14 @@ class Adapter:
     def layers(self) -> list[Layer]:
         """Measured in float64."""
         copies = [_copy(pair) for pair in self.pairs]
-        effective = [_effective_rank(A, B) for pair in copies for A, B in _factors(pair)]
+        spectra = [_spectrum(A, B) for pair in copies for A, B in _factors(pair)]
         report = refactor_(copies)  # of the copies: it says what they were like
         columns = (report.condition_A, report.condition_B, report.balance, report.scale, report.status)
         ranks = [pair.rank for pair in copies for _ in range(pair.experts)]
         return [
-            Layer(name, rank, effective_rank, k_A, k_B, balance, scale, norm, STATUS[int(status)])
-            for name, rank, (effective_rank, norm), k_A, k_B, balance, scale, status in zip(
-                report.names, ranks, effective, *(column.tolist() for column in columns)
+            Layer(name, rank, stable, effective, k_A, k_B, balance, scale, norm, STATUS[int(status)])
+            for name, rank, (stable, effective, norm), k_A, k_B, balance, scale, status in zip(
+                report.names, ranks, spectra, *(column.tolist() for column in columns)
             )
         ]
 
@@ -111,22 +115,34 @@ class Adapter:
 
 def table(layers: Sequence[Layer], width: int = 48) -> str:
     """Aligned columns; long names lose their beginning."""
-    heads = ("layer", "r", "eff. rank", "cond. A", "cond. B", "balance", "|B|/|A|", "|BA|", "")
+    heads = ("layer", "r", "stable rank", "eff. rank", "cond. A", "cond. B", "balance", "|B|/|A|", "|BA|", "")
     rows = [
         (
             one.name if len(one.name) <= width else f"...{one.name[3 - width :]}",
-            str(one.rank), f"{one.effective_rank:.1f}", f"{one.condition_A:.1e}", f"{one.condition_B:.1e}",
-            f"{one.balance:.1e}", f"{one.scale:.2g}", f"{one.norm:.2g}", one.status,
+            str(one.rank), f"{one.stable_rank:.1f}", f"{one.effective_rank:.1f}", f"{one.condition_A:.1e}",
+            f"{one.condition_B:.1e}", f"{one.balance:.1e}", f"{one.scale:.2g}", f"{one.norm:.2g}", one.status,
         ) for one in layers
     ]  # fmt: skip
     widths = [max(map(len, column)) for column in zip(heads, *rows)]
     lines = [
         "  ".join(
-            cell.ljust(w) if place in (0, 8) else cell.rjust(w) for place, (cell, w) in enumerate(zip(row, widths))
+            cell.ljust(w) if place in (0, 9) else cell.rjust(w) for place, (cell, w) in enumerate(zip(row, widths))
         )
         for row in (heads, tuple("-" * w for w in widths), *rows)
     ]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def advice(layers: Sequence[Layer]) -> str:
+    """What the stable ranks say of the training; "" where they say nothing."""
+    ranks = [one.stable_rank for one in layers if one.stable_rank > 0 and one.rank >= COLLAPSED_OF]
+    median = sorted(ranks)[len(ranks) // 2] if ranks else float("inf")
+    if median > COLLAPSED:
+        return ""
+    return (
+        f"stable rank {median:.2f} in the median: nearly all of B A is one direction. The learning rate was low or the "
+        "training short; with RefLoRA, warmup_steps=0 does this from B = 0, and the default does not."
+    )
 
 
 def draw(layers: Sequence[Layer], path: Path) -> None:
@@ -187,11 +203,13 @@ def _singular_values(A: Tensor, B: Tensor) -> Tensor:
     return torch.linalg.svdvals(torch.linalg.qr(B).R @ torch.linalg.qr(A.mT).R.mT)
 
 
-def _effective_rank(A: Tensor, B: Tensor) -> tuple[float, float]:
-    """exp of the entropy of the singular values of B A over their sum, and its Frobenius norm."""
+def _spectrum(A: Tensor, B: Tensor) -> tuple[float, float, float]:
+    """Stable rank, effective rank and Frobenius norm of B A."""
     if not (A.isfinite().all() and B.isfinite().all()):
-        return float("nan"), float("nan")
+        return float("nan"), float("nan"), float("nan")
     values = _singular_values(A, B)
     share = values / values.sum().clamp_min(1e-300)
     entropy = -torch.special.xlogy(share, share).sum()
-    return float(entropy.exp()) if float(values.sum()) > 0 else 0.0, float(values.norm())
+    if float(values.sum()) == 0:
+        return 0.0, 0.0, 0.0
+    return float((values / values[0]).square().sum()), float(entropy.exp()), float(values.norm())

@@ -75,7 +75,9 @@ class Fused:
         for column in (col.PHASE, col.COUNT, col.SAVED):
             self.plan.bind_once(column, self.state[column])
 
-    def step(self, grads, source, keep=False, scalar_before=False, scalar_after=False, count=None, **options):
+    def step(
+        self, grads, source, keep=False, scalar_before=False, scalar_after=False, count=None, interval=None, **options
+    ):
         """A step at a count, and with a schedule, at which every row does what is named."""
         self.plan.bind_grads(grads)
         scalar = scalar_before or scalar_after
@@ -84,7 +86,7 @@ class Fused:
             counts.fill_(late if count is None else count)
         step = AdamWStep(
             self.hypers, scalar=scalar, warmup_steps=10**9 if source == IDENTITY and not scalar else 0,
-            interval=10**6 if keep or source == SAVED else 1, **options,
+            interval=interval or (10**6 if keep or source == SAVED else 1), **options,
         )  # fmt: skip
         return self.backend.adamw(self.plan, step)
 
@@ -118,7 +120,11 @@ class Oracle:
                     entry[name + side] = torch.zeros_like(entry[side])
             self.rows.append(entry)
 
-    def step(self, grads, source, keep=False, scalar_before=False, scalar_after=False, grad_scale=None, found_inf=None):
+    def step(
+        self, grads, source, keep=False, scalar_before=False, scalar_after=False, grad_scale=None, found_inf=None,
+        weight=None, scalar_start=False, scalar_due=True,
+    ):  # fmt: skip
+        """weight: of shrunk Grams. scalar_start: RefLoRA-S begins where the norms meet; scalar_due: after this step."""
         for entry, row in zip(self.rows, self.fused.plan.rows):
             p = self.fused.pairs[row.pair]
             gA, gB = grads[row.pair]
@@ -130,20 +136,25 @@ class Oracle:
                 root = self.refactor(entry)
                 g = {"A": g["A"] / root, "B": g["B"] * root}
             elif not scalar_after:
-                S, S_inv = self.choose(entry, source, keep)
+                S, S_inv = self.choose(entry, source, keep, weight)
                 g = {"A": S_inv @ g["A"], "B": g["B"] @ S}
+            old = entry["A"].clone(), entry["B"].clone()
             for side, options in zip("AB", self.fused.options):
                 self.adam(entry, side, g[side], **options)
-            if scalar_after:
+            if scalar_start and entry["phase"] == 0 and reference.crossed(*old, entry["A"], entry["B"]):
+                entry["phase"] = float(col.BALANCED)
+            if scalar_after and scalar_due and (not scalar_start or entry["phase"] != 0):
                 self.refactor(entry)
 
-    def choose(self, entry, source, keep):
+    def choose(self, entry, source, keep, weight=None):
         eye = torch.eye(entry["r"], dtype=DOUBLE)
         if source == SAVED:
             return entry["S"]
         S, S_inv, why = (eye, eye, "")
         if source == FRESH:
-            S, S_inv, why = reference.choose(entry["A"], entry["B"])
+            S, S_inv, why = reference.choose(entry["A"], entry["B"], weight=weight)
+        if weight is not None:
+            return S, S_inv
         identity = source == IDENTITY or (why == "degenerate" and torch.equal(S, eye))
         norms = [float(entry[side].norm()) for side in "AB"]
         c = norms[1] / norms[0] if min(norms) > 0 else 1.0

@@ -124,7 +124,7 @@ def test_an_experts_pair_with_one_gradient_takes_plain_steps(fast_backend):
 def test_freezing_one_factor_brings_the_moments_back_to_plain_units(fast_backend):
     pairs = leaf_pairs([(4, 30, 21)], torch.float32)
     A, B = pairs[0]
-    optimizer = RefLoRAAdamW(pairs, lr=0.0, weight_decay=0.0, backend=fast_backend)
+    optimizer = RefLoRAAdamW(pairs, lr=0.0, weight_decay=0.0, warmup_steps=0, backend=fast_backend)
     run(optimizer, pairs, targets(pairs))
     c = float(B.detach().norm() / A.detach().norm())
     before = optimizer.state[A]["exp_avg"].clone()
@@ -137,7 +137,7 @@ def test_freezing_one_factor_brings_the_moments_back_to_plain_units(fast_backend
 def test_a_layer_without_a_saved_S_gets_one(backend):
     """Skipped when S was due: it is computed at the next step, not replaced by I."""
     pairs = leaf_pairs([(4, 30, 21), (4, 12, 9)], torch.float32)
-    optimizer = RefLoRAAdamW(pairs, lr=1e-2, interval=10, backend=backend)
+    optimizer = RefLoRAAdamW(pairs, lr=1e-2, interval=10, warmup_steps=0, backend=backend)
     generator = torch.Generator().manual_seed(0)
     for step, status in enumerate(([SKIPPED, REFACTORED], [REFACTORED, REFACTORED])):
         random_grads(factors(pairs), generator)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from reflora import __main__ as program
@@ -69,6 +70,19 @@ def test_report(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     share = share / share.sum()
     assert one.effective_rank == pytest.approx(float((-share * share.log()).sum().exp()), rel=1e-6)
     assert found["last"].status == "degenerate" and found["last"].effective_rank == found["last"].norm == 0
+    assert found["last"].stable_rank == 0 and 1 < one.stable_rank < one.effective_rank
+    assert "one direction" not in printed
+
+
+def test_a_collapsed_adapter_is_told_of(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = saved / doctor.WEIGHTS
+    tensors = load_file(path)
+    for name, factor in tensors.items():
+        if "_B" in name:
+            factor[:, 1:] = factor[:, :1]
+    save_file(tensors, path, {"format": "pt"})
+    program.main(["doctor", str(saved)])
+    assert "stable rank 1.00 in the median: nearly all of B A is one direction" in capsys.readouterr().out
 
 
 def test_balanced_copy_merges_to_the_same_weights(saved: Path, tmp_path: Path) -> None:

@@ -54,10 +54,13 @@ def adamw(model: nn.Module, eps: float = 1e-8) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trained(model), lr=1e-3, eps=eps)
 
 
-def test_without_following_the_steps_are_those_of_the_optimizer() -> None:
+@pytest.mark.parametrize("warmup_steps", [None, 0, 7])
+def test_without_following_the_steps_are_those_of_the_optimizer(warmup_steps: int | None) -> None:
     model, other = build().double(), build().double()
-    train(model, adamw(model, 1e-30), range(40), reflora.GradientHooks(model, follow=False), slow=10)
-    train(other, reflora.create_reflora_optimizer(other, lr=1e-3, eps=1e-30), range(40), slow=10)
+    hooks = reflora.GradientHooks(model, warmup_steps=warmup_steps, follow=False)
+    train(model, adamw(model, 1e-30), range(40), hooks, slow=10)
+    optimizer = reflora.create_reflora_optimizer(other, lr=1e-3, eps=1e-30, warmup_steps=warmup_steps)
+    train(other, optimizer, range(40), slow=10)
     for mine, wanted in zip(trained(model), trained(other)):
         torch.testing.assert_close(mine, wanted, rtol=1e-9, atol=1e-12)
 
@@ -69,9 +72,10 @@ def test_a_clipped_norm_leaves_both_factors_training() -> None:
         model = build()
         start = [A.clone() for A in factors(model, "A")]
         if kind == "optimizer":
-            train(model, reflora.create_reflora_optimizer(model, lr=1e-3), range(300), clip=1.0, slow=150)
+            exact = reflora.create_reflora_optimizer(model, lr=1e-3, warmup_steps=0)
+            train(model, exact, range(300), clip=1.0, slow=150)
         else:
-            hooks = reflora.GradientHooks(model, follow=kind == "hooks")
+            hooks = reflora.GradientHooks(model, warmup_steps=0, follow=kind == "hooks")
             train(model, adamw(model), range(300), hooks, clip=1.0, slow=150)
         moved[kind] = [float((A - old).norm()) for A, old in zip(factors(model, "A"), start)]
     for ours, first, wanted in zip(moved["hooks"], moved["first c"], moved["optimizer"]):
@@ -81,22 +85,43 @@ def test_a_clipped_norm_leaves_both_factors_training() -> None:
 def test_a_factor_that_had_no_gradient_keeps_no_unit() -> None:
     """A's gradients were scaled by the tiny c of the second step, and vanished in Adam's eps."""
     model = build()
-    hooks = reflora.GradientHooks(model, follow=False)
+    hooks = reflora.GradientHooks(model, warmup_steps=0, follow=False)
     train(model, adamw(model), range(20), hooks, slow=10**6)
     for units in hooks.state_dict().values():
-        of_A, of_B, settled = units[0].tolist()
+        of_A, of_B, settled, _ = units[0].tolist()
         assert of_A == 1 and 0 < of_B < 1e-4 and settled == 1
 
 
-def test_a_stopped_run_goes_on_bit_for_bit() -> None:
+def test_a_refresh_without_a_backward_pass_before_it_is_no_step() -> None:
+    model = build()
+    hooks = reflora.GradientHooks(model)
+    for _ in range(3):
+        hooks.refresh()
+    assert hooks.steps == 0
+    train(model, adamw(model), range(5), hooks)
+    hooks.refresh()
+    assert hooks.steps == 5 and all(float(state[0, 3]) == 5 for state in hooks.state_dict().values())
+
+
+def test_a_state_from_before_steps_were_counted_is_loaded() -> None:
+    hooks = reflora.GradientHooks(build())
+    hooks.load_state_dict({name: state[:, :3] for name, state in hooks.state_dict().items()})
+    assert hooks.steps == 0
+
+
+@pytest.mark.parametrize("warmup_steps", [None, 0, 6])
+def test_a_stopped_run_goes_on_bit_for_bit(warmup_steps: int | None) -> None:
+    def hooked(model: nn.Module) -> reflora.GradientHooks:
+        return reflora.GradientHooks(model, warmup_steps=warmup_steps)
+
     model, straight = build(), build()
-    train(straight, adamw(straight), range(8), reflora.GradientHooks(straight))
-    optimizer, hooks = adamw(model), reflora.GradientHooks(model)
+    train(straight, adamw(straight), range(8), hooked(straight))
+    optimizer, hooks = adamw(model), hooked(model)
     train(model, optimizer, range(4), hooks)
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), hooks.state_dict()))
     again = build()
     again.load_state_dict(saved[0])
-    resumed, hooks = adamw(again), reflora.GradientHooks(again)
+    resumed, hooks = adamw(again), hooked(again)
     resumed.load_state_dict(saved[1])
     hooks.load_state_dict(saved[2])
     train(again, resumed, range(4, 8), hooks)

@@ -240,7 +240,7 @@ def test_table_mirrors_the_plan():
     from reflora.kernels import table
 
     names = [name for name in dir(table) if hasattr(getattr(table, name), "value")]
-    assert len(names) == 48
+    assert len(names) == 50
     homes = {"SAVED_S": SAVED, "IDENTITY": IDENTITY, "FRESH": FRESH}
     for name in names:
         want = homes.get(name, getattr(col, name, getattr(contract, name, None)))

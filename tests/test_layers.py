@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import reflora
 from reflora import reference
+from reflora.contract import START_STEPS
 from reflora.integrations.peft import find_sites
 
 INPUTS: dict[str, Any] = {
@@ -43,12 +44,14 @@ def loss_of(model: nn.Module, kind: str, x: Tensor) -> Tensor:
     return torch.tanh(made).square().mean()
 
 
-def precondition_(pairs: list[reflora.LoRAPair]) -> None:
+def precondition_(pairs: list[reflora.LoRAPair], steps: int) -> None:
+    """By the S of a default run after so many steps."""
+    weight = reference.shrink_weight(steps, START_STEPS)
     for pair in pairs:
         tensors = (pair.A.detach(), pair.B.detach(), pair.A.grad, pair.B.grad)
         views = (pair.views_A, pair.views_B, pair.views_A, pair.views_B)
         for A, B, gA, gB in zip(*(view(tensor) for view, tensor in zip(views, tensors))):
-            new_A, new_B = reference.precondition(A, B, gA, gB)
+            new_A, new_B = reference.precondition(A, B, gA, gB, weight)
             gA.copy_(new_A)
             gB.copy_(new_B)
 
@@ -67,7 +70,7 @@ def assert_trains(model: nn.Module, kind: str, other: nn.Module | None = None, *
             one.zero_grad()
             loss_of(one, kind, x).backward()
         ours.step()
-        precondition_(pairs)
+        precondition_(pairs, step)
         theirs.step()
     moved = 0.0
     for (name, mine), expected in zip(model.named_parameters(), other.parameters()):
@@ -143,7 +146,7 @@ def test_lora_plus_ratio() -> None:
             one.zero_grad()
             loss_of(one, "linear", x).backward()
         ours.step()
-        precondition_(theirs_pairs)
+        precondition_(theirs_pairs, step)
         theirs.step()
     for mine, expected in zip(model.parameters(), other.parameters()):
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)

@@ -84,7 +84,7 @@ def test_a_first_step_at_learning_rate_zero_is_a_step(kind: str) -> None:
     """As schedules with a warm-up begin: the moments are filled."""
     cls, more = KINDS[kind]
     model, pairs = build()
-    optimizer = cls(model.parameters(), pairs=pairs, lr=0.0, **more)
+    optimizer = cls(model.parameters(), pairs=pairs, lr=0.0, warmup_steps=0, **more)
     goals = targets(pairs)
     backward(pairs, goals), optimizer.step()
     assert optimizer.diagnostics().refactored > 0

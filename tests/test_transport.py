@@ -82,7 +82,7 @@ def step_sizes(how, monkeypatch, interval):
     """
     monkeypatch.setattr(wrapper, "movable", lambda cls: how == "moved")
     if how == "neither":
-        monkeypatch.setattr(wrapper.Wrapped, "_change_units", lambda self, unsettled: {})
+        monkeypatch.setattr(wrapper.Wrapped, "_change_units", lambda *_: {})
     torch.manual_seed(3)
     W, A = torch.randn(64, 96) / 96**0.5, nn.Parameter(3 * torch.randn(8, 96) / 96**0.5)
     B = nn.Parameter(torch.zeros(64, 8))

@@ -47,17 +47,19 @@ def backward(pairs, goals):
     return loss
 
 
-def precondition_by_reference(pairs):
+def precondition_by_reference(pairs, weight=None):
     for pair in pairs:
         tensors = (pair.A.detach(), pair.A.grad, pair.B.detach(), pair.B.grad)
         views = (pair.views_A, pair.views_A, pair.views_B, pair.views_B)
         for A, gA, B, gB in zip(*(view(tensor) for view, tensor in zip(views, tensors))):
-            new_A, new_B = reference.precondition(A, B, gA, gB)
+            new_A, new_B = reference.precondition(A, B, gA, gB, weight)
             gA.copy_(new_A)
             gB.copy_(new_B)
 
 
 def wrap(cls, pairs, lr=1e-2, **kwargs):
+    """With the exact S from the first step on, unless warmup_steps is among kwargs."""
+    kwargs.setdefault("warmup_steps", 0)
     return reflora_class(cls)(factors(pairs), pairs, lr=lr, **kwargs)
 
 

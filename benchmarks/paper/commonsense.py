@@ -117,10 +117,14 @@ def test(
 
 def table(runs: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> str:
     """A method's mean over seeds at its best learning rate, task by task, and below it the paper's line."""
+    runs, homes = tables.by_name(runs, options.methods)
     names = {hub_id: name for name, hub_id in models.LLAMA_IDS.items()}
     table_3 = PAPER.get((names.get(runs[0]["model"], ""), runs[0]["rank"]), {})
     theirs = {}
-    for method, (*by_task, average) in table_3.items():
+    for method, home in homes.items():
+        if home not in table_3:
+            continue
+        *by_task, average = table_3[home]
         columns = dict(zip(TASKS, by_task))
         whole = set(options.tasks) == set(TASKS)
         chosen = [columns[name] for name in options.tasks]
@@ -131,7 +135,7 @@ def table(runs: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> str
         means = [f"{statistics.fmean(scores[name] for scores in at_best):.2f}" for name in options.tasks]
         short = "*" * ((method, "commonsense") in tuning.unequal(runs))
         own[method] = [*means, tables.cell(averages, f" ({lr:g}){short}")]
-    return tables.lines(options.methods, [TASKS[name].label for name in options.tasks], own, theirs)
+    return tables.lines(homes, [TASKS[name].label for name in options.tasks], own, theirs)
 
 
 # ---- the program

@@ -37,7 +37,8 @@ def rates(options: argparse.Namespace) -> dict[str, float]:
     same = {name: getattr(options, name) for name in ("task", "model", "rank", "alpha", "batch")}
     if options.steps:
         same["steps"] = options.steps
-    runs = [run for run in every if same.items() <= run.items() and "score" in run]
+    starts = [run for run in every if run.get("plain_steps") == arguments.plain_steps(options, run["method"])]
+    runs = [run for run in starts if same.items() <= run.items() and "score" in run]
     chosen = {method: lr for (method, _), (lr, _) in tuning.best(runs).items()}
     absent = [method for method in options.methods if method not in chosen]
     if absent:

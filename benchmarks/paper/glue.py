@@ -82,9 +82,10 @@ def table(runs: Sequence[Mapping[str, Any]], names: Sequence[str], tasks: Sequen
 
     "*": fewer learning rates or seeds than another method has there.
     """
+    runs, homes = tables.by_name(runs, names)
     chosen, short = tuning.best(runs), tuning.unequal(runs)
     own, theirs = {}, {}
-    for method in names:
+    for method, home in homes.items():
         found = {task: chosen[method, task] for task in tasks if (method, task) in chosen}
         means = [statistics.fmean(scores) for _, scores in found.values()]
         if found:
@@ -95,11 +96,11 @@ def table(runs: Sequence[Mapping[str, Any]], names: Sequence[str], tasks: Sequen
                 for task in tasks
             ]
             own[method] = [*cells, f"{statistics.fmean(means):.2f}" if len(means) == len(tasks) else "-"]
-        if method in glue_tasks.PAPER:
-            paper = [glue_tasks.PAPER[method][task] for task in tasks]
+        if home in glue_tasks.PAPER:
+            paper = [glue_tasks.PAPER[home][task] for task in tasks]
             whole = set(tasks) == set(glue_tasks.COLUMNS)
-            theirs[method] = [*paper, glue_tasks.AVERAGES[method] if whole else statistics.fmean(paper)]
-    return tables.lines(names, tasks, own, theirs)
+            theirs[method] = [*paper, glue_tasks.AVERAGES[home] if whole else statistics.fmean(paper)]
+    return tables.lines(homes, tasks, own, theirs)
 
 
 # ---- the program

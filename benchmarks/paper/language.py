@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import batches, data, drawing, figures, finetuning, harness, methods, models
+from .. import batches, data, drawing, figures, finetuning, harness, models
 from . import arguments, language_tasks, tables, tuning
 
 METHODS = ("lora", "reflora", "reflora-s")
@@ -38,7 +38,7 @@ def recipe(options: argparse.Namespace, rows: int, method: str, lr: float, seed:
 def run(options: argparse.Namespace, task: data.Task, key: Run) -> dict[str, Any]:
     """What a line of the file holds besides its key."""
     made = finetuning.recipe_of(key)
-    bar = harness.bar(made.steps, f"{name_of(key)}, {made.lr:g}")
+    bar = harness.bar(made.steps, f"{tables.name_of(key)}, {made.lr:g}")
 
     def watch(step: int, trained: finetuning.Trained) -> None:
         bar.update(step - bar.n)
@@ -83,12 +83,6 @@ def spectra(pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
 # ---- table and figure
 
 
-def name_of(run: Run) -> str:
-    """The method, and how it starts where that is not the package's own way."""
-    start = {None: "", 0: ", from B = 0 as it is"}.get(run["plain_steps"], f", {run['plain_steps']} plain steps")
-    return methods.LABELS[run["method"]] + (start if methods.starts(run["method"]) else "")
-
-
 def table(runs: Sequence[Run]) -> str:
     """A line a method and a column a learning rate: held-out loss, mean over seeds; (stable rank of B A; k(B)).
 
@@ -96,8 +90,8 @@ def table(runs: Sequence[Run]) -> str:
     """
     rates = sorted({run["lr"] for run in runs})
     lines = []
-    for name in dict.fromkeys(map(name_of, runs)):
-        own = [run for run in runs if name_of(run) == name]
+    for name in dict.fromkeys(map(tables.name_of, runs)):
+        own = [run for run in runs if tables.name_of(run) == name]
         means = {lr: mean(own, lr) for lr in rates if any(run["lr"] == lr for run in own)}
         best = min(means, key=means.__getitem__)
         mark = "!" if best in (min(means), max(means)) else "*"
@@ -127,7 +121,7 @@ def draw(path: Path, runs: Sequence[Run], env: Mapping[str, str]) -> bool:
     if pyplot is None:
         return False
     ranks = sorted({run["rank"] for run in runs})
-    names = list(dict.fromkeys(map(name_of, runs)))
+    names = list(dict.fromkeys(map(tables.name_of, runs)))
     with pyplot.rc_context(drawing.STYLE):
         figure, axes = pyplot.subplots(len(ranks), 2, figsize=(6.4, 2.3 * len(ranks) + 0.4), squeeze=False)
         for row, rank in zip(axes, ranks):
@@ -144,7 +138,7 @@ def draw(path: Path, runs: Sequence[Run], env: Mapping[str, str]) -> bool:
 def _panel(axis: Any, runs: Sequence[Run], names: Sequence[str], what: str, title: str) -> None:
     palette = list(figures.COLOURS.values())
     for number, name in enumerate(names):
-        own = [run for run in runs if name_of(run) == name and run["finite"] and what in run]
+        own = [run for run in runs if tables.name_of(run) == name and run["finite"] and what in run]
         rates = sorted({run["lr"] for run in own})
         values = [statistics.fmean(run[what] for run in own if run["lr"] == lr) for lr in rates]
         colour = figures.COLOURS.get(name, palette[-1 - number])
@@ -182,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         except (OSError, ValueError, ImportError) as error:
             raise SystemExit(f"language: {error}") from error
         asked = [one for one in record.runs() if one.get("task") == options.task and one["method"] in options.methods]
-    for what, runs in tables.settings(asked, apart=("plain_steps",)).items():
+    for what, runs in tables.settings(asked).items():
         print(f"\n{what}: {len(runs)} runs, the last on {harness.header(runs[-1]['machine'])}")
         print(table(runs))
     if drawn := asked and draw(options.out.with_suffix(".png"), asked, asked[-1]["machine"]):

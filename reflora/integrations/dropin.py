@@ -29,7 +29,8 @@ class Refactorer:
 
     Args:
         model: A PEFT model.
-        warmup_steps: Steps before the first refactoring; none are needed, also with B = 0.
+        warmup_steps: Steps before the first refactoring. From B = 0 the published scripts take 100 or 200; fewer are
+            safe, but B A then stays near rank one for long.
         re_init: Draw A and B anew and take the difference out of the base weights.
         interval: Refactor every that many steps; the steps between are plain ones.
         use_scalar: RefLoRA-S, which refactors in `integrate_into_optimizer` and after each step, and moves the state.

@@ -20,11 +20,12 @@ class GradientHooks:
 
     For use with an Adam-like optimizer of whatever kind steps the parameters, or parts of them. The hooks run before
     gradients are accumulated, averaged over processes, clipped or shared out. S is linear and stays as it is until
-    `refresh()`, which is to be called after every step that has moved the weights (oftener does no harm): so
+    `refresh()`, which is to be called after every step that has moved the weights (more often is harmless): so
     preconditioning commutes with all of that but clipping, which then sees the preconditioned gradients.
 
-    Training from B = 0 has no jump where S leaves I: B's gradients are divided by c = ||B||_F / ||A||_F (A's are
-    multiplied, where it was A that was 0), a number a layer. It is kept in the `state_dict`, for a resumed run.
+    From B = 0 S is entered gradually, without its scale c = ||B||_F / ||A||_F. With warmup_steps S has its scale, and
+    where it leaves I B's gradients are divided by c (A's are multiplied, where it was A that was 0), so that they do
+    not jump. These numbers, one a layer, and the count of steps are in the `state_dict`, for a resumed run.
 
     Args:
         model: A PEFT model; under DeepSpeed `engine.module`.
@@ -32,9 +33,10 @@ class GradientHooks:
         precision: "float64" or "float32".
         warmup_steps: None enters S gradually, as RefLoRAAdamW does; a number takes that many first steps with S = I. A
             step is a `refresh()` with a backward pass before it.
-        follow: True divides by the largest c so far, so that the norm of all gradients stays one of both factors, as a
-            clipping of it needs. False divides by c as it was when S left I: what Adam makes of that is RefLoRAAdamW's
-            step up to eps, but B's gradients grow with c, and under a clipped norm A then hardly moves.
+        follow: Of warmup_steps alone. True divides by the largest c so far, so that the norm of all gradients stays one
+            of both factors, as a clipping of it needs. False divides by c as it was when S left I: what Adam makes of
+            that is RefLoRAAdamW's step up to eps, but B's gradients grow with c, and under a clipped norm A then
+            hardly moves.
 
     Raises:
         ValueError: As `reflora.find_pairs`; sharded factors (FSDP2); a model that has such hooks.
@@ -70,6 +72,7 @@ class GradientHooks:
         self.steps, self.went_backward = self.steps + self.went_backward, False
         if self.steps < (self.warmup_steps or 0):
             self._matrices = {}
+            self._units = [torch.tensor([1.0, 1.0, 0.0]).to(units).expand_as(units) for units in self._units]
             return
         gentle = self.warmup_steps is None
         weight = shrink_weight(self.steps, START_STEPS) if gentle else None

@@ -80,10 +80,12 @@ class Wrapped(Optimizer):
     A step in which a pair has a non-finite gradient, or the gradient scaler found one, is skipped whole: no parameter,
     state or counter changes. On a GPU that check is one read of the gradients and one host synchronisation a step;
     RefLoRAAdamW skips single layers without either.
-    Where a layer's S stops being I (after a warm-up, or once B is no longer 0), state that the table of transport.py
-    knows is moved to the new unit of the gradients; in front of another class the gradients are kept in the old one.
-    scalar=True refactors after each step, once also before the first, and moves the state; it needs a class in that
-    table.
+    By default S comes without its scale, and the gradients stay in the units of S = I. In front of SGD, whose steps
+    grow with the gradient, and with warmup_steps, S has its scale: where it stops being I (after a warm-up, or once B
+    is no longer 0), state that the table of transport.py knows is moved to the new unit of the gradients; in front of
+    another class the gradients are kept in the old one.
+    scalar=True refactors after each step and moves the state; it needs a class in that table. By default a pair waits
+    until its norms have met, with warmup_steps=0 it is refactored before the first step as well.
     """
 
     base: type[Optimizer]
@@ -280,10 +282,13 @@ class Wrapped(Optimizer):
         if steps == 0 and self.warmup_steps == 0 and moving:
             self._refactor(active, with_grads=True)
         waiting = [i for i, on in enumerate(active) if on and gentle and i not in self._settled]
+        StateMove(self, [self.pairs[i] for i in waiting])  # refuses now what it would refuse once a pair begins
         before = self._ops.norms(waiting)
         _unhooked_step(self.base)(self)
         for i, after in self._ops.norms(waiting).items():
             self._look(i, before[i], after)
+        if waiting:
+            self._hold_places()
         after_warmup = steps + 1 - (self.warmup_steps or 0)
         if after_warmup >= 0 and after_warmup % self.interval == 0 and moving:
             chosen = [on and not (gentle and i not in self._settled) for i, on in enumerate(active)]
