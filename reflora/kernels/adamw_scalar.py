@@ -104,10 +104,10 @@ def settle_scalar(
         tl.store(header + ROOT, root)
         tl.store(header + MOVE, move)
         tl.store(header + TURN, turn)
-        tl.store(p_phase, tl.where(plain & (phase == col.REFACTORED_UNITS), 0.0, phase), mask=has_phase)
         tl.store(header + RUN, 1.0)
-        # counts are read by all before they are written
+        # phase and counts are read by all before they are written
         tl.debug_barrier()
+        tl.store(p_phase, tl.where(plain & (phase == col.REFACTORED_UNITS), 0.0, phase), mask=has_phase)
         store_counts(p_row, count_a, count_b, steps)
     else:
         tl.store(header + RUN, 0.0)

@@ -182,11 +182,11 @@ def settle(
             new_phase = tl.where((start != 0) | ((status == col.DEGENERATE) & (used == 1.0)), 0.0, 1.0)
             move = tl.where((phase != col.REFACTORED_UNITS) & (new_phase != 0), 1.0 / used, 1.0)
             move = tl.where((phase == col.REFACTORED_UNITS) & (start != 0) & useful, c, move)
-        tl.store(p_phase, new_phase, mask=has_phase)
         count_a, count_b = store_scalars(p_row, header, hypers)
         tl.store(header + MOVE, move)
-        # counts are read by all before they are written
+        # phase and counts are read by all before they are written
         tl.debug_barrier()
+        tl.store(p_phase, new_phase, mask=has_phase)
         store_counts(p_row, count_a, count_b, steps)
     tl.store(header + RUN, tl.where(status == col.SKIPPED, 0.0, 1.0))
     # the solve has overwritten the chunk Grams
