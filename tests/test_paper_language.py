@@ -55,7 +55,7 @@ def test_a_series_resumes_and_its_table_and_figure_have_every_start(
     language.main([*some, "--methods", "lora", "reflora", "reflora-s", "--table"])
     printed = capsys.readouterr().out
     assert ": 12 runs, the last on" in printed
-    for name in ("LoRA ", "RefLoRA ", "RefLoRA, from B = 0 as it is", "RefLoRA-S, from B = 0 as it is"):
+    for name in ("LoRA ", "RefLoRA ", "RefLoRA, exact from B = 0", "RefLoRA-S, exact from B = 0"):
         assert f"\n{name}" in printed
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
@@ -100,7 +100,7 @@ def test_settings_may_differ_in_how_they_start() -> None:
     more = {"model": "m", "task": "t", "alpha": 4, "steps": 3, "batch": 2}
     runs = [run_of(1e-3, 3.0, **more), run_of(1e-3, 2.0, **{**more, "plain_steps": 0})]
     assert [len(some) for some in tables.settings(runs).values()] == [2]
-    assert [tables.name_of(run) for run in runs] == ["RefLoRA", "RefLoRA, from B = 0 as it is"]
+    assert [tables.name_of(run) for run in runs] == ["RefLoRA", "RefLoRA, exact from B = 0"]
 
 
 def test_python_sources_are_a_task() -> None:

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import batches, data, drawing, figures, finetuning, harness, models
+from .. import batches, data, drawing, figures, finetuning, harness, methods, models
 from . import arguments, language_tasks, tables, tuning
 
 METHODS = ("lora", "reflora", "reflora-s")
 EVAL_BATCH = 64
+STARTS = {"exact from B = 0": "#D55E00", "100 plain steps": "#E69F00"}  # colours
 Run = Mapping[str, Any]
 
 
@@ -129,21 +130,27 @@ def draw(path: Path, runs: Sequence[Run], env: Mapping[str, str]) -> bool:
             _panel(row[0], some, names, "held_out", f"held-out loss, r = {rank}")
             _panel(row[1], some, names, "stable_rank", "stable rank of B A")
             best = min(mean(some, run["lr"]) for run in some)
-            row[0].set_ylim(best * 0.995, best * 1.08)
+            row[0].set_ylim(best * 0.99, best * 1.2)
         drawing.finish(figure, [axes[0][0]], env, len(names))
         drawing.save(pyplot, figure, path)
     return True
 
 
 def _panel(axis: Any, runs: Sequence[Run], names: Sequence[str], what: str, title: str) -> None:
-    palette = list(figures.COLOURS.values())
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
     for number, name in enumerate(names):
         own = [run for run in runs if tables.name_of(run) == name and run["finite"] and what in run]
         rates = sorted({run["lr"] for run in own})
         values = [statistics.fmean(run[what] for run in own if run["lr"] == lr) for lr in rates]
-        colour = figures.COLOURS.get(name, palette[-1 - number])
-        axis.plot(rates, values, color=colour, marker="os^Dv<>P"[number % 8], ms=3, lw=1.1, label=name)
+        method, _, start = name.partition(", ")
+        colour = STARTS.get(start) or figures.COLOURS.get(method, "#555555")
+        dashes = "--" if method == methods.LABELS["reflora-s"] else "-"
+        axis.plot(rates, values, dashes, color=colour, marker="os^Dv<>P"[number % 8], ms=3, lw=1.1, label=name)
     axis.set(xscale="log", xlabel="learning rate", ylabel=title)
+    axis.xaxis.set_major_locator(FixedLocator(sorted({run["lr"] for run in runs})))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
+    axis.xaxis.set_minor_locator(NullLocator())
     axis.grid(**drawing.GRID)
 
 

@@ -23,7 +23,7 @@ NAMES = ("task", "method", "seed", "lr", "plain_steps")
 def name_of(run: Run) -> str:
     """The method, and how it starts where that is not its own way."""
     plain = run.get("plain_steps") if methods.starts(run["method"]) else None
-    start = "" if plain is None else ", from B = 0 as it is" if plain == 0 else f", {plain} plain steps"
+    start = "" if plain is None else ", exact from B = 0" if plain == 0 else f", {plain} plain steps"
     return methods.LABELS[run["method"]] + start
 
 
