@@ -167,7 +167,12 @@ FAULTS = (
         "tl.where(usable, 1.0 / tl.where(usable, trace, 1.0), 0.0), norm",
         "tl.where(usable, 1.0, 0.0), norm",
     ),
-    triton("RefLoRA-S forgets what the first update comes to", "adamw_scalar.py", "if before & after:", "if False:"),
+    triton(
+        "RefLoRA-S forgets what the first update comes to",
+        "adamw_scalar.py",
+        "if (before & after) | returns:",
+        "if False:",
+    ),
     triton(
         "squares keep an older exponent",
         "balance.py",
@@ -201,7 +206,7 @@ FAULTS = (
         "tests/test_adamw_loading.py tests/test_adamw_state.py tests/test_never_ruined.py",
     ),
     cpp("the start never ends", "row.h", "return steps * steps / (", "return 0 * steps / (", START),
-    cpp("RefLoRA-S begins at once", "row.h", "if (*phase == 0 && ((", "if (*phase == 0 || ((", START),
+    cpp("RefLoRA-S begins at once", "row.h", "if (equal || ", "if (true || ", START),
     triton("shrunk Grams of another trace", "mean.py", "((1.0 - weight) / r)", "(1.0 - weight)", START),
     triton(
         "S of the start has its scale",
@@ -213,8 +218,8 @@ FAULTS = (
     triton(
         "RefLoRA-S forgets that it has begun",
         "adamw_scalar.py",
-        "tl.where(plain & (phase == col.REFACTORED_UNITS), 0.0, phase)",
-        "tl.where(plain, 0.0, phase)",
+        "tl.where(phase == col.REFACTORED_UNITS, 0.0, phase)",
+        "0.0 * phase",
         START,
     ),
     python(
@@ -232,7 +237,13 @@ FAULTS = (
         "shrink_weight(0, START_STEPS) if",
         START,
     ),
-    python("hooks count no steps", "integrations/hooks.py", "self.steps + self.went_backward", "self.steps", HOOKS),
+    python(
+        "hooks count no steps",
+        "integrations/hooks.py",
+        "= self.steps + self.went_backward, False",
+        "= self.steps, False",
+        HOOKS,
+    ),
     python("a wrapper steps over NaN", "optim/wrapper.py", "if not finite:", "if False:", "tests/test_wrapper.py"),
     python(
         "hooks use S on the wrong side",

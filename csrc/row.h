@@ -7,6 +7,7 @@ namespace REFLORA_ISA {
 
 static_assert(sizeof(void*) == 8, "the table holds 64-bit pointers");
 
+constexpr double MEET = 0.999;  // as reference.MEET
 constexpr int64_t KEPT_HEADER = 8;  // doubles before the Grams that are carried to the next step
 
 // S: storage, T: type that the matrix S is applied in; Grams and solve are in double
@@ -171,7 +172,7 @@ struct RowOp {
 
     double change_phase(float* phase, bool identity, double c) {
         const bool was_identity = *phase != REFACTORED_UNITS;
-        *phase = identity ? 0.0f : float(REFACTORED_UNITS);
+        if (was_identity != identity) *phase = identity ? 0.0f : float(REFACTORED_UNITS);
         return was_identity == identity ? 1 : identity ? c : 1 / c;
     }
 
@@ -231,9 +232,10 @@ struct RowOp {
         if (!scalar_norms(s)) return false;
         result[STATUS] = s != 0 ? REFACTORED : DEGENERATE;
         const double by = before && s != 0 ? root(s) : 1, scale = 1 / job.grad_scale;
+        const double back = change_phase(reinterpret_cast<float*>(row[PHASE]), true, s != 0 ? s : 1);
         const double old_a = result[NORM_A], old_b = result[NORM_B];
-        update(0, nullptr, scale / by, by, 1 / by, nullptr);
-        update(SIDE, nullptr, scale * by, 1 / by, by, nullptr);
+        update(0, nullptr, scale / by, by, back / by, nullptr);
+        update(SIDE, nullptr, scale * by, 1 / by, by / back, nullptr);
         if (!(after || job.start) || !scalar_norms(s)) return true;
         if (job.start && !(begun(old_a, old_b) && after)) return result[STATUS] = PLAIN, true;
         if (s == 0) return true;
@@ -242,12 +244,13 @@ struct RowOp {
         return true;
     }
 
-    // whether RefLoRA-S balances this row: from the step on in which its norms, old and new, have crossed
+    // whether RefLoRA-S balances this row: from the step on in which its norms, old and new, have met
     bool begun(double old_a, double old_b) const {
         const double new_a = result[NORM_A], new_b = result[NORM_B];
+        const bool equal = old_a < old_b ? old_a >= MEET * old_b : old_b >= MEET * old_a;
         float* phase = reinterpret_cast<float*>(row[PHASE]);
-        if (*phase == 0 && ((old_b <= old_a && new_b >= new_a) || (old_b >= old_a && new_b <= new_a))) *phase = BALANCED;
-        return *phase != 0;
+        if (equal || (old_b <= old_a && new_b >= new_a) || (old_b >= old_a && new_b <= new_a)) *phase = BALANCED;
+        return *phase == BALANCED;
     }
 
     void scale_side(int side, double by) {

@@ -141,7 +141,7 @@ def advice(layers: Sequence[Layer]) -> str:
         return ""
     return (
         f"stable rank {median:.2f} in the median: nearly all of B A is one direction. The learning rate was low or the "
-        "training short; with RefLoRA, warmup_steps=0 does this from B = 0, and the default does not."
+        "training short; with RefLoRA, warmup_steps=0 does this from B = 0 under Adam, and the default does not."
     )
 
 

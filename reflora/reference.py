@@ -66,6 +66,9 @@ def refactoring(A: Tensor, B: Tensor) -> Refactoring:
     return Refactoring(P @ P.mT, P_inv_T @ P_inv_T.mT, P, P_inv_T, s)
 
 
+MEET = 0.999
+
+
 def shrink_weight(steps: float, start: float) -> float:
     """Weight of the Grams in the S of a step: `w = n^2 / (n^2 + start^2)`, n the steps that a pair has done before.
 
@@ -91,15 +94,18 @@ def balance_scalar(A: Tensor, B: Tensor) -> Tensor:
     return _norm(B) / _norm(A)
 
 
-def crossed(old_A: Tensor, old_B: Tensor, A: Tensor, B: Tensor) -> bool:
-    """Whether the smaller factor of a step's start has come up to the other in norm: RefLoRA-S balances from there on.
+def met(old_A: Tensor, old_B: Tensor, A: Tensor, B: Tensor) -> bool:
+    """Whether in a step the smaller factor has come up to the other in norm: RefLoRA-S balances from there on.
+
+    Norms that are equal before it, up to `MEET`, have met, so that rounding decides nothing.
 
     Adam's step moves every element by about the rate, so the product moves by rate times `||A|| + ||B||`; balancing a
     pair with `||B|| = s ||A||` takes that down by `2 sqrt(s) / (1 + s)`, which costs nothing at s = 1.
     """
     old = [float(_norm(X)) for X in (old_A, old_B)]
     new = [float(_norm(X)) for X in (A, B)]
-    return (old[1] <= old[0] and new[1] >= new[0]) or (old[1] >= old[0] and new[1] <= new[0])
+    crossed = (old[1] <= old[0] and new[1] >= new[0]) or (old[1] >= old[0] and new[1] <= new[0])
+    return crossed or min(old) >= MEET * max(old)
 
 
 def condition(A: Tensor) -> Tensor:

@@ -141,7 +141,7 @@ class Oracle:
             old = entry["A"].clone(), entry["B"].clone()
             for side, options in zip("AB", self.fused.options):
                 self.adam(entry, side, g[side], **options)
-            if scalar_start and entry["phase"] == 0 and reference.crossed(*old, entry["A"], entry["B"]):
+            if scalar_start and entry["phase"] == 0 and reference.met(*old, entry["A"], entry["B"]):
                 entry["phase"] = float(col.BALANCED)
             if scalar_after and scalar_due and (not scalar_start or entry["phase"] != 0):
                 self.refactor(entry)

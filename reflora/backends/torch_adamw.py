@@ -19,7 +19,7 @@ from ..plan import A_SIDE, B_SIDE, Plan
 from . import AdamWStep
 from .torch_groups import SIDES, Group, chosen, groups, record, results_of, saturated, skip
 from .torch_rounding import round_stochastically, row_key
-from .torch_solve import Gram, Solution, gram
+from .torch_solve import Gram, Solution, gram, met
 
 
 @dataclass
@@ -69,12 +69,6 @@ def shrink_weight(count: Tensor, start: int) -> Tensor | None:
     """Weights of the Grams of rows that have done `count` steps (reference.shrink_weight); None for the paper's S."""
     square = count.double() ** 2
     return square / (square + start**2) if start else None
-
-
-def crossed(old_A: Tensor, old_B: Tensor, norm_A: Tensor, norm_B: Tensor) -> Tensor:
-    """Whether the smaller of two norms `[b]` has come up to the other (reference.crossed)."""
-    below, above = (old_B <= old_A) & (norm_B >= norm_A), (old_B >= old_A) & (norm_B <= norm_A)
-    return below | above
 
 
 def scalar_schedule(count: Tensor, step: AdamWStep) -> tuple[Tensor, Tensor]:
@@ -143,21 +137,21 @@ class GroupStep:
         """RefLoRA-S; rows that are not refactored in this step take a plain one."""
         before, after = scalar_schedule(self.count, self.step)
         plain = ~(before | after)
-        self._change_phase(self.done & plain & (self._phases() == col.REFACTORED_UNITS), plain, solution)
+        self._change_phase(self.done & (self._phases() == col.REFACTORED_UNITS), torch.ones_like(plain), solution)
         self._update(self._scalar_refactor(solution, before, grads))
         # by norms of what is stored, not of what has been rounded away
         a, b = (gram(p.to(self.group.dtype), getattr(torch, self.step.precision)) for p in self.P)
         if self.step.start:
-            after = after & self._begun(crossed(old[0].norm, old[1].norm, a.norm, b.norm))
+            after = after & self._begun(met(old[0].norm, old[1].norm, a.norm, b.norm))
         self._scalar_refactor(self.group.solve(a, b, self.step.precision, True), after, grads)
         return self._reported(solution, before | after, PLAIN)
 
     def _begun(self, crosses: Tensor) -> Tensor:
-        """Rows that RefLoRA-S balances: from the step on in which their norms have crossed."""
+        """Rows that RefLoRA-S balances: from the step on in which their norms have met."""
         kept, phases = self.group.once(col.PHASE), self._phases()
-        begins = self.done & (phases == 0) & crosses
+        begins = self.done & crosses
         torch._foreach_copy_(kept, list(phases.masked_fill(begins, col.BALANCED).unbind(0)))
-        return begins | (phases != 0)
+        return begins | (phases == col.BALANCED)
 
     def _phases(self) -> Tensor:
         return torch.stack(self.group.once(col.PHASE))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..contract import DEGENERATE, KAPPA_MAX, REFACTORED, SKIPPED
+from ..reference import MEET
 
 # enough for every X that is not degenerate, and more than most need: nothing here asks whether it has converged
 SCHULZ_STEPS = 22
@@ -159,6 +160,12 @@ def balance(a: Gram, b: Gram, solution: Solution, storage: torch.dtype, apply: t
     status = torch.full_like(s, REFACTORED).where(useful, DEGENERATE).where(solution.status != SKIPPED, SKIPPED)
     column, eye = s.view(-1, 1, 1), torch.eye(a.unit.shape[1], dtype=torch.float64, device=s.device)
     return solution._replace(S=(column * eye).to(apply), S_inv=(eye / column).to(apply), status=status, scale=s)
+
+
+def met(old_A: Tensor, old_B: Tensor, norm_A: Tensor, norm_B: Tensor) -> Tensor:
+    """Whether the smaller of two norms has come up to the other, elementwise (reference.met)."""
+    below, above = (old_B <= old_A) & (norm_B >= norm_A), (old_B >= old_A) & (norm_B <= norm_A)
+    return below | above | (old_A.minimum(old_B) >= MEET * old_A.maximum(old_B))
 
 
 def fits(a: Gram, b: Gram, storage: torch.dtype) -> Tensor:

@@ -20,7 +20,7 @@ class GradientHooks:
 
     For use with an Adam-like optimizer of whatever kind steps the parameters, or parts of them. The hooks run before
     gradients are accumulated, averaged over processes, clipped or shared out. S is linear and stays as it is until
-    `refresh()`, which is to be called after every step that has moved the weights (more often is harmless): so
+    `refresh()`, which is to be called once after every step that has moved the weights: so
     preconditioning commutes with all of that but clipping, which then sees the preconditioned gradients.
 
     From B = 0 S is entered gradually, without its scale c = ||B||_F / ||A||_F. With warmup_steps S has its scale, and
@@ -77,11 +77,16 @@ class GradientHooks:
         gentle = self.warmup_steps is None
         weight = shrink_weight(self.steps, START_STEPS) if gentle else None
         solved = self._ops.solve(range(len(self.pairs)), weight)
-        if gentle:
-            self._matrices = solved
-            return
         for index, found in self._ops.outcome().items():
             kept = self._units[index].to(found.scale)
+            if gentle:
+                # the units of a loaded state in which S had its scale go on
+                units = kept[:, :2].where(kept[:, :2] > 0, 1.0) / found.scale.where(kept[:, 2] > 0, 1.0)[:, None]
+                self._units[index] = torch.cat([units, torch.zeros_like(kept[:, 2:])], 1)
+                of_A, of_B = units.unbind(1)
+                scale = torch.stack([1 / of_B, of_A], 1)[..., None, None]
+                self._matrices[index] = solved[index] * scale.to(solved[index])
+                continue
             units = new_units(kept[:, :2], kept[:, 2], found)
             if self.follow:
                 further = torch.stack([units[:, 0].minimum(found.scale), units[:, 1].maximum(found.scale)], 1)
@@ -106,7 +111,7 @@ class GradientHooks:
 
     def state_dict(self) -> dict[str, Tensor]:
         """By name of the layer `[experts, 4]`: its constants of A and B, whether they are settled, the steps so far."""
-        steps = [units.new_full((len(units), 1), self.steps) for units in self._units]
+        steps = [units.new_full((len(units), 1), self.steps + self.went_backward) for units in self._units]
         return {pair.name: torch.cat(both, 1) for pair, both in zip(self.pairs, zip(self._units, steps))}
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from ..backends import AdamWStep
 
 
+MEET = tl.constexpr(0.999)  # as reference.MEET
+
+
 @triton.jit
 def due(steps, warmup, start, interval):
     """(refactored before the update, after it) of a row that has taken part in `steps` steps."""
@@ -77,12 +80,12 @@ def settle_scalar(
         p_phase = column(p_row, col.PHASE).to(tl.pointer_type(tl.float32))
         has_phase = column(p_row, col.PHASE) != 0
         phase = tl.load(p_phase, mask=has_phase, other=0.0)
-        # a plain step after full refactoring: the moments go back to units of S = I
-        move = tl.where(plain & (phase == col.REFACTORED_UNITS) & (status == col.REFACTORED), scale, 1.0)
+        # after full refactoring the moments go back to units of S = I
+        returns = phase == col.REFACTORED_UNITS
         root = tl.where(before, root, 1.0)
-        move = tl.where(before, 1.0 / root, move)
-        if before & after:
-            # the very first step: what its update comes to is known only now
+        move = tl.where(returns & (status == col.REFACTORED), scale, 1.0) / root
+        if (before & after) | returns:
+            # what the update comes to is known only now
             for chunk in range(0, chunks):
                 step_chunk(
                     p_row, parts, header, hypers, unscale, root, move, None, seed, chunk, chunks_a, width, r, code,
@@ -96,10 +99,11 @@ def settle_scalar(
             status, new_root = balance_root(norm_a, exponent_a, norm_b, exponent_b, code)
             if start != 0:
                 new_a, new_b = norm_a * power_of_two(exponent_a), norm_b * power_of_two(exponent_b)
+                equal = tl.minimum(sizes[0], sizes[1]) >= tl.maximum(sizes[0], sizes[1]) * MEET
                 crosses = ((sizes[1] <= sizes[0]) & (new_b >= new_a)) | ((sizes[1] >= sizes[0]) & (new_b <= new_a))
-                phase = tl.where((phase == 0) & crosses, col.BALANCED, phase)
-                status = tl.where((phase == 0) | (not after), col.PLAIN, status)
-                shown = tl.where(phase == 0, col.PLAIN, shown)
+                phase = tl.where(equal | crosses, col.BALANCED, phase)
+                status = tl.where((phase != col.BALANCED) | (not after), col.PLAIN, status)
+                shown = tl.where(phase != col.BALANCED, col.PLAIN, shown)
             turn = tl.where(status == col.REFACTORED, new_root, 1.0)
         tl.store(header + ROOT, root)
         tl.store(header + MOVE, move)
@@ -107,7 +111,7 @@ def settle_scalar(
         tl.store(header + RUN, 1.0)
         # phase and counts are read by all before they are written
         tl.debug_barrier()
-        tl.store(p_phase, tl.where(plain & (phase == col.REFACTORED_UNITS), 0.0, phase), mask=has_phase)
+        tl.store(p_phase, tl.where(phase == col.REFACTORED_UNITS, 0.0, phase), mask=has_phase)
         store_counts(p_row, count_a, count_b, steps)
     else:
         tl.store(header + RUN, 0.0)

@@ -52,7 +52,7 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
         scalar: RefLoRA-S, the scalar refactoring after every step (Theorem 5), in place of S (Theorem 3).
         interval: Recompute S every that many steps and reuse it in between.
         warmup_steps: None enters S gradually, layer by layer: after n steps of a layer its Grams count in S with the
-            weight `n^2 / (n^2 + 200^2)`, a multiple of I with the rest. From B = 0 the exact S would keep B near the
+            weight `n^2 / (n^2 + 400^2)`, a multiple of I with the rest. From B = 0 the exact S would keep B near the
             rank of one that Adam's first step gives it. A number takes that many first steps with S = I, then the exact
             S, as published; 0 is the exact S from the first step on, `10**9` AdamW itself. With scalar=True, None
             leaves a layer alone until the smaller of ||A|| and ||B|| has come up to the other.

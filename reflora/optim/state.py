@@ -136,7 +136,7 @@ def leave_units(state_A: dict[str, Any], state_B: dict[str, Any], pair: LoRAPair
             for name, power in zip(MOMENTS, (by, by * by, by * by)):
                 if name in state:
                     views(state[name])[expert].mul_(power.to(state[name].dtype))
-    phases.zero_()
+    phases[phases == REFACTORED_UNITS] = 0
 
 
 def adopt(state: dict[str, Any], raw: dict[str, Any], param: Tensor, experts: int, storage: Storage) -> None:

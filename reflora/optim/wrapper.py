@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..backends.torch_solve import met
 from ..contract import (
     NO_GRADIENT,
+    PLAIN,
     SKIPPED,
     START_STEPS,
     LoRAPair,
@@ -85,7 +87,8 @@ class Wrapped(Optimizer):
     is no longer 0), state that the table of transport.py knows is moved to the new unit of the gradients; in front of
     another class the gradients are kept in the old one.
     scalar=True refactors after each step and moves the state; it needs a class in that table. By default a pair waits
-    until its norms have met, with warmup_steps=0 it is refactored before the first step as well.
+    until its norms have met, experts in one pair for the last of them; with warmup_steps=0, and in front of SGD, it is
+    refactored before the first step as well. The start is counted in steps of the optimizer, not of each pair.
     """
 
     base: type[Optimizer]
@@ -119,6 +122,11 @@ class Wrapped(Optimizer):
         place = {param: number for number, param in enumerate(self._params())}
         self._places = [(place.get(pair.A), place.get(pair.B)) for pair in self.pairs]
         assert self._ops  # now, for what it refuses
+
+    @property
+    def _gentle(self) -> bool:
+        """Whether S is entered gradually; in front of SGD it need not be, and its scale is part of the step."""
+        return self.warmup_steps is None and not proportional(self.base)
 
     @functools.cached_property
     def _ops(self) -> PairOps | ShardedOps:
@@ -212,7 +220,7 @@ class Wrapped(Optimizer):
     def _precondition(self, active: list[bool], steps: int) -> dict[Tensor, dict[str, Tensor]]:
         """Gradients times S; what is to be kept in the state of A's: with an interval, the matrices newly computed."""
         since = steps - (self.warmup_steps or 0)
-        gentle = self.warmup_steps is None and not proportional(self.base)
+        gentle = self._gentle
         weight = shrink_weight(steps, START_STEPS) if gentle else None
         chosen = [index for index, on in enumerate(active) if on]
         if since < 0:
@@ -230,7 +238,7 @@ class Wrapped(Optimizer):
         unsettled = [i for i in (fresh if self.interval > 1 else chosen) if i not in self._settled]
         for i, entries in self._change_units(unsettled, gentle).items():
             kept.setdefault(self.pairs[i].A, {}).update(entries)
-        if not movable(self.base) and not gentle:
+        if not movable(self.base):
             for i in chosen:
                 units = kept.get(self.pairs[i].A, {}).get(UNIT, self.state.get(self.pairs[i].A, {}).get(UNIT))
                 if units is not None:
@@ -254,7 +262,7 @@ class Wrapped(Optimizer):
         Returns what is to be kept of these layers: reflora_phase `[experts]`, 1 where S is not I, and for a class whose
         state cannot be moved reflora_unit `[experts, 2]`, of `new_units`. Reads one flag a layer from the device until
         that layer has left I, nothing afterwards. unscaled: S comes without c, so that units are always those of I; a
-        loaded state in others is moved back.
+        loaded state in others is moved back, or its gradients are kept in them.
         """
         if not unsettled:
             return {}
@@ -267,9 +275,13 @@ class Wrapped(Optimizer):
             leaves, returns = (after == 1) & (before != 1), (after == 0) & (before == 1) & unscaled
             units.append(found.scale.where(leaves, 1.0) / found.scale.where(returns, 1.0))
             kept[i] = {PHASE: after.float()}
-            if not movable(self.base) and not unscaled:
+            if not movable(self.base):
                 own_units = own.get(UNIT, found.scale.new_zeros(len(before), 2))
-                kept[i][UNIT] = new_units(own_units, before, found, self.interval > 1)
+                if unscaled:
+                    own_units = own_units.where(own_units > 0, 1.0) / found.scale.where(returns, 1.0)[:, None]
+                    kept[i][UNIT] = own_units
+                else:
+                    kept[i][UNIT] = new_units(own_units, before, found, self.interval > 1)
             if unscaled or after.all():
                 self._settled.add(i)
         if movable(self.base):
@@ -278,8 +290,8 @@ class Wrapped(Optimizer):
 
     def _scalar_step(self, active: list[bool], steps: int, moving: bool) -> None:
         """RefLoRA-S. `moving` False is a step that only makes state, as loaders take one."""
-        gentle = self.warmup_steps is None
-        if steps == 0 and self.warmup_steps == 0 and moving:
+        gentle = self._gentle
+        if steps == 0 and not gentle and not self.warmup_steps and moving:
             self._refactor(active, with_grads=True)
         waiting = [i for i, on in enumerate(active) if on and gentle and i not in self._settled]
         StateMove(self, [self.pairs[i] for i in waiting])  # refuses now what it would refuse once a pair begins
@@ -293,16 +305,15 @@ class Wrapped(Optimizer):
         if after_warmup >= 0 and after_warmup % self.interval == 0 and moving:
             chosen = [on and not (gentle and i not in self._settled) for i, on in enumerate(active)]
             if any(chosen):
-                self._refactor(chosen, with_grads=False)
+                return self._refactor(chosen, with_grads=False)
+        self._skip = uniform(self.pairs, PLAIN)
 
     def _look(self, index: int, before: Tensor, after: Tensor) -> None:
-        """Settle a pair whose norms `[2, experts]` have crossed, expert by expert; kept in the state of its A."""
+        """Settle a pair whose norms `[2, experts]` have met, in all of its experts; kept in the state of its A."""
         own = self.state[self.pairs[index].A]
-        (old_A, old_B), (new_A, new_B) = before, after
-        crosses = ((old_B <= old_A) & (new_B >= new_A)) | ((old_B >= old_A) & (new_B <= new_A))
-        phase = own.get(PHASE, torch.zeros_like(old_A, dtype=torch.float32))
-        own[PHASE] = phase.masked_fill(crosses, BALANCED)
-        if own[PHASE].all():
+        phase = own.get(PHASE, torch.zeros_like(before[0], dtype=torch.float32))
+        own[PHASE] = phase.masked_fill(met(*before, *after), BALANCED)
+        if (own[PHASE] == BALANCED).all():
             self._settled.add(index)
 
     def _refactor(self, active: list[bool], with_grads: bool) -> None:
