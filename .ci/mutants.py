@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 LINALG = "tests/test_linalg.py tests/test_eigh.py tests/test_adversarial_linalg.py"
 STEPS = "tests/test_functional.py tests/test_adamw.py tests/test_adamw_state.py tests/test_adamw_changes.py"
-START, HOOKS = "tests/test_start.py", "tests/test_hooks.py"
+START, HOOKS = "tests/test_start.py tests/test_start_states.py", "tests/test_hooks.py"
 TRITON = "tests/test_kernels.py tests/test_kernels_adamw.py tests/test_kernels_linalg.py tests/test_adamw_state.py"
 
 

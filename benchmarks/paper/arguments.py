@@ -47,6 +47,15 @@ def add_grid(made: argparse.ArgumentParser, rates: Sequence[float]) -> None:
     made.add_argument("--table", action="store_true", help="make no run, print the table of those there are")
 
 
+def parse_grid(made: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options of a program that tunes learning rates and keeps its runs in one file, checked."""
+    options = made.parse_args(argv)
+    check(made, options)
+    check_rates(made, "--lrs", options.lrs)
+    check_file(made, options.out)
+    return options
+
+
 def check(made: argparse.ArgumentParser, chosen: argparse.Namespace, counts: Sequence[str] = ()) -> None:
     """Leave with one clear line where a common option is bad; `counts`: more of them that are 1 or more."""
     device = harness.pick_device(made, chosen.device)

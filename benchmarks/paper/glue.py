@@ -111,11 +111,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     made.add_argument("--tasks", nargs="+", default=["cola", "sst2", "mrpc", "stsb", "rte"], choices=list(TASKS))
     arguments.add_grid(made, (3e-4, 1e-3, 3e-3, 1e-2))
     made.set_defaults(out=Path("benchmarks/results/paper/glue.jsonl"), data=glue_tasks.HUB)
-    options = made.parse_args(argv)
-    arguments.check(made, options)
-    arguments.check_rates(made, "--lrs", options.lrs)
-    arguments.check_file(made, options.out)
-    return options
+    return arguments.parse_grid(made, argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -166,28 +166,24 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         model="proxy", seeds=[0], steps=400, batch=8, length=64, rank=16, alpha=None,
         out=Path("benchmarks/results/paper/language.jsonl"),
     )  # fmt: skip
-    options = made.parse_args(argv)
-    arguments.check(made, options)
-    arguments.check_rates(made, "--lrs", options.lrs)
-    arguments.check_file(made, options.out)
-    return options
+    return arguments.parse_grid(made, argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
     record = finetuning.Record(options.out, arguments.environment(options))
-    asked = [one for one in record.runs() if one.get("task") == options.task and one["method"] in options.methods]
     if not options.table:
         try:
             series(options, record)
         except (OSError, ValueError, ImportError) as error:
             raise SystemExit(f"language: {error}") from error
-        asked = [one for one in record.runs() if one.get("task") == options.task and one["method"] in options.methods]
+    asked = [one for one in record.runs() if one.get("task") == options.task and one["method"] in options.methods]
     for what, runs in tables.settings(asked).items():
         print(f"\n{what}: {len(runs)} runs, the last on {harness.header(runs[-1]['machine'])}")
         print(table(runs))
-    if drawn := asked and draw(options.out.with_suffix(".png"), asked, asked[-1]["machine"]):
-        print(f"\nwrote {options.out.with_suffix('.png')}" if drawn else "")
+    picture = options.out.with_suffix(".png")
+    if asked and draw(picture, asked, asked[-1]["machine"]):
+        print(f"\nwrote {picture}")
 
 
 def series(options: argparse.Namespace, record: finetuning.Record) -> list[dict[str, Any]]:

@@ -93,13 +93,13 @@ class PairOps:
 
     def norms(self, indices: Iterable[int]) -> dict[int, Tensor]:
         """Frobenius norms of A and B of some pairs, float64 `[2, experts]`."""
-        found = {}
-        for index in indices:
-            pair = self.pairs[index]
-            sides = (pair.views_A(pair.A.detach()), pair.views_B(pair.B.detach()))
-            rows = [[torch.linalg.vector_norm(view, dtype=torch.float64) for view in views] for views in sides]
-            found[index] = torch.stack([torch.stack(row) for row in rows])
-        return found
+        pairs = {index: self.pairs[index] for index in indices}
+        views = [v for p in pairs.values() for v in (*p.views_A(p.A.detach()), *p.views_B(p.B.detach()))]
+        norms = iter(torch._foreach_norm(views, dtype=torch.float64) if views else [])
+        return {
+            index: torch.stack([next(norms) for _ in range(2 * pair.experts)]).view(2, -1)
+            for index, pair in pairs.items()
+        }
 
     def precondition(self, active: Sequence[bool], scalar: bool = False, weight: float | None = None) -> None:
         """`reflora.precondition_` of each active pair's `.grad`; weight: as Backend.precondition has it."""

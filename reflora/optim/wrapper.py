@@ -297,9 +297,8 @@ class Wrapped(Optimizer):
         StateMove(self, [self.pairs[i] for i in waiting])  # refuses now what it would refuse once a pair begins
         before = self._ops.norms(waiting)
         _unhooked_step(self.base)(self)
-        for i, after in self._ops.norms(waiting).items():
-            self._look(i, before[i], after)
         if waiting:
+            self._look(before, self._ops.norms(waiting))
             self._hold_places()
         after_warmup = steps + 1 - (self.warmup_steps or 0)
         if after_warmup >= 0 and after_warmup % self.interval == 0 and moving:
@@ -308,13 +307,15 @@ class Wrapped(Optimizer):
                 return self._refactor(chosen, with_grads=False)
         self._skip = uniform(self.pairs, PLAIN)
 
-    def _look(self, index: int, before: Tensor, after: Tensor) -> None:
-        """Settle a pair whose norms `[2, experts]` have met, in all of its experts; kept in the state of its A."""
-        own = self.state[self.pairs[index].A]
-        phase = own.get(PHASE, torch.zeros_like(before[0], dtype=torch.float32))
-        own[PHASE] = phase.masked_fill(met(*before, *after), BALANCED)
-        if (own[PHASE] == BALANCED).all():
-            self._settled.add(index)
+    def _look(self, before: dict[int, Tensor], after: dict[int, Tensor]) -> None:
+        """Settle pairs whose norms `[2, experts]` have met, in all of their experts; kept in the states of the A."""
+        begun: list[Tensor] = []
+        for i, norms in after.items():
+            own = self.state[self.pairs[i].A]
+            phase = own.get(PHASE, torch.zeros_like(norms[0], dtype=torch.float32))
+            own[PHASE] = phase.masked_fill(met(*before[i], *norms), BALANCED)
+            begun.append((own[PHASE] == BALANCED).all().to(begun[0].device if begun else own[PHASE].device))
+        self._settled.update(i for i, on in zip(after, torch.stack(begun).tolist()) if on)
 
     def _refactor(self, active: list[bool], with_grads: bool) -> None:
         chosen = [index for index, on in enumerate(active) if on]

@@ -1,0 +1,227 @@
+"""RefLoRA's start in a run: exact on resume, the same by every way in, and across changes of its options."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from start_cases import crossing_pairs, drifting, start_of, trained
+from toys import factors, leaf_pairs, random_grads
+
+import reflora
+from reflora import RefLoRAAdamW, contract
+from reflora import plan as col
+from reflora.contract import PLAIN
+
+DOUBLE = torch.float64
+
+
+@pytest.mark.parametrize("scalar", [False, True])
+@pytest.mark.parametrize("kind", ["RefLoRAAdamW", "wrap"])
+def test_a_resumed_run_has_the_same_bits(backend, kind, scalar):
+    """In the middle of the start; B is 0 at the first of these steps."""
+
+    def make(pairs):
+        if kind == "wrap":
+            cls = reflora.wrap(torch.optim.AdamW)
+            return cls(factors(pairs), pairs=pairs, lr=0.1, scalar=scalar, backend=backend)
+        return RefLoRAAdamW(pairs, lr=0.1, scalar=scalar, backend=backend)
+
+    half, whole = (4, 7) if backend == "triton" else (30, 60)
+    pairs = start_of()
+    optimizer = make(pairs)
+    trained(optimizer, pairs, (0, half), drift=1.0)
+    kept = copy.deepcopy(optimizer.state_dict())
+    assert {float(optimizer.state[A]["reflora_phase"]) for A, _ in pairs} == {col.BALANCED if scalar else 0}
+    resumed = [tuple(t.detach().clone().requires_grad_() for t in pair) for pair in pairs]
+    trained(optimizer, pairs, (half, whole), drift=1.0)
+    again = make(resumed)
+    again.load_state_dict(kept)
+    trained(again, resumed, (half, whole), drift=1.0)
+    assert all(torch.equal(p, q) for p, q in zip(factors(pairs), factors(resumed)))
+
+
+DEFAULTS = {
+    "RefLoRAAdamW": lambda model, pairs: RefLoRAAdamW(model.parameters(), pairs=pairs, lr=1e-2),
+    "create_reflora_optimizer": lambda model, pairs: reflora.create_reflora_optimizer(model, lr=1e-2),
+    "of a class": lambda model, pairs: reflora.create_reflora_optimizer(
+        model, reflora.wrap(torch.optim.AdamW), lr=1e-2
+    ),
+    "Trainer's factory": lambda model, pairs: reflora.OptimizerFactory()(model, lr=1e-2),
+    "wrap": lambda model, pairs: reflora.wrap(torch.optim.AdamW)(model.parameters(), pairs=pairs, lr=1e-2),
+    "GradientHooks": lambda model, pairs: torch.optim.AdamW(model.parameters(), lr=1e-2),
+    "exact": lambda model, pairs: RefLoRAAdamW(model.parameters(), pairs=pairs, lr=1e-2, warmup_steps=0),
+    "LoRA": lambda model, pairs: torch.optim.AdamW(model.parameters(), lr=1e-2),
+}
+
+
+def ten_steps(kind: str) -> torch.Tensor:
+    """B A after ten steps from B = 0; the parameters that train are those of a PEFT layer."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(24, 20)), LoraConfig(r=4, target_modules=["0"]))
+    pairs = reflora.find_pairs(model)
+    optimizer = DEFAULTS[kind](model, pairs)
+    hooks = reflora.GradientHooks(model) if kind == "GradientHooks" else None
+    for _ in range(10):
+        optimizer.zero_grad()
+        (model(torch.randn(32, 24) + 1) - 1).square().mean().backward()
+        optimizer.step()
+        if hooks:
+            hooks.refresh()
+    return (pairs[0].B @ pairs[0].A).detach()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in DEFAULTS if kind not in ("exact", "LoRA")])
+def test_whoever_does_nothing_gets_the_gentle_start(kind):
+    lora, exact, ours = ten_steps("LoRA"), ten_steps("exact"), ten_steps(kind)
+    assert (exact - lora).norm() > 0.05 * lora.norm() and 0 < (ours - lora).norm() < 0.005 * lora.norm()
+
+
+def test_wrapped_adamw_starts_as_the_fused_one(fast_backend):
+    ours = start_of(DOUBLE)
+    theirs = [tuple(t.detach().clone().requires_grad_() for t in pair) for pair in ours]
+    fused = RefLoRAAdamW(ours, lr=1e-2, backend=fast_backend)
+    wrapped = reflora.wrap(torch.optim.AdamW)(factors(theirs), pairs=theirs, lr=1e-2, backend=fast_backend)
+    trained(fused, ours, (0, 50))
+    trained(wrapped, theirs, (0, 50))
+    for p, q in zip(factors(ours), factors(theirs)):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
+def test_wrapped_refloras_starts_as_the_fused_one(fast_backend):
+    named = crossing_pairs(DOUBLE)
+    ours = [(p.A.requires_grad_(), p.B.requires_grad_()) for p in named]
+    theirs = [tuple(t.detach().clone().requires_grad_() for t in pair) for pair in ours]
+    fused = RefLoRAAdamW(ours, lr=2e-2, scalar=True, backend=fast_backend)
+    wrapped = reflora.wrap(torch.optim.AdamW)(factors(theirs), pairs=theirs, lr=2e-2, scalar=True, backend=fast_backend)
+    for _ in range(30):
+        grads = [g for both in drifting(named) for g in both]
+        for own, optimizer in ((ours, fused), (theirs, wrapped)):
+            for p, g in zip(factors(own), grads):
+                p.grad = g.clone()
+            optimizer.step()
+    for p, q in zip(factors(ours), factors(theirs)):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+    phases = [[float(opt.state[A]["reflora_phase"]) for A, _ in own] for opt, own in ((fused, ours), (wrapped, theirs))]
+    assert phases[0] == phases[1] and phases[0][0] == col.BALANCED
+
+
+def test_sgd_keeps_the_scale_of_S(fast_backend):
+    """Its steps grow with the gradient: there the default is the paper's S."""
+    ours, theirs = leaf_pairs([(4, 30, 21)]), None
+    theirs = [tuple(t.detach().clone().requires_grad_() for t in pair) for pair in ours]
+    SGD = reflora.wrap(torch.optim.SGD)
+    default = SGD(factors(ours), pairs=ours, lr=1e-3, backend=fast_backend)
+    exact = SGD(factors(theirs), pairs=theirs, lr=1e-3, backend=fast_backend, warmup_steps=0)
+    trained(default, ours, (0, 5))
+    trained(exact, theirs, (0, 5))
+    assert all(torch.equal(p, q) for p, q in zip(factors(ours), factors(theirs)))
+
+
+def test_a_state_in_units_of_c_S_is_moved_back(fast_backend):
+    """A run with the paper's S that goes on with the default: the moments stay those of the same gradients."""
+    pairs = leaf_pairs([(4, 30, 21)])
+    (A, B), scale = pairs[0], None
+    exact = RefLoRAAdamW(pairs, lr=0.0, weight_decay=0.0, warmup_steps=0, backend=fast_backend)
+    trained(exact, pairs, (0, 5))
+    assert float(exact.state[A]["reflora_phase"]) == 1
+    gentle = RefLoRAAdamW(pairs, lr=0.0, weight_decay=0.0, backend=fast_backend)
+    gentle.load_state_dict(exact.state_dict())
+    gentle.state[A]["reflora_steps"].fill_(1e9)  # the exact S over c, from here on
+    before = exact.state[B]["exp_avg"].clone()
+    B.grad, A.grad = torch.zeros_like(B), torch.zeros_like(A)
+    gentle.step()
+    scale = float(B.detach().norm() / A.detach().norm())
+    assert float(gentle.state[A]["reflora_phase"]) == 0
+    torch.testing.assert_close(gentle.state[B]["exp_avg"], 0.9 * before / scale, rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("given", [-1, 1.5, True, "0", 2**31])
+def test_warmup_steps_of_a_wrong_kind_are_refused(given):
+    pairs = leaf_pairs([(2, 5, 6)])
+    for cls in (RefLoRAAdamW, reflora.wrap(torch.optim.AdamW)):
+        with pytest.raises(ValueError, match="warmup_steps: expected .*, got"):
+            cls(factors(pairs), pairs=pairs, warmup_steps=given)
+
+
+def test_steps_that_are_not_yet_balanced_are_reported_as_plain(fast_backend):
+    pairs = start_of()
+    optimizer = RefLoRAAdamW(pairs, lr=1e-4, scalar=True, backend=fast_backend)
+    trained(optimizer, pairs, (0, 2))
+    assert optimizer.diagnostics().status.tolist() == [PLAIN, PLAIN]
+    assert contract.START_STEPS == 400
+
+
+# ---- what a reviewer found
+
+
+def test_a_step_without_one_gradient_does_not_end_the_balance(fast_backend):
+    pairs = start_of()
+    optimizer = RefLoRAAdamW(pairs, lr=2e-2, scalar=True, backend=fast_backend)
+    A, B = pairs[0]
+    optimizer.state[A]["reflora_phase"] = torch.tensor([float(col.BALANCED)])
+    A.grad, B.grad = None, torch.randn_like(B)
+    optimizer.step()
+    assert float(optimizer.state[A]["reflora_phase"]) == col.BALANCED
+
+
+def test_equal_norms_have_met_whatever_rounding_says(backend):
+    """As those of an adapter that has been balanced."""
+    pairs = []
+    for _ in range(4):
+        A = torch.randn(3, 20)
+        pairs.append((A.requires_grad_(), A.detach()[:, torch.randperm(20)].mT.contiguous().requires_grad_()))
+    optimizer = RefLoRAAdamW(pairs, lr=1e-3, scalar=True, backend=backend)
+    random_grads(factors(pairs), torch.Generator().manual_seed(0))
+    optimizer.step()
+    assert all(float(optimizer.state[A]["reflora_phase"]) == col.BALANCED for A, _ in pairs)
+
+
+def test_a_full_state_goes_on_as_refloras_in_units_of_I(backend):
+    """Moments of c S are moved back at once, and the pair waits for its norms like any other."""
+    pairs = [(0.9 * A.detach(), 0.01 * B.detach()) for A, B in leaf_pairs([(4, 30, 21)])]
+    pairs = [(A.requires_grad_(), B.requires_grad_()) for A, B in pairs]
+    (A, B), generator = pairs[0], torch.Generator().manual_seed(0)
+    full = RefLoRAAdamW(pairs, lr=0.0, weight_decay=0.0, warmup_steps=0, backend=backend)
+    random_grads(factors(pairs), generator)
+    full.step()
+    scale = float(B.detach().norm() / A.detach().norm())
+    before = full.state[A]["exp_avg"].clone(), full.state[B]["exp_avg"].clone()
+    for warmup_steps, phase in ((None, 0), (10**6, 0)):
+        scalar = RefLoRAAdamW(pairs, lr=0.0, weight_decay=0.0, scalar=True, warmup_steps=warmup_steps, backend=backend)
+        scalar.load_state_dict(copy.deepcopy(full.state_dict()))
+        A.grad, B.grad = torch.zeros_like(A), torch.zeros_like(B)
+        scalar.step()
+        assert float(scalar.state[A]["reflora_phase"]) == phase
+        for factor, old, unit in ((A, before[0], scale), (B, before[1], 1 / scale)):
+            torch.testing.assert_close(scalar.state[factor]["exp_avg"], 0.9 * old * unit, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("turns", [(None, 0), (0, None)])
+def test_gradients_in_front_of_a_state_that_cannot_be_moved_keep_their_size(turns):
+    """RMSprop's state is nobody's to move: a change of warmup_steps on a loaded state must not change its unit."""
+    pairs = [(A, (0.01 * B.detach()).requires_grad_()) for A, B in leaf_pairs([(4, 30, 21)])]
+    (A, B), sizes, state = pairs[0], [], None
+    for warmup_steps in turns:
+        cls = reflora.wrap(torch.optim.RMSprop)
+        optimizer = cls(factors(pairs), pairs=pairs, lr=0.0, warmup_steps=warmup_steps)
+        if state:
+            optimizer.load_state_dict(state)
+            optimizer.param_groups[0]["reflora_steps"] = 10**9  # past the start: the exact S
+        else:
+            optimizer.param_groups[0]["reflora_steps"] = 10**9
+        random_grads(factors(pairs), torch.Generator().manual_seed(0))
+        optimizer.step()
+        sizes.append([float(A.grad.norm()), float(B.grad.norm())])
+        state = optimizer.state_dict()
+    assert sizes[0] == pytest.approx(sizes[1], rel=1e-6)
+
+
+def test_wrapped_pairs_that_wait_are_reported_as_plain():
+    pairs = start_of()
+    optimizer = reflora.wrap(torch.optim.AdamW)(factors(pairs), pairs=pairs, lr=1e-4, scalar=True)
+    trained(optimizer, pairs, (0, 2))
+    assert optimizer.diagnostics().status.tolist() == [PLAIN, PLAIN]
