@@ -322,6 +322,8 @@ def tried(tree: Path, fault: Fault) -> str:
         return first_failure(tree, fault)
     finally:
         path.write_text(sound)
+        if fault.file.startswith("csrc/"):
+            build(tree)  # or the next fault would be tried, and caught, with this one in the core
 
 
 def first_failure(tree: Path, fault: Fault) -> str:
