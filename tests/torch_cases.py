@@ -96,11 +96,11 @@ class PlainRow:
         if not scalar:
             S, S_inv = self.choose(warmup_steps, interval)
             g = {"A": S_inv @ g["A"], "B": g["B"] @ S}
-        elif self.count == 0 == warmup_steps:
-            root = self.refactor()
-            g = {"A": g["A"] / root, "B": g["B"] * root}
-        elif not after:
-            self.plain()
+        else:
+            self.plain()  # of a state that has been in units of S
+            if self.count == 0 == warmup_steps:
+                root = self.refactor()
+                g = {"A": g["A"] / root, "B": g["B"] * root}
         self.t += 1
         for (name, _), options in zip(SIDES, self.bound.options):
             self.update(name, g[name] if name == "A" else g[name].mT, *options)
