@@ -64,18 +64,22 @@ def cpu_model() -> str:
 
 
 def commit() -> str:
-    """Short hash of the checkout that this file lies in, with `-dirty` for uncommitted changes.
+    """Short hash of the checkout that this file lies in, with `-dirty` for uncommitted changes to all but its results.
 
     Outside git what REFLORA_COMMIT says, or "none".
     """
-    folder = Path(__file__).parent
     outside = os.environ.get("REFLORA_COMMIT") or "none"
     try:
-        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude", "*"]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        head = _git("rev-parse", "--short", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results")
     except FileNotFoundError:
         return outside
-    return result.stdout.strip() or outside
+    return head + "-dirty" * bool(changed) if head else outside
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _version(package: str) -> str:

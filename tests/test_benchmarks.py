@@ -8,6 +8,8 @@ import json
 import math
 import os
 import re
+import shutil
+import subprocess
 import threading
 from collections import Counter
 from pathlib import Path
@@ -190,6 +192,30 @@ def test_csv_has_one_measurement_a_row(tmp_path: Path) -> None:
 
 
 # ---- the published loop
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="there is no git")
+def test_commit_is_dirty_by_code_not_by_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, rows = tmp_path / "benchmarks/harness.py", tmp_path / "benchmarks/results/rows.csv"
+    rows.parent.mkdir(parents=True)
+    for path in (code, rows):
+        path.write_text("1")
+
+    def git(*command: str) -> str:
+        whole = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@x", *command]
+        return subprocess.run(whole, check=True, capture_output=True, text=True).stdout
+
+    monkeypatch.setattr(harness, "__file__", str(code))
+    monkeypatch.setenv("REFLORA_COMMIT", "abc")
+    assert harness.commit() == "abc"
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    head = git("rev-parse", "--short", "HEAD").strip()
+    rows.write_text("2")
+    assert harness.commit() == head
+    code.write_text("2")
+    assert harness.commit() == f"{head}-dirty"
 
 
 def test_published_mean_is_the_closed_form_in_float64() -> None:
