@@ -92,8 +92,27 @@ def test_table_marks_a_best_rate_inside_and_at_the_end() -> None:
     edge = [run_of(lr, loss, plain_steps=0) for lr, loss in ((1e-3, 3.0), (3e-3, 2.0), (1e-2, 1.5))]
     lost = [run_of(1e-3, 3.0, method="lora"), run_of(3e-3, None, method="lora")]
     lines = language.table([*inside, *edge, *lost]).splitlines()
-    assert "2.0000*" in lines[2] and "!" not in lines[2] and "1.5000!" in lines[3]
-    assert "diverged" in lines[4] and lines[4].rstrip().endswith("-")
+    assert "diverged" in lines[2] and lines[2].rstrip().endswith("-")
+    assert "2.0000*" in lines[3] and "!" not in lines[3] and "1.5000!" in lines[4]
+
+
+def test_losses_are_compared_seed_by_seed() -> None:
+    lora = [run_of(1e-3, loss, method="lora", seed=seed) for seed, loss in enumerate((2.0, 4.0))]
+    runs = [
+        run_of(1e-3, 2.02),
+        run_of(1e-3, 4.12, seed=1),
+        run_of(1e-3, 9.0, seed=2),
+        run_of(1e-3, None, plain_steps=9),
+    ]
+    assert language.above_lora([*runs, *lora]) == {"RefLoRA": {1e-3: pytest.approx(2.0)}}
+    assert language.table_above_lora([*runs, *lora]).splitlines()[-1].split() == ["RefLoRA", "+2.00"]
+    assert language.table_above_lora(runs) == ""
+
+
+def test_a_method_comes_first_with_its_own_start() -> None:
+    starts = [run_of(1e-3, 3.0, plain_steps=plain) for plain in (100, 0, None)]
+    names = ["RefLoRA", "RefLoRA, exact from B = 0", "RefLoRA, 100 plain steps"]
+    assert [line.partition("  ")[0] for line in language.table(starts).splitlines()[2:]] == names
 
 
 def test_settings_may_differ_in_how_they_start() -> None:

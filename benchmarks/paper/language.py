@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ def table(runs: Sequence[Run]) -> str:
     """
     rates = sorted({run["lr"] for run in runs})
     lines = []
-    for name in dict.fromkeys(map(tables.name_of, runs)):
+    for name in _names(runs):
         own = [run for run in runs if tables.name_of(run) == name]
         means = {lr: mean(own, lr) for lr in rates if any(run["lr"] == lr for run in own)}
         best = min(means, key=means.__getitem__)
@@ -116,40 +116,96 @@ def _cell(runs: Sequence[Run], lr: float, mark: str) -> str:
     return f"{loss:.4f}{mark} ({rank:.1f}; {condition:.0f})"
 
 
+def above_lora(runs: Sequence[Run]) -> dict[str, dict[float, float]]:
+    """By method and learning rate: held-out loss above LoRA's of the same rate and seed, in %, mean over the seeds.
+
+    Seeds share their rows and their order, so that what a seed adds to both cancels.
+    """
+    lora = {(run["lr"], run["seed"]): run["held_out"] for run in runs if run["method"] == "lora" and run["finite"]}
+    pairs = [(run, lora.get((run["lr"], run["seed"]))) for run in runs if run["finite"] and run["method"] != "lora"]
+    return _means((run, 100 * (run["held_out"] / base - 1)) for run, base in pairs if base is not None)
+
+
+def table_above_lora(runs: Sequence[Run]) -> str:
+    """`above_lora` as a table; "" where there is nothing to compare."""
+    found = above_lora(runs)
+    rates = sorted({lr for of_method in found.values() for lr in of_method})
+    lines = [
+        [name, *(f"{found[name][lr]:+.2f}" if lr in found[name] else "-" for lr in rates)]
+        for name in _names(runs)
+        if name in found
+    ]
+    return harness.table(["above LoRA, %", *(f"{lr:g}" for lr in rates)], lines) if lines else ""
+
+
 def draw(path: Path, runs: Sequence[Run], env: Mapping[str, str]) -> bool:
-    """PNG: loss and stable rank against the learning rate, a row of panels a rank. False without matplotlib."""
+    """PNG: loss, what it is above LoRA's, and stable rank against the rate; a row of panels a setting.
+
+    False without matplotlib.
+    """
     pyplot = drawing.pyplot()
     if pyplot is None:
         return False
-    ranks = sorted({run["rank"] for run in runs})
-    names = list(dict.fromkeys(map(tables.name_of, runs)))
+    settings = sorted(tables.settings(runs).values(), key=lambda some: (some[0]["model"], some[0]["rank"]))
+    names = _names(runs)
     with pyplot.rc_context(drawing.STYLE):
-        figure, axes = pyplot.subplots(len(ranks), 2, figsize=(6.4, 2.3 * len(ranks) + 0.4), squeeze=False)
-        for row, rank in zip(axes, ranks):
-            some = [run for run in runs if run["rank"] == rank]
-            _panel(row[0], some, names, "held_out", f"held-out loss, r = {rank}")
-            _panel(row[1], some, names, "stable_rank", "stable rank of B A")
-            best = min(mean(some, run["lr"]) for run in some)
-            row[0].set_ylim(best * 0.99, best * 1.2)
+        size = (7.2, 1.9 * len(settings) + 0.6)
+        figure, axes = pyplot.subplots(len(settings), 3, figsize=size, squeeze=False)
+        for row, some in zip(axes, settings):
+            title = f"{some[0]['model']}, r = {some[0]['rank']}"
+            best = min((run["held_out"] for run in some if run["finite"]), default=1.0)
+            losses, ranks = (
+                _means((run, run[what]) for run in some if run["finite"] and what in run)
+                for what in ("held_out", "stable_rank")
+            )
+            _panel(row[0], losses, names, f"held-out loss\n{title}", (best * 0.99, best * 1.2))
+            _panel(row[1], above_lora(some), names, "above LoRA's, %", (-0.6, 1.2))
+            _panel(row[2], ranks, names, "stable rank of B A")
+        for axis in axes[-1]:
+            axis.set_xlabel("learning rate, thousandths")
         drawing.finish(figure, [axes[0][0]], env, len(names))
         drawing.save(pyplot, figure, path)
     return True
 
 
-def _panel(axis: Any, runs: Sequence[Run], names: Sequence[str], what: str, title: str) -> None:
+def _names(runs: Iterable[Run]) -> list[str]:
+    """Of methods in their order, each with its own start first."""
+    order = list(methods.LABELS)
+    starts = {}
+    for run in runs:
+        plain = run.get("plain_steps")
+        starts[tables.name_of(run)] = order.index(run["method"]), -1 if plain is None else plain
+    return sorted(starts, key=starts.__getitem__)
+
+
+def _means(values: Iterable[tuple[Run, float]]) -> dict[str, dict[float, float]]:
+    """By method and learning rate, over the seeds."""
+    found: dict[str, dict[float, list[float]]] = {}
+    for run, value in values:
+        found.setdefault(tables.name_of(run), {}).setdefault(run["lr"], []).append(value)
+    return {name: {lr: statistics.fmean(some) for lr, some in sorted(rates.items())} for name, rates in found.items()}
+
+
+def _panel(
+    axis: Any, curves: Mapping[str, Mapping[float, float]], names: Sequence[str], title: str,
+    limits: tuple[float, float] | None = None,
+) -> None:  # fmt: skip
+    """The curves that there are, with an entry in the legend for each of the names."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     for number, name in enumerate(names):
-        own = [run for run in runs if tables.name_of(run) == name and run["finite"] and what in run]
-        rates = sorted({run["lr"] for run in own})
-        values = [statistics.fmean(run[what] for run in own if run["lr"] == lr) for lr in rates]
+        curve = curves.get(name, {})
         method, _, start = name.partition(", ")
         colour = STARTS.get(start) or figures.COLOURS.get(method, "#555555")
         dashes = "--" if method == methods.LABELS["reflora-s"] else "-"
-        axis.plot(rates, values, dashes, color=colour, marker="os^Dv<>P"[number % 8], ms=3, lw=1.1, label=name)
-    axis.set(xscale="log", xlabel="learning rate", ylabel=title)
-    axis.xaxis.set_major_locator(FixedLocator(sorted({run["lr"] for run in runs})))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
+        marker = "os^Dv<>P"[number % 8]
+        axis.plot(list(curve), list(curve.values()), dashes, color=colour, marker=marker, ms=3, lw=1.1, label=name)
+    rates = sorted({lr for curve in curves.values() for lr in curve})
+    axis.set(xscale="log", ylabel=title)
+    if limits:
+        axis.set_ylim(*limits)
+    axis.xaxis.set_major_locator(FixedLocator(rates))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{1000 * rate:g}"))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.grid(**drawing.GRID)
 
@@ -180,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     asked = [one for one in record.runs() if one.get("task") == options.task and one["method"] in options.methods]
     for what, runs in tables.settings(asked).items():
         print(f"\n{what}: {len(runs)} runs, the last on {harness.header(runs[-1]['machine'])}")
-        print(table(runs))
+        print("\n\n".join(filter(None, (table(runs), table_above_lora(runs)))))
     picture = options.out.with_suffix(".png")
     if asked and draw(picture, asked, asked[-1]["machine"]):
         print(f"\nwrote {picture}")
