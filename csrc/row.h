@@ -7,7 +7,6 @@ namespace REFLORA_ISA {
 
 static_assert(sizeof(void*) == 8, "the table holds 64-bit pointers");
 
-constexpr double MEET = 0.999;  // as reference.MEET
 constexpr int64_t KEPT_HEADER = 8;  // doubles before the Grams that are carried to the next step
 
 // S: storage, T: type that the matrix S is applied in; Grams and solve are in double
@@ -21,6 +20,7 @@ struct RowOp {
     Dense d{row[R], padded<double>(row[R])};
     Factor<S> a = factor<S>(row, 0, P), b = factor<S>(row, SIDE, P);
     Factor<S> ga = factor<S>(row, 0, G), gb = factor<S>(row, SIDE, G);
+    static constexpr double meet = sizeof(S) == 2 ? 0.5 : 0.999;  // as reference.meet
     const double tiny = sizeof(T) == 8 ? 2.2250738585072014e-308 : 1.1754943508222875e-38;
     const double top = sizeof(T) == 8 ? 1.7976931348623157e308 : 3.4028234663852886e38;
     int64_t rp = padded<T>(row[R]);
@@ -67,7 +67,7 @@ struct RowOp {
 
     // weight of the Grams in the S of this step (reference.shrink_weight), none for the paper's S
     std::optional<double> weight() const {
-        if (job.kind != ADAMW || !job.start) return job.weight;
+        if (!job.start) return {};
         const double steps = *reinterpret_cast<const float*>(row[COUNT]), start = double(job.start);
         return steps * steps / (steps * steps + start * start);
     }
@@ -142,7 +142,6 @@ struct RowOp {
 
     bool step(Source source, bool next_is_fresh) {  // false: skip
         double move = 1;  // what A's moments are multiplied by; B's by its inverse
-        float* phase = reinterpret_cast<float*>(row[PHASE]);
         // zeros: this layer has had no S yet, so it is due now
         if (source == FRESH || (source == SAVED_S && *reinterpret_cast<const T*>(row[SAVED]) == 0)) {
             Solution x;
@@ -150,15 +149,11 @@ struct RowOp {
             const bool identity = x.status == DEGENERATE && x.scale == 1;
             if (!identity) round_S(x);
             if (job.interval > 1) keep(identity);
-            move = change_phase(phase, identity || job.start, x.c);
+            move = change_phase(identity || job.start, x.c);
         } else {
             if (!(all_finite(a) && all_finite(b))) return false;
             if (source == SAVED_S) recall(), result[STATUS] = REFACTORED;
-            else if (*phase == REFACTORED_UNITS) {
-                double s = 0;
-                scalar_norms(s);
-                move = change_phase(phase, true, s != 0 ? s : 1);
-            }
+            else move = enter_identity();
         }
         const double scale = 1 / job.grad_scale;
         Carry carry{d, nullptr, nullptr};
@@ -170,10 +165,19 @@ struct RowOp {
         return true;
     }
 
-    double change_phase(float* phase, bool identity, double c) {
+    // what A's moments are to be multiplied by; RefLoRA-S leaves a layer that it balances one
+    double change_phase(bool identity, double c) {
+        float* phase = reinterpret_cast<float*>(row[PHASE]);
         const bool was_identity = *phase != REFACTORED_UNITS;
-        if (was_identity != identity) *phase = identity ? 0.0f : float(REFACTORED_UNITS);
+        if (!(job.scalar && was_identity)) *phase = identity ? 0.0f : float(REFACTORED_UNITS);
         return was_identity == identity ? 1 : identity ? c : 1 / c;
+    }
+
+    // the same where S is I from here on; c is not rounded as sqrt(s) is for 16-bit factors
+    double enter_identity() {
+        double s = 0;
+        if (*reinterpret_cast<float*>(row[PHASE]) == REFACTORED_UNITS) scalar_norms(s);
+        return change_phase(true, s != 0 ? result[NORM_B] / result[NORM_A] : 1);
     }
 
     void keep(bool identity) {
@@ -232,7 +236,7 @@ struct RowOp {
         if (!scalar_norms(s)) return false;
         result[STATUS] = s != 0 ? REFACTORED : DEGENERATE;
         const double by = before && s != 0 ? root(s) : 1, scale = 1 / job.grad_scale;
-        const double back = change_phase(reinterpret_cast<float*>(row[PHASE]), true, s != 0 ? s : 1);
+        const double back = enter_identity();
         const double old_a = result[NORM_A], old_b = result[NORM_B];
         update(0, nullptr, scale / by, by, back / by, nullptr);
         update(SIDE, nullptr, scale * by, 1 / by, by / back, nullptr);
@@ -247,7 +251,7 @@ struct RowOp {
     // whether RefLoRA-S balances this row: from the step on in which its norms, old and new, have met
     bool begun(double old_a, double old_b) const {
         const double new_a = result[NORM_A], new_b = result[NORM_B];
-        const bool equal = old_a < old_b ? old_a >= MEET * old_b : old_b >= MEET * old_a;
+        const bool equal = old_a < old_b ? old_a >= meet * old_b : old_b >= meet * old_a;
         float* phase = reinterpret_cast<float*>(row[PHASE]);
         if (equal || (old_b <= old_a && new_b >= new_a) || (old_b >= old_a && new_b <= new_a)) *phase = BALANCED;
         return *phase == BALANCED;

@@ -23,12 +23,11 @@ struct Job {
     Kind kind;
     bool scalar;
     double kappa_max;
-    // of the Grams, which are shrunk towards I / r for an S without its scale c; none: the paper's S. Not of an AdamW step
-    std::optional<double> weight;
+    // steps after which a Gram counts half in S, which then comes without its scale c; 0: the paper's S. With `scalar` and
+    // a start, an AdamW step balances a row from the step on in which its norms cross
+    int64_t start;
     // AdamW only
-    // start: steps after which the weight is a half, 0 for the paper's S. With `scalar` and a start, a row is balanced
-    // from the step on in which its norms cross
-    int64_t warmup_steps, start, interval;
+    int64_t warmup_steps, interval;
     const double* hypers;
     double grad_scale;
     bool check, found_inf, stochastic;

@@ -94,10 +94,18 @@ def balance_scalar(A: Tensor, B: Tensor) -> Tensor:
     return _norm(B) / _norm(A)
 
 
-def met(old_A: Tensor, old_B: Tensor, A: Tensor, B: Tensor) -> bool:
+def meet(storage: torch.dtype) -> float:
+    """Ratio of norms from which on they are equal: what the balance of factors of that dtype leaves of it.
+
+    sqrt(s) of 16-bit factors is a power of two, so that they are as balanced as they will be within a factor of two.
+    """
+    return 0.5 if storage in (torch.bfloat16, torch.float16) else MEET
+
+
+def met(old_A: Tensor, old_B: Tensor, A: Tensor, B: Tensor, equal: float = MEET) -> bool:
     """Whether in a step the smaller factor has come up to the other in norm: RefLoRA-S balances from there on.
 
-    Norms that are equal before it, up to `MEET`, have met, so that rounding decides nothing.
+    Norms that are equal before it, up to `equal`, of `meet`, have met, so that rounding decides nothing.
 
     Adam's step moves every element by about the rate, so the product moves by rate times `||A|| + ||B||`; balancing a
     pair with `||B|| = s ||A||` takes that down by `2 sqrt(s) / (1 + s)`, which costs nothing at s = 1.
@@ -105,7 +113,7 @@ def met(old_A: Tensor, old_B: Tensor, A: Tensor, B: Tensor) -> bool:
     old = [float(_norm(X)) for X in (old_A, old_B)]
     new = [float(_norm(X)) for X in (A, B)]
     crossed = (old[1] <= old[0] and new[1] >= new[0]) or (old[1] >= old[0] and new[1] <= new[0])
-    return crossed or min(old) >= MEET * max(old)
+    return crossed or min(old) >= equal * max(old)
 
 
 def condition(A: Tensor) -> Tensor:

@@ -109,6 +109,43 @@ def test_a_state_from_before_steps_were_counted_is_loaded() -> None:
     assert hooks.steps == 0
 
 
+@pytest.mark.parametrize("warmup_steps", [None, 100])
+@pytest.mark.parametrize("follow", [False, True])
+def test_gradients_stay_in_the_units_of_a_loaded_state(warmup_steps: int | None, follow: bool) -> None:
+    """One in which S had its scale c, where the run goes on with an S that has none."""
+    model = build().double()
+    hooks = reflora.GradientHooks(model, warmup_steps=0, follow=follow)
+    train(model, adamw(model), range(20), hooks)
+    state = copy.deepcopy(hooks.state_dict())
+    train(model, torch.optim.SGD(trained(model), lr=0.0), range(1))
+    before = [float(p.grad.norm()) for p in trained(model)]
+    hooks.remove()
+    hooks = reflora.GradientHooks(model, warmup_steps=warmup_steps)
+    hooks.load_state_dict(state)
+    hooks._counts = [count + 10**6 for count in hooks._counts]  # the exact S over c
+    hooks.refresh()
+    train(model, torch.optim.SGD(trained(model), lr=0.0), range(1))
+    for grad, old in zip((p.grad for p in trained(model)), before):
+        assert float(grad.norm()) == pytest.approx(old, rel=1e-6 if warmup_steps is None else 0.7)
+
+
+def test_a_layer_that_joins_late_starts_gently() -> None:
+    """Each counts its own steps."""
+    model = build()
+    late = [p for path, p in model.named_parameters() if "lora" in path and ".2." in path]
+    hooks = reflora.GradientHooks(model)
+    for p in late:
+        p.requires_grad_(False)
+    train(model, adamw(model), range(5), hooks)
+    for p in late:
+        p.requires_grad_()
+    train(model, adamw(model), range(3), hooks)
+    counts = {name: float(state[0, 3]) for name, state in hooks.state_dict().items()}
+    assert sorted(counts.values()) == [3, 8]
+    hooks.load_state_dict(hooks.state_dict())
+    assert {name: float(state[0, 3]) for name, state in hooks.state_dict().items()} == counts and hooks.steps == 8
+
+
 @pytest.mark.parametrize("warmup_steps", [None, 0, 6])
 def test_a_stopped_run_goes_on_bit_for_bit(warmup_steps: int | None) -> None:
     def hooked(model: nn.Module) -> reflora.GradientHooks:

@@ -141,17 +141,20 @@ def test_a_step_of_the_start(backend, dtype, rtol, count):
         oracle.check(rtol)
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.3, 0.999])
-def test_preconditioning_with_a_weight(backend, weight):
+@pytest.mark.parametrize("count", [0, 250, 12_000])
+def test_preconditioning_counts_the_steps_of_every_row(backend, count):
     pairs = start_pairs(torch.float32)
+    counts = [torch.arange(p.experts, dtype=torch.float32, device=p.A.device) + n + count for n, p in enumerate(pairs)]
     grads = [(torch.randn_like(p.A), torch.randn_like(p.B)) for p in pairs]
     wanted = []
-    for p, (gA, gB) in zip(pairs, grads):
+    for p, (gA, gB), steps in zip(pairs, grads, counts):
         views = zip(p.views_A(p.A), p.views_B(p.B), p.views_A(gA.clone()), p.views_B(gB.clone()))
-        wanted.append([reference.precondition(*(t.cpu() for t in view), weight=weight) for view in views])
+        weights = [reference.shrink_weight(int(n), START_STEPS) for n in steps]
+        wanted.append([reference.precondition(*(t.cpu() for t in view), weight=w) for view, w in zip(views, weights)])
     plan = Plan(pairs)
     plan.bind_grads(grads)
-    load(backend).precondition(plan, False, "float64", weight)
+    plan.bind_once(col.COUNT, counts)
+    load(backend).precondition(plan, False, "float64", START_STEPS)
     for p, (gA, gB), each in zip(pairs, grads, wanted):
         for view_A, view_B, (want_A, want_B) in zip(p.views_A(gA), p.views_B(gB), each):
             for got, want in ((view_A, want_A), (view_B, want_B)):

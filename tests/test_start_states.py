@@ -210,11 +210,11 @@ def test_gradients_in_front_of_a_state_that_cannot_be_moved_keep_their_size(turn
         optimizer = cls(factors(pairs), pairs=pairs, lr=0.0, warmup_steps=warmup_steps)
         if state:
             optimizer.load_state_dict(state)
-            optimizer.param_groups[0]["reflora_steps"] = 10**9  # past the start: the exact S
-        else:
-            optimizer.param_groups[0]["reflora_steps"] = 10**9
-        random_grads(factors(pairs), torch.Generator().manual_seed(0))
-        optimizer.step()
+        for _ in range(2):
+            random_grads(factors(pairs), torch.Generator().manual_seed(0))
+            optimizer.step()
+            if "reflora_steps" in optimizer.state[A]:
+                optimizer.state[A]["reflora_steps"].fill_(1e9)  # past the start: the exact S
         sizes.append([float(A.grad.norm()), float(B.grad.norm())])
         state = optimizer.state_dict()
     assert sizes[0] == pytest.approx(sizes[1], rel=1e-6)
@@ -225,3 +225,124 @@ def test_wrapped_pairs_that_wait_are_reported_as_plain():
     optimizer = reflora.wrap(torch.optim.AdamW)(factors(pairs), pairs=pairs, lr=1e-4, scalar=True)
     trained(optimizer, pairs, (0, 2))
     assert optimizer.diagnostics().status.tolist() == [PLAIN, PLAIN]
+
+
+class Averaged(torch.optim.AdamW):
+    """With an entry of its own in the state, whose unit nobody knows."""
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            self.state[p].setdefault("average", p.detach().clone()).lerp_(p.detach(), 0.1)
+        return loss
+
+
+def test_a_class_with_state_of_its_own_resumes():
+    """Nothing is moved by default, so nothing has to be known of it."""
+    pairs = start_of()
+    again = [tuple(t.detach().clone().requires_grad_() for t in pair) for pair in pairs]
+    first, second = (reflora.wrap(Averaged)(factors(own), pairs=own, lr=1e-2) for own in (pairs, again))
+    trained(first, pairs, (0, 6))
+    trained(second, again, (0, 3))
+    state = copy.deepcopy(second.state_dict())
+    second = reflora.wrap(Averaged)(factors(again), pairs=again, lr=1e-2)
+    second.load_state_dict(state)
+    trained(second, again, (3, 6))
+    assert all(torch.equal(p, q) for p, q in zip(factors(pairs), factors(again)))
+
+
+UNITS = {"RefLoRA-S": dict(scalar=True), "a warm-up": dict(warmup_steps=10**6), "the default": {}}
+
+
+@pytest.mark.parametrize("options", UNITS.values(), ids=UNITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_wrapped_moments_of_c_S_are_moved_back(options, dtype):
+    """As those of the fused optimizer are, whatever the run goes on with."""
+    pairs = [(A.detach().to(dtype), (0.003 * B.detach()).to(dtype)) for A, B in leaf_pairs([(4, 30, 21)])]
+    (A, B) = pairs[0][0].requires_grad_(), pairs[0][1].requires_grad_()
+    frozen = dict(lr=0.0, weight_decay=0.0, pairs=[(A, B)])
+    moments = []
+    for cls in (RefLoRAAdamW, reflora.wrap(torch.optim.AdamW)):
+        exact = cls([A, B], **frozen, warmup_steps=0)
+        random_grads([A, B], torch.Generator().manual_seed(0))
+        exact.step()
+        assert float(exact.state[A]["reflora_phase"]) == 1
+        c = float(B.detach().double().norm() / A.detach().double().norm())
+        wanted = [0.9 * exact.state[A]["exp_avg"].double() * c, 0.9 * exact.state[B]["exp_avg"].double() / c]
+        goes_on = cls([A, B], **frozen, **options)
+        goes_on.load_state_dict(copy.deepcopy(exact.state_dict()))
+        A.grad, B.grad = torch.zeros_like(A), torch.zeros_like(B)
+        B.grad.view(-1)[0] = 1e-30  # a step, though of nothing
+        goes_on.step()
+        assert float(goes_on.state[A]["reflora_phase"]) == 0
+        moments.append([goes_on.state[factor]["exp_avg"].double() for factor in (A, B)])
+        rtol = 1e-6 if dtype == torch.float32 else 1e-2
+        for got, want in zip(moments[-1], wanted):
+            assert (got - want).norm() <= rtol * want.norm(), cls
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+@pytest.mark.parametrize("interval", [1, 2])
+def test_a_wrapped_pair_that_joins_late_starts_gently(backend, interval):
+    """Each pair counts its own steps, as in the fused optimizer; the second trains from step 300 on."""
+    named = crossing_pairs(DOUBLE)[:2]
+    ours, theirs = ([(p.A.clone().requires_grad_(), p.B.clone().requires_grad_()) for p in named] for _ in range(2))
+    fused = RefLoRAAdamW(ours, lr=1e-3, interval=interval, backend=backend)
+    wrapped = reflora.wrap(torch.optim.AdamW)(
+        factors(theirs), pairs=theirs, lr=1e-3, weight_decay=0.01, interval=interval, backend=backend
+    )
+    for step in range(320):
+        grads = [g for both in drifting(named) for g in both]
+        for own, optimizer in ((ours, fused), (theirs, wrapped)):
+            for number, (p, g) in enumerate(zip(factors(own), grads)):
+                p.grad = g.clone() if number < 2 or step >= 300 else None
+            optimizer.step()
+    for p, q in zip(factors(ours), factors(theirs)):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+    assert [float(wrapped.state[A]["reflora_steps"]) for A, _ in theirs] == [320, 20]
+    assert [float(fused.state[A]["reflora_steps"]) for A, _ in ours] == [320, 20]
+
+
+def test_full_steps_end_the_balance(backend):
+    """A state that goes from RefLoRA-S to the full RefLoRA and back waits for its norms again."""
+    pairs = start_of()
+    for A, B in pairs:
+        A.data.mul_(3), B.data.normal_()
+    A = pairs[0][0]
+    scalar, full = (RefLoRAAdamW(pairs, lr=1e-4, scalar=scalar, backend=backend) for scalar in (True, False))
+    scalar.state[A]["reflora_phase"] = torch.tensor([float(col.BALANCED)])
+    phases = []
+    for optimizer, state in ((scalar, None), (full, scalar), (scalar, full)):
+        if state:
+            optimizer.load_state_dict(state.state_dict())
+        random_grads(factors(pairs), torch.Generator().manual_seed(0))
+        A.data.mul_(2)  # away from balance
+        optimizer.step()
+        phases.append(float(optimizer.state[A]["reflora_phase"]))
+    assert phases == [col.BALANCED, 0, 0]
+
+
+def test_a_pair_with_nan_keeps_its_partner(fast_backend):
+    """A wrapped state in units of c S, and a factor that is not finite: the pair is skipped, not overwritten by NaN."""
+    pairs = leaf_pairs([(4, 30, 21)])
+    (A, B), cls = pairs[0], reflora.wrap(torch.optim.AdamW)
+    exact = cls(factors(pairs), pairs=pairs, lr=1e-3, warmup_steps=0, backend=fast_backend)
+    trained(exact, pairs, (0, 3))
+    gentle = cls(factors(pairs), pairs=pairs, lr=1e-3, backend=fast_backend)
+    gentle.load_state_dict(exact.state_dict())
+    A.data[0, 0] = torch.nan
+    trained(gentle, pairs, (0, 1))
+    assert B.isfinite().all() and A.isfinite().sum() == A.numel() - 1
+    assert float(gentle.state[A]["reflora_phase"]) == 1
+
+
+def test_16_bit_norms_are_equal_within_a_power_of_two(backend):
+    """Where sqrt(s) is a power of two they are as balanced as they can be: an adapter of RefLoRA-S goes on as one."""
+    pairs = leaf_pairs([(4, 30, 21)], torch.bfloat16)
+    ((A, B),) = pairs
+    with torch.no_grad():
+        B.mul_(0.6 * A.float().norm() / B.float().norm())
+    optimizer = RefLoRAAdamW(pairs, lr=1e-4, scalar=True, backend=backend)
+    random_grads(factors(pairs), torch.Generator().manual_seed(0))
+    optimizer.step()
+    assert float(optimizer.state[A]["reflora_phase"]) == col.BALANCED

@@ -45,8 +45,8 @@ def refactor(plan: Plan, scalar: bool, precision: str) -> Tensor:
     return _run(plan, precision, kind=_REFACTOR, scalar=scalar)
 
 
-def precondition(plan: Plan, scalar: bool, precision: str, weight: float | None = None) -> Tensor:
-    return _run(plan, precision, kind=_PRECONDITION, scalar=scalar, weight=weight)
+def precondition(plan: Plan, scalar: bool, precision: str, start: int = 0) -> Tensor:
+    return _run(plan, precision, kind=_PRECONDITION, scalar=scalar, start=start)
 
 
 def adamw(plan: Plan, step: AdamWStep) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import plan as col
 from ..contract import DEGENERATE, PLAIN, REFACTORED, SKIPPED
 from ..plan import A_SIDE, B_SIDE, Plan
+from ..reference import meet
 from . import AdamWStep
 from .torch_groups import SIDES, Group, chosen, groups, record, results_of, saturated, skip
 from .torch_rounding import round_stochastically, row_key
@@ -65,12 +66,6 @@ def schedule(count: Tensor, step: AdamWStep) -> tuple[Tensor, Tensor]:
     return past < 0, (past >= 0) & (past % step.interval == 0)
 
 
-def shrink_weight(count: Tensor, start: int) -> Tensor | None:
-    """Weights of the Grams of rows that have done `count` steps (reference.shrink_weight); None for the paper's S."""
-    square = count.double() ** 2
-    return square / (square + start**2) if start else None
-
-
 def scalar_schedule(count: Tensor, step: AdamWStep) -> tuple[Tensor, Tensor]:
     """(refactored before the update, after it): after every step that a fresh S would follow."""
     before = (count == 0) & (step.warmup_steps == 0) & (step.start == 0)
@@ -89,7 +84,7 @@ class GroupStep:
 
     def run(self, results: Tensor, grams: tuple[Gram, Gram]) -> None:
         group, step = self.group, self.step
-        solution = group.solve(*grams, step.precision, step.scalar, shrink_weight(self.count, step.start))
+        solution = group.solve(*grams, step.precision, step.scalar, group.shrink_weight(step.start))
         grads = [self._gradient(side, h) for side, h in zip(SIDES, self.hypers)]
         if step.check:
             solution = skip(solution, *grads)
@@ -137,12 +132,14 @@ class GroupStep:
         """RefLoRA-S; rows that are not refactored in this step take a plain one."""
         before, after = scalar_schedule(self.count, self.step)
         plain = ~(before | after)
-        self._change_phase(self.done & (self._phases() == col.REFACTORED_UNITS), torch.ones_like(plain), solution)
+        # what the gradients were in is c itself, not rounded as sqrt(s) is for 16-bit factors
+        exact = solution._replace(scale=(old[1].norm / old[0].norm).where(solution.status == REFACTORED, 1.0))
+        self._change_phase(self.done & (self._phases() == col.REFACTORED_UNITS), torch.ones_like(plain), exact)
         self._update(self._scalar_refactor(solution, before, grads))
         # by norms of what is stored, not of what has been rounded away
         a, b = (gram(p.to(self.group.dtype), getattr(torch, self.step.precision)) for p in self.P)
         if self.step.start:
-            after = after & self._begun(met(old[0].norm, old[1].norm, a.norm, b.norm))
+            after = after & self._begun(met(old[0].norm, old[1].norm, a.norm, b.norm, meet(self.group.dtype)))
         self._scalar_refactor(self.group.solve(a, b, self.step.precision, True), after, grads)
         return self._reported(solution, before | after, PLAIN)
 

@@ -44,16 +44,13 @@ def refactor(plan: Plan, scalar: bool, precision: str, rows: Sequence[int] | Non
     return chosen(results, rows)
 
 
-def precondition(
-    plan: Plan, scalar: bool, precision: str, weight: float | None = None, rows: Sequence[int] | None = None
-) -> Tensor:
+def precondition(plan: Plan, scalar: bool, precision: str, start: int = 0, rows: Sequence[int] | None = None) -> Tensor:
     """gA <- S^-1 gA, gB <- gB S."""
     results = results_of(plan)
     for group in groups(plan, rows):
         a, b = group.grams(precision)
         gA, gB = (group.stack(side, col.G).to(group.apply) for side in SIDES)
-        weights = None if weight is None else torch.full_like(a.norm, weight)
-        solution = skip(group.solve(a, b, precision, scalar, weights), gA, gB)
+        solution = skip(group.solve(a, b, precision, scalar, group.shrink_weight(start)), gA, gB)
         done = solution.status < SKIPPED
         group.write(A_SIDE, col.G, solution.S_inv @ gA, done)
         group.write(B_SIDE, col.G, solution.S @ gB, done)

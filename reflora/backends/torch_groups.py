@@ -80,6 +80,13 @@ class Group:
         compute = getattr(torch, precision)
         return gram(self.stack(A_SIDE, col.P), compute), gram(self.stack(B_SIDE, col.P), compute)
 
+    def shrink_weight(self, start: int) -> Tensor | None:
+        """`[b]` float64, of rows that have done COUNT steps (reference.shrink_weight); None for the paper's S."""
+        if not start:
+            return None
+        square = torch.stack(self.once(col.COUNT)).double() ** 2
+        return square / (square + start**2)
+
     def solve(self, a: Gram, b: Gram, precision: str, scalar: bool, weight: Tensor | None = None) -> Solution:
         """weight: of the Grams `[b]`, as in torch_solve.solve."""
         solution = solve(a, b, self.apply, precision, weight)

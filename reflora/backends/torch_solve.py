@@ -162,10 +162,10 @@ def balance(a: Gram, b: Gram, solution: Solution, storage: torch.dtype, apply: t
     return solution._replace(S=(column * eye).to(apply), S_inv=(eye / column).to(apply), status=status, scale=s)
 
 
-def met(old_A: Tensor, old_B: Tensor, norm_A: Tensor, norm_B: Tensor) -> Tensor:
+def met(old_A: Tensor, old_B: Tensor, norm_A: Tensor, norm_B: Tensor, equal: float = MEET) -> Tensor:
     """Whether the smaller of two norms has come up to the other, elementwise (reference.met)."""
     below, above = (old_B <= old_A) & (norm_B >= norm_A), (old_B >= old_A) & (norm_B <= norm_A)
-    return below | above | (old_A.minimum(old_B) >= MEET * old_A.maximum(old_B))
+    return below | above | (old_A.minimum(old_B) >= equal * old_A.maximum(old_B))
 
 
 def fits(a: Gram, b: Gram, storage: torch.dtype) -> Tensor:

@@ -59,13 +59,13 @@ def refactor(plan: Plan, scalar: bool, precision: str) -> Tensor:
     )
 
 
-def precondition(plan: Plan, scalar: bool, precision: str, weight: float | None = None) -> Tensor:
+def precondition(plan: Plan, scalar: bool, precision: str, start: int = 0) -> Tensor:
     from ..kernels.precondition import precondition as launch
 
     return _serve(
         plan,
-        lambda results: launch(plan, scalar, precision, weight, results),
-        lambda rows: torch_backend.precondition(plan, scalar, precision, weight, rows),
+        lambda results: launch(plan, scalar, precision, start, results),
+        lambda rows: torch_backend.precondition(plan, scalar, precision, start, rows),
     )
 
 

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..contract import START_STEPS, check_unhooked, fail, is_sharded
+from ..contract import check_unhooked, fail, is_sharded
 from ..diagnostics import Diagnostics
 from ..optim.options import check_schedule
-from ..optim.pairs import PairOps, multiply, new_units
-from ..reference import shrink_weight
+from ..optim.pairs import Outcome, PairOps, multiply, new_units
 from .peft import find_pairs
 
 
@@ -25,7 +24,7 @@ class GradientHooks:
 
     From B = 0 S is entered gradually, without its scale c = ||B||_F / ||A||_F. With warmup_steps S has its scale, and
     where it leaves I B's gradients are divided by c (A's are multiplied, where it was A that was 0), so that they do
-    not jump. These numbers, one a layer, and the count of steps are in the `state_dict`, for a resumed run.
+    not jump. These numbers and the steps so far, of each layer, are in the `state_dict`, for a resumed run.
 
     Args:
         model: A PEFT model; under DeepSpeed `engine.module`.
@@ -49,7 +48,7 @@ class GradientHooks:
         check_schedule(1, warmup_steps)
         self.pairs = find_pairs(model)
         self.warmup_steps, self.follow = warmup_steps, follow
-        self.steps, self.went_backward = 0, False
+        self.steps = 0
         for pair in self.pairs:
             if is_sharded(pair.A):
                 remedy = "FSDP2 is served by reflora.create_reflora_optimizer."
@@ -58,6 +57,10 @@ class GradientHooks:
         self._ops = PairOps(self.pairs, backend, precision)
         # [experts, 3] each: of A and B as new_units has them, and whether S has been other than I
         self._units = [torch.zeros(pair.experts, 3, dtype=torch.float64) for pair in self.pairs]
+        # float32 [experts] each: steps that the pair has taken part in
+        self._counts = [torch.zeros(pair.experts, dtype=torch.float32) for pair in self.pairs]
+        self._went_backward: set[int] = set()
+        self._in_other_units = False  # a loaded state may be: its gradients are
         self._matrices: dict[int, Tensor] = {}
         self.refresh()
         self._handles = [
@@ -69,32 +72,53 @@ class GradientHooks:
     @torch.no_grad()
     def refresh(self) -> None:
         """Take S of the factors as they are now."""
-        self.steps, self.went_backward = self.steps + self.went_backward, False
+        self.steps += bool(self._went_backward)
+        self._counts = self._counts_now()
+        self._went_backward = set()
         if self.steps < (self.warmup_steps or 0):
+            return self._plain()
+        everything, gentle = range(len(self.pairs)), self.warmup_steps is None
+        counts = {index: self._counts[index].to(pair.A.device) for index, pair in enumerate(self.pairs)}
+        solved = self._ops.solve(everything, counts if gentle else None)
+        for index, found in self._ops.outcome().items():
+            units = self._return_to_identity(index, found.scale) if gentle else self._leave_identity(index, found)
+            self._matrices[index] = solved[index] * _sides(units).to(solved[index])
+
+    def _plain(self) -> None:
+        """S = I; gradients stay in the units of a loaded state."""
+        if not self._in_other_units:
             self._matrices = {}
             self._units = [torch.tensor([1.0, 1.0, 0.0]).to(units).expand_as(units) for units in self._units]
             return
-        gentle = self.warmup_steps is None
-        weight = shrink_weight(self.steps, START_STEPS) if gentle else None
-        solved = self._ops.solve(range(len(self.pairs)), weight)
-        for index, found in self._ops.outcome().items():
-            kept = self._units[index].to(found.scale)
-            if gentle:
-                # the units of a loaded state in which S had its scale go on
-                units = kept[:, :2].where(kept[:, :2] > 0, 1.0) / found.scale.where(kept[:, 2] > 0, 1.0)[:, None]
-                self._units[index] = torch.cat([units, torch.zeros_like(kept[:, 2:])], 1)
-                of_A, of_B = units.unbind(1)
-                scale = torch.stack([1 / of_B, of_A], 1)[..., None, None]
-                self._matrices[index] = solved[index] * scale.to(solved[index])
-                continue
-            units = new_units(kept[:, :2], kept[:, 2], found)
-            if self.follow:
-                further = torch.stack([units[:, 0].minimum(found.scale), units[:, 1].maximum(found.scale)], 1)
-                # 0 and 1: nothing to keep a unit for
-                units = further.where(found.left[:, None] & (units > 0) & (units != 1), units)
-            self._units[index] = torch.cat([units, kept[:, 2:].maximum(found.left[:, None])], 1)
-            of_A, of_B = units.where(units > 0, 1.0).unbind(1)
-            self._matrices[index] = solved[index] * torch.stack([1 / of_B, of_A], 1)[..., None, None].to(solved[index])
+        norms = self._ops.norms(range(len(self.pairs)))
+        for index, (norm_A, norm_B) in norms.items():
+            units = self._return_to_identity(index, norm_B / norm_A)
+            pair = self.pairs[index]
+            eye = torch.eye(pair.rank, dtype=torch.promote_types(pair.A.dtype, torch.float32), device=units.device)
+            self._matrices[index] = eye.expand(pair.experts, 2, -1, -1) * _sides(units).to(eye)
+
+    def _return_to_identity(self, index: int, c: Tensor) -> Tensor:
+        """Units `[experts, 2]` of an S without its scale c; those of a loaded state in which S had it go on."""
+        kept = self._units[index].to(c)
+        leaves = (kept[:, 2] > 0) & (c > 0) & c.isfinite()
+        units = kept[:, :2].where(kept[:, :2] > 0, 1.0) / c.where(leaves, 1.0)[:, None]
+        self._units[index] = torch.cat([units, torch.zeros_like(kept[:, 2:])], 1)
+        return units
+
+    def _leave_identity(self, index: int, found: Outcome) -> Tensor:
+        """Units `[experts, 2]` of an S with its scale c."""
+        kept = self._units[index].to(found.scale)
+        units = new_units(kept[:, :2], kept[:, 2], found)
+        if self.follow:
+            further = torch.stack([units[:, 0].minimum(found.scale), units[:, 1].maximum(found.scale)], 1)
+            # 0 and 1: nothing to keep a unit for
+            units = further.where(found.left[:, None] & (units > 0) & (units != 1), units)
+        self._units[index] = torch.cat([units, kept[:, 2:].maximum(found.left[:, None])], 1)
+        return units.where(units > 0, 1.0)
+
+    def _counts_now(self) -> list[Tensor]:
+        """With the steps whose refresh is still to come."""
+        return [count + (index in self._went_backward) for index, count in enumerate(self._counts)]
 
     def diagnostics(self) -> Diagnostics:
         """Of the last `refresh`, layer by layer; reading its properties synchronises."""
@@ -111,8 +135,8 @@ class GradientHooks:
 
     def state_dict(self) -> dict[str, Tensor]:
         """By name of the layer `[experts, 4]`: its constants of A and B, whether they are settled, the steps so far."""
-        steps = [units.new_full((len(units), 1), self.steps + self.went_backward) for units in self._units]
-        return {pair.name: torch.cat(both, 1) for pair, both in zip(self.pairs, zip(self._units, steps))}
+        counts = [count.to(units)[:, None] for count, units in zip(self._counts_now(), self._units)]
+        return {pair.name: torch.cat(both, 1) for pair, both in zip(self.pairs, zip(self._units, counts))}
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         """Raises ValueError for the state of other layers."""
@@ -126,9 +150,18 @@ class GradientHooks:
             )
         self._units = [state_dict[name][:, :3].clone() for name in names]
         # earlier states have no fourth column
-        self.steps = max((int(state_dict[name][0, 3]) for name in names if state_dict[name].shape[1] > 3), default=0)
-        self.went_backward = False
+        self._in_other_units = any(bool((units != units.new_tensor([1, 1, 0])).any()) for units in self._units)
+        columns = [state_dict[name][:, 3:].float() for name in names]
+        self._counts = [column[:, 0] if column.shape[1] else column.new_zeros(len(column)) for column in columns]
+        self.steps = max((int(count.max()) for count in self._counts), default=0)
+        self._went_backward = set()
         self.refresh()
+
+
+def _sides(units: Tensor) -> Tensor:
+    """`[experts, 2, 1, 1]`: what S, of B's gradients, and S^-1, of A's, are multiplied by."""
+    of_A, of_B = units.unbind(1)
+    return torch.stack([1 / of_B, of_A], 1)[..., None, None]
 
 
 class _Multiply:
@@ -143,7 +176,7 @@ class _Multiply:
         pair = self.owner.pairs[self.index]
         if not (pair.A.requires_grad and pair.B.requires_grad):
             return grad  # one of them was frozen since: a plain step
-        self.owner.went_backward = True
+        self.owner._went_backward.add(self.index)
         if self.index not in self.owner._matrices:
             return grad
         made = grad.detach().clone()

@@ -17,7 +17,7 @@ from . import table as col
 from .adamw import active, unscaling
 from .balance import AFTER, BEFORE, look, step_side, total_norm
 from .chunks import HEADER, MOVE, ROOT, RUN, TURN, any_bad, counts
-from .dtypes import power_of_two
+from .dtypes import BFLOAT16, FLOAT16, power_of_two
 from .launch import prepare, scalar_constants
 from .pair import area_of, column, report
 from .scalar import balance_root
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..backends import AdamWStep
 
 
-MEET = tl.constexpr(0.999)  # as reference.MEET
+MEET = tl.constexpr(0.999)  # as reference.meet, which is 0.5 for 16-bit factors
 
 
 @triton.jit
@@ -83,7 +83,7 @@ def settle_scalar(
         # after full refactoring the moments go back to units of S = I
         returns = phase == col.REFACTORED_UNITS
         root = tl.where(before, root, 1.0)
-        move = tl.where(returns & (status == col.REFACTORED), scale, 1.0) / root
+        move = tl.where(returns & (status == col.REFACTORED), sizes[1] / sizes[0], 1.0) / root
         if (before & after) | returns:
             # what the update comes to is known only now
             for chunk in range(0, chunks):
@@ -99,7 +99,8 @@ def settle_scalar(
             status, new_root = balance_root(norm_a, exponent_a, norm_b, exponent_b, code)
             if start != 0:
                 new_a, new_b = norm_a * power_of_two(exponent_a), norm_b * power_of_two(exponent_b)
-                equal = tl.minimum(sizes[0], sizes[1]) >= tl.maximum(sizes[0], sizes[1]) * MEET
+                meet = tl.where((code == BFLOAT16) | (code == FLOAT16), 0.5, MEET)
+                equal = tl.minimum(sizes[0], sizes[1]) >= tl.maximum(sizes[0], sizes[1]) * meet
                 crosses = ((sizes[1] <= sizes[0]) & (new_b >= new_a)) | ((sizes[1] >= sizes[0]) & (new_b <= new_a))
                 phase = tl.where(equal | crosses, col.BALANCED, phase)
                 status = tl.where((phase != col.BALANCED) | (not after), col.PLAIN, status)

@@ -6,21 +6,22 @@ from torch import Tensor
 
 from ..plan import Plan
 from . import table as col
-from .launch import float64_bits, prepare, solve_constants
+from .launch import prepare, solve_constants
 from .mean import decide, mixer, settle_s
 from .pair import apply, area_of, column, finite_grads, report, rescale
 from .scalar import decide_scalar
+from .settle import shrink_weight, steps_of
 
 
-@triton.jit(do_not_specialize=["weight_bits"])
+@triton.jit(do_not_specialize=["start"])
 def precondition_kernel(
-    table, rows, results, work, weight_bits: tl.int64, KAPPA_MAX: tl.constexpr, SCALAR: tl.constexpr, RC: tl.constexpr,
+    table, rows, results, work, start, KAPPA_MAX: tl.constexpr, SCALAR: tl.constexpr, RC: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr,
     SCALED: tl.constexpr,
 ):  # fmt: skip
     """table int64 `[rows, COLUMNS]`, rows int32 `[programs]`, results float64 `[rows, RESULTS]`, work: workspace.
 
-    weight_bits: of the float64 `weight` of `judge`, for an S without its scale c; of -1 for the paper's S.
+    start: as Backend.precondition has it.
     """
     index = tl.program_id(0)
     row = tl.load(rows + index)
@@ -41,13 +42,14 @@ def precondition_kernel(
             rescale(p_row, s, r, code, col.G, col.G, col.B_SIDE, RC, BN, DTYPE, WIDE)
         report(results, row, status, nan, nan, nan, s, norm_a, norm_b)
     else:
-        weight = weight_bits.to(tl.int64).to(tl.float64, bitcast=True)
-        scaled = weight < 0
+        weight = tl.full((), 1.0, tl.float64)
+        if start != 0:
+            weight = shrink_weight(steps_of(p_row), start)
         status, kappa_a, kappa_b, balance, c, norm_a, norm_b = decide(
-            p_row, area, r, code, tl.where(scaled, 1.0, weight), KAPPA_MAX, RC, BN, BM, DTYPE, WIDE, TC, SCALED
+            p_row, area, r, code, weight, KAPPA_MAX, RC, BN, BM, DTYPE, WIDE, TC, SCALED
         )
         status = tl.where(finite_grads(p_row, r, code, RC, BN, DTYPE, WIDE), status, col.SKIPPED)
-        status = settle_s(area, r, status, tl.where(scaled, c, 1.0), code, RC, BM, BK, WIDE, TC)
+        status = settle_s(area, r, status, tl.where(start == 0, c, 1.0), code, RC, BM, BK, WIDE, TC)
         if status != col.SKIPPED:
             p_s, p_inverse = mixer(area, False, RC, WIDE), mixer(area, True, RC, WIDE)
             apply(p_row, p_inverse, r, code, col.G, col.A_SIDE, RC, BN, BK, DTYPE, WIDE, WIDE)
@@ -55,12 +57,12 @@ def precondition_kernel(
         report(results, row, status, kappa_a, kappa_b, balance, c, norm_a, norm_b)
 
 
-def precondition(plan: Plan, scalar: bool, precision: str, weight: float | None, results: Tensor) -> None:
+def precondition(plan: Plan, scalar: bool, precision: str, start: int, results: Tensor) -> None:
     """Every row of r <= 128, one launch a rank class; results float64 `[rows, RESULTS]` are written row by row."""
     prepared = prepare(plan)
-    table, bits = prepared.table(plan.table), float64_bits(-1.0 if weight is None else weight)
+    table = prepared.table(plan.table)
     for group in prepared.groups:
         precondition_kernel[(len(group.numbers),)](
-            table, group.numbers, results, group.workspace, bits, SCALAR=scalar, **group.constants,
+            table, group.numbers, results, group.workspace, start, SCALAR=scalar, **group.constants,
             **solve_constants(group, precision), **group.options,
         )  # fmt: skip

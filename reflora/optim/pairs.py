@@ -10,7 +10,17 @@ from torch import Tensor
 
 from .. import plan as col
 from ..backends import Backend, resolve
-from ..contract import DEGENERATE, REFACTORED, SKIPPED, LoRAPair, as_pairs, check_backend, check_precision, is_sharded
+from ..contract import (
+    DEGENERATE,
+    REFACTORED,
+    SKIPPED,
+    START_STEPS,
+    LoRAPair,
+    as_pairs,
+    check_backend,
+    check_precision,
+    is_sharded,
+)
 from ..diagnostics import Diagnostics, diagnose
 from ..functional import check_grads, mark_written
 from ..plan import Plan, by_device
@@ -19,6 +29,9 @@ if TYPE_CHECKING:
     from .sharded import ShardedOps
 
 
+# of pairs, by number: the steps that each has taken part in, float32 `[experts]` on its device. With them S is entered
+# gradually, without its scale c; without them it is the paper's
+Counts = Mapping[int, Tensor]
 # the columns of Outcome
 OUTCOME = [col.STATUS, col.SCALE, col.NORM_A, col.NORM_B]
 
@@ -101,11 +114,11 @@ class PairOps:
             for index, pair in pairs.items()
         }
 
-    def precondition(self, active: Sequence[bool], scalar: bool = False, weight: float | None = None) -> None:
-        """`reflora.precondition_` of each active pair's `.grad`; weight: as Backend.precondition has it."""
+    def precondition(self, active: Sequence[bool], scalar: bool = False, counts: Counts | None = None) -> None:
+        """`reflora.precondition_` of each active pair's `.grad`; counts: of the active pairs, see `Counts`."""
         grads = [(p.A.grad, p.B.grad) if on else (None, None) for p, on in zip(self.pairs, active)]
         check_grads(self.pairs, grads)
-        self._run(grads, lambda plan, backend: backend.precondition(plan, scalar, self.precision, weight))
+        self._precondition(grads, scalar, counts)
         mark_written([g for sides in grads for g in sides if g is not None])
 
     def refactor(self, active: Sequence[bool], scalar: bool) -> list[Tensor]:
@@ -117,7 +130,7 @@ class PairOps:
         found = [outcome[index] for index in range(len(self.pairs))]
         return [one.scale.sqrt().where(one.status == REFACTORED, 1.0) for one in found]
 
-    def solve(self, indices: Iterable[int], weight: float | None = None) -> dict[int, Tensor]:
+    def solve(self, indices: Iterable[int], counts: Counts | None = None) -> dict[int, Tensor]:
         """S and S^-1 of some pairs, `[experts, 2, r, r]` in float32 (float64 for float64 factors).
 
         Read off the preconditioned rows of an identity, so that every backend serves and nothing synchronises.
@@ -131,7 +144,7 @@ class PairOps:
             copies.append(LoRAPair(pair.name, A, B, pair.layout))
             grads.append((_identity(A, pair.views_A), _identity(B, pair.views_B)))
         inner = PairOps(copies, self.backend, self.precision)
-        inner._run(grads, lambda plan, backend: backend.precondition(plan, False, self.precision, weight))
+        inner._precondition(grads, False, counts and {place: counts[i] for place, i in enumerate(chosen)})
         self._solved = inner, chosen
         found = {}
         for index, pair, (gA, gB) in zip(chosen, copies, grads):
@@ -155,13 +168,22 @@ class PairOps:
         """`gA` times its unit, `gB` over its own, `[experts, 2]`: what S over the units would have given."""
         scale_sides(self.pairs[index], self.pairs[index].A.grad, self.pairs[index].B.grad, unit)
 
-    def _run(
-        self, tensors: Sequence[tuple[Tensor | None, Tensor | None]], call: Callable[[Plan, Backend], Tensor]
+    def _precondition(
+        self, grads: Sequence[tuple[Tensor | None, Tensor | None]], scalar: bool, counts: Counts | None
     ) -> None:
+        start = 0 if counts is None else START_STEPS
+        self._run(grads, lambda plan, backend: backend.precondition(plan, scalar, self.precision, start), counts)
+
+    def _run(
+        self, tensors: Sequence[tuple[Tensor | None, Tensor | None]], call: Callable[[Plan, Backend], Tensor],
+        counts: Counts | None = None,
+    ) -> None:  # fmt: skip
         plans, self._solved = self._ready_plans(), None
         results = []
         for chosen, plan, backend in plans:
             plan.bind_grads([tensors[i] for i in chosen])
+            if counts is not None:
+                plan.bind_once(col.COUNT, [counts[i] if i in counts else _none(self.pairs[i]) for i in chosen])
             results.append(call(plan, backend))
             plan.release_grads()
         self._last = ([chosen for chosen, _, _ in plans], [plan for _, plan, _ in plans], results)
@@ -220,6 +242,10 @@ def multiply(views: Sequence[Tensor], matrices: Sequence[Tensor]) -> None:
         product = stack.to(wide) @ values.to(wide)
         finite = values.isfinite().all(2).all(1)[:, None, None]
         torch._foreach_copy_(same, list(product.clamp(-top, top).where(finite, product).to(dtype).unbind()))
+
+
+def _none(pair: LoRAPair) -> Tensor:
+    return torch.zeros(pair.experts, device=pair.A.device)
 
 
 def _apply_dtype(tensor: Tensor) -> torch.dtype:

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 from .. import linalg
 from ..contract import DEGENERATE, LoRAPair, check_backend, check_precision, fail, local
 from ..diagnostics import Diagnostics, row_names
-from .pairs import Outcome, PairOps, multiply, scale_sides
+from .pairs import Counts, Outcome, PairOps, multiply, scale_sides
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -56,7 +56,7 @@ class ShardedOps:
         sums = _summed(parts)
         return {index: torch.stack(sums[2 * place : 2 * place + 2]).sqrt() for place, index in enumerate(chosen)}
 
-    def solve(self, indices: Iterable[int], weight: float | None = None) -> dict[int, Tensor]:
+    def solve(self, indices: Iterable[int], counts: Counts | None = None) -> dict[int, Tensor]:
         """S and S^-1 of some pairs, `[experts, 2, r, r]`."""
         chosen = list(indices)
         if not chosen:
@@ -71,14 +71,15 @@ class ShardedOps:
             names = row_names([self.pairs[index]])
             proxies += [LoRAPair(name, A, B) for name, A, B in zip(names, roots_A, roots_B)]
         self._inner = PairOps(proxies, self.backend, self.precision)
-        solved = self._inner.solve(range(len(proxies)), weight)
+        of_proxies = counts and dict(enumerate(count for index in chosen for count in counts[index].split(1)))
+        solved = self._inner.solve(range(len(proxies)), of_proxies)
         return {index: torch.cat([solved[row] for row in rows]) for index, rows in self._rows.items()}
 
-    def precondition(self, active: Sequence[bool], scalar: bool = False, weight: float | None = None) -> None:
+    def precondition(self, active: Sequence[bool], scalar: bool = False, counts: Counts | None = None) -> None:
         """`gA <- S^-1 gA`, `gB <- gB S` of each active pair's `.grad`."""
         if scalar:
             fail("scalar", "False for a sharded preconditioning", True, "RefLoRA-S refactors: it has refactor().")
-        self.apply(self.solve((index for index, on in enumerate(active) if on), weight))
+        self.apply(self.solve((index for index, on in enumerate(active) if on), counts))
 
     def apply(self, saved: Mapping[int, Tensor]) -> None:
         """The same with the matrices that `solve` returned."""

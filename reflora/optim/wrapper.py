@@ -19,7 +19,6 @@ from ..contract import (
     NO_GRADIENT,
     PLAIN,
     SKIPPED,
-    START_STEPS,
     LoRAPair,
     PairLike,
     as_pairs,
@@ -30,19 +29,19 @@ from ..contract import (
     local,
 )  # fmt: skip
 from ..diagnostics import Diagnostics, uniform
-from ..plan import BALANCED
-from ..reference import shrink_weight
+from ..plan import BALANCED, REFACTORED_UNITS
+from ..reference import meet
 from .options import check_schedule
 from .pairs import new_units, ops_of
 from .plain import watched
-from .state import PHASE, SAVED
+from .state import PHASE, SAVED, STEPS
 from .transport import StateMove, check_movable, movable, proportional
 
 if TYPE_CHECKING:
-    from .pairs import PairOps
+    from .pairs import Counts, PairOps
     from .sharded import ShardedOps
 
-COUNTER, SKIPS, UNIT = "reflora_steps", "reflora_skipped", "reflora_unit"
+SKIPS, UNIT = "reflora_skipped", "reflora_unit"
 FLATTENED = (
     "Wrappers that flatten or replace parameters (DeepSpeed, FSDP1) leave none to precondition: use DDP or FSDP2, or "
     "for ZeRO-1 and 2 reflora.GradientHooks."
@@ -88,7 +87,7 @@ class Wrapped(Optimizer):
     another class the gradients are kept in the old one.
     scalar=True refactors after each step and moves the state; it needs a class in that table. By default a pair waits
     until its norms have met, experts in one pair for the last of them; with warmup_steps=0, and in front of SGD, it is
-    refactored before the first step as well. The start is counted in steps of the optimizer, not of each pair.
+    refactored before the first step as well. The start is counted in the steps that a pair has taken part in.
     """
 
     base: type[Optimizer]
@@ -113,12 +112,16 @@ class Wrapped(Optimizer):
         self.pairs = as_pairs(pairs, sharded=True)
         self.scalar, self.interval, self.warmup_steps = scalar, interval, warmup_steps
         self.backend, self.precision = backend, precision
+        # pairs, by number, that need not be looked at again: those that have left S = I, or are balanced; those whose
+        # state is in units of I; and those whose gradients are kept in other units
         self._settled: set[int] = set()
+        self._at_identity: set[int] = set()
+        self._scaled: set[int] = set()
         self._skip: Diagnostics | None = None
         check_unhooked(self.pairs)
         super().__init__(params, **kwargs)
         for group in self.param_groups:
-            group[COUNTER], group[SKIPS] = 0, 0
+            group[STEPS], group[SKIPS] = 0, 0
         place = {param: number for number, param in enumerate(self._params())}
         self._places = [(place.get(pair.A), place.get(pair.B)) for pair in self.pairs]
         assert self._ops  # now, for what it refuses
@@ -174,7 +177,7 @@ class Wrapped(Optimizer):
         if not grads:
             warnings.warn(NO_GRADIENT, stacklevel=4)
         self._skip = None
-        steps, fresh = self.param_groups[0].get(COUNTER, 0), not self.state
+        steps, fresh = self.param_groups[0].get(STEPS, 0), not self.state
         if steps == 0:
             check_unhooked(self.pairs)
         if self.scalar:
@@ -188,7 +191,10 @@ class Wrapped(Optimizer):
             if kept:
                 self._hold_places()
         if moving or not fresh:  # a loader's step, which only makes state, is none
-            self._count(COUNTER)
+            self._count(STEPS)
+            counts = [self.state[p.A].get(STEPS) for p, on in zip(self.pairs, active) if on and p.A in self.state]
+            if counts := [count for count in counts if count is not None]:
+                torch._foreach_add_(counts, 1)
         return loss
 
     def _active(self) -> list[bool]:
@@ -218,32 +224,56 @@ class Wrapped(Optimizer):
         return [param for group in self.param_groups for param in group["params"]]
 
     def _precondition(self, active: list[bool], steps: int) -> dict[Tensor, dict[str, Tensor]]:
-        """Gradients times S; what is to be kept in the state of A's: with an interval, the matrices newly computed."""
-        since = steps - (self.warmup_steps or 0)
-        gentle = self._gentle
-        weight = shrink_weight(steps, START_STEPS) if gentle else None
+        """Gradients times S; what is to be kept in the state of A's, once the base class has made its own."""
+        since, gentle = steps - (self.warmup_steps or 0), self._gentle
         chosen = [index for index, on in enumerate(active) if on]
-        if since < 0:
+        kept: dict[Tensor, dict[str, Tensor]] = {}
+        in_units_of_I = gentle or since < 0
+        if in_units_of_I:
             new = (self.pairs[i] for i in chosen if PHASE not in self.state.get(self.pairs[i].A, {}))
-            return {pair.A: self._identity(pair) for pair in new}
-        fresh = {}
-        if self.interval == 1:
-            self._ops.precondition(active, weight=weight)
-        else:
-            saved = {i: self.state[self.pairs[i].A].get(SAVED) for i in chosen if self.pairs[i].A in self.state}
-            due = (i for i in chosen if since % self.interval == 0 or saved.get(i) is None)
-            fresh = self._ops.solve(due, weight)
-            self._ops.apply({i: fresh[i] if i in fresh else saved[i] for i in chosen})
-        kept = {self.pairs[i].A: {SAVED: matrices} for i, matrices in fresh.items()}
-        unsettled = [i for i in (fresh if self.interval > 1 else chosen) if i not in self._settled]
-        for i, entries in self._change_units(unsettled, gentle).items():
-            kept.setdefault(self.pairs[i].A, {}).update(entries)
+            kept = {pair.A: self._identity(pair) for pair in new}
+            self._return_to_identity(chosen)
+        if since >= 0:
+            counts = self._counts(chosen, steps) if gentle else None
+            fresh = self._apply_S(active, chosen, since, counts)
+            found = {i: {SAVED: matrices} for i, matrices in fresh.items()}
+            for i, count in (counts or {}).items():
+                found.setdefault(i, {})[STEPS] = count
+            if not gentle:
+                unsettled = [i for i in (fresh if self.interval > 1 else chosen) if i not in self._settled]
+                for i, entries in self._change_units(unsettled).items():
+                    found.setdefault(i, {}).update(entries)
+            for i, entries in found.items():
+                kept.setdefault(self.pairs[i].A, {}).update(entries)
         if not movable(self.base):
             for i in chosen:
                 units = kept.get(self.pairs[i].A, {}).get(UNIT, self.state.get(self.pairs[i].A, {}).get(UNIT))
-                if units is not None:
+                if units is not None and (i in self._scaled or not in_units_of_I):
                     self._ops.scale_grads(i, units.where(units > 0, 1.0))
         return kept
+
+    def _apply_S(
+        self, active: list[bool], chosen: list[int], since: int, counts: Counts | None
+    ) -> dict[int, Tensor]:  # fmt: skip
+        """Gradients times S; with an interval, the matrices newly computed."""
+        if self.interval == 1:
+            self._ops.precondition(active, counts=counts)
+            return {}
+        saved = {i: self.state[self.pairs[i].A].get(SAVED) for i in chosen if self.pairs[i].A in self.state}
+        due = (i for i in chosen if since % self.interval == 0 or saved.get(i) is None)
+        fresh = self._ops.solve(due, counts)
+        self._ops.apply({i: fresh[i] if i in fresh else saved[i] for i in chosen})
+        return fresh
+
+    def _counts(self, chosen: list[int], steps: int) -> dict[int, Tensor]:
+        """Steps that pairs have taken part in; of a state that does not say, the optimizer's."""
+        found = {}
+        for i in chosen:
+            pair, own = self.pairs[i], self.state.get(self.pairs[i].A, {})
+            taken = float(steps if own else 0)
+            count = own[STEPS] if STEPS in own else torch.full((pair.experts,), taken, dtype=torch.float32)
+            found[i] = count.to(local(pair.A).device)
+        return found
 
     def _identity(self, pair: LoRAPair) -> dict[str, Tensor]:
         """What a plain step leaves in the state: all there will be, since a checkpoint is loaded key by key."""
@@ -256,41 +286,70 @@ class Wrapped(Optimizer):
             kept[SAVED] = torch.eye(pair.rank, dtype=dtype, device=factor.device).repeat(pair.experts, 2, 1, 1)
         return kept
 
-    def _change_units(self, unsettled: list[int], unscaled: bool) -> dict[int, dict[str, Tensor]]:
+    def _return_to_identity(self, chosen: list[int]) -> None:
+        """Where a loaded state is in units of S, it is moved to those of I, or the gradients are kept in its own.
+
+        Reads a flag of each pair from the device, once.
+        """
+        asked = [i for i in chosen if i not in self._at_identity]
+        self._at_identity.update(asked)
+        states = {i: self.state[self.pairs[i].A] for i in asked if PHASE in self.state.get(self.pairs[i].A, {})}
+        if not states:
+            return
+        flags = [
+            torch.stack([(own[PHASE] == REFACTORED_UNITS).any(), (own.get(UNIT, own[PHASE] * 0 + 1) != 1).any()])
+            for own in states.values()
+        ]
+        found = dict(zip(states, torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()))
+        self._scaled.update(i for i, each in found.items() if any(each))
+        moved = [i for i, (refactored, _) in found.items() if refactored]
+        move = StateMove(self, [self.pairs[i] for i in moved]) if movable(self.base) else None
+        units = []
+        for i, norms in self._ops.norms(moved).items():
+            own, finite = states[i], norms.isfinite().all(0)
+            returns, c = (own[PHASE] == REFACTORED_UNITS) & finite, norms[1] / norms[0]
+            units.append(c.where(returns & (c > 0) & c.isfinite(), 1.0))
+            own[PHASE] = own[PHASE].where(~returns, 0.0)
+            if move is None:
+                before = own.get(UNIT, torch.ones_like(norms.mT))
+                own[UNIT] = before.where(before > 0, 1.0) / units[-1][:, None]
+            if not finite.all():
+                self._at_identity.discard(i)  # the pair is skipped
+        if move is not None:
+            move.apply([1 / unit for unit in units])
+
+    def _change_units(self, unsettled: list[int]) -> dict[int, dict[str, Tensor]]:
         """Where a layer's S has just stopped being I: its state moved by c, or from now on its gradients by 1 / c.
 
         Returns what is to be kept of these layers: reflora_phase `[experts]`, 1 where S is not I, and for a class whose
         state cannot be moved reflora_unit `[experts, 2]`, of `new_units`. Reads one flag a layer from the device until
-        that layer has left I, nothing afterwards. unscaled: S comes without c, so that units are always those of I; a
-        loaded state in others is moved back, or its gradients are kept in them.
+        that layer has left I, nothing afterwards.
         """
         if not unsettled:
             return {}
+        move = StateMove(self, [self.pairs[i] for i in unsettled]) if movable(self.base) else None
         outcome = self._ops.outcome()
         kept, units = {}, []
         for i in unsettled:
             found, own = outcome[i], self.state.get(self.pairs[i].A, {})
             before = own.get(PHASE, torch.zeros_like(found.scale)).double()
-            after = before.where(found.status == SKIPPED, found.left.double()) * (not unscaled)
-            leaves, returns = (after == 1) & (before != 1), (after == 0) & (before == 1) & unscaled
-            units.append(found.scale.where(leaves, 1.0) / found.scale.where(returns, 1.0))
+            after = before.where(found.status == SKIPPED, found.left.double())
+            units.append(found.scale.where((after == 1) & (before != 1), 1.0))
             kept[i] = {PHASE: after.float()}
-            if not movable(self.base):
+            if move is None:
                 own_units = own.get(UNIT, found.scale.new_zeros(len(before), 2))
-                if unscaled:
-                    own_units = own_units.where(own_units > 0, 1.0) / found.scale.where(returns, 1.0)[:, None]
-                    kept[i][UNIT] = own_units
-                else:
-                    kept[i][UNIT] = new_units(own_units, before, found, self.interval > 1)
-            if unscaled or after.all():
+                kept[i][UNIT] = new_units(own_units, before, found, self.interval > 1)
+            if after.all():
                 self._settled.add(i)
-        if movable(self.base):
-            StateMove(self, [self.pairs[i] for i in unsettled]).apply(units)
+        self._at_identity.difference_update(unsettled)
+        if move is not None:
+            move.apply(units)
         return kept
 
     def _scalar_step(self, active: list[bool], steps: int, moving: bool) -> None:
         """RefLoRA-S. `moving` False is a step that only makes state, as loaders take one."""
         gentle = self._gentle
+        self._return_to_identity([i for i, on in enumerate(active) if on])
         if steps == 0 and not gentle and not self.warmup_steps and moving:
             self._refactor(active, with_grads=True)
         waiting = [i for i, on in enumerate(active) if on and gentle and i not in self._settled]
@@ -313,7 +372,8 @@ class Wrapped(Optimizer):
         for i, norms in after.items():
             own = self.state[self.pairs[i].A]
             phase = own.get(PHASE, torch.zeros_like(norms[0], dtype=torch.float32))
-            own[PHASE] = phase.masked_fill(met(*before[i], *norms), BALANCED)
+            (old_A, old_B), (norm_A, norm_B), equal = before[i], norms, meet(self.pairs[i].A.dtype)
+            own[PHASE] = phase.masked_fill(met(old_A, old_B, norm_A, norm_B, equal), BALANCED)
             begun.append((own[PHASE] == BALANCED).all().to(begun[0].device if begun else own[PHASE].device))
         self._settled.update(i for i, on in zip(after, torch.stack(begun).tolist()) if on)
 
@@ -337,12 +397,12 @@ class Wrapped(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what state_dict() gave, or the state of the base class over the same parameters."""
         super().load_state_dict(state_dict)
-        self._settled = set()
+        self._settled, self._at_identity, self._scaled = set(), set(), set()
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         for param, key in zip(params, saved):
             entries = state_dict["state"].get(key, {})
-            for name in (SAVED, PHASE, UNIT):
+            for name in (SAVED, PHASE, STEPS, UNIT):
                 if name in entries:  # torch has cast it to the parameter's dtype
                     self.state[param][name] = entries[name].to(param.device, copy=True)
 
@@ -350,7 +410,7 @@ class Wrapped(Optimizer):
         return {**super().__getstate__(), **{name: getattr(self, name) for name in OPTIONS}}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _blank, (self.base,), {**self.__getstate__(), "_settled": set(), "_skip": None}
+        return _blank, (self.base,), {**self.__getstate__(), **_fresh()}
 
 
 def scaler_found_inf(optimizer: Optimizer) -> bool:
@@ -375,6 +435,11 @@ def _unhooked_step(base: type[Optimizer]) -> Callable[..., Any]:
     while getattr(step, "hooked", False):
         step = step.__wrapped__
     return step
+
+
+def _fresh() -> dict[str, Any]:
+    """What a copy does not take over."""
+    return {"_settled": set(), "_at_identity": set(), "_scaled": set(), "_skip": None}
 
 
 def _blank(base: type[Optimizer]) -> Wrapped:
