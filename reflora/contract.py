@@ -36,8 +36,9 @@ NO_GRADIENT = (
 
 
 def fail(what: str, expected: object, got: object, remedy: str, error: type[Exception] = ValueError) -> NoReturn:
-    """Raise `error` with the one wording every error of this package has."""
-    raise error(f"{what}: expected {expected}, got {got}. {remedy}")
+    """Raise `error` with the one wording every error of this package has; of a long `got` its beginning."""
+    shown = str(got)
+    raise error(f"{what}: expected {expected}, got {shown if len(shown) <= 120 else shown[:100] + '...'}. {remedy}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,6 +243,12 @@ def start_of(warmup_steps: int | None) -> int:
     return START_STEPS if warmup_steps is None else 0
 
 
-def check_count(what: str, value: Any, minimum: int) -> None:
+def check_count(what: str, value: Any, minimum: int, or_none: str = "") -> None:
+    """or_none: what None, which the caller has seen to, stands for."""
+    expected, remedy = f"an integer >= {minimum}", "It is a count."
+    if or_none:
+        expected, remedy = f"None or {expected}", f"None, the default, {or_none}."
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        fail(what, f"an integer >= {minimum}", repr(value), "It is a count.")
+        fail(what, expected, repr(value), remedy)
+    if value >= 2**31:
+        fail(what, f"{expected}, less than 2^31", f"one of {value.bit_length()} bits", "10**9 is never.")

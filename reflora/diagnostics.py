@@ -15,8 +15,8 @@ from .plan import Plan
 class Diagnostics:
     """What a step did, layer by layer. Tensors stay on their devices: reading a property synchronises.
 
-    `names[i]` is the layer of entry i; an experts pair has one entry an expert. Inactive layers (no gradient, or a
-    warm-up step) have status 3 and NaN elsewhere.
+    `names[i]` is the layer of entry i; an experts pair has one entry an expert. Inactive layers have status 3, and NaN
+    for what was not measured.
     """
 
     # entry i is row order[i] of the concatenated results, columns in reflora/plan.py
@@ -33,12 +33,12 @@ class Diagnostics:
 
     @property
     def refactored(self) -> int:
-        """Layers that used the S of Theorem 3 (or Theorem 5 for scalar=True)."""
+        """Layers that used the S of Theorem 3, by default of shrunk Grams (or that of Theorem 5 for scalar=True)."""
         return self._count(REFACTORED)
 
     @property
     def degenerate(self) -> int:
-        """Layers that used S = c I, or I where a norm is zero."""
+        """Layers without such an S, which used c I, or I where a norm is zero, and by default."""
         return self._count(DEGENERATE)
 
     @property
@@ -48,7 +48,9 @@ class Diagnostics:
 
     @property
     def inactive(self) -> int:
-        """Layers that took a plain step, or none: no gradient for both factors, or a warm-up step."""
+        """Layers that took a plain step, or none: no gradient for both factors, a warm-up step, or RefLoRA-S before
+        the norms of A and B have met.
+        """
         return self._count(PLAIN)
 
     @property
@@ -63,7 +65,10 @@ class Diagnostics:
 
     @property
     def condition_A(self) -> Tensor:
-        """`||L||_F ||L^-1||_F` of the Cholesky factor of `A A^T`, `[layers]`; inf where numerically singular."""
+        """`||L||_F ||L^-1||_F` of the Cholesky factor of `A A^T`, `[layers]`; inf where numerically singular.
+
+        By default `A A^T` is shrunk towards a multiple of I, the less the longer the layer has trained.
+        """
         return self._column(col.KAPPA_A)
 
     @property

@@ -139,12 +139,13 @@ def test_a_state_in_units_of_c_S_is_moved_back(fast_backend):
     torch.testing.assert_close(gentle.state[B]["exp_avg"], 0.9 * before / scale, rtol=1e-9, atol=1e-15)
 
 
-@pytest.mark.parametrize("given", [-1, 1.5, True, "0", 2**31])
+@pytest.mark.parametrize("given", [-1, 1.5, True, "0", "none", "x" * 999, 2**31, 10**400, 10**5000], ids=lambda _: "")
 def test_warmup_steps_of_a_wrong_kind_are_refused(given):
     pairs = leaf_pairs([(2, 5, 6)])
     for cls in (RefLoRAAdamW, reflora.wrap(torch.optim.AdamW)):
-        with pytest.raises(ValueError, match="warmup_steps: expected .*, got"):
+        with pytest.raises(ValueError, match="warmup_steps: expected None or an integer >= 0.*, got") as told:
             cls(factors(pairs), pairs=pairs, warmup_steps=given)
+        assert len(str(told.value)) < 300
 
 
 def test_steps_that_are_not_yet_balanced_are_reported_as_plain(fast_backend):

@@ -14,6 +14,8 @@ from .optimizer import OptimizerFactory, adamw_options
 LOG = logging.getLogger(__name__)
 # options that make parameter groups, which the factory's one group would silently undo
 GROUPED = ("loraplus_lr_ratio", "lr_groups", "embedding_lr", "embedding_lr_scale")
+# words of YAML as Python has them
+YAML = {"true": "True", "false": "False", "none": "None", "null": "None", "~": "None"}
 SERVED = ("adamw_torch", "adamw_torch_fused")
 
 
@@ -49,7 +51,7 @@ def parsed(optim_args: Any) -> dict[str, Any]:
         if not equals:
             fail("optim_args", "name=value, separated by commas", repr(item), "Write scalar=True, for example.")
         try:
-            found[name] = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
+            found[name] = ast.literal_eval(YAML.get(value, value))
         except (ValueError, SyntaxError):
             found[name] = value
     return found

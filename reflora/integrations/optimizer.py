@@ -42,7 +42,8 @@ def create_reflora_optimizer(
         model: A PEFT model, or any with PEFT's LoRA layers in it.
         optimizer_cls: None and torch.optim.AdamW both give RefLoRAAdamW, which is AdamW with the preconditioning fused
             in (torch's `fused` and `foreach` are accepted and change nothing). Any other class gives a subclass of it
-            that preconditions inside `step`, with one host synchronisation a step on a GPU.
+            that preconditions inside `step`, with one host synchronisation a step on a GPU, or two while a pair of
+            RefLoRA-S waits for its norms.
         lr: Learning rate.
         scalar: RefLoRA-S, as in RefLoRAAdamW.
         interval: Recompute S every that many steps.

@@ -55,7 +55,8 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
             weight `n^2 / (n^2 + 400^2)`, a multiple of I with the rest. From B = 0 the exact S would keep B near the
             rank of one that Adam's first step gives it. A number takes that many first steps with S = I, then the exact
             S, as published; 0 is the exact S from the first step on, `10**9` AdamW itself. With scalar=True, None
-            leaves a layer alone until the smaller of ||A|| and ||B|| has come up to the other.
+            leaves a layer alone until the smaller of ||A|| and ||B|| has come up to the other. That may be never,
+            where n_out < n_in or the rate is low: such a layer is LoRA's, and `diagnostics().inactive` counts it.
         backend: None (the fastest that can serve the device), "triton", "cpp" or "torch".
         precision: "float64" or, faster on GPUs with slow float64, "float32": of Grams and solve.
         carry_grams: Keep the factors' Grams from one step to the next, which saves reading them once (4 of 32 bytes a
