@@ -83,6 +83,13 @@ def test_optim_args_as_text_or_mapping(plugin: Any, tmp_path: Path, given: Any) 
     assert (optimizer.scalar, optimizer.interval, optimizer.backend) == (True, 3, "torch")
 
 
+@pytest.mark.parametrize("word", ["null", "none", "None", "~"])
+def test_none_is_a_word_of_optim_args(plugin: Any, tmp_path: Path, word: str) -> None:
+    made = trainer(tmp_path)
+    plugin.post_trainer_create({**config(), "optim_args": f"warmup_steps={word}"}, made)
+    assert made.create_optimizer().warmup_steps is None
+
+
 @pytest.mark.parametrize(
     ("changed", "word"),
     [

@@ -87,7 +87,7 @@ def test_triton_without_a_gpu(monkeypatch):
         ({"lr": -1.0}, "numbers >= 0"),
         ({"betas": (0.9, 1.0)}, r"two numbers in \[0, 1\)"),
         ({"interval": 0}, "interval: expected an integer >= 1, got 0"),
-        ({"warmup_steps": 1.5}, "warmup_steps: expected an integer >= 0"),
+        ({"warmup_steps": 1.5}, "warmup_steps: expected None or an integer >= 0"),
         ({"backend": "gpu"}, "backend"),
         ({"precision": "half"}, "precision"),
     ],
