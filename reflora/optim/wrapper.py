@@ -29,19 +29,20 @@ from ..contract import (
     local,
 )  # fmt: skip
 from ..diagnostics import Diagnostics, uniform
-from ..plan import BALANCED, REFACTORED_UNITS
+from ..plan import BALANCED
 from ..reference import meet
 from .options import check_schedule
-from .pairs import new_units, ops_of
+from .pairs import ops_of
 from .plain import watched
 from .state import PHASE, SAVED, STEPS
-from .transport import StateMove, check_movable, movable, proportional
+from .transport import StateMove, check_movable, proportional
+from .units import UNIT, Units
 
 if TYPE_CHECKING:
     from .pairs import Counts, PairOps
     from .sharded import ShardedOps
 
-SKIPS, UNIT = "reflora_skipped", "reflora_unit"
+SKIPS = "reflora_skipped"
 FLATTENED = (
     "Wrappers that flatten or replace parameters (DeepSpeed, FSDP1) leave none to precondition: use DDP or FSDP2, or "
     "for ZeRO-1 and 2 reflora.GradientHooks."
@@ -112,11 +113,7 @@ class Wrapped(Optimizer):
         self.pairs = as_pairs(pairs, sharded=True)
         self.scalar, self.interval, self.warmup_steps = scalar, interval, warmup_steps
         self.backend, self.precision = backend, precision
-        # pairs, by number, that need not be looked at again: those that have left S = I, or are balanced; those whose
-        # state is in units of I; and those whose gradients are kept in other units
-        self._settled: set[int] = set()
-        self._at_identity: set[int] = set()
-        self._scaled: set[int] = set()
+        self._balanced: set[int] = set()  # pairs of RefLoRA-S whose norms have met, by number
         self._skip: Diagnostics | None = None
         check_unhooked(self.pairs)
         super().__init__(params, **kwargs)
@@ -130,6 +127,10 @@ class Wrapped(Optimizer):
     def _gentle(self) -> bool:
         """Whether S is entered gradually; in front of SGD it need not be, and its scale is part of the step."""
         return self.warmup_steps is None and not proportional(self.base)
+
+    @functools.cached_property
+    def _units(self) -> Units:
+        return Units(self)
 
     @functools.cached_property
     def _ops(self) -> PairOps | ShardedOps:
@@ -231,8 +232,8 @@ class Wrapped(Optimizer):
         in_units_of_I = gentle or since < 0
         if in_units_of_I:
             new = (self.pairs[i] for i in chosen if PHASE not in self.state.get(self.pairs[i].A, {}))
-            kept = {pair.A: self._identity(pair) for pair in new}
-            self._return_to_identity(chosen)
+            kept = {pair.A: self._units.identity(pair) for pair in new}
+            self._units.return_to_identity(chosen)
         if since >= 0:
             counts = self._counts(chosen, steps) if gentle else None
             fresh = self._apply_S(active, chosen, since, counts)
@@ -240,16 +241,11 @@ class Wrapped(Optimizer):
             for i, count in (counts or {}).items():
                 found.setdefault(i, {})[STEPS] = count
             if not gentle:
-                unsettled = [i for i in (fresh if self.interval > 1 else chosen) if i not in self._settled]
-                for i, entries in self._change_units(unsettled).items():
+                for i, entries in self._units.leave_identity(fresh if self.interval > 1 else chosen).items():
                     found.setdefault(i, {}).update(entries)
             for i, entries in found.items():
                 kept.setdefault(self.pairs[i].A, {}).update(entries)
-        if not movable(self.base):
-            for i in chosen:
-                units = kept.get(self.pairs[i].A, {}).get(UNIT, self.state.get(self.pairs[i].A, {}).get(UNIT))
-                if units is not None and (i in self._scaled or not in_units_of_I):
-                    self._ops.scale_grads(i, units.where(units > 0, 1.0))
+        self._units.scale_grads(chosen, kept, everywhere=not in_units_of_I)
         return kept
 
     def _apply_S(
@@ -275,84 +271,13 @@ class Wrapped(Optimizer):
             found[i] = count.to(local(pair.A).device)
         return found
 
-    def _identity(self, pair: LoRAPair) -> dict[str, Tensor]:
-        """What a plain step leaves in the state: all there will be, since a checkpoint is loaded key by key."""
-        factor = local(pair.A)
-        kept = {PHASE: torch.zeros(pair.experts, device=factor.device)}
-        if not movable(self.base):
-            kept[UNIT] = torch.ones(pair.experts, 2, dtype=torch.float64, device=factor.device)
-        if self.interval > 1:
-            dtype = torch.float64 if factor.dtype == torch.float64 else torch.float32
-            kept[SAVED] = torch.eye(pair.rank, dtype=dtype, device=factor.device).repeat(pair.experts, 2, 1, 1)
-        return kept
-
-    def _return_to_identity(self, chosen: list[int]) -> None:
-        """Where a loaded state is in units of S, it is moved to those of I, or the gradients are kept in its own.
-
-        Reads a flag of each pair from the device, once.
-        """
-        asked = [i for i in chosen if i not in self._at_identity]
-        self._at_identity.update(asked)
-        states = {i: self.state[self.pairs[i].A] for i in asked if PHASE in self.state.get(self.pairs[i].A, {})}
-        if not states:
-            return
-        flags = [
-            torch.stack([(own[PHASE] == REFACTORED_UNITS).any(), (own.get(UNIT, own[PHASE] * 0 + 1) != 1).any()])
-            for own in states.values()
-        ]
-        found = dict(zip(states, torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()))
-        self._scaled.update(i for i, each in found.items() if any(each))
-        moved = [i for i, (refactored, _) in found.items() if refactored]
-        move = StateMove(self, [self.pairs[i] for i in moved]) if movable(self.base) else None
-        units = []
-        for i, norms in self._ops.norms(moved).items():
-            own, finite = states[i], norms.isfinite().all(0)
-            returns, c = (own[PHASE] == REFACTORED_UNITS) & finite, norms[1] / norms[0]
-            units.append(c.where(returns & (c > 0) & c.isfinite(), 1.0))
-            own[PHASE] = own[PHASE].where(~returns, 0.0)
-            if move is None:
-                before = own.get(UNIT, torch.ones_like(norms.mT))
-                own[UNIT] = before.where(before > 0, 1.0) / units[-1][:, None]
-            if not finite.all():
-                self._at_identity.discard(i)  # the pair is skipped
-        if move is not None:
-            move.apply([1 / unit for unit in units])
-
-    def _change_units(self, unsettled: list[int]) -> dict[int, dict[str, Tensor]]:
-        """Where a layer's S has just stopped being I: its state moved by c, or from now on its gradients by 1 / c.
-
-        Returns what is to be kept of these layers: reflora_phase `[experts]`, 1 where S is not I, and for a class whose
-        state cannot be moved reflora_unit `[experts, 2]`, of `new_units`. Reads one flag a layer from the device until
-        that layer has left I, nothing afterwards.
-        """
-        if not unsettled:
-            return {}
-        move = StateMove(self, [self.pairs[i] for i in unsettled]) if movable(self.base) else None
-        outcome = self._ops.outcome()
-        kept, units = {}, []
-        for i in unsettled:
-            found, own = outcome[i], self.state.get(self.pairs[i].A, {})
-            before = own.get(PHASE, torch.zeros_like(found.scale)).double()
-            after = before.where(found.status == SKIPPED, found.left.double())
-            units.append(found.scale.where((after == 1) & (before != 1), 1.0))
-            kept[i] = {PHASE: after.float()}
-            if move is None:
-                own_units = own.get(UNIT, found.scale.new_zeros(len(before), 2))
-                kept[i][UNIT] = new_units(own_units, before, found, self.interval > 1)
-            if after.all():
-                self._settled.add(i)
-        self._at_identity.difference_update(unsettled)
-        if move is not None:
-            move.apply(units)
-        return kept
-
     def _scalar_step(self, active: list[bool], steps: int, moving: bool) -> None:
         """RefLoRA-S. `moving` False is a step that only makes state, as loaders take one."""
         gentle = self._gentle
-        self._return_to_identity([i for i, on in enumerate(active) if on])
+        self._units.return_to_identity(i for i, on in enumerate(active) if on)
         if steps == 0 and not gentle and not self.warmup_steps and moving:
             self._refactor(active, with_grads=True)
-        waiting = [i for i, on in enumerate(active) if on and gentle and i not in self._settled]
+        waiting = [i for i, on in enumerate(active) if on and gentle and i not in self._balanced]
         StateMove(self, [self.pairs[i] for i in waiting])  # refuses now what it would refuse once a pair begins
         before = self._ops.norms(waiting)
         _unhooked_step(self.base)(self)
@@ -361,7 +286,7 @@ class Wrapped(Optimizer):
             self._hold_places()
         after_warmup = steps + 1 - (self.warmup_steps or 0)
         if after_warmup >= 0 and after_warmup % self.interval == 0 and moving:
-            chosen = [on and not (gentle and i not in self._settled) for i, on in enumerate(active)]
+            chosen = [on and not (gentle and i not in self._balanced) for i, on in enumerate(active)]
             if any(chosen):
                 return self._refactor(chosen, with_grads=False)
         self._skip = uniform(self.pairs, PLAIN)
@@ -375,7 +300,7 @@ class Wrapped(Optimizer):
             (old_A, old_B), (norm_A, norm_B), equal = before[i], norms, meet(self.pairs[i].A.dtype)
             own[PHASE] = phase.masked_fill(met(old_A, old_B, norm_A, norm_B, equal), BALANCED)
             begun.append((own[PHASE] == BALANCED).all().to(begun[0].device if begun else own[PHASE].device))
-        self._settled.update(i for i, on in zip(after, torch.stack(begun).tolist()) if on)
+        self._balanced.update(i for i, on in zip(after, torch.stack(begun).tolist()) if on)
 
     def _refactor(self, active: list[bool], with_grads: bool) -> None:
         chosen = [index for index, on in enumerate(active) if on]
@@ -397,7 +322,8 @@ class Wrapped(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what state_dict() gave, or the state of the base class over the same parameters."""
         super().load_state_dict(state_dict)
-        self._settled, self._at_identity, self._scaled = set(), set(), set()
+        self._balanced = set()
+        self.__dict__.pop("_units", None)
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         for param, key in zip(params, saved):
@@ -410,7 +336,7 @@ class Wrapped(Optimizer):
         return {**super().__getstate__(), **{name: getattr(self, name) for name in OPTIONS}}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _blank, (self.base,), {**self.__getstate__(), **_fresh()}
+        return _blank, (self.base,), {**self.__getstate__(), "_balanced": set(), "_skip": None}
 
 
 def scaler_found_inf(optimizer: Optimizer) -> bool:
@@ -435,11 +361,6 @@ def _unhooked_step(base: type[Optimizer]) -> Callable[..., Any]:
     while getattr(step, "hooked", False):
         step = step.__wrapped__
     return step
-
-
-def _fresh() -> dict[str, Any]:
-    """What a copy does not take over."""
-    return {"_settled": set(), "_at_identity": set(), "_scaled": set(), "_skip": None}
 
 
 def _blank(base: type[Optimizer]) -> Wrapped:
