@@ -246,7 +246,7 @@ FAULTS = (
     ),
     python(
         "a wrapper leaves moments in units of c S",
-        "optim/wrapper.py",
+        "optim/units.py",
         "move.apply([1 / unit for unit in units])",
         "move.apply([unit / unit for unit in units])",
         START,

@@ -11,7 +11,7 @@ from wrapping import assert_same, backward, factors, make_pairs, name_of, produc
 
 from benchmarks.baselines import published_reflora as published
 from reflora import LoRAPair, reference
-from reflora.optim import wrapper
+from reflora.optim import units
 from reflora.optim.transport import StateMove
 
 MOVABLE = [(SGD, {"momentum": 0.9}), (Adam, {}), (Adam, {"amsgrad": True}), (RAdam, {}), (NAdam, {})]
@@ -80,9 +80,9 @@ def step_sizes(how, monkeypatch, interval):
 
     how: "moved" state, gradients "kept" in the old unit, as for state that cannot be moved, or "neither".
     """
-    monkeypatch.setattr(wrapper, "movable", lambda cls: how == "moved")
+    monkeypatch.setattr(units, "movable", lambda cls: how == "moved")
     if how == "neither":
-        monkeypatch.setattr(wrapper.Wrapped, "_change_units", lambda *_: {})
+        monkeypatch.setattr(units.Units, "leave_identity", lambda *_: {})
     torch.manual_seed(3)
     W, A = torch.randn(64, 96) / 96**0.5, nn.Parameter(3 * torch.randn(8, 96) / 96**0.5)
     B = nn.Parameter(torch.zeros(64, 8))
