@@ -105,6 +105,8 @@ def test_losses_are_compared_seed_by_seed() -> None:
         run_of(1e-3, None, plain_steps=9),
     ]
     assert language.above_lora([*runs, *lora]) == {"RefLoRA": {1e-3: pytest.approx(2.0)}}
+    broken = [run_of(1e-2, 5.0, method="lora"), run_of(1e-2, 4.0)]
+    assert language.above_lora([*runs, *lora, *broken]) == language.above_lora([*runs, *lora])
     assert language.table_above_lora([*runs, *lora]).splitlines()[-1].split() == ["RefLoRA", "+2.00"]
     assert language.table_above_lora(runs) == ""
 

@@ -22,6 +22,7 @@ from . import arguments, language_tasks, tables, tuning
 
 METHODS = ("lora", "reflora", "reflora-s")
 EVAL_BATCH = 64
+BROKEN = 1.5
 STARTS = {"exact from B = 0": "#D55E00", "100 plain steps": "#E69F00"}  # colours
 Run = Mapping[str, Any]
 
@@ -119,11 +120,15 @@ def _cell(runs: Sequence[Run], lr: float, mark: str) -> str:
 def above_lora(runs: Sequence[Run]) -> dict[str, dict[float, float]]:
     """By method and learning rate: held-out loss above LoRA's of the same rate and seed, in %, mean over the seeds.
 
-    Seeds share their rows and their order, so that what a seed adds to both cancels.
+    Seeds share their rows and their order, so that what a seed adds to both cancels. Rates at which LoRA has broken, at
+    more than `BROKEN` times its best loss, compare nothing.
     """
-    lora = {(run["lr"], run["seed"]): run["held_out"] for run in runs if run["method"] == "lora" and run["finite"]}
-    pairs = [(run, lora.get((run["lr"], run["seed"]))) for run in runs if run["finite"] and run["method"] != "lora"]
-    return _means((run, 100 * (run["held_out"] / base - 1)) for run, base in pairs if base is not None)
+    lora = [run for run in runs if run["method"] == "lora" and run["finite"]]
+    means = {run["lr"]: mean(lora, run["lr"]) for run in lora}
+    sound = [lr for lr, loss in means.items() if loss <= BROKEN * min(means.values())]
+    base = {(run["lr"], run["seed"]): run["held_out"] for run in lora if run["lr"] in sound}
+    others = [run for run in runs if run["finite"] and run["method"] != "lora" and (run["lr"], run["seed"]) in base]
+    return _means((run, 100 * (run["held_out"] / base[run["lr"], run["seed"]] - 1)) for run in others)
 
 
 def table_above_lora(runs: Sequence[Run]) -> str:
