@@ -232,7 +232,7 @@ def test_a_factor_without_a_partner_is_not_spoilt(fast_backend, spoilt):
     "options, message",
     [
         (dict(scalar="no"), "scalar: expected True or False"),
-        (dict(warmup_steps=10**30), "warmup_steps: expected less than 2.31"),
+        (dict(warmup_steps=10**30), "warmup_steps: expected None or an integer >= 0, less than 2.31"),
         (dict(lr=float("inf")), "numbers >= 0"),
     ],
 )
