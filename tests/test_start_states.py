@@ -13,6 +13,7 @@ import reflora
 from reflora import RefLoRAAdamW, contract
 from reflora import plan as col
 from reflora.contract import PLAIN
+from reflora.optim import wrapper
 
 DOUBLE = torch.float64
 
@@ -347,3 +348,12 @@ def test_16_bit_norms_are_equal_within_a_power_of_two(backend):
     random_grads(factors(pairs), torch.Generator().manual_seed(0))
     optimizer.step()
     assert float(optimizer.state[A]["reflora_phase"]) == col.BALANCED
+
+
+def test_a_wrapped_step_stores_only_what_is_new(monkeypatch):
+    """The first step makes the entries; later ones count in place, and need not look at every parameter again."""
+    pairs, held = start_of(), []
+    monkeypatch.setattr(wrapper.Wrapped, "_hold_places", lambda self: held.append(1))
+    optimizer = reflora.wrap(torch.optim.AdamW)(factors(pairs), pairs=pairs, lr=1e-3)
+    trained(optimizer, pairs, (0, 5))
+    assert len(held) == 1 and all(float(optimizer.state[A]["reflora_steps"]) == 5 for A, _ in pairs)

@@ -193,8 +193,8 @@ class Wrapped(Optimizer):
                 self._hold_places()
         if moving or not fresh:  # a loader's step, which only makes state, is none
             self._count(STEPS)
-            counts = [self.state[p.A].get(STEPS) for p, on in zip(self.pairs, active) if on and p.A in self.state]
-            if counts := [count for count in counts if count is not None]:
+            stepped = (self.state.get(pair.A, {}) for pair, on in zip(self.pairs, active) if on)
+            if counts := [own[STEPS] for own in stepped if STEPS in own]:
                 torch._foreach_add_(counts, 1)
         return loss
 
@@ -239,7 +239,8 @@ class Wrapped(Optimizer):
             fresh = self._apply_S(active, chosen, since, counts)
             found = {i: {SAVED: matrices} for i, matrices in fresh.items()}
             for i, count in (counts or {}).items():
-                found.setdefault(i, {})[STEPS] = count
+                if self.state.get(self.pairs[i].A, {}).get(STEPS) is not count:
+                    found.setdefault(i, {})[STEPS] = count
             if not gentle:
                 for i, entries in self._units.leave_identity(fresh if self.interval > 1 else chosen).items():
                     found.setdefault(i, {}).update(entries)
@@ -248,9 +249,7 @@ class Wrapped(Optimizer):
         self._units.scale_grads(chosen, kept, everywhere=not in_units_of_I)
         return kept
 
-    def _apply_S(
-        self, active: list[bool], chosen: list[int], since: int, counts: Counts | None
-    ) -> dict[int, Tensor]:  # fmt: skip
+    def _apply_S(self, active: list[bool], chosen: list[int], since: int, counts: Counts | None) -> dict[int, Tensor]:
         """Gradients times S; with an interval, the matrices newly computed."""
         if self.interval == 1:
             self._ops.precondition(active, counts=counts)
