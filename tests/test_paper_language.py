@@ -54,6 +54,9 @@ def test_a_series_resumes_and_its_table_and_figure_have_every_start(
     capsys.readouterr()
     language.main([*some, "--methods", "lora", "reflora", "reflora-s", "--table"])
     printed = capsys.readouterr().out
+    whole = out.with_suffix(".png").read_bytes()
+    language.main([*some, "--methods", "lora", "--table"])
+    assert out.with_suffix(".png").read_bytes() == whole, "a figure of one method took the place of all"
     assert ": 12 runs, the last on" in printed
     for name in ("LoRA ", "RefLoRA ", "RefLoRA, exact from B = 0", "RefLoRA-S, exact from B = 0"):
         assert f"\n{name}" in printed

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .. import data, drawing, figures, finetuning, methods
-from . import arguments, glue, glue_tasks, tuning
+from . import arguments, glue, glue_tasks, tables, tuning
 from .glue_tasks import TASKS
 
 METHODS = ("lora", "reflora", "reflora-s", "lora-pro", "lora-rite", "dora")
@@ -59,13 +59,13 @@ def draw(path: Path, runs: Sequence[Mapping[str, Any]], env: Mapping[str, str]) 
         return False
     with pyplot.rc_context(drawing.STYLE):
         figure, axis = pyplot.subplots(figsize=(4.2, 3.0))
-        for method in dict.fromkeys(run["method"] for run in runs):
-            own = [run for run in runs if run["method"] == method]
+        names = dict.fromkeys(map(tables.name_of, runs))
+        for name in names:
+            own = [run for run in runs if tables.name_of(run) == name]
             curves = torch.tensor([smoothed(run["losses"]) for run in own], dtype=torch.float64)
-            label = methods.LABELS[method]
-            colour = figures.COLOURS.get(label, "#555555")
+            colour = figures.COLOURS.get(methods.LABELS[own[0]["method"]], "#555555")
             steps = range(1, curves.shape[1] + 1)
-            axis.plot(steps, curves.mean(0), color=colour, lw=1.2, label=f"{label} ({own[0]['lr']:g})")
+            axis.plot(steps, curves.mean(0), color=colour, lw=1.2, label=f"{name} ({own[0]['lr']:g})")
             axis.fill_between(steps, curves.amin(0), curves.amax(0), color=colour, alpha=0.15, lw=0)
         axis.set(xlabel="step", ylabel=f"training loss (mean of {WINDOW} steps)")
         axis.set_title(
@@ -74,8 +74,8 @@ def draw(path: Path, runs: Sequence[Mapping[str, Any]], env: Mapping[str, str]) 
             loc="left",
         )
         axis.grid(**drawing.GRID)
-        figure.legend(loc="upper center", frameon=False, fontsize=6.5, ncols=3)
-        figure.tight_layout(rect=drawing.room(figure, env, -(-len(dict.fromkeys(run["method"] for run in runs)) // 3)))
+        figure.legend(loc="upper center", frameon=False, fontsize=6.5, ncols=2)
+        figure.tight_layout(rect=drawing.room(figure, env, -(-len(names) // 2)))
         for suffix in (".png", ".svg"):
             drawing.save(pyplot, figure, path.with_suffix(suffix))
     return True

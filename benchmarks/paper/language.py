@@ -238,12 +238,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             series(options, record)
         except (OSError, ValueError, ImportError) as error:
             raise SystemExit(f"language: {error}") from error
-    asked = [one for one in record.runs() if one.get("task") == options.task and one["method"] in options.methods]
+    every = [one for one in record.runs() if one.get("task") == options.task]
+    asked = [one for one in every if one["method"] in options.methods]
     for what, runs in tables.settings(asked).items():
         print(f"\n{what}: {len(runs)} runs, the last on {harness.header(runs[-1]['machine'])}")
         print("\n\n".join(filter(None, (table(runs), table_above_lora(runs)))))
     picture = options.out.with_suffix(".png")
-    if asked and draw(picture, asked, asked[-1]["machine"]):
+    if every and draw(picture, every, every[-1]["machine"]):  # whatever was asked: a file has one figure
         print(f"\nwrote {picture}")
 
 
