@@ -19,7 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 LINALG = "tests/test_linalg.py tests/test_eigh.py tests/test_adversarial_linalg.py"
 STEPS = "tests/test_functional.py tests/test_adamw.py tests/test_adamw_state.py tests/test_adamw_changes.py"
-START, HOOKS = "tests/test_start.py tests/test_start_states.py", "tests/test_hooks.py"
+START = "tests/test_start.py tests/test_start_states.py"
+COUNTS, HOOKS = "tests/test_start_counts.py", "tests/test_hooks.py"
 TRITON = "tests/test_kernels.py tests/test_kernels_adamw.py tests/test_kernels_linalg.py tests/test_adamw_state.py"
 
 
@@ -92,7 +93,7 @@ FAULTS = (
         "return 1;",
     ),
     cpp("factors of no room are refactored", "row.h", "<= Storage<S>::max / 2;", "<= Storage<S>::max * 2;"),
-    cpp("a step is not counted", "row.h", "*count += 1;", "*count += 0;"),
+    cpp("a step is not counted", "row.h", "empty ? 1 : *count + 1;", "empty ? 1 : *count;"),
     cpp(
         "the first row of a padded panel stays as it was",
         "storage.h",
@@ -206,6 +207,7 @@ FAULTS = (
         "tests/test_adamw_loading.py tests/test_adamw_state.py tests/test_never_ruined.py",
     ),
     cpp("the start never ends", "row.h", "return steps * steps / (", "return 0 * steps / (", START),
+    cpp("an idle expert's start goes on", "row.h", "job.start && !job.scalar && empty", "false && empty", COUNTS),
     cpp(
         "full steps leave RefLoRA-S balanced",
         "row.h",
@@ -228,6 +230,20 @@ FAULTS = (
         "tl.where(phase == col.REFACTORED_UNITS, 0.0, phase)",
         "0.0 * phase",
         START,
+    ),
+    triton(
+        "an idle expert's start goes on",
+        "settle.py",
+        "taken = tl.where((start != 0) & ((norm_a == 0) | (norm_b == 0)), 0, steps)",
+        "taken = steps",
+        COUNTS,
+    ),
+    python(
+        "a sharded pair that is singular is not finite",
+        "optim/sharded.py",
+        "values.clamp(min=0).sqrt()",
+        "values.sqrt() / (values > 0)",
+        "tests/test_sharded_ops.py",
     ),
     python(
         "the start counts as a number of plain steps",

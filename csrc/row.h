@@ -137,7 +137,9 @@ struct RowOp {
         const bool refactors = job.scalar && (before || next_is_fresh || job.start);
         const bool done = refactors ? scalar_step(before, next_is_fresh) : step(source, next_is_fresh);
         if (!done) return skip();
-        *count += 1;
+        // S is entered from where both factors are there to make it
+        const bool empty = result[NORM_A] == 0 || result[NORM_B] == 0;
+        *count = job.start && !job.scalar && empty ? 1 : *count + 1;
     }
 
     bool step(Source source, bool next_is_fresh) {  // false: skip

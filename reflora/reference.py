@@ -72,6 +72,7 @@ MEET = 0.999
 def shrink_weight(steps: float, start: float) -> float:
     """Weight of the Grams in the S of a step: `w = n^2 / (n^2 + start^2)`, n the steps that a pair has done before.
 
+    They are counted from the last one on that began with A or B at 0.
     From 0 at the first step over 1/2 at `start` to 1. B = 0 makes the first steps of Adam nearly of rank one; S takes
     on the shape of B, and would keep it so (docs/mathematics.md).
     """

@@ -225,12 +225,14 @@ def test_gradients_do_not_outlive_zero_grad(fast_backend):
     assert all(grad() is None for grad in grads)
 
 
-def test_gradients_past_the_range_leave_everything_finite(backend):
+@pytest.mark.parametrize("warmup_steps", [None, 0])
+def test_gradients_past_the_range_leave_everything_finite(backend, warmup_steps):
+    """Their squares leave float32, and with warmup_steps=0 S^-1 takes themselves past it."""
     A, B = torch.randn(4, 30).requires_grad_(), (torch.randn(20, 4) * 1e-30).requires_grad_()
-    optimizer = RefLoRAAdamW([(A, B)], lr=1e-2, backend=backend)
+    optimizer = RefLoRAAdamW([(A, B)], lr=1e-2, warmup_steps=warmup_steps, backend=backend)
     before = A.detach().clone()
     for _ in range(2):
-        A.grad, B.grad = torch.randn_like(A) * 1e20, torch.randn_like(B)
+        A.grad, B.grad = torch.randn_like(A) * 1e30, torch.randn_like(B)
         optimizer.step()
     assert optimizer.diagnostics().skipped == 0
     # saturated, they make Adam's usual steps: weights neither fly away nor fall to 0

@@ -50,6 +50,11 @@ def train(
             hooks.refresh()
 
 
+def taken(hooks: reflora.GradientHooks) -> list[float]:
+    """Steps of each layer."""
+    return [float(state[0, 3]) for state in hooks.state_dict().values()]
+
+
 def adamw(model: nn.Module, eps: float = 1e-8) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trained(model), lr=1e-3, eps=eps)
 
@@ -97,16 +102,16 @@ def test_a_refresh_without_a_backward_pass_before_it_is_no_step() -> None:
     hooks = reflora.GradientHooks(model)
     for _ in range(3):
         hooks.refresh()
-    assert hooks.steps == 0
+    assert taken(hooks) == [0, 0]
     train(model, adamw(model), range(5), hooks)
     hooks.refresh()
-    assert hooks.steps == 5 and all(float(state[0, 3]) == 5 for state in hooks.state_dict().values())
+    assert taken(hooks) == [4, 4]  # the first, of rate 0, has left B at 0
 
 
 def test_a_state_from_before_steps_were_counted_is_loaded() -> None:
     hooks = reflora.GradientHooks(build())
     hooks.load_state_dict({name: state[:, :3] for name, state in hooks.state_dict().items()})
-    assert hooks.steps == 0
+    assert taken(hooks) == [0, 0]
 
 
 @pytest.mark.parametrize("warmup_steps", [None, 100])
@@ -122,7 +127,8 @@ def test_gradients_stay_in_the_units_of_a_loaded_state(warmup_steps: int | None,
     hooks.remove()
     hooks = reflora.GradientHooks(model, warmup_steps=warmup_steps)
     hooks.load_state_dict(state)
-    hooks._counts = [count + 10**6 for count in hooks._counts]  # the exact S over c
+    if warmup_steps is None:
+        hooks._counts = [count + 10**6 for count in hooks._counts]  # the exact S over c
     hooks.refresh()
     train(model, torch.optim.SGD(trained(model), lr=0.0), range(1))
     for grad, old in zip((p.grad for p in trained(model)), before):
@@ -140,10 +146,40 @@ def test_a_layer_that_joins_late_starts_gently() -> None:
     for p in late:
         p.requires_grad_()
     train(model, adamw(model), range(3), hooks)
-    counts = {name: float(state[0, 3]) for name, state in hooks.state_dict().items()}
-    assert sorted(counts.values()) == [3, 8]
+    assert taken(hooks) == [7, 2]
     hooks.load_state_dict(hooks.state_dict())
-    assert {name: float(state[0, 3]) for name, state in hooks.state_dict().items()} == counts and hooks.steps == 8
+    assert taken(hooks) == [7, 2]
+
+
+def test_a_layer_whose_B_stays_0_is_still_to_start() -> None:
+    """As an expert's that no token was sent to: none of these steps brings S in."""
+    model = build()
+    hooks = reflora.GradientHooks(model)
+    train(model, torch.optim.SGD([torch.zeros(1)]), range(5), hooks)
+    assert taken(hooks) == [0, 0]
+
+
+@pytest.mark.parametrize("done", [3, 5, 8])
+def test_layers_that_take_turns_resume_in_the_middle_of_a_warm_up(done: int) -> None:
+    """Each has steps of its own, of which the warm-up takes six."""
+
+    def run(model: nn.Module, optimizer: torch.optim.Optimizer, hooks: reflora.GradientHooks, steps: range) -> None:
+        for step in steps:
+            for path, p in model.named_parameters():
+                p.requires_grad_("lora" in path and (".2." in path) == bool(step % 2))
+            train(model, optimizer, range(step, step + 1), hooks)
+
+    straight, model, again = build(), build(), build()
+    run(straight, adamw(straight), reflora.GradientHooks(straight, warmup_steps=6), range(16))
+    optimizer, hooks = adamw(model), reflora.GradientHooks(model, warmup_steps=6)
+    run(model, optimizer, hooks, range(done))
+    again.load_state_dict(model.state_dict())
+    resumed, new = adamw(again), reflora.GradientHooks(again, warmup_steps=6)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    new.load_state_dict(copy.deepcopy(hooks.state_dict()))
+    run(again, resumed, new, range(done, 16))
+    for a, b in zip(straight.parameters(), again.parameters()):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("warmup_steps", [None, 0, 6])

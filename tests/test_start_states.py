@@ -305,13 +305,22 @@ def test_a_wrapped_pair_that_joins_late_starts_gently(backend, interval):
     assert [float(fused.state[A]["reflora_steps"]) for A, _ in ours] == [320, 20]
 
 
-def test_full_steps_end_the_balance(backend):
+@pytest.mark.parametrize("kind", ["RefLoRAAdamW", "wrap"])
+def test_full_steps_end_the_balance(backend, kind):
     """A state that goes from RefLoRA-S to the full RefLoRA and back waits for its norms again."""
+
+    def make(scalar):
+        if kind == "RefLoRAAdamW":
+            return RefLoRAAdamW(pairs, lr=1e-4, scalar=scalar, backend=backend)
+        cls = reflora.wrap(torch.optim.AdamW)
+        return cls(factors(pairs), pairs=pairs, lr=1e-4, scalar=scalar, backend=backend)
+
     pairs = start_of()
     for A, B in pairs:
         A.data.mul_(3), B.data.normal_()
     A = pairs[0][0]
-    scalar, full = (RefLoRAAdamW(pairs, lr=1e-4, scalar=scalar, backend=backend) for scalar in (True, False))
+    scalar, full = make(True), make(False)
+    trained(scalar, pairs, (0, 1))
     scalar.state[A]["reflora_phase"] = torch.tensor([float(col.BALANCED)])
     phases = []
     for optimizer, state in ((scalar, None), (full, scalar), (scalar, full)):

@@ -27,7 +27,8 @@ class AdamWStep:
 
     Every row finds from its own counter n (COUNT) where its S comes from: IDENTITY for n < warmup_steps, FRESH every
     `interval` steps from there on, SAVED in between. start: 0 for the paper's S; else S comes of Grams that are shrunk
-    with the weight reference.shrink_weight(n, start), and without its scale c. scalar: RefLoRA-S, at the same steps.
+    with the weight reference.shrink_weight(n, start), and without its scale c, and a step before which a factor is 0
+    counts as the first. scalar: RefLoRA-S, at the same steps.
 
     hypers: float64 `[groups, HYPERS]` on the CPU. lrs: by group, the tensor on the device behind LR_AT, or None.
     check: search the gradients for inf and nan and skip a row that has one. carry: keep the Grams of the updated

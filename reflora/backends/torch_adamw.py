@@ -95,7 +95,7 @@ class GroupStep:
         if step.scalar:
             reported = self._scalar_step(solution, grads, grams)
         else:
-            reported, grads = self._precondition(solution, grads)
+            reported, grads = self._precondition(solution, grads, (grams[0].norm == 0) | (grams[1].norm == 0))
             self._update(grads)
         self._store()
         record(results, group, *grams, reported)
@@ -153,8 +153,11 @@ class GroupStep:
     def _phases(self) -> Tensor:
         return torch.stack(self.group.once(col.PHASE))
 
-    def _precondition(self, solution: Solution, grads: list[Tensor]) -> tuple[Solution, list[Tensor]]:
-        """(what is reported, gradients mixed by this step's S); moments are moved where S stops or starts being I."""
+    def _precondition(self, solution: Solution, grads: list[Tensor], empty: Tensor) -> tuple[Solution, list[Tensor]]:
+        """(what is reported, gradients mixed by this step's S); moments are moved where S stops or starts being I.
+
+        empty: rows with a factor that is 0. Their start is still to come.
+        """
         group = self.group
         warm_up, due = schedule(self.count, self.step)
         S, S_inv = solution.S, solution.S_inv
@@ -169,6 +172,8 @@ class GroupStep:
         in_units_of_I = warm_up | unsolved | bool(self.step.start)
         self._change_phase(self.done & (due | warm_up), in_units_of_I, solution)
         reported = self._reported(solution, due, torch.where(warm_up, PLAIN, REFACTORED).double())
+        if self.step.start:
+            self.count = self.count.masked_fill(due & empty, 0)
         plain = warm_up.view(-1, 1, 1)
         return reported, [g.where(plain, mixed) for g, mixed in zip(grads, (S_inv @ grads[0], S @ grads[1]))]
 
@@ -255,6 +260,9 @@ class GroupStep:
                 value = values[i]
                 if value is not None:
                     self.group.write(side, column, value, self.done)
-        for column in (A_SIDE + col.STEP, B_SIDE + col.STEP, col.COUNT):
+        for column in (A_SIDE + col.STEP, B_SIDE + col.STEP):
             counts = self.group.once(column)
             torch._foreach_add_(counts, list(self.done.to(counts[0].dtype).unbind(0)))
+        counts = self.group.once(col.COUNT)
+        before = torch.stack(counts)
+        torch._foreach_copy_(counts, list((self.count + 1).to(before.dtype).where(self.done, before).unbind(0)))

@@ -30,8 +30,8 @@ class GradientHooks:
         model: A PEFT model; under DeepSpeed `engine.module`.
         backend: None, "triton", "cpp" or "torch".
         precision: "float64" or "float32".
-        warmup_steps: None enters S gradually, as RefLoRAAdamW does; a number takes that many first steps with S = I. A
-            step is a `refresh()` with a backward pass before it.
+        warmup_steps: None enters S gradually, as RefLoRAAdamW does; a number takes that many first steps of each pair
+            with S = I. A step of a pair is a `refresh()` with a backward pass through it before.
         follow: Of warmup_steps alone. True divides by the largest c so far, so that the norm of all gradients stays one
             of both factors, as a clipping of it needs. False divides by c as it was when S left I: what Adam makes of
             that is RefLoRAAdamW's step up to eps, but B's gradients grow with c, and under a clipped norm A then
@@ -48,7 +48,6 @@ class GradientHooks:
         check_schedule(1, warmup_steps)
         self.pairs = find_pairs(model)
         self.warmup_steps, self.follow = warmup_steps, follow
-        self.steps = 0
         for pair in self.pairs:
             if is_sharded(pair.A):
                 remedy = "FSDP2 is served by reflora.create_reflora_optimizer."
@@ -72,25 +71,28 @@ class GradientHooks:
     @torch.no_grad()
     def refresh(self) -> None:
         """Take S of the factors as they are now."""
-        self.steps += bool(self._went_backward)
         self._counts = self._counts_now()
         self._went_backward = set()
-        if self.steps < (self.warmup_steps or 0):
-            return self._plain()
         everything, gentle = range(len(self.pairs)), self.warmup_steps is None
+        warming = [i for i in everything if self.warmup_steps and float(self._counts[i].max()) < self.warmup_steps]
+        self._plain(warming)
         counts = {index: self._counts[index].to(pair.A.device) for index, pair in enumerate(self.pairs)}
-        solved = self._ops.solve(everything, counts if gentle else None)
-        for index, found in self._ops.outcome().items():
+        solved = self._ops.solve((i for i in everything if i not in warming), counts if gentle else None)
+        outcome, started = (self._ops.outcome(), self._ops.started()) if solved else ({}, {})
+        for index, found in outcome.items():
             units = self._return_to_identity(index, found.scale) if gentle else self._leave_identity(index, found)
             self._matrices[index] = solved[index] * _sides(units).to(solved[index])
+            if gentle:  # from a factor that is 0 the start is still to come
+                self._counts[index] = counts[index] * started[index]
 
-    def _plain(self) -> None:
+    def _plain(self, indices: list[int]) -> None:
         """S = I; gradients stay in the units of a loaded state."""
         if not self._in_other_units:
-            self._matrices = {}
-            self._units = [torch.tensor([1.0, 1.0, 0.0]).to(units).expand_as(units) for units in self._units]
+            for index in indices:
+                self._matrices.pop(index, None)
+                self._units[index] = self._units[index].new_tensor([1.0, 1.0, 0.0]).expand_as(self._units[index])
             return
-        norms = self._ops.norms(range(len(self.pairs)))
+        norms = self._ops.norms(indices)
         for index, (norm_A, norm_B) in norms.items():
             units = self._return_to_identity(index, norm_B / norm_A)
             pair = self.pairs[index]
@@ -151,9 +153,8 @@ class GradientHooks:
         self._units = [state_dict[name][:, :3].clone() for name in names]
         # earlier states have no fourth column
         self._in_other_units = any(bool((units != units.new_tensor([1, 1, 0])).any()) for units in self._units)
-        columns = [state_dict[name][:, 3:].float() for name in names]
+        columns = [state_dict[name][:, 3:].float().cpu() for name in names]
         self._counts = [column[:, 0] if column.shape[1] else column.new_zeros(len(column)) for column in columns]
-        self.steps = max((int(count.max()) for count in self._counts), default=0)
         self._went_backward = set()
         self.refresh()
 

@@ -154,7 +154,7 @@ def settle(
         p_phase = column(p_row, col.PHASE).to(tl.pointer_type(tl.float32))
         has_phase = column(p_row, col.PHASE) != 0
         phase = tl.load(p_phase, mask=has_phase, other=0.0)
-        new_phase = phase
+        new_phase, taken = phase, steps
         move = tl.full((), 1.0, tl.float64)
         plain, saved = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
         if SCHEDULED:
@@ -182,12 +182,14 @@ def settle(
             new_phase = tl.where((start != 0) | ((status == col.DEGENERATE) & (used == 1.0)), 0.0, 1.0)
             move = tl.where((phase != col.REFACTORED_UNITS) & (new_phase != 0), 1.0 / used, 1.0)
             move = tl.where((phase == col.REFACTORED_UNITS) & (start != 0) & useful, c, move)
+            # S is entered from where both factors are there to make it
+            taken = tl.where((start != 0) & ((norm_a == 0) | (norm_b == 0)), 0, steps)
         count_a, count_b = store_scalars(p_row, header, hypers)
         tl.store(header + MOVE, move)
         # phase and counts are read by all before they are written
         tl.debug_barrier()
         tl.store(p_phase, new_phase, mask=has_phase)
-        store_counts(p_row, count_a, count_b, steps)
+        store_counts(p_row, count_a, count_b, taken)
     tl.store(header + RUN, tl.where(status == col.SKIPPED, 0.0, 1.0))
     # the solve has overwritten the chunk Grams
     tl.store(header + CARRIED, 0.0)

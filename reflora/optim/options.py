@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -58,12 +58,17 @@ OPTIONS = (
 )  # fmt: skip
 
 
-def check_groups(groups: Sequence[dict[str, Any]], pairs: Sequence[LoRAPair]) -> None:
-    """Groups hold no option of the whole optimizer, and at least one factor of the pairs, if there are any."""
+def check_group_options(groups: Sequence[dict[str, Any]], names: Iterable[str]) -> None:
+    """No group holds one of these options, which are the whole optimizer's."""
     for number, group in enumerate(groups):
-        for name in OPTIONS:
+        for name in names:
             if name in group:
                 fail(f"parameter group {number}", f"no {name!r}", group[name], "Pass it to the optimizer itself.")
+
+
+def check_groups(groups: Sequence[dict[str, Any]], pairs: Sequence[LoRAPair]) -> None:
+    """Groups hold no option of the whole optimizer, and at least one factor of the pairs, if there are any."""
+    check_group_options(groups, OPTIONS)
     owned = {id(p) for group in groups for p in group["params"]}
     if pairs and not any(id(t) in owned for pair in pairs for t in (pair.A, pair.B)):
         remedy = "Find the pairs in the model whose parameters these are."

@@ -96,6 +96,17 @@ class PairOps:
                 found.setdefault(indices[row.pair], []).append(columns)
         return {index: Outcome(*torch.stack(rows, 1)) for index, rows in found.items()}
 
+    def started(self) -> dict[int, Tensor]:
+        """Of the last call, by pair: 0 where a factor was 0, else 1, float32 `[experts]`."""
+        if self._solved is not None:
+            inner, chosen = self._solved
+            return {chosen[index]: flags for index, flags in inner.started().items()}
+        found: dict[int, Tensor] = {}
+        for indices, plan, results in zip(*self._last):
+            flags = ((results[:, col.NORM_A] != 0) & (results[:, col.NORM_B] != 0)).float()
+            found.update(zip(indices, flags.split([pair.experts for pair in plan.pairs])))
+        return found
+
     def with_finite_grads(self, active: Sequence[bool]) -> list[bool]:
         """Those that are to be asked for: of pairs held whole the kernels look themselves."""
         return list(active)

@@ -46,6 +46,11 @@ class ShardedOps:
             for index, rows in self._rows.items()
         }
 
+    def started(self) -> dict[int, Tensor]:
+        """Of the last call, by pair: 0 where a factor was 0, else 1, float32 `[experts]`."""
+        found = self._inner.started() if self._inner else {}
+        return {index: torch.cat([found[row] for row in rows]) for index, rows in self._rows.items()}
+
     def norms(self, indices: Iterable[int]) -> dict[int, Tensor]:
         """Frobenius norms of A and B of some pairs, float64 `[2, experts]`, in one all-reduce."""
         chosen = list(indices)
@@ -65,11 +70,12 @@ class ShardedOps:
         proxies: list[LoRAPair] = []
         self._rows = {}
         for place, index in enumerate(chosen):
+            pair = self.pairs[index]
             # any pair of these Grams has this S
-            roots_A, roots_B = (linalg.sqrtm(gram) for gram in grams[2 * place : 2 * place + 2])
+            gram_A, gram_B = grams[2 * place : 2 * place + 2]
+            roots_A, roots_B = _root(gram_A, pair.A), _root(gram_B, pair.B)
             self._rows[index] = [len(proxies) + expert for expert in range(len(roots_A))]
-            names = row_names([self.pairs[index]])
-            proxies += [LoRAPair(name, A, B) for name, A, B in zip(names, roots_A, roots_B)]
+            proxies += [LoRAPair(name, A, B.mT) for name, A, B in zip(row_names([pair]), roots_A, roots_B)]
         self._inner = PairOps(proxies, self.backend, self.precision)
         of_proxies = counts and dict(enumerate(count for index in chosen for count in counts[index].split(1)))
         solved = self._inner.solve(range(len(proxies)), of_proxies)
@@ -150,6 +156,13 @@ class ShardedOps:
             roots.append(root.where(sound, 1.0))
             scale_sides(pair, local(pair.A), local(pair.B), roots[-1])
         return roots
+
+
+def _root(gram: Tensor, factor: Tensor) -> Tensor:
+    """Factors `[experts, r, min(n, r)]` of the Grams `[experts, r, r]` of one with n columns; of singular ones too."""
+    n = factor.numel() // gram.shape[:2].numel()
+    values, vectors = linalg.eigh(gram)
+    return (vectors * values.clamp(min=0).sqrt()[:, None, :])[:, :, -n:].contiguous()
 
 
 def _own_grams(pair: LoRAPair) -> list[tuple[int, Tensor]]:

@@ -94,14 +94,15 @@ def init_pair(state: dict[str, Any], pair: LoRAPair, keep_S: bool) -> None:
 
     reflora_phase `[E]` float32: 1 where the moments are in units of a refactored layer, 0 where S = I was last used; 2
     where RefLoRA-S balances the layer (moments in units of I).
-    reflora_steps `[E]` float32: steps that the pair has taken part in, which steer warm-up and interval.
+    reflora_steps `[E]` float32: steps that the pair has taken part in, which steer start, warm-up and interval. In the
+    start those before which a factor was 0 count as one.
     reflora_S `[E, 2, r, r]`: the last S and S^-1, kept only for interval > 1; zeros before the first.
     """
     device, experts, r = pair.A.device, pair.experts, pair.rank
     for name in (PHASE, STEPS):
         if name not in state:
             state[name] = torch.zeros(experts, dtype=torch.float32, device=device)
-        state[name] = state[name].to(device)
+        state[name] = state[name].to(device, torch.float32)
     if keep_S:
         dtype = torch.float64 if pair.A.dtype == torch.float64 else torch.float32
         saved = state.get(SAVED)
@@ -114,14 +115,25 @@ def check_shapes(entries: dict[str, Any], param: Tensor, pair: LoRAPair | None) 
     """Raises ValueError for an entry whose shape is not that of its parameter, or of its pair."""
     wanted = {name: tuple(param.shape) for name in (*MOMENTS, MASTER)}
     if pair is not None:
-        experts, r = pair.experts, pair.rank
-        wanted.update({PHASE: (experts,), STEPS: (experts,), SAVED: (experts, 2, r, r)})
+        wanted.update(shapes_of_pair(pair))
         if isinstance(entries.get("step"), Tensor) and entries["step"].dim():
-            wanted["step"] = (experts,)
+            wanted["step"] = (pair.experts,)
+    compare_shapes(entries, wanted)
+
+
+def shapes_of_pair(pair: LoRAPair) -> dict[str, tuple[int, ...]]:
+    """Of the entries of `init_pair`."""
+    return {PHASE: (pair.experts,), STEPS: (pair.experts,), SAVED: (pair.experts, 2, pair.rank, pair.rank)}
+
+
+def compare_shapes(entries: dict[str, Any], wanted: dict[str, tuple[int, ...]]) -> None:
     for name, shape in wanted.items():
-        if name in entries and tuple(entries[name].shape) != shape:
-            remedy = "The state belongs to another model or rank."
-            fail(f"loaded state {name!r}", shape, tuple(entries[name].shape), remedy)
+        if name not in entries:
+            continue
+        kept = entries[name]
+        found = tuple(kept.shape) if isinstance(kept, Tensor) else repr(kept)
+        if found != shape:
+            fail(f"loaded state {name!r}", f"a tensor {shape}", found, "The state belongs to another model or rank.")
 
 
 def leave_units(state_A: dict[str, Any], state_B: dict[str, Any], pair: LoRAPair) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..contract import SKIPPED, LoRAPair, local
-from ..plan import REFACTORED_UNITS
+from ..plan import BALANCED, REFACTORED_UNITS
 from .pairs import new_units
 from .state import PHASE, SAVED
 from .transport import StateMove, movable
@@ -60,6 +60,9 @@ class Units:
         }
         if not states:
             return
+        if not self.owner.scalar:  # full steps end the balance of RefLoRA-S
+            for own in states.values():
+                own[PHASE] = own[PHASE].masked_fill(own[PHASE] == BALANCED, 0.0)
         flags = [
             torch.stack([(own[PHASE] == REFACTORED_UNITS).any(), (own.get(UNIT, own[PHASE] * 0 + 1) != 1).any()])
             for own in states.values()

@@ -31,10 +31,10 @@ from ..contract import (
 from ..diagnostics import Diagnostics, uniform
 from ..plan import BALANCED
 from ..reference import meet
-from .options import check_schedule
+from .options import check_group_options, check_schedule
 from .pairs import ops_of
 from .plain import watched
-from .state import PHASE, SAVED, STEPS
+from .state import PHASE, SAVED, STEPS, compare_shapes, shapes_of_pair
 from .transport import StateMove, check_movable, proportional
 from .units import UNIT, Units
 
@@ -47,7 +47,10 @@ FLATTENED = (
     "Wrappers that flatten or replace parameters (DeepSpeed, FSDP1) leave none to precondition: use DDP or FSDP2, or "
     "for ZeRO-1 and 2 reflora.GradientHooks."
 )
-OPTIONS = ("pairs", "scalar", "interval", "warmup_steps", "backend", "precision", "_places")
+# what is kept of a pair in the state of its A, and in which type
+DTYPES = {SAVED: None, PHASE: torch.float32, STEPS: torch.float32, UNIT: torch.float64}
+GROUPLESS = ("pairs", "scalar", "interval", "warmup_steps", "backend", "precision")
+OPTIONS = (*GROUPLESS, "_places")
 
 
 _classes: dict[type[Optimizer], type[Wrapped]] = {}
@@ -88,7 +91,8 @@ class Wrapped(Optimizer):
     another class the gradients are kept in the old one.
     scalar=True refactors after each step and moves the state; it needs a class in that table. By default a pair waits
     until its norms have met, experts in one pair for the last of them; with warmup_steps=0, and in front of SGD, it is
-    refactored before the first step as well. The start is counted in the steps that a pair has taken part in.
+    refactored before the first step as well. The start is counted in the steps that a pair has taken part in, warm-up
+    and interval in those of the optimizer.
     """
 
     base: type[Optimizer]
@@ -117,6 +121,7 @@ class Wrapped(Optimizer):
         self._skip: Diagnostics | None = None
         check_unhooked(self.pairs)
         super().__init__(params, **kwargs)
+        check_group_options(self.param_groups, [name for name in GROUPLESS if name not in self.defaults])
         for group in self.param_groups:
             group[STEPS], group[SKIPS] = 0, 0
         place = {param: number for number, param in enumerate(self._params())}
@@ -234,9 +239,13 @@ class Wrapped(Optimizer):
             new = (self.pairs[i] for i in chosen if PHASE not in self.state.get(self.pairs[i].A, {}))
             kept = {pair.A: self._units.identity(pair) for pair in new}
             self._units.return_to_identity(chosen)
-        if since >= 0:
+        if since < 0:
+            self._skip = uniform(self.pairs, PLAIN)
+        else:
             counts = self._counts(chosen, steps) if gentle else None
             fresh = self._apply_S(active, chosen, since, counts)
+            if counts:
+                self._count_from_zero({i: counts[i] for i in (chosen if self.interval == 1 else fresh)})
             found = {i: {SAVED: matrices} for i, matrices in fresh.items()}
             for i, count in (counts or {}).items():
                 if self.state.get(self.pairs[i].A, {}).get(STEPS) is not count:
@@ -261,14 +270,23 @@ class Wrapped(Optimizer):
         return fresh
 
     def _counts(self, chosen: list[int], steps: int) -> dict[int, Tensor]:
-        """Steps that pairs have taken part in; of a state that does not say, the optimizer's."""
+        """Steps that pairs have taken part in; of a state that does not say, those of both factors."""
         found = {}
         for i in chosen:
             pair, own = self.pairs[i], self.state.get(self.pairs[i].A, {})
-            taken = float(steps if own else 0)
-            count = own[STEPS] if STEPS in own else torch.full((pair.experts,), taken, dtype=torch.float32)
-            found[i] = count.to(local(pair.A).device)
+            if STEPS in own:
+                found[i] = own[STEPS].to(local(pair.A).device)
+                continue
+            states = [self.state.get(factor, {}) for factor in (pair.A, pair.B)]
+            taken = min(float(state.get("step", steps)) if state else 0.0 for state in states)
+            found[i] = torch.full((pair.experts,), taken, dtype=torch.float32, device=local(pair.A).device)
         return found
+
+    def _count_from_zero(self, counts: dict[int, Tensor]) -> None:
+        """Of pairs whose S was just computed of a factor that is 0: their start is still to come."""
+        started = self._ops.started()
+        if counts:
+            torch._foreach_mul_(list(counts.values()), [started[i] for i in counts])
 
     def _scalar_step(self, active: list[bool], steps: int, moving: bool) -> None:
         """RefLoRA-S. `moving` False is a step that only makes state, as loaders take one."""
@@ -309,9 +327,10 @@ class Wrapped(Optimizer):
 
     def _hold_places(self) -> None:
         """An entry for parameters that the base class keeps nothing for: checkpoints want all of them, or none."""
+        experts = {pair.A: pair.experts for pair in self.pairs}
         for param in self._params():
             if param.grad is not None and not self.state.get(param):
-                self.state[param][PHASE] = torch.zeros(1, device=param.device)
+                self.state[param][PHASE] = torch.zeros(experts.get(param, 1), device=param.device)
 
     def _count(self, key: str) -> None:
         value = self.param_groups[0].get(key, 0) + 1
@@ -319,23 +338,34 @@ class Wrapped(Optimizer):
             group[key] = value
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what state_dict() gave, or the state of the base class over the same parameters."""
+        """Load what state_dict() gave, or the state of the base class over the same parameters.
+
+        Raises ValueError for what is kept of a pair in another shape.
+        """
+        pairs = {pair.A: pair for pair in self.pairs}
+        for param, entries in _entries(self, state_dict):
+            if param in pairs:
+                compare_shapes(entries, shapes_of_pair(pairs[param]))
         super().load_state_dict(state_dict)
         self._balanced = set()
         self.__dict__.pop("_units", None)
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        params = chain.from_iterable(group["params"] for group in self.param_groups)
-        for param, key in zip(params, saved):
-            entries = state_dict["state"].get(key, {})
-            for name in (SAVED, PHASE, STEPS, UNIT):
+        for param, entries in _entries(self, state_dict):
+            for name, dtype in DTYPES.items():
                 if name in entries:  # torch has cast it to the parameter's dtype
-                    self.state[param][name] = entries[name].to(param.device, copy=True)
+                    self.state[param][name] = entries[name].to(param.device, dtype or entries[name].dtype, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: getattr(self, name) for name in OPTIONS}}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _blank, (self.base,), {**self.__getstate__(), "_balanced": set(), "_skip": None}
+
+
+def _entries(optimizer: Optimizer, state_dict: dict[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
+    """The parameters, each with what a saved state has of it."""
+    saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    return [(param, state_dict["state"].get(key, {})) for param, key in zip(params, saved)]
 
 
 def scaler_found_inf(optimizer: Optimizer) -> bool:
