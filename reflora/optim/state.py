@@ -133,7 +133,7 @@ def compare_shapes(entries: dict[str, Any], wanted: dict[str, tuple[int, ...]]) 
         kept = entries[name]
         found = tuple(kept.shape) if isinstance(kept, Tensor) else repr(kept)
         if found != shape:
-            fail(f"loaded state {name!r}", f"a tensor {shape}", found, "The state belongs to another model or rank.")
+            fail(f"loaded state {name!r}", shape, found, "The state belongs to another model or rank.")
 
 
 def leave_units(state_A: dict[str, Any], state_B: dict[str, Any], pair: LoRAPair) -> None:
