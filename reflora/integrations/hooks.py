@@ -76,8 +76,8 @@ class GradientHooks:
         everything, gentle = range(len(self.pairs)), self.warmup_steps is None
         warming = [i for i in everything if self.warmup_steps and float(self._counts[i].max()) < self.warmup_steps]
         self._plain(warming)
-        counts = {index: self._counts[index].to(pair.A.device) for index, pair in enumerate(self.pairs)}
-        solved = self._ops.solve((i for i in everything if i not in warming), counts if gentle else None)
+        counts = {i: self._counts[i].to(self.pairs[i].A.device) for i in everything} if gentle else {}
+        solved = self._ops.solve(sorted({*everything}.difference(warming)), counts or None)
         outcome, started = (self._ops.outcome(), self._ops.started()) if solved else ({}, {})
         for index, found in outcome.items():
             units = self._return_to_identity(index, found.scale) if gentle else self._leave_identity(index, found)

@@ -67,15 +67,14 @@ class ShardedOps:
         if not chosen:
             return {}
         grams = _summed([(self.pairs[i], side, gram) for i in chosen for side, gram in _own_grams(self.pairs[i])])
+        roots = _roots(grams, [factor for i in chosen for factor in (self.pairs[i].A, self.pairs[i].B)])
         proxies: list[LoRAPair] = []
         self._rows = {}
-        for place, index in enumerate(chosen):
-            pair = self.pairs[index]
-            # any pair of these Grams has this S
-            gram_A, gram_B = grams[2 * place : 2 * place + 2]
-            roots_A, roots_B = _root(gram_A, pair.A), _root(gram_B, pair.B)
+        for index, roots_A, roots_B in zip(chosen, roots[::2], roots[1::2]):
             self._rows[index] = [len(proxies) + expert for expert in range(len(roots_A))]
-            proxies += [LoRAPair(name, A, B.mT) for name, A, B in zip(row_names([pair]), roots_A, roots_B)]
+            # any pair of these Grams has this S
+            names = row_names([self.pairs[index]])
+            proxies += [LoRAPair(name, A, B.mT) for name, A, B in zip(names, roots_A, roots_B)]
         self._inner = PairOps(proxies, self.backend, self.precision)
         of_proxies = counts and dict(enumerate(count for index in chosen for count in counts[index].split(1)))
         solved = self._inner.solve(range(len(proxies)), of_proxies)
@@ -158,11 +157,19 @@ class ShardedOps:
         return roots
 
 
-def _root(gram: Tensor, factor: Tensor) -> Tensor:
-    """Factors `[experts, r, min(n, r)]` of the Grams `[experts, r, r]` of one with n columns; of singular ones too."""
-    n = factor.numel() // gram.shape[:2].numel()
-    values, vectors = linalg.eigh(gram)
-    return (vectors * values.clamp(min=0).sqrt()[:, None, :])[:, :, -n:].contiguous()
+def _roots(grams: Sequence[Tensor], factors: Sequence[Tensor]) -> list[Tensor]:
+    """Factors `[experts, r, min(n, r)]` of Grams `[experts, r, r]`, also of singular ones; n is the factors' own."""
+    alike: dict[tuple, list[int]] = {}
+    for number, gram in enumerate(grams):
+        alike.setdefault((gram.shape[-1], gram.device), []).append(number)
+    found = list(grams)
+    for numbers in alike.values():
+        values, vectors = linalg.eigh(torch.cat([grams[number] for number in numbers]))
+        whole = vectors * values.clamp(min=0).sqrt()[:, None, :]
+        for number, root in zip(numbers, whole.split([len(grams[number]) for number in numbers])):
+            n = factors[number].numel() // root.shape[:2].numel()
+            found[number] = root[:, :, -n:].contiguous()
+    return found
 
 
 def _own_grams(pair: LoRAPair) -> list[tuple[int, Tensor]]:

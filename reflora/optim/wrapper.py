@@ -284,8 +284,8 @@ class Wrapped(Optimizer):
 
     def _count_from_zero(self, counts: dict[int, Tensor]) -> None:
         """Of pairs whose S was just computed of a factor that is 0: their start is still to come."""
-        started = self._ops.started()
         if counts:
+            started = self._ops.started()
             torch._foreach_mul_(list(counts.values()), [started[i] for i in counts])
 
     def _scalar_step(self, active: list[bool], steps: int, moving: bool) -> None:
