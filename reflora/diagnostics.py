@@ -26,7 +26,9 @@ class Diagnostics:
         self.tables, self.order = results, order
 
     def _column(self, column: int) -> Tensor:
-        return torch.cat([r[:, column].cpu() for r in self.tables])[self.order] if self.tables else torch.empty(0)
+        if not self.tables:
+            return torch.empty(0, dtype=torch.float64, device="cpu")
+        return torch.cat([r[:, column].cpu() for r in self.tables])[self.order]
 
     def _count(self, status: int) -> int:
         return int((self._column(col.STATUS) == status).sum())
@@ -100,7 +102,7 @@ class Diagnostics:
 def uniform(pairs: Sequence[LoRAPair], status: int) -> Diagnostics:
     """Of a step that did the same with every layer and measured none: it was skipped, or not taken."""
     names = row_names(pairs)
-    device = pairs[0].A.device if pairs else None
+    device = pairs[0].A.device if pairs else "cpu"
     results = torch.full((len(names), col.REPORTED), torch.nan, dtype=torch.float64, device=device)
     results[:, col.STATUS] = status
     return Diagnostics(names, [results], list(range(len(names))))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ._ops import add_op_namespace_prefix, ops
+from .ambient import independent
 from .backends import resolve
 from .contract import LoRAPair, PairLike, as_pairs, check_backend, check_precision, check_unexpanded, fail
 from .diagnostics import Diagnostics, diagnose, row_names
@@ -127,6 +128,7 @@ def check_grads(pairs: Sequence[LoRAPair], grads: Grads) -> None:
             check_unexpanded(f"{pair.name}, gradient of {side}", grad)
 
 
+@independent()
 def over_devices(pairs: list[LoRAPair], run: Callable[[Plan], Tensor]) -> Diagnostics:
     """`run(plan)` once a device; the results in the order of `pairs`."""
     groups = by_device(pairs)
@@ -153,7 +155,10 @@ def _unflat(factors: list[Tensor], layouts: str) -> list[LoRAPair]:
 def _ordered(found: Diagnostics, device: torch.device) -> Tensor:
     """Results in the order of the pairs, on one device; a table of their own, which an operator must return."""
     tables = [table[:, :REPORTED].to(device) for table in found.tables]
-    return tables[0].contiguous() if len(tables) == 1 else torch.cat(tables)[found.order]
+    if len(tables) == 1:
+        return tables[0].contiguous()
+    rows = [row for table in tables for row in table.unbind()]
+    return torch.stack([rows[number] for number in found.order])
 
 
 @torch.library.custom_op(add_op_namespace_prefix("refactor_"), mutates_args=("factors",), tags=OP_TAGS)

@@ -72,21 +72,21 @@ class Plan:
             for index, pair in enumerate(self.pairs)
             for expert, (A, B) in enumerate(zip(pair.views_A(pair.A.detach()), pair.views_B(pair.B.detach())))
         ]
-        self.table = torch.zeros(len(self.rows), COLUMNS, dtype=torch.int64)
+        self.table = torch.zeros(len(self.rows), COLUMNS, dtype=torch.int64, device="cpu")
         entries = []
         for row in self.rows:
             a, b = _side(row.A, False), _side(row.B, True)
             entries.append([*a, *b, row.A.shape[0], STORAGE_DTYPES.index(row.A.dtype), 1])
         columns = [A_SIDE + P, A_SIDE + P_SR, A_SIDE + P_SN, A_SIDE + N, B_SIDE + P, B_SIDE + P_SR, B_SIDE + P_SN]
-        self.table[:, columns + [B_SIDE + N, R, DTYPE, ACTIVE]] = torch.tensor(entries, dtype=torch.int64)
+        self.table[:, columns + [B_SIDE + N, R, DTYPE, ACTIVE]] = _integers(entries)
         self.table[:, STATE] = self.table[:, DTYPE]
-        self.table[:, TAG] = torch.arange(len(self.rows))
+        self.table[:, TAG] = _integers(range(len(self.rows)))
         self.memory: dict[str, object] = {}
         self.tensors: dict[int, list[Tensor]] = {}
         self.pair_tensors: dict[int, list[Tensor]] = {}
         self._seen = self._where()
-        self._pair_of_row = torch.tensor([row.pair for row in self.rows])
-        self._expert_of_row = torch.tensor([row.expert for row in self.rows])
+        self._pair_of_row = _integers([row.pair for row in self.rows])
+        self._expert_of_row = _integers([row.expert for row in self.rows])
         self._strides = list(map(Tensor.stride, self.factors))
         # where each row begins in its factor, in bytes and in elements
         self._starts, self._offsets = {}, {}
@@ -146,7 +146,7 @@ class Plan:
         if any(t is not None for t in tensors):
             factors = self.factors[0 if side == A_SIDE else 1 :: 2]
             self.bind(side, column, [factor if t is None else t for t, factor in zip(tensors, factors)])
-            self.table[:, side + column] *= torch.tensor([t is not None for t in tensors])[self._pair_of_row]
+            self.table[:, side + column] *= _integers([t is not None for t in tensors])[self._pair_of_row]
         else:
             self.tensors.pop(side + column, None)
             self.table[:, side + column] = 0
@@ -154,7 +154,7 @@ class Plan:
     def bind_once(self, column: int, tensors: Sequence[Tensor]) -> None:
         """Point `column` at one contiguous tensor a pair, `[E, ...]` with an entry an expert, or a scalar."""
         self.pair_tensors[column] = list(tensors)
-        stride = torch.tensor([t.stride(0) * t.element_size() if t.dim() else 0 for t in tensors])
+        stride = _integers([t.stride(0) * t.element_size() if t.dim() else 0 for t in tensors])
         self.table[:, column] = _pointers(tensors)[self._pair_of_row] + stride[self._pair_of_row] * self._expert_of_row
 
     def bind_groups(self, side: int, groups: Sequence[int]) -> None:
@@ -163,7 +163,7 @@ class Plan:
 
     def set(self, column: int, values: Sequence[int]) -> None:
         """One number a pair into `column` of all its rows."""
-        self.table[:, column] = torch.tensor(values, dtype=torch.int64)[self._pair_of_row]
+        self.table[:, column] = _integers(values)[self._pair_of_row]
 
     def tag(self, first: Sequence[int]) -> None:
         """Number the rows: those of a pair count up from its entry in `first`."""
@@ -180,7 +180,7 @@ class Plan:
         views = pair.views_B(tensor) if side == B_SIDE else pair.views_A(tensor)
         for row, view in zip((i for i, r in enumerate(self.rows) if r.pair == number), views):
             pointer, sr, sn, _ = _side(view, side == B_SIDE)
-            self.table[row, [side + G, side + G_SR, side + G_SN]] = torch.tensor([pointer, sr, sn])
+            self.table[row, [side + G, side + G_SR, side + G_SN]] = _integers([pointer, sr, sn])
 
 
 def by_device(pairs: Sequence[LoRAPair]) -> dict[torch.device, list[int]]:
@@ -191,12 +191,17 @@ def by_device(pairs: Sequence[LoRAPair]) -> dict[torch.device, list[int]]:
     return groups
 
 
+def _integers(values: Sequence[object]) -> Tensor:
+    """int64 on the host, whatever the default device: the kernels of the CPU read the table where it lies."""
+    return torch.tensor(values, dtype=torch.int64, device="cpu")
+
+
 def _pointers(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.tensor(list(map(Tensor.data_ptr, tensors)), dtype=torch.int64)
+    return _integers(list(map(Tensor.data_ptr, tensors)))
 
 
 def _sizes(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.tensor(list(map(Tensor.element_size, tensors)), dtype=torch.int64)
+    return _integers(list(map(Tensor.element_size, tensors)))
 
 
 def _side(view: Tensor, transposed: bool) -> tuple[int, int, int, int]:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # a module imports its own top-level name and the rows above, nothing beside it or below; imports inside functions
 # count, imports for type checkers alone do not
 LAYERS = (
-    ("reference", "contract", "_C", "_ops"),
+    ("reference", "contract", "ambient", "_C", "_ops"),
     ("plan",),
     ("diagnostics",),
     ("kernels",),

@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from wrapping import backward, factors, make_pairs, precondition_by_reference, targets
 
 from reflora import LoRAPair, reference
@@ -88,3 +89,21 @@ def test_gradients_are_let_go():
         factor.grad = None
     gc.collect()
     assert not any(gradient() is not None for gradient in gradients)
+
+
+def test_what_became_of_pairs_is_read_by_views(fast_backend):
+    """An index made on the host would wait for the device."""
+    pairs = make_pairs()
+    ops = PairOps(pairs, fast_backend)
+    ops.solve(range(len(pairs)))
+    calls = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            calls.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with Calls():
+        found = ops.outcome()
+    assert calls and all(function.is_view for function in calls), calls
+    assert [len(found[index].scale) for index in range(len(pairs))] == [pair.experts for pair in pairs]

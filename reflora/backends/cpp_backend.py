@@ -115,12 +115,12 @@ def _kept(plan: Plan, carry: bool) -> int:
         return 0
     if NAME not in plan.memory:
         size = _C.kept_doubles(table=plan.table.data_ptr(), rows=len(plan.rows))
-        plan.memory[NAME] = torch.zeros(size, dtype=torch.float64)
+        plan.memory[NAME] = torch.zeros(size, dtype=torch.float64, device="cpu")
     return cast(Tensor, plan.memory[NAME]).data_ptr()
 
 
 def _run(plan: Plan, precision: str, **job: object) -> Tensor:
-    results = torch.empty(len(plan.rows), RESULTS, dtype=torch.float64)
+    results = torch.empty(len(plan.rows), RESULTS, dtype=torch.float64, device="cpu")
     _C.run(
         table=plan.table.data_ptr(), rows=len(plan.rows), results=results.data_ptr(),
         kappa_max=KAPPA_MAX[precision], threads=torch.get_num_threads(), **job,

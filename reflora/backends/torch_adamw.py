@@ -247,7 +247,8 @@ class GroupStep:
         tags, keys = self.group.column(col.TAG), self.memory.keys
         which = (seed, *tags)
         if which not in keys:
-            keys[which] = [torch.tensor([row_key(seed, tag, s) for tag in tags], device=self.device) for s in (0, 1)]
+            found = [[row_key(seed, tag, side) for tag in tags] for side in (0, 1)]
+            keys[which] = [torch.tensor(own, dtype=torch.int64, device=self.device) for own in found]
         return keys[which]
 
     def _store(self) -> None:

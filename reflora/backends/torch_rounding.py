@@ -34,8 +34,8 @@ def round_stochastically(values: Tensor, keys: Tensor, counts: Tensor) -> Tensor
     """
     _, r, n = values.shape
     key = _mix64(keys + counts).view(-1, 1, 1)
-    i = torch.arange(r, device=values.device).view(r, 1)
-    k = torch.arange(n, device=values.device)
+    i = torch.arange(r, dtype=torch.int64, device=values.device).view(r, 1)
+    k = torch.arange(n, dtype=torch.int64, device=values.device)
     h = _fmix32(((i + r * k) & LOW32) ^ (key & LOW32))
     h = _fmix32((h + _shift(key, 32)) & LOW32)
     # the range ends at 0x7f7f0000: what is added there never reaches inf

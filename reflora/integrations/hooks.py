@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ambient import independent
 from ..contract import check_unhooked, fail, is_sharded
 from ..diagnostics import Diagnostics
 from ..optim.options import check_schedule
@@ -55,9 +56,9 @@ class GradientHooks:
         check_unhooked(self.pairs)
         self._ops = PairOps(self.pairs, backend, precision)
         # [experts, 3] each: of A and B as new_units has them, and whether S has been other than I
-        self._units = [torch.zeros(pair.experts, 3, dtype=torch.float64) for pair in self.pairs]
+        self._units = [torch.zeros(pair.experts, 3, dtype=torch.float64, device="cpu") for pair in self.pairs]
         # float32 [experts] each: steps that the pair has taken part in
-        self._counts = [torch.zeros(pair.experts, dtype=torch.float32) for pair in self.pairs]
+        self._counts = [torch.zeros(pair.experts, dtype=torch.float32, device="cpu") for pair in self.pairs]
         self._went_backward: set[int] = set()
         self._in_other_units = False  # a loaded state may be: its gradients are
         self._matrices: dict[int, Tensor] = {}
@@ -69,6 +70,7 @@ class GradientHooks:
         ]
 
     @torch.no_grad()
+    @independent()
     def refresh(self) -> None:
         """Take S of the factors as they are now."""
         self._counts = self._counts_now()

@@ -60,7 +60,7 @@ def variant(
     wide = torch.float64 if storage in ("mixed", "float64") else torch.float32
     code = MIXED.value if storage == "mixed" else STORAGE_DTYPES.index(getattr(torch, storage))
     state = code if state is None else STORAGE_DTYPES.index(getattr(torch, state))
-    group = Group(rank_class, torch.zeros(1, dtype=torch.int32), code, state, wide)
+    group = Group(rank_class, torch.zeros(1, dtype=torch.int32, device="cpu"), code, state, wide)
     kernel = PAIR_KERNELS[name]
     constants = {**PAIR_CONSTANTS, **group.constants, **solve_constants(group, precision)}
     own = scalar_constants(group) if name in SCALAR_KERNELS else state_constants(group, precision)

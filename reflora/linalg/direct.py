@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..ambient import independent
 from ..backends import resolve
 
 # how many of the last dimensions of X a result has
@@ -78,13 +79,10 @@ def into(X: Tensor, kinds: Sequence[int], run: Callable[[Sequence[Tensor]], obje
     dtype, shape = wide(X), X.shape
     count, n = math.prod(shape[:-2]), shape[-1]
     flats = [(count, n, n) if kind == MATRIX else (count, n) for kind in kinds]
-    own = [torch.empty(flat, dtype=dtype, device=X.device) for flat in flats]
-    device = X.device.type
-    if count and device != "meta" and torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):  # it would reach into the products of the torch backend
+    with independent():
+        own = [torch.empty(flat, dtype=dtype, device=X.device) for flat in flats]
+        if count:
             run(own)
-    elif count:
-        run(own)
     if len(shape) != 3:
         own = [result.view(*shape[:-2], *result.shape[1:]) for result in own]
     return own if dtype == X.dtype else [result.to(X.dtype) for result in own]

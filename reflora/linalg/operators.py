@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._ops import add_op_namespace_prefix, ops
+from ..ambient import independent
 from . import direct
 
 
@@ -101,7 +102,7 @@ def _keep_eigh(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
 def _eigh_backward(ctx: Any, grad_w: Tensor | None, grad_V: Tensor | None) -> tuple[Tensor, None, None, None]:
     """`V (diag(gw) + (V^T gV) / (w_j - w_i)) V^T`, its symmetric part; 0 for quotients that are not finite."""
     w, V = ctx.saved_tensors
-    with torch.autocast(V.device.type, enabled=False):
+    with independent():
         inner = torch.zeros_like(V) if grad_w is None else torch.diag_embed(grad_w)
         if grad_V is not None:
             gap = w.unsqueeze(-2) - w.unsqueeze(-1)
@@ -125,7 +126,7 @@ def _sqrtm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     differences = 1 / (root.unsqueeze(-1) + root.unsqueeze(-2))
     if ctx.inverse:
         differences = -differences / (root.unsqueeze(-1) * root.unsqueeze(-2))
-    with torch.autocast(V.device.type, enabled=False):
+    with independent():
         inner = V.mT @ ((grad + grad.mT) / 2).double() @ V
         return (V @ (differences * inner) @ V.mT).to(X.dtype), None, None, None
 

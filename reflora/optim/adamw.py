@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..ambient import independent
 from ..backends import AdamWStep, resolve
 from ..contract import NO_GRADIENT, PairLike, as_pairs, check_unhooked, fail, start_of
 from ..diagnostics import Diagnostics, diagnose, row_names
@@ -132,7 +133,7 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
             "amsgrad": amsgrad, "maximize": maximize,
         }  # fmt: skip
         if stochastic_rounding:
-            defaults[SEED] = int(torch.empty((), dtype=torch.int64).random_())
+            defaults[SEED] = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
         Optimizer.__init__(self, params, defaults)  # an AdamW to whoever asks; nothing of torch's runs
         check_groups(self.param_groups, self.pairs)
         for pair in self.pairs:
@@ -168,7 +169,8 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
             self._step_traced()
         else:
             self.last_was_traced = False
-            self._step_eagerly()
+            with independent():
+                self._step_eagerly()
         return loss
 
     def _step_eagerly(self) -> None:
@@ -267,6 +269,7 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
             self._key = key
         return self._slots
 
+    @independent()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what state_dict() gave, or the state of a torch.optim.AdamW over the same parameters.
 

@@ -150,7 +150,8 @@ class Binding:
     def run(self, step: AdamWStep) -> None:
         """One step of the pairs with gradients."""
         if not self._written:
-            self.results = torch.full((len(self.plan.rows), col.RESULTS), torch.nan, dtype=torch.float64)
+            shape = (len(self.plan.rows), col.RESULTS)
+            self.results = torch.full(shape, torch.nan, dtype=torch.float64, device="cpu")
             self.results[:, col.STATUS] = PLAIN
             return
         self.results = self.backend.adamw(self.plan, self._carried(step) if step.carry else step)

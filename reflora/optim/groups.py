@@ -20,7 +20,7 @@ def hyper_table(groups: Sequence[dict[str, Any]], device: torch.device) -> tuple
 
     Such a tensor is read by the step itself: nothing waits for it, and a replayed graph sees what a scheduler writes.
     """
-    table = torch.tensor([_row(group) for group in groups], dtype=torch.float64)
+    table = torch.tensor([_row(group) for group in groups], dtype=torch.float64, device="cpu")
     lrs = tuple(_on_device(group["lr"], device) for group in groups)
     for row, lr in zip(table, lrs):
         if lr is not None:

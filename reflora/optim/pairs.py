@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import plan as col
+from ..ambient import independent
 from ..backends import Backend, resolve
 from ..contract import (
     DEGENERATE,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 # gradually, without its scale c; without them it is the paper's
 Counts = Mapping[int, Tensor]
 # the columns of Outcome
-OUTCOME = [col.STATUS, col.SCALE, col.NORM_A, col.NORM_B]
+OUTCOME = (col.STATUS, col.SCALE, col.NORM_A, col.NORM_B)
 
 
 class Outcome(NamedTuple):
@@ -90,11 +91,13 @@ class PairOps:
         if self._solved is not None:
             inner, chosen = self._solved
             return {chosen[index]: columns for index, columns in inner.outcome().items()}
-        found: dict[int, list[Tensor]] = {}
+        found: dict[int, Outcome] = {}
         for indices, plan, results in zip(*self._last):
-            for row, columns in zip(plan.rows, results[:, OUTCOME].unbind()):
-                found.setdefault(indices[row.pair], []).append(columns)
-        return {index: Outcome(*torch.stack(rows, 1)) for index, rows in found.items()}
+            # views: a list of columns would be an index that waits for the device
+            experts = [pair.experts for pair in plan.pairs]
+            columns = (results[:, column].split(experts) for column in OUTCOME)
+            found.update((index, Outcome(*own)) for index, own in zip(indices, zip(*columns)))
+        return found
 
     def started(self) -> dict[int, Tensor]:
         """Of the last call, by pair: 0 where a factor was 0, else 1, float32 `[experts]`."""
@@ -185,6 +188,7 @@ class PairOps:
         start = 0 if counts is None else START_STEPS
         self._run(grads, lambda plan, backend: backend.precondition(plan, scalar, self.precision, start), counts)
 
+    @independent()
     def _run(
         self, tensors: Sequence[tuple[Tensor | None, Tensor | None]], call: Callable[[Plan, Backend], Tensor],
         counts: Counts | None = None,
@@ -239,6 +243,7 @@ def new_units(units: Tensor, phase: Tensor, found: Outcome, kept: bool = False) 
     return units.where(~leaving, (units * found.scale[:, None]).where(units > 0, 1.0))
 
 
+@independent()
 def multiply(views: Sequence[Tensor], matrices: Sequence[Tensor]) -> None:
     """Each `[r, n]` view in place by the `[r, r]` matrix in front of it, those of a shape at once."""
     groups: dict[tuple, tuple[list[Tensor], list[Tensor]]] = {}
@@ -256,7 +261,7 @@ def multiply(views: Sequence[Tensor], matrices: Sequence[Tensor]) -> None:
 
 
 def _none(pair: LoRAPair) -> Tensor:
-    return torch.zeros(pair.experts, device=pair.A.device)
+    return torch.zeros(pair.experts, dtype=torch.float32, device=pair.A.device)
 
 
 def _apply_dtype(tensor: Tensor) -> torch.dtype:

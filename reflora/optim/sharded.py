@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from .. import linalg
+from ..ambient import independent
 from ..contract import DEGENERATE, LoRAPair, check_backend, check_precision, fail, local
 from ..diagnostics import Diagnostics, row_names
 from .pairs import Counts, Outcome, PairOps, multiply, scale_sides
@@ -61,6 +62,7 @@ class ShardedOps:
         sums = _summed(parts)
         return {index: torch.stack(sums[2 * place : 2 * place + 2]).sqrt() for place, index in enumerate(chosen)}
 
+    @independent()
     def solve(self, indices: Iterable[int], counts: Counts | None = None) -> dict[int, Tensor]:
         """S and S^-1 of some pairs, `[experts, 2, r, r]`."""
         chosen = list(indices)
@@ -116,8 +118,10 @@ class ShardedOps:
         found = []
         for pair, on in zip(self.pairs, active):
             grads = [local(t.grad) for t in (pair.A, pair.B) if on and t.grad is not None]
-            bad = torch.stack([~grad.isfinite().all() for grad in grads]).any() if grads else torch.tensor(False)
-            found.append((pair, 1, bad.double().to(local(pair.A).device).view(1)))
+            bad = torch.zeros(1, dtype=torch.float64, device=local(pair.A).device)
+            for grad in grads:
+                bad = bad.maximum((~grad.isfinite().all()).to(bad))
+            found.append((pair, 1, bad))
         bads = torch.cat(_summed(found)).tolist() if found else []
         return [on and not bad for on, bad in zip(active, bads)]
 
@@ -127,7 +131,7 @@ class ShardedOps:
         # in the order of the pairs, which all processes share
         for mesh in dict.fromkeys(pair.A.device_mesh for pair in self.pairs if isinstance(pair.A, DTensor)):
             for dim in range(mesh.ndim):
-                vote = torch.tensor(votes, device=mesh.device_type)
+                vote = torch.tensor(votes, dtype=torch.float32, device=mesh.device_type)
                 dist.all_reduce(vote, dist.ReduceOp.MIN, group=mesh.get_group(dim))
                 votes = (*vote.tolist(),)
         return bool(votes[0]), not votes[1]

@@ -69,7 +69,7 @@ def fit(state: dict[str, Any], param: Tensor, experts: int, storage: Storage) ->
 
 def _counts(step: Any, param: Tensor, experts: int) -> Tensor:
     """A step count as one float32 an expert, or as a scalar, on the parameter's device."""
-    step = torch.as_tensor(step).to(device=param.device, dtype=torch.float32)
+    step = torch.as_tensor(step, dtype=torch.float32, device=param.device)
     if experts > 1:
         return step if step.dim() else step.expand(experts).clone()
     return step.max() if step.dim() else step
@@ -107,7 +107,7 @@ def init_pair(state: dict[str, Any], pair: LoRAPair, keep_S: bool) -> None:
         dtype = torch.float64 if pair.A.dtype == torch.float64 else torch.float32
         saved = state.get(SAVED)
         if saved is None:  # zeros: none yet, the kernels then compute one
-            saved = torch.zeros(experts, 2, r, r)
+            saved = torch.zeros(experts, 2, r, r, dtype=dtype, device=device)
         state[SAVED] = saved.to(dtype=dtype, device=device)
 
 
@@ -158,7 +158,7 @@ def adopt(state: dict[str, Any], raw: dict[str, Any], param: Tensor, experts: in
     from `raw`. Raises ValueError for a moment whose shape is not the parameter's.
     """
     if "step" in raw:
-        state["step"] = torch.as_tensor(raw["step"]).clone()
+        state["step"] = torch.as_tensor(raw["step"], dtype=torch.float32, device=param.device).clone()
     for name in (*MOMENTS, MASTER, PHASE, STEPS, SAVED):
         if name in raw and raw[name].dtype != state[name].dtype:
             state[name] = raw[name].to(param.device).clone()

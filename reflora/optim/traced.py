@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .._ops import add_op_namespace_prefix, ops
+from ..ambient import independent
 from ..contract import PLAIN, LoRAPair, fail
 from ..diagnostics import uniform
 from ..functional import OP_TAGS
@@ -129,7 +130,7 @@ class TracedStep:
 
     def step_now(self) -> Tensor:
         """A step, without a closure. Returns float64 `[rows of all pairs, REPORTED]` in the order of the pairs."""
-        with torch.no_grad():
+        with torch.no_grad(), independent():
             self._step_eagerly()
         if len(self._bindings) == 1 and self._bindings[0].results is not None:
             return self._bindings[0].results[:, :REPORTED]

@@ -38,7 +38,7 @@ class Units:
     def identity(self, pair: LoRAPair) -> dict[str, Tensor]:
         """What a plain step leaves in the state: all there will be, since a checkpoint is loaded key by key."""
         factor = local(pair.A)
-        kept = {PHASE: torch.zeros(pair.experts, device=factor.device)}
+        kept = {PHASE: torch.zeros(pair.experts, dtype=torch.float32, device=factor.device)}
         if not movable(self.owner.base):
             kept[UNIT] = torch.ones(pair.experts, 2, dtype=torch.float64, device=factor.device)
         if self.owner.interval > 1:

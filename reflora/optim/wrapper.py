@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..ambient import independent
 from ..backends.torch_solve import met
 from ..contract import (
     NO_GRADIENT,
@@ -229,6 +230,7 @@ class Wrapped(Optimizer):
     def _params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
 
+    @independent()
     def _precondition(self, active: list[bool], steps: int) -> dict[Tensor, dict[str, Tensor]]:
         """Gradients times S; what is to be kept in the state of A's, once the base class has made its own."""
         since, gentle = steps - (self.warmup_steps or 0), self._gentle
@@ -308,6 +310,7 @@ class Wrapped(Optimizer):
                 return self._refactor(chosen, with_grads=False)
         self._skip = uniform(self.pairs, PLAIN)
 
+    @independent()
     def _look(self, before: dict[int, Tensor], after: dict[int, Tensor]) -> None:
         """Settle pairs whose norms `[2, experts]` have met, in all of their experts; kept in the states of the A."""
         begun: list[Tensor] = []
@@ -319,6 +322,7 @@ class Wrapped(Optimizer):
             begun.append((own[PHASE] == BALANCED).all().to(begun[0].device if begun else own[PHASE].device))
         self._balanced.update(i for i, on in zip(after, torch.stack(begun).tolist()) if on)
 
+    @independent()
     def _refactor(self, active: list[bool], with_grads: bool) -> None:
         chosen = [index for index, on in enumerate(active) if on]
         move = StateMove(self, [self.pairs[i] for i in chosen], with_grads)
@@ -330,7 +334,7 @@ class Wrapped(Optimizer):
         experts = {pair.A: pair.experts for pair in self.pairs}
         for param in self._params():
             if param.grad is not None and not self.state.get(param):
-                self.state[param][PHASE] = torch.zeros(experts.get(param, 1), device=param.device)
+                self.state[param][PHASE] = torch.zeros(experts.get(param, 1), dtype=torch.float32, device=param.device)
 
     def _count(self, key: str) -> None:
         value = self.param_groups[0].get(key, 0) + 1
@@ -374,6 +378,7 @@ def scaler_found_inf(optimizer: Optimizer) -> bool:
     return found_inf is not None and bool(found_inf)
 
 
+@independent()
 def _norm(grads: list[Tensor]) -> tuple[bool, bool]:
     """Whether all are finite, and whether any is not zero."""
     grads = [grad for grad in grads if grad.numel()]  # of a sharded one this process may hold nothing
