@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from reflora.kernels import staging
+from reflora.contract import LoRAPair
+from reflora.kernels import launch, staging
 from reflora.kernels.staging import OnDevice
+from reflora.plan import Plan
 
 META = torch.device("meta")
 
@@ -14,8 +16,9 @@ def capture(monkeypatch):
     """Turns "a stream is being captured" on and off; pinned memory is plain memory."""
     monkeypatch.setattr(staging, "to_device", lambda tensor, device: tensor.to(device))
     monkeypatch.setattr(staging, "pinned_like", torch.empty_like)
-    state = {"on": False}
+    state = {"on": False, "stream": 1}
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["on"])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: state["stream"])
     return state
 
 
@@ -58,3 +61,39 @@ def test_each_capture_needs_a_step_before_it(capture):
     table(torch.ones(6))
     with pytest.raises(RuntimeError, match="Take a step outside the graph before each capture"):
         table(torch.zeros(6))
+
+
+def test_a_table_that_another_stream_reads_is_kept_for_it(capture, monkeypatch):
+    held = []
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: held.append((tensor, stream)))
+    table = OnDevice(META)
+    made = table(torch.arange(4))
+    assert table(torch.arange(4)) is made and not held
+    capture["stream"] = 2
+    assert table(torch.arange(4)) is made
+    assert [(tensor is made, stream) for tensor, stream in held] == [(True, 2)]
+
+
+def test_buffers_that_another_stream_reads_are_kept_for_it(capture, monkeypatch):
+    held = []
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: held.append((tensor, stream)))
+    plan = Plan([LoRAPair("pair", torch.randn(4, 30), torch.randn(20, 4))])
+    plan.device = META
+    (group,) = launch.prepare(plan).groups
+    made = [group.numbers, group.workspace, group.headers, group.arrivals, group.widths, group.items]
+    launch.prepare(plan)
+    assert not held
+    capture["stream"] = 2
+    launch.prepare(plan)
+    assert {id(tensor) for tensor, _ in held} == set(map(id, made)) and {stream for _, stream in held} == {2}
+
+
+def test_what_was_never_prepared_is_refused_in_a_capture(monkeypatch):
+    """Before memory is pinned, which would end the capture in an error of CUDA's."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: 1)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pytest.fail("pinned"))
+    plan = Plan([LoRAPair("pair", torch.randn(4, 30), torch.randn(20, 4))])
+    plan.device = torch.device("cuda")
+    with pytest.raises(RuntimeError, match="Take a step outside the graph before each capture"):
+        launch.prepare(plan)

@@ -32,6 +32,18 @@ def unavailable(device: torch.device) -> str | None:
         return "the kernels have been tried on NVIDIA GPUs only"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"the kernels need compute capability 8.0, and {device} has less"
+    return _without_launcher()
+
+
+@cache
+def _without_launcher() -> str | None:
+    """Why Triton has no launcher: it builds one in C, when it is first asked for its driver."""
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_device()
+    except Exception as error:  # whatever the compiler, the linker or the loader says
+        return f"Triton needs a C compiler and Python.h to launch: {error}".splitlines()[0][:200]
     return None
 
 

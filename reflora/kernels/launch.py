@@ -18,7 +18,7 @@ from .chunks import CHUNKS, HEADER
 from .dtypes import BFLOAT16, FLOAT16, MIXED
 from .pair import SLOTS_FLOAT32, SLOTS_FLOAT64
 from .routes import Route
-from .staging import OnDevice, to_device
+from .staging import OnDevice, current_stream, hold, int_table
 
 TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 # a chunk has at least so many blocks, so that a small layer is not cut into programs with nothing to do
@@ -43,9 +43,7 @@ class Group:
 
     @cached_property
     def route(self) -> Route:
-        device = self.numbers.device
-        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-        return routes.route_of(self.rank_class, capability)
+        return routes.route_of(self.rank_class, shared_memory(self.numbers.device))
 
     @property
     def step_route(self) -> str:
@@ -98,7 +96,7 @@ class Group:
     @cached_property
     def widths(self) -> Tensor:
         """Columns of a chunk, int32 `[rows]`."""
-        return to_device(torch.tensor(self._widths, dtype=torch.int32), self.numbers.device)
+        return int_table(self._widths, torch.int32, self.numbers.device)
 
     @cached_property
     def items(self) -> Tensor:
@@ -108,7 +106,7 @@ class Group:
             for index, (sizes, width) in enumerate(zip(self.sizes, self._widths))
             for chunk in range(sum(-(-n // width) for n in sizes))
         ]
-        return to_device(torch.tensor(items, dtype=torch.int32), self.numbers.device)
+        return int_table(items, torch.int32, self.numbers.device)
 
 
 def chunk_width(n_a: int, n_b: int, block: int) -> int:
@@ -117,6 +115,11 @@ def chunk_width(n_a: int, n_b: int, block: int) -> int:
     while -(-n_a // (blocks * block)) - (-n_b // (blocks * block)) > CHUNKS.value:
         blocks += 1
     return blocks * block
+
+
+def shared_memory(device: torch.device) -> int | None:
+    """Bytes of shared memory that a block can opt in to, None where kernels are interpreted."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else None
 
 
 def launch_options(warps: int, registers: int = 255) -> dict[str, int]:
@@ -163,19 +166,22 @@ class Prepared:
 
     def __init__(self, plan: Plan):
         self.table, self.hypers = OnDevice(plan.device), OnDevice(plan.device)
+        self.stream = current_stream(plan.device)
         classes = plan.classes()
         self.oversized = classes.pop(0, [])
-        self.oversized_index = to_device(torch.tensor(self.oversized, dtype=torch.int64), plan.device)
+        self.oversized_index = int_table(self.oversized, torch.int64, plan.device)
         self.groups = [_group(plan, rank_class, numbers) for rank_class, numbers in sorted(classes.items())]
         # rows of a full AdamW step that have no kernel here
         self.rerouted = [n for group in self.groups if group.step_route == routes.TORCH for n in group.rows]
-        self.rerouted_index = to_device(torch.tensor(self.rerouted, dtype=torch.int64), plan.device)
+        self.rerouted_index = int_table(self.rerouted, torch.int64, plan.device)
 
 
 def prepare(plan: Plan) -> Prepared:
     prepared = plan.memory.get("triton")
     if not isinstance(prepared, Prepared):
         prepared = plan.memory["triton"] = Prepared(plan)
+    own = (value for group in prepared.groups for value in vars(group).values() if isinstance(value, Tensor))
+    hold(own, prepared.stream, plan.device)
     return prepared
 
 
@@ -185,7 +191,7 @@ def _group(plan: Plan, rank_class: int, numbers: list[int]) -> Group:
     wide = torch.float64 if STORAGE_DTYPES.index(torch.float64) in plan.table[numbers, DTYPE] else torch.float32
     master = bool((plan.table[numbers][:, [A_SIDE + W, B_SIDE + W]] != 0).any())
     return Group(
-        rank_class, to_device(torch.tensor(longest, dtype=torch.int32), plan.device), _code(plan, numbers, DTYPE),
+        rank_class, int_table(longest, torch.int32, plan.device), _code(plan, numbers, DTYPE),
         _code(plan, numbers, STATE), wide, master, longest, [sizes[n] for n in longest],
     )  # fmt: skip
 

@@ -17,7 +17,7 @@ class Route:
 
     block_n: columns of a factor in a block. block_m, block_k: rows and inner block of a product of matrices.
     update_registers: what a thread of the update may have, fewer where that spills nothing and lets more programs share
-    a multiprocessor.
+    a multiprocessor. shared: bytes of shared memory that the step takes at most, on whatever device.
     """
 
     route: str
@@ -28,24 +28,22 @@ class Route:
     block_m: int
     block_k: int
     update_registers: int = 255
+    shared: int = 64 * 1024
 
 
-# by rank class; then by compute capability, where a device needs an entry of its own
-ROUTES: dict[int, dict[tuple[int, int] | None, Route]] = {
-    16: {None: Route(SPLIT, 2, 2, 2, 32, 16, 16)},
-    32: {None: Route(SPLIT, 4, 4, 4, 32, 32, 16, 128)},
-    64: {None: Route(SPLIT, 8, 8, 16, 32, 32, 16)},
-    128: {None: Route(SPLIT, 16, 16, 16, 16, 32, 16)},
+# by rank class. Without float64 tensor cores the chunk Grams of r = 128 take 128 KiB of shared memory
+ROUTES: dict[int, Route] = {
+    16: Route(SPLIT, 2, 2, 2, 32, 16, 16),
+    32: Route(SPLIT, 4, 4, 4, 32, 32, 16, 128),
+    64: Route(SPLIT, 8, 8, 16, 32, 32, 16),
+    128: Route(SPLIT, 16, 16, 16, 16, 32, 16, shared=128 * 1024),
 }
-# without float64 tensor cores the chunk Grams of r = 128 take 128 KiB of shared memory, and these devices have 99
-for capability in ((8, 6), (8, 9), (12, 0)):
-    ROUTES[128][capability] = replace(ROUTES[128][None], route=TORCH)
 
 # "split" or "row" for every class, to measure one against the other
 forced: str | None = None
 
 
-def route_of(rank_class: int, capability: tuple[int, int] | None) -> Route:
-    """capability: of the device, None without one (the interpreter, compiling ahead)."""
-    routes = ROUTES[rank_class]
-    return routes.get(capability, routes[None])
+def route_of(rank_class: int, shared: int | None) -> Route:
+    """shared: bytes that a block of the device can opt in to, None without a device (compiling ahead)."""
+    route = ROUTES[rank_class]
+    return route if shared is None or route.shared <= shared else replace(route, route=TORCH)

@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..contract import fail
 
+CAPTURE_REMEDY = "Take a step outside the graph before each capture."
+
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on `device`, without a wait."""
+    """A tensor of the host on `device`, without a wait. RuntimeError while a stream is captured into a graph."""
     if device.type == "cpu":
         return tensor
+    if torch.cuda.is_current_stream_capturing():
+        # page-locked memory cannot be had then
+        fail("CUDA graph capture", "a step taken since the last capture", "none", CAPTURE_REMEDY, RuntimeError)
     # the caching host allocator holds a pinned block back until the copies that read it are done
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def int_table(values: Sequence[object], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers of the host on `device`, without a wait."""
+    return to_device(torch.tensor(values, dtype=dtype, device="cpu"), device)
+
+
+def current_stream(device: torch.device) -> Any:
+    """The stream that is launched on, None on a CPU."""
+    return None if device.type == "cpu" else torch.cuda.current_stream(device)
+
+
+def hold(tensors: Iterable[Tensor], made_on: Any, device: torch.device) -> None:
+    """The memory of tensors that another stream than `made_on` reads is not handed on before it has."""
+    stream = current_stream(device)
+    if stream != made_on:
+        for tensor in tensors:
+            tensor.record_stream(stream)
 
 
 def pinned_like(tensor: Tensor) -> Tensor:
@@ -31,6 +57,7 @@ class OnDevice:
         self.device = device
         self._seen: Tensor | None = None
         self._copy: Tensor | None = None
+        self._stream: Any = None
         self._spare: Tensor | None = None
         self._captured: list[Tensor] = []
 
@@ -42,10 +69,12 @@ class OnDevice:
             return self._captured_copy(tensor, current)
         if not current:
             self._copy, self._seen = to_device(tensor, self.device), tensor.clone()
+            self._stream = current_stream(self.device)
         if self._spare is None or self._spare.shape != tensor.shape:
             # page-locked memory cannot be had while a stream is captured
             self._spare = pinned_like(tensor)
         assert self._copy is not None
+        hold([self._copy], self._stream, self.device)
         return self._copy
 
     def _captured_copy(self, tensor: Tensor, current: bool) -> Tensor:
@@ -54,8 +83,7 @@ class OnDevice:
         else:
             spare, self._spare = self._spare, None
             if spare is None or spare.shape != tensor.shape:
-                remedy = "Take a step outside the graph before each capture."
-                fail("CUDA graph capture", "a step taken since the last capture", "none", remedy, RuntimeError)
+                fail("CUDA graph capture", "a step taken since the last capture", "none", CAPTURE_REMEDY, RuntimeError)
             spare.copy_(tensor)
             self._captured.append(spare)
             # recorded, not run: what is seen outside the graph stays as it was
