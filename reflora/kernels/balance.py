@@ -8,10 +8,10 @@ import triton.language as tl
 
 from . import table as col
 from .chunks import never_finite, span, store_bad
-from .dtypes import exponent_of, load, power_of_two
+from .dtypes import bounded, exponent_of, load, power_of_two
 from .pair import block_zeros, column, offsets
 from .settle import step_scalars
-from .update import advance, bounded, hypers_of, keep_weights, moments, side_key, side_scalars, weights
+from .update import advance, hypers_of, keep_weights, moments, side_key, side_scalars, weights
 
 # what a chunk leaves in its row's workspace: sum and exponent, of the columns as they are and as they will be
 BEFORE, AFTER, PART = tl.constexpr(0), tl.constexpr(2), tl.constexpr(4)

@@ -129,15 +129,15 @@ def largest_exponent(header, first, last):
 
 @triton.jit
 def sum_chunks(
-    area, header, o, first, last, exponent, RC: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr,
+    area, header, o, mask, first, last, exponent, RC: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr,
     SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Elements `o` of the packed Grams of chunks first to last, float64."""
-    acc = tl.load(chunk_gram(area, first, RC, WIDE).to(tl.pointer_type(TC)) + o).to(tl.float64)
+    """Elements `o` of the packed Grams of chunks first to last, float64; nothing is read where masked."""
+    acc = tl.load(chunk_gram(area, first, RC, WIDE).to(tl.pointer_type(TC)) + o, mask=mask).to(tl.float64)
     if SCALED:
         acc *= chunk_scale(header, first, exponent)
     for chunk in range(first + 1, last):
-        x = tl.load(chunk_gram(area, chunk, RC, WIDE).to(tl.pointer_type(TC)) + o).to(tl.float64)
+        x = tl.load(chunk_gram(area, chunk, RC, WIDE).to(tl.pointer_type(TC)) + o, mask=mask).to(tl.float64)
         if SCALED:
             x *= chunk_scale(header, chunk, exponent)
         acc += x
@@ -171,14 +171,14 @@ def reduce_chunks(
     for top in range(0, RC, BM):
         i = top + tl.arange(0, BM)[:, None]
         o = packed(tl.minimum(i, j), tl.maximum(i, j), RC)
-        a = sum_chunks(area, header, o, 0, chunks_a, exponent_a, RC, WIDE, TC, SCALED)
+        a = sum_chunks(area, header, o, None, 0, chunks_a, exponent_a, RC, WIDE, TC, SCALED)
         tl.store(p_a + i * RC + j, a.to(TC))
     for top in range(0, RC, BM):
         i = top + tl.arange(0, BM)[:, None]
-        o = tl.where(i <= j, packed(tl.minimum(i, j), tl.maximum(i, j), RC), 0)
-        b = sum_chunks(area, header, o, chunks_a, chunks, exponent_b, RC, WIDE, TC, SCALED)
-        # a chunk Gram may lie there itself: an element is read by the thread that overwrites it
-        tl.store(p_last + o, b.to(TC), mask=i <= j)
+        o, mask = packed(i, j, RC), i <= j
+        b = sum_chunks(area, header, o, mask, chunks_a, chunks, exponent_b, RC, WIDE, TC, SCALED)
+        # a chunk Gram may lie there itself: an element is read by the thread that overwrites it, and by no other
+        tl.store(p_last + o, b.to(TC), mask=mask)
     tl.debug_barrier()
     for top in range(0, RC, BM):
         i = top + tl.arange(0, BM)[:, None]

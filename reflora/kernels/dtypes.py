@@ -39,8 +39,29 @@ def load(address, offsets, mask, code, DTYPE: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def root(x):
+    """The square root, rounded. `tl.sqrt` of a float32 takes a subnormal number for 0 on a GPU."""
+    if x.dtype == tl.float32:
+        return tl.sqrt_rn(x)
+    else:
+        return tl.sqrt(x)
+
+
+@triton.jit
+def clamped(x, limit):
+    """Within +-limit; NaN stays, which the hardware's minimum and maximum would take for no number at all."""
+    return tl.where(x == x, tl.minimum(tl.maximum(x, -limit), limit), x)
+
+
+@triton.jit
+def bounded(x, limit):
+    """Within +-limit; NaN, which inf - inf in a product leaves, has no sign and becomes 0."""
+    return tl.where(x == x, tl.minimum(tl.maximum(x, -limit), limit), 0.0)
+
+
+@triton.jit
 def _saturate(values, STORED: tl.constexpr):
-    """A finite product past the storage range saturates; inf - inf inside one has no sign left and becomes 0."""
+    """A finite product past the storage range saturates."""
     if STORED == tl.float64:
         top = 1.7976931348623157e308
     elif STORED == tl.float32:
@@ -50,7 +71,7 @@ def _saturate(values, STORED: tl.constexpr):
     else:
         top = 65504.0
     limit = tl.full((), top, values.dtype)
-    return tl.where(values == values, tl.minimum(tl.maximum(values, -limit), limit), tl.zeros_like(values))
+    return bounded(values, limit)
 
 
 @triton.jit

@@ -56,7 +56,7 @@ def judge(
         both = tl.arange(0, 2)
         apart = (RC * RC + RC) * (8 // (TC.primitive_bitwidth // 8))
         kappa = factor_all(p_a, apart, tl.where(both == 0, scale_a, scale_b), shift, r, RC, 2)
-        kappa_a, kappa_b = tl.max(tl.where(both == 0, kappa, 0.0), 0), tl.max(tl.where(both == 1, kappa, 0.0), 0)
+        kappa_a, kappa_b = tl.sum(tl.where(both == 0, kappa, 0.0), 0), tl.sum(tl.where(both == 1, kappa, 0.0), 0)
     else:
         kappa_a = factor(p_a, scale_a, shift, r, RC)
         kappa_b = factor(p_b, scale_b, shift, r, RC)

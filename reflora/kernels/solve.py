@@ -109,7 +109,7 @@ def finish(
 def factor(p_slot, scale, shift, r, RC: tl.constexpr):
     """As `factor_all`, of the matrix in one slot; scale and the condition estimate are scalars."""
     kappa = factor_all(p_slot, 0, tl.zeros([1], scale.dtype) + scale, shift, r, RC, 1)
-    return tl.max(kappa, 0)
+    return tl.sum(kappa, 0)
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from .chunks import (
     chunk_gram,
     store_packed,
 )
-from .dtypes import BFLOAT16, FLOAT16, FLOAT32, load, rounded, store
+from .dtypes import BFLOAT16, FLOAT16, FLOAT32, bounded, clamped, load, root, rounded, store
 from .gram import block_gram
 from .mean import mixer
 from .pair import column, mix, offsets, resident
@@ -64,7 +64,7 @@ def moments(
         back, back_squared = 1.0 / turn, 1.0 / (turn * turn)
     p_m, p_v = column(p_row, SIDE + col.M), column(p_row, SIDE + col.V)
     m = load(p_m, o, mask, state, STATE, WIDE) * m_factor
-    m = tl.minimum(tl.maximum(m, -limit), limit)
+    m = clamped(m, limit)
     # which products are fused is spelt out: every variant and route then rounds alike
     m = tl.fma((1.0 - beta1).to(WIDE), g - m, m)
     put(p_m, o, m, back, mask, state, STATE, KEEP)
@@ -76,7 +76,8 @@ def moments(
         # groups without amsgrad have no X
         p_x = column(p_row, SIDE + col.X)
         chosen = mask & (tl.load(p_hyper + col.AMSGRAD).to(tl.int32) != 0)
-        x = tl.maximum(load(p_x, o, chosen, state, STATE, WIDE) * m_factor * m_factor, v)
+        x = load(p_x, o, chosen, state, STATE, WIDE) * m_factor * m_factor
+        x = tl.where((x >= v) | (x != x), x, v)
         put(p_x, o, x, back_squared, chosen, state, STATE, KEEP)
         v = tl.where(chosen, x, v)
     return m, v
@@ -104,8 +105,7 @@ def keep_weights(
     if MASTER:
         address = column(p_row, SIDE + col.W)
         top = tl.where(code == FLOAT16, 65504.0, 3.3895313892515355e38).to(WIDE)
-        within = tl.minimum(tl.maximum(p, -top), top)
-        put(address, o, within, turn, mask & (address != 0), FLOAT32, FLOAT32, KEEP)
+        put(address, o, bounded(p, top), turn, mask & (address != 0), FLOAT32, FLOAT32, KEEP)
     kept = rounded(p, code, DTYPE)
     if RANDOM:
         i = tl.arange(0, RC).to(tl.int64)
@@ -123,7 +123,7 @@ def keep_weights(
 def within_bfloat16(p):
     top = tl.full((), 3.3895313892515355e38, tl.float32)
     p = p.to(tl.float32)
-    return tl.where(p == p, tl.minimum(tl.maximum(p, -top), top), 0.0)
+    return bounded(p, top)
 
 
 @triton.jit
@@ -146,15 +146,9 @@ def side_key(p_row, seed, count, SIDE: tl.constexpr):
 
 
 @triton.jit
-def bounded(g, limit):
-    """Past the range: saturated, so that m and p stay finite."""
-    return tl.where(g == g, tl.minimum(tl.maximum(g, -limit), limit), 0.0)
-
-
-@triton.jit
 def advance(p, m, v, step_size, correction, decay, eps):
     # eps = 0 and no gradient yet: 0 / 0 is no step
-    denominator = tl.where(m == 0, 1.0, tl.fma(tl.sqrt(v), correction, eps))
+    denominator = tl.where(m == 0, 1.0, tl.fma(root(v), correction, eps))
     return tl.fma(-step_size, m / denominator, p * decay)
 
 
