@@ -14,7 +14,7 @@ import pytest
 from benchmarks import kernels
 
 ROOT = Path(__file__).parent.parent
-PARTS = "build pytest memcheck racecheck step profile throughput eigh compare memory llama ncu glue"
+PARTS = "build compile smoke pytest memcheck racecheck step profile throughput eigh compare memory llama ncu glue"
 STUB = """#!/usr/bin/env bash
 name=${0##*/}
 line=$(printf '%q ' "$name" "$@")
