@@ -79,7 +79,7 @@ def gather(
 def spread_side(
     p_row, area, header, hypers, unscale, move, seed, chunk, own_chunk, width, r, code, SIDE: tl.constexpr,
     AMSGRAD: tl.constexpr, MASTER: tl.constexpr, CARRY: tl.constexpr, SCALED: tl.constexpr, RC: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr,
+    BN: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr,
 ):  # fmt: skip
     """move: what the moments of this side are multiplied by."""
     state = column(p_row, col.STATE).to(tl.int32)
@@ -88,7 +88,7 @@ def spread_side(
     begin, end = span(p_row, own_chunk, width, SIDE)
     update(
         p_row, area, header, hypers, unscale, move, seed, chunk, begin, end, r, code, state, SIDE, AMSGRAD, MASTER,
-        FUSED, RC, BN, BK, DTYPE, STATE, WIDE, TC,
+        FUSED, RC, BN, DTYPE, STATE, WIDE, TC,
     )  # fmt: skip
     if CARRY and SCALED:
         tl.debug_barrier()
@@ -99,19 +99,19 @@ def spread_side(
 def spread(
     p_row, area, header, hypers, unscale, seed, chunk, chunks_a, width, r, code, AMSGRAD: tl.constexpr,
     MASTER: tl.constexpr, CARRY: tl.constexpr, SCALED: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr,
+    DTYPE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr,
 ):  # fmt: skip
     """The update of a chunk, and for CARRY the Gram that it leaves."""
     move = tl.load(header + MOVE)
     if chunk < chunks_a:
         spread_side(
             p_row, area, header, hypers, unscale, move, seed, chunk, chunk, width, r, code, col.A_SIDE, AMSGRAD,
-            MASTER, CARRY, SCALED, RC, BN, BK, DTYPE, STATE, WIDE, TC,
+            MASTER, CARRY, SCALED, RC, BN, DTYPE, STATE, WIDE, TC,
         )  # fmt: skip
     else:
         spread_side(
             p_row, area, header, hypers, unscale, 1.0 / move, seed, chunk, chunk - chunks_a, width, r, code,
-            col.B_SIDE, AMSGRAD, MASTER, CARRY, SCALED, RC, BN, BK, DTYPE, STATE, WIDE, TC,
+            col.B_SIDE, AMSGRAD, MASTER, CARRY, SCALED, RC, BN, DTYPE, STATE, WIDE, TC,
         )  # fmt: skip
     if CARRY:
         if chunk == 0:
@@ -157,8 +157,8 @@ def gram_kernel(
 @triton.jit(do_not_specialize=["seed"])
 def update_kernel(
     table, rows, items, widths, headers, work, hypers, grad_scale, seed, AMSGRAD: tl.constexpr, MASTER: tl.constexpr,
-    CARRY: tl.constexpr, SCALED: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    DTYPE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr,
+    CARRY: tl.constexpr, SCALED: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr,
+    STATE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr,
 ):  # fmt: skip
     """Second launch of the split route, a program a chunk."""
     item = tl.program_id(0)
@@ -171,7 +171,7 @@ def update_kernel(
         chunks_a, chunks = counts(p_row, width)
         spread(
             p_row, area, header, hypers, unscaling(grad_scale), seed, chunk, chunks_a, width, r, code, AMSGRAD, MASTER,
-            CARRY, SCALED, RC, BN, BK, DTYPE, STATE, WIDE, TC,
+            CARRY, SCALED, RC, BN, DTYPE, STATE, WIDE, TC,
         )  # fmt: skip
 
 
@@ -205,7 +205,7 @@ def row_kernel(
             for chunk in range(0, chunks):
                 spread(
                     p_row, area, header, hypers, unscaling(grad_scale), seed, chunk, chunks_a, width, r, code, AMSGRAD,
-                    MASTER, CARRY, SCALED, RC, BN, BK, DTYPE, STATE, WIDE, TC,
+                    MASTER, CARRY, SCALED, RC, BN, DTYPE, STATE, WIDE, TC,
                 )  # fmt: skip
     else:
         refuse(row, header, results)
@@ -233,8 +233,9 @@ def adamw(plan: Plan, step: "AdamWStep", results: Tensor) -> None:
             table, group.numbers, group.items, group.widths, group.headers, group.arrivals, results, group.workspace,
             hypers, step.found_inf, step.warmup_steps, step.start, step.interval, **schedule, **solve, **group.options,
         )  # fmt: skip
-        kept = {name: solve[name] for name in ("SCALED", "RC", "BN", "BK", "DTYPE", "WIDE", "TC")}
+        kept = {name: solve[name] for name in ("SCALED", "RC", "DTYPE", "WIDE", "TC")}
         update_kernel[(len(group.items),)](
             table, group.numbers, group.items, group.widths, group.headers, group.workspace, hypers, step.grad_scale,
-            step.seed, CARRY=step.carry, **storage, **kept, **group.update_options(step.carry),
+            step.seed, CARRY=step.carry, BN=group.update_block_n(step.carry), **storage, **kept,
+            **group.update_options(step.carry),
         )  # fmt: skip

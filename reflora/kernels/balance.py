@@ -11,7 +11,18 @@ from .chunks import never_finite, span, store_bad
 from .dtypes import bounded, exponent_of, load, power_of_two
 from .pair import block_zeros, column, offsets
 from .settle import step_scalars
-from .update import advance, hypers_of, keep_weights, moments, side_key, side_scalars, weights
+from .update import (
+    advance,
+    fetch,
+    homes,
+    hypers_of,
+    keep_moments,
+    keep_weights,
+    moments,
+    side_key,
+    side_scalars,
+    weights,
+)
 
 # what a chunk leaves in its row's workspace: sum and exponent, of the columns as they are and as they will be
 BEFORE, AFTER, PART = tl.constexpr(0), tl.constexpr(2), tl.constexpr(4)
@@ -89,7 +100,7 @@ def step_side(
     the update; turn: for the factor after it (None: 1), which its moments follow. What is not kept leaves its squares
     and, for CHECK, the search of its gradient.
     """
-    p_hyper, g_factor, limit, eps = hypers_of(p_row, hypers, unscale, SIDE, WIDE)
+    g_factor, limit, beta1, beta2, eps, amsgrad = hypers_of(p_row, hypers, unscale, SIDE, WIDE)
     state = column(p_row, col.STATE).to(tl.int32)
     begin, end = span(p_row, own_chunk, width, SIDE)
     if KEEP:
@@ -102,26 +113,28 @@ def step_side(
     key = side_key(p_row, seed, count, SIDE)
     sr, sn = column(p_row, SIDE + col.P_SR), column(p_row, SIDE + col.P_SN)
     p_g, g_sr, g_sn = column(p_row, SIDE + col.G), column(p_row, SIDE + col.G_SR), column(p_row, SIDE + col.G_SN)
+    at = homes(p_row, SIDE, AMSGRAD, MASTER)
     bad = block_zeros(SIDE, RC, BN, tl.int32)
     old, old_exponent = no_squares(SIDE, RC, BN, WIDE)
     new, new_exponent = no_squares(SIDE, RC, BN, WIDE)
     for start in range(begin, end, BN):
         o, mask = offsets(start, g_sr, g_sn, r, end, SIDE, RC, BN)
         g = load(p_g, o, mask, code, DTYPE, WIDE)
+        o, mask = offsets(start, sr, sn, r, end, SIDE, RC, BN)
+        chosen = mask & amsgrad
+        p, m, v, x, w = fetch(at, o, mask, amsgrad, code, state, AMSGRAD, MASTER, DTYPE, STATE, WIDE)
         if CHECK:
             bad = tl.maximum(bad, never_finite(g))
-        o, mask = offsets(start, sr, sn, r, end, SIDE, RC, BN)
-        m, v = moments(
-            p_row, p_hyper, o, mask, bounded(g * g_factor, limit), m_factor, turn, state, SIDE, AMSGRAD, KEEP, STATE,
-            WIDE,
+        m, v, x, second = moments(
+            m, v, x, bounded(g * g_factor, limit), m_factor, beta1, beta2, chosen, AMSGRAD, WIDE
         )  # fmt: skip
         if not KEEP:
-            stored = load(column(p_row, SIDE + col.P), o, mask, code, DTYPE, WIDE)
-            old, old_exponent = add_squares(old, old_exponent, stored, WIDE)
-        p = weights(p_row, o, mask, code, SIDE, MASTER, DTYPE, WIDE)
-        p = advance((p.to(tl.float64) * root).to(WIDE), m, v, step_size, correction, decay, eps)
+            old, old_exponent = add_squares(old, old_exponent, p, WIDE)
+        p = weights(at, p, w, code, MASTER, DTYPE)
+        p = advance((p.to(tl.float64) * root).to(WIDE), m, second, step_size, correction, decay, eps)
+        keep_moments(at, o, mask, chosen, m, v, x, turn, state, AMSGRAD, KEEP, STATE)
         p = keep_weights(
-            p_row, o, mask, p, turn, key, start + tl.arange(0, BN), r, code, SIDE, MASTER, RANDOM, KEEP, RC, DTYPE,
+            at, o, mask, p, turn, key, start + tl.arange(0, BN), r, code, SIDE, MASTER, RANDOM, KEEP, RC, DTYPE,
             WIDE,
         )  # fmt: skip
         if not KEEP:

@@ -65,10 +65,15 @@ class Group:
     def options(self) -> dict[str, int]:
         return launch_options(self.route.warps)
 
+    def update_block_n(self, carry: bool) -> int:
+        """Columns that a program updates at a time; a carried Gram is summed block by block as a fresh one is."""
+        return self.block_n if carry else min(self.block_n, self.route.update_block_n)
+
     def update_options(self, carry: bool) -> dict[str, int]:
         warps = self.route.carry_warps if carry else self.route.update_warps
-        # master weights take registers of their own
-        return launch_options(warps, 255 if self.master else self.route.update_registers)
+        # what takes registers of its own is not kept to fewer
+        plain = not (carry or self.master or self.wide == torch.float64)
+        return launch_options(warps, self.route.update_registers if plain else 255)
 
     @property
     def scalar_options(self) -> dict[str, int]:

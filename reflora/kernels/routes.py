@@ -15,7 +15,8 @@ SPLIT, ROW, TORCH = "split", "row", "torch"
 class Route:
     """route: of the AdamW step. Warps of the solve, of the update, and of one that carries Grams.
 
-    block_n: columns of a factor in a block. block_m, block_k: rows and inner block of a product of matrices.
+    block_n, update_block_n: columns of a factor in a block. block_m, block_k: rows and inner block of a product of
+    matrices.
     update_registers: what a thread of the update may have, fewer where that spills nothing and lets more programs share
     a multiprocessor. shared: bytes of shared memory that the step takes at most, on whatever device.
     """
@@ -27,15 +28,16 @@ class Route:
     block_n: int
     block_m: int
     block_k: int
+    update_block_n: int = 16
     update_registers: int = 255
     shared: int = 64 * 1024
 
 
 # by rank class. Without float64 tensor cores the chunk Grams of r = 128 take 128 KiB of shared memory
 ROUTES: dict[int, Route] = {
-    16: Route(SPLIT, 2, 2, 2, 32, 16, 16),
-    32: Route(SPLIT, 4, 4, 4, 32, 32, 16, 128),
-    64: Route(SPLIT, 8, 8, 16, 32, 32, 16),
+    16: Route(SPLIT, 2, 4, 4, 32, 16, 16, 32),
+    32: Route(SPLIT, 4, 4, 4, 32, 32, 16, update_registers=128),
+    64: Route(SPLIT, 8, 8, 16, 32, 32, 16, update_registers=128),
     128: Route(SPLIT, 16, 16, 16, 16, 32, 16, shared=128 * 1024),
 }
 

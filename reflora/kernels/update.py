@@ -20,7 +20,7 @@ from .chunks import (
 from .dtypes import BFLOAT16, FLOAT16, FLOAT32, bounded, clamped, load, root, rounded, store
 from .gram import block_gram
 from .mean import mixer
-from .pair import column, mix, offsets, resident
+from .pair import column, offsets
 from .rounding import key_of, round_randomly
 
 
@@ -49,63 +49,98 @@ def put(address, o, values, factor, mask, code, DTYPE: tl.constexpr, KEEP: tl.co
 
 
 @triton.jit
-def moments(
-    p_row, p_hyper, o, mask, g, m_factor, turn, state, SIDE: tl.constexpr, AMSGRAD: tl.constexpr, KEEP: tl.constexpr,
-    STATE: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """m and v of a block (the largest v for amsgrad), moved to new units by m_factor, updated by g and kept.
-
-    turn: what the factor is multiplied by after the step, which moves what is kept once more; None for 1.
-    """
-    beta1, beta2 = tl.load(p_hyper + col.BETA1), tl.load(p_hyper + col.BETA2)
-    limit = tl.full((), 1e38 if WIDE == tl.float32 else 1e307, WIDE)
-    back, back_squared = turn, turn
-    if turn is not None:
-        back, back_squared = 1.0 / turn, 1.0 / (turn * turn)
-    p_m, p_v = column(p_row, SIDE + col.M), column(p_row, SIDE + col.V)
-    m = load(p_m, o, mask, state, STATE, WIDE) * m_factor
-    m = clamped(m, limit)
-    # which products are fused is spelt out: every variant and route then rounds alike
-    m = tl.fma((1.0 - beta1).to(WIDE), g - m, m)
-    put(p_m, o, m, back, mask, state, STATE, KEEP)
-    # not by the square of m_factor, which may leave the range where v does not
-    v = load(p_v, o, mask, state, STATE, WIDE) * m_factor * m_factor
-    v = tl.fma((1.0 - beta2).to(WIDE) * g, g, beta2.to(WIDE) * v)
-    put(p_v, o, v, back_squared, mask, state, STATE, KEEP)
+def homes(p_row, SIDE: tl.constexpr, AMSGRAD: tl.constexpr, MASTER: tl.constexpr):
+    """Addresses of a side's factor, m, v, largest v and master weights; 0 for the last two where a launch has none."""
+    p_x, p_w = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64)
     if AMSGRAD:
-        # groups without amsgrad have no X
         p_x = column(p_row, SIDE + col.X)
-        chosen = mask & (tl.load(p_hyper + col.AMSGRAD).to(tl.int32) != 0)
-        x = load(p_x, o, chosen, state, STATE, WIDE) * m_factor * m_factor
-        x = tl.where((x >= v) | (x != x), x, v)
-        put(p_x, o, x, back_squared, chosen, state, STATE, KEEP)
-        v = tl.where(chosen, x, v)
-    return m, v
+    if MASTER:
+        p_w = column(p_row, SIDE + col.W)
+    return column(p_row, SIDE + col.P), column(p_row, SIDE + col.M), column(p_row, SIDE + col.V), p_x, p_w
 
 
 @triton.jit
-def weights(
-    p_row, o, mask, code, SIDE: tl.constexpr, MASTER: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr
+def fetch(
+    at, o, mask, amsgrad, code, state, AMSGRAD: tl.constexpr, MASTER: tl.constexpr, DTYPE: tl.constexpr,
+    STATE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The weights that are updated: the factor's, or its float32 master's where that still rounds to the factor's."""
-    p = load(column(p_row, SIDE + col.P), o, mask, code, DTYPE, WIDE)
+    """Factor, m, v, largest v and master weights of a block, from `homes`.
+
+    Before anything is stored: a load waits for every store that it might read.
+    """
+    p_p, p_m, p_v, p_x, p_w = at
+    p = load(p_p, o, mask, code, DTYPE, WIDE)
+    m, v = load(p_m, o, mask, state, STATE, WIDE), load(p_v, o, mask, state, STATE, WIDE)
+    x, w = v, p
+    if AMSGRAD:
+        x = load(p_x, o, mask & amsgrad, state, STATE, WIDE)
     if MASTER:
-        address = column(p_row, SIDE + col.W)
-        w = load(address, o, mask & (address != 0), FLOAT32, FLOAT32, WIDE)
-        p = tl.where((address != 0) & (rounded(w, code, DTYPE) == p), w, p)
+        w = load(p_w, o, mask & (p_w != 0), FLOAT32, FLOAT32, WIDE)
+    return p, m, v, x, w
+
+
+@triton.jit
+def fetch_gradient(
+    p_g, sr, sn, start, end, r, code, SIDE: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    o, mask = offsets(start, sr, sn, r, end, SIDE, RC, BN)
+    return load(p_g, o, mask, code, DTYPE, WIDE)
+
+
+@triton.jit
+def moments(m, v, x, g, m_factor, beta1, beta2, chosen, AMSGRAD: tl.constexpr, WIDE: tl.constexpr):
+    """(m, v, largest v, the v of the denominator) of a block, moved to new units by m_factor and updated by g."""
+    limit = tl.full((), 1e38 if WIDE == tl.float32 else 1e307, WIDE)
+    m = clamped(m * m_factor, limit)
+    # which products are fused is spelt out: every variant and route then rounds alike
+    m = tl.fma((1.0 - beta1).to(WIDE), g - m, m)
+    # not by the square of m_factor, which may leave the range where v does not
+    v = v * m_factor * m_factor
+    v = tl.fma((1.0 - beta2).to(WIDE) * g, g, beta2.to(WIDE) * v)
+    second = v
+    if AMSGRAD:
+        # groups without amsgrad have no X
+        x = x * m_factor * m_factor
+        x = tl.where((x >= v) | (x != x), x, v)
+        second = tl.where(chosen, x, v)
+    return m, v, x, second
+
+
+@triton.jit
+def keep_moments(
+    at, o, mask, chosen, m, v, x, turn, state, AMSGRAD: tl.constexpr, KEEP: tl.constexpr,
+    STATE: tl.constexpr,
+):  # fmt: skip
+    """turn: what the factor is multiplied by after the step, which moves what is kept once more; None for 1."""
+    _, p_m, p_v, p_x, _ = at
+    back, back_squared = turn, turn
+    if turn is not None:
+        back, back_squared = 1.0 / turn, 1.0 / (turn * turn)
+    put(p_m, o, m, back, mask, state, STATE, KEEP)
+    put(p_v, o, v, back_squared, mask, state, STATE, KEEP)
+    if AMSGRAD:
+        put(p_x, o, x, back_squared, chosen, state, STATE, KEEP)
+
+
+@triton.jit
+def weights(at, p, w, code, MASTER: tl.constexpr, DTYPE: tl.constexpr):
+    """The weights that are updated: the factor's, or its float32 master's where that still rounds to the factor's."""
+    if MASTER:
+        p = tl.where((at[4] != 0) & (rounded(w, code, DTYPE) == p), w, p)
     return p
 
 
 @triton.jit
 def keep_weights(
-    p_row, o, mask, p, turn, key, columns, r, code, SIDE: tl.constexpr, MASTER: tl.constexpr, RANDOM: tl.constexpr,
+    at, o, mask, p, turn, key, columns, r, code, SIDE: tl.constexpr, MASTER: tl.constexpr, RANDOM: tl.constexpr,
     KEEP: tl.constexpr, RC: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Keeps updated weights, times turn where there is one. Returns them rounded as the factor's, 0 where masked."""
+    p_p, _, _, _, p_w = at
     if MASTER:
-        address = column(p_row, SIDE + col.W)
         top = tl.where(code == FLOAT16, 65504.0, 3.3895313892515355e38).to(WIDE)
-        put(address, o, bounded(p, top), turn, mask & (address != 0), FLOAT32, FLOAT32, KEEP)
+        put(p_w, o, bounded(p, top), turn, mask & (p_w != 0), FLOAT32, FLOAT32, KEEP)
     kept = rounded(p, code, DTYPE)
     if RANDOM:
         i = tl.arange(0, RC).to(tl.int64)
@@ -114,8 +149,8 @@ def keep_weights(
         else:
             elements = columns.to(tl.int64)[:, None] * r + i[None, :]
         random = round_randomly(within_bfloat16(p), elements, key).to(WIDE)
-        kept = tl.where((code == BFLOAT16) & (column(p_row, SIDE + col.W) == 0), random, kept)
-    put(column(p_row, SIDE + col.P), o, kept, turn, mask, code, DTYPE, KEEP)
+        kept = tl.where((code == BFLOAT16) & (p_w == 0), random, kept)
+    put(p_p, o, kept, turn, mask, code, DTYPE, KEEP)
     return tl.where(mask, kept, 0.0)
 
 
@@ -128,12 +163,14 @@ def within_bfloat16(p):
 
 @triton.jit
 def hypers_of(p_row, hypers, unscale, SIDE: tl.constexpr, WIDE: tl.constexpr):
-    """(address of a side's hyperparameters, what its gradient is multiplied by, bound of that product, eps)."""
+    """Of a side: (what its gradient is multiplied by, bound of that product, beta1, beta2, eps, whether amsgrad)."""
     p_hyper = hypers + column(p_row, SIDE + col.HYPER) * col.HYPERS
     g_factor = tl.where(tl.load(p_hyper + col.MAXIMIZE) != 0, -unscale, unscale).to(WIDE)
     # its square stays in range too
     limit = tl.full((), 1e18 if WIDE == tl.float32 else 1e153, WIDE)
-    return p_hyper, g_factor, limit, tl.load(p_hyper + col.EPS).to(WIDE)
+    beta1, beta2 = tl.load(p_hyper + col.BETA1), tl.load(p_hyper + col.BETA2)
+    amsgrad = tl.load(p_hyper + col.AMSGRAD).to(tl.int32) != 0
+    return g_factor, limit, beta1, beta2, tl.load(p_hyper + col.EPS).to(WIDE), amsgrad
 
 
 @triton.jit
@@ -153,17 +190,26 @@ def advance(p, m, v, step_size, correction, decay, eps):
 
 
 @triton.jit
+def product(matrix, g, SIDE: tl.constexpr, WIDE: tl.constexpr):
+    """`matrix @ g` on side A, `g @ matrix` on side B."""
+    if SIDE == col.A_SIDE:
+        return tl.dot(matrix, g, input_precision="ieee", out_dtype=WIDE)
+    else:
+        return tl.dot(g, matrix, input_precision="ieee", out_dtype=WIDE)
+
+
+@triton.jit
 def update(
     p_row, area, header, hypers, unscale, m_factor, seed, chunk, begin, end, r, code, state, SIDE: tl.constexpr,
     AMSGRAD: tl.constexpr, MASTER: tl.constexpr, CARRY: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr,
+    DTYPE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr,
 ):  # fmt: skip
     """AdamW of columns begin to end of one side, the gradient multiplied by S^-1 (A) or S (B) as it is read.
 
     unscale, m_factor: float64 scalars for the gradient and for the moments' change of units. CARRY: the Gram of the
     updated columns is left as chunk number `chunk`, summed as `accumulate` would.
     """
-    p_hyper, g_factor, limit, eps = hypers_of(p_row, hypers, unscale, SIDE, WIDE)
+    g_factor, limit, beta1, beta2, eps, amsgrad = hypers_of(p_row, hypers, unscale, SIDE, WIDE)
     step_size, correction, decay, count = side_scalars(header, SIDE)
     step_size, correction, decay = step_size.to(WIDE), correction.to(WIDE), decay.to(WIDE)
     m_factor = m_factor.to(WIDE)
@@ -171,24 +217,40 @@ def update(
     key = side_key(p_row, seed, count, SIDE)
     sr, sn = column(p_row, SIDE + col.P_SR), column(p_row, SIDE + col.P_SN)
     p_g, g_sr, g_sn = column(p_row, SIDE + col.G), column(p_row, SIDE + col.G_SR), column(p_row, SIDE + col.G_SN)
-    matrix = resident(mixer(area, SIDE == col.A_SIDE, RC, WIDE), RC, BK)
+    at = homes(p_row, SIDE, AMSGRAD, MASTER)
+    i = tl.arange(0, RC)
+    matrix = tl.load(mixer(area, SIDE == col.A_SIDE, RC, WIDE) + i[:, None] * RC + i[None, :])
     one = tl.where(end > begin, 1.0, 0.0).to(TC)
     acc = tl.zeros([RC, RC], TC)
+    # the next block is on its way while this one is worked on, where registers allow
+    AHEAD: tl.constexpr = not (CARRY or MASTER or WIDE == tl.float64)
+    if AHEAD:
+        g = fetch_gradient(p_g, g_sr, g_sn, begin, end, r, code, SIDE, RC, BN, DTYPE, WIDE)
+        o, mask = offsets(begin, sr, sn, r, end, SIDE, RC, BN)
+        p, m, v, x, w = fetch(at, o, mask, amsgrad, code, state, AMSGRAD, MASTER, DTYPE, STATE, WIDE)
     for start in range(begin, end, BN):
-        g = mix(matrix, p_g, g_sr, g_sn, start, r, end, code, g_factor, SIDE, RC, BN, BK, DTYPE, WIDE, WIDE)
+        if not AHEAD:
+            g = fetch_gradient(p_g, g_sr, g_sn, start, end, r, code, SIDE, RC, BN, DTYPE, WIDE)
+        mixed = product(matrix, g * g_factor, SIDE, WIDE)
+        if AHEAD:
+            g = fetch_gradient(p_g, g_sr, g_sn, start + BN, end, r, code, SIDE, RC, BN, DTYPE, WIDE)
+            o, mask = offsets(start + BN, sr, sn, r, end, SIDE, RC, BN)
+            next = fetch(at, o, mask, amsgrad, code, state, AMSGRAD, MASTER, DTYPE, STATE, WIDE)
         o, mask = offsets(start, sr, sn, r, end, SIDE, RC, BN)
-        m, v = moments(
-            p_row, p_hyper, o, mask, bounded(g, limit), m_factor, None, state, SIDE, AMSGRAD, True, STATE, WIDE
-        )  # fmt: skip
-        p = weights(p_row, o, mask, code, SIDE, MASTER, DTYPE, WIDE)
-        p = advance(p, m, v, step_size, correction, decay, eps)
-        columns = start + tl.arange(0, BN)
+        if not AHEAD:
+            p, m, v, x, w = fetch(at, o, mask, amsgrad, code, state, AMSGRAD, MASTER, DTYPE, STATE, WIDE)
+        chosen = mask & amsgrad
+        m, v, x, second = moments(m, v, x, bounded(mixed, limit), m_factor, beta1, beta2, chosen, AMSGRAD, WIDE)
+        p = advance(weights(at, p, w, code, MASTER, DTYPE), m, second, step_size, correction, decay, eps)
+        keep_moments(at, o, mask, chosen, m, v, x, None, state, AMSGRAD, True, STATE)
         p = keep_weights(
-            p_row, o, mask, p, None, key, columns, r, code, SIDE, MASTER, RANDOM, True, RC, DTYPE, WIDE
+            at, o, mask, p, None, key, start + tl.arange(0, BN), r, code, SIDE, MASTER, RANDOM, True, RC, DTYPE, WIDE
         )  # fmt: skip
         if CARRY:
-            x = p.to(TC)
-            acc += block_gram(x, x, SIDE, TC) * one
+            y = p.to(TC)
+            acc += block_gram(y, y, SIDE, TC) * one
+        if AHEAD:
+            p, m, v, x, w = next
     if CARRY:
         store_packed(chunk_gram(area, chunk, RC, WIDE), acc, RC, TC)
         tl.store(header + EXPONENT + chunk, 0.0)
