@@ -15,7 +15,7 @@ from ..plan import Plan
 from . import routes
 from . import table as col
 from .chunks import CARRIED, HEADER, MOVE, RUN, accumulate, counts, search, span
-from .launch import prepare, solve_constants, state_constants
+from .launch import aligned, prepare, solve_constants, state_constants
 from .pair import area_of, column
 from .settle import refuse, settle
 from .update import update
@@ -44,20 +44,24 @@ def unscaling(grad_scale):
 def gather_side(
     p_row, area, header, carried, chunk, own_chunk, width, r, code, SIDE: tl.constexpr, CHECK: tl.constexpr,
     SCALED: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):  # fmt: skip
     """own_chunk: the number of the chunk within its side."""
     begin, end = span(p_row, own_chunk, width, SIDE)
     if carried:
         if CHECK:
-            search(p_row, header, chunk, begin, end, r, code, SIDE, RC, BN, DTYPE, WIDE)
+            search(p_row, header, chunk, begin, end, r, code, SIDE, RC, BN, DTYPE, WIDE, VECTOR)
     else:
-        accumulate(p_row, area, header, chunk, begin, end, r, code, SIDE, CHECK, RC, BN, DTYPE, WIDE, TC, SCALED)
+        accumulate(
+            p_row, area, header, chunk, begin, end, r, code, SIDE, CHECK, RC, BN, DTYPE, WIDE, TC, SCALED, VECTOR
+        )
 
 
 @triton.jit
 def gather(
     p_row, area, header, chunk, chunks_a, width, r, code, CARRY: tl.constexpr, CHECK: tl.constexpr,
     SCALED: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):  # fmt: skip
     """What the solve needs of a chunk: its Gram, unless that was carried, and whether its gradient is finite."""
     carried = False
@@ -66,12 +70,12 @@ def gather(
     if chunk < chunks_a:
         gather_side(
             p_row, area, header, carried, chunk, chunk, width, r, code, col.A_SIDE, CHECK, SCALED, RC, BN, DTYPE, WIDE,
-            TC,
+            TC, VECTOR,
         )  # fmt: skip
     else:
         gather_side(
             p_row, area, header, carried, chunk, chunk - chunks_a, width, r, code, col.B_SIDE, CHECK, SCALED, RC, BN,
-            DTYPE, WIDE, TC,
+            DTYPE, WIDE, TC, VECTOR,
         )  # fmt: skip
 
 
@@ -80,6 +84,7 @@ def spread_side(
     p_row, area, header, hypers, unscale, move, seed, chunk, own_chunk, width, r, code, SIDE: tl.constexpr,
     AMSGRAD: tl.constexpr, MASTER: tl.constexpr, CARRY: tl.constexpr, SCALED: tl.constexpr, RC: tl.constexpr,
     BN: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):  # fmt: skip
     """move: what the moments of this side are multiplied by."""
     state = column(p_row, col.STATE).to(tl.int32)
@@ -88,30 +93,32 @@ def spread_side(
     begin, end = span(p_row, own_chunk, width, SIDE)
     update(
         p_row, area, header, hypers, unscale, move, seed, chunk, begin, end, r, code, state, SIDE, AMSGRAD, MASTER,
-        FUSED, RC, BN, DTYPE, STATE, WIDE, TC,
+        FUSED, RC, BN, DTYPE, STATE, WIDE, TC, VECTOR,
     )  # fmt: skip
     if CARRY and SCALED:
         tl.debug_barrier()
-        accumulate(p_row, area, header, chunk, begin, end, r, code, SIDE, False, RC, BN, DTYPE, WIDE, TC, SCALED)
+        accumulate(
+            p_row, area, header, chunk, begin, end, r, code, SIDE, False, RC, BN, DTYPE, WIDE, TC, SCALED, VECTOR
+        )
 
 
 @triton.jit
 def spread(
     p_row, area, header, hypers, unscale, seed, chunk, chunks_a, width, r, code, AMSGRAD: tl.constexpr,
     MASTER: tl.constexpr, CARRY: tl.constexpr, SCALED: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr,
-    DTYPE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr,
+    DTYPE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """The update of a chunk, and for CARRY the Gram that it leaves."""
     move = tl.load(header + MOVE)
     if chunk < chunks_a:
         spread_side(
             p_row, area, header, hypers, unscale, move, seed, chunk, chunk, width, r, code, col.A_SIDE, AMSGRAD,
-            MASTER, CARRY, SCALED, RC, BN, DTYPE, STATE, WIDE, TC,
+            MASTER, CARRY, SCALED, RC, BN, DTYPE, STATE, WIDE, TC, VECTOR,
         )  # fmt: skip
     else:
         spread_side(
             p_row, area, header, hypers, unscale, 1.0 / move, seed, chunk, chunk - chunks_a, width, r, code,
-            col.B_SIDE, AMSGRAD, MASTER, CARRY, SCALED, RC, BN, DTYPE, STATE, WIDE, TC,
+            col.B_SIDE, AMSGRAD, MASTER, CARRY, SCALED, RC, BN, DTYPE, STATE, WIDE, TC, VECTOR,
         )  # fmt: skip
     if CARRY:
         if chunk == 0:
@@ -123,7 +130,7 @@ def gram_kernel(
     table, rows, items, widths, headers, arrivals, results, work, hypers, found_inf, warmup, start, interval,
     SCHEDULED: tl.constexpr, KEEP: tl.constexpr, CARRY: tl.constexpr, CHECK: tl.constexpr, KAPPA_MAX: tl.constexpr,
     RC: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr,
-    TC: tl.constexpr, SCALED: tl.constexpr,
+    TC: tl.constexpr, SCALED: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """First launch of the split route, a program a chunk; the last of a row to arrive settles it.
 
@@ -139,7 +146,7 @@ def gram_kernel(
     if active(p_row, found_inf):
         chunks_a, chunks = counts(p_row, width)
         gather(
-            p_row, area, header, chunk, chunks_a, width, r, code, CARRY, CHECK, SCALED, RC, BN, DTYPE, WIDE, TC
+            p_row, area, header, chunk, chunks_a, width, r, code, CARRY, CHECK, SCALED, RC, BN, DTYPE, WIDE, TC, VECTOR
         )  # fmt: skip
         # all threads' stores come before the arrival, which releases them and acquires those of the other programs
         tl.debug_barrier()
@@ -158,7 +165,7 @@ def gram_kernel(
 def update_kernel(
     table, rows, items, widths, headers, work, hypers, grad_scale, seed, AMSGRAD: tl.constexpr, MASTER: tl.constexpr,
     CARRY: tl.constexpr, SCALED: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr,
-    STATE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr,
+    STATE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Second launch of the split route, a program a chunk."""
     item = tl.program_id(0)
@@ -171,7 +178,7 @@ def update_kernel(
         chunks_a, chunks = counts(p_row, width)
         spread(
             p_row, area, header, hypers, unscaling(grad_scale), seed, chunk, chunks_a, width, r, code, AMSGRAD, MASTER,
-            CARRY, SCALED, RC, BN, DTYPE, STATE, WIDE, TC,
+            CARRY, SCALED, RC, BN, DTYPE, STATE, WIDE, TC, VECTOR,
         )  # fmt: skip
 
 
@@ -181,7 +188,7 @@ def row_kernel(
     SCHEDULED: tl.constexpr, KEEP: tl.constexpr, CARRY: tl.constexpr, CHECK: tl.constexpr, AMSGRAD: tl.constexpr,
     MASTER: tl.constexpr, KAPPA_MAX: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
     BK: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr,
-    SCALED: tl.constexpr,
+    SCALED: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """The row route: one program does what both launches of the split route do for a row."""
     index = tl.program_id(0)
@@ -193,7 +200,8 @@ def row_kernel(
         chunks_a, chunks = counts(p_row, width)
         for chunk in range(0, chunks):
             gather(
-                p_row, area, header, chunk, chunks_a, width, r, code, CARRY, CHECK, SCALED, RC, BN, DTYPE, WIDE, TC
+                p_row, area, header, chunk, chunks_a, width, r, code, CARRY, CHECK, SCALED, RC, BN, DTYPE, WIDE, TC,
+                VECTOR,
             )  # fmt: skip
         tl.debug_barrier()
         settle(
@@ -205,7 +213,7 @@ def row_kernel(
             for chunk in range(0, chunks):
                 spread(
                     p_row, area, header, hypers, unscaling(grad_scale), seed, chunk, chunks_a, width, r, code, AMSGRAD,
-                    MASTER, CARRY, SCALED, RC, BN, DTYPE, STATE, WIDE, TC,
+                    MASTER, CARRY, SCALED, RC, BN, DTYPE, STATE, WIDE, TC, VECTOR,
                 )  # fmt: skip
     else:
         refuse(row, header, results)
@@ -217,7 +225,7 @@ def adamw(plan: Plan, step: "AdamWStep", results: Tensor) -> None:
     table, hypers = prepared.table(plan.table), prepared.hypers(step.hypers)
     amsgrad = bool(step.hypers[:, AMSGRAD_COLUMN].any())
     for group in prepared.groups:
-        solve = {**group.constants, **solve_constants(group, step.precision)}
+        solve = {**group.constants, **solve_constants(group, step.precision), "VECTOR": aligned(plan.table, group.rows)}
         schedule = {"SCHEDULED": step.warmup_steps > 0, "KEEP": step.keep, "CARRY": step.carry, "CHECK": step.check}
         storage = {"AMSGRAD": amsgrad, **state_constants(group, step.precision)}
         if group.step_route == routes.TORCH:
@@ -233,7 +241,7 @@ def adamw(plan: Plan, step: "AdamWStep", results: Tensor) -> None:
             table, group.numbers, group.items, group.widths, group.headers, group.arrivals, results, group.workspace,
             hypers, step.found_inf, step.warmup_steps, step.start, step.interval, **schedule, **solve, **group.options,
         )  # fmt: skip
-        kept = {name: solve[name] for name in ("SCALED", "RC", "DTYPE", "WIDE", "TC")}
+        kept = {name: solve[name] for name in ("SCALED", "RC", "DTYPE", "WIDE", "TC", "VECTOR")}
         update_kernel[(len(group.items),)](
             table, group.numbers, group.items, group.widths, group.headers, group.workspace, hypers, step.grad_scale,
             step.seed, CARRY=step.carry, BN=group.update_block_n(step.carry), **storage, **kept,

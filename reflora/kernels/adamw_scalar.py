@@ -18,7 +18,7 @@ from .adamw import active, unscaling
 from .balance import AFTER, BEFORE, look, step_side, total_norm
 from .chunks import HEADER, MOVE, ROOT, RUN, TURN, any_bad, counts
 from .dtypes import BFLOAT16, FLOAT16, power_of_two
-from .launch import prepare, scalar_constants
+from .launch import aligned, prepare, scalar_constants
 from .pair import area_of, column, report
 from .scalar import balance_root
 from .settle import refuse, steps_of, store_counts, store_scalars
@@ -40,13 +40,13 @@ def due(steps, warmup, start, interval):
 def step_chunk(
     p_row, parts, header, hypers, unscale, root, move, turn, seed, chunk, chunks_a, width, r, code,
     CHECK: tl.constexpr, AMSGRAD: tl.constexpr, MASTER: tl.constexpr, KEEP: tl.constexpr, RC: tl.constexpr,
-    BN: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr,
+    BN: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """The update of a chunk. root, move: factors of A and its moments before it; turn: of A after. B: the inverse."""
     if chunk < chunks_a:
         step_side(
             p_row, parts, header, hypers, unscale / root, root, move, turn, seed, chunk, chunk, width, r, code,
-            col.A_SIDE, CHECK, AMSGRAD, MASTER, KEEP, RC, BN, DTYPE, STATE, WIDE,
+            col.A_SIDE, CHECK, AMSGRAD, MASTER, KEEP, RC, BN, DTYPE, STATE, WIDE, VECTOR,
         )  # fmt: skip
     else:
         back = turn
@@ -54,7 +54,7 @@ def step_chunk(
             back = 1.0 / turn
         step_side(
             p_row, parts, header, hypers, unscale * root, 1.0 / root, 1.0 / move, back, seed, chunk, chunk - chunks_a,
-            width, r, code, col.B_SIDE, CHECK, AMSGRAD, MASTER, KEEP, RC, BN, DTYPE, STATE, WIDE,
+            width, r, code, col.B_SIDE, CHECK, AMSGRAD, MASTER, KEEP, RC, BN, DTYPE, STATE, WIDE, VECTOR,
         )  # fmt: skip
 
 
@@ -62,7 +62,7 @@ def step_chunk(
 def settle_scalar(
     p_row, row, parts, header, results, hypers, unscale, seed, width, r, code, warmup, start, interval,
     AMSGRAD: tl.constexpr, MASTER: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr,
-    STATE: tl.constexpr, WIDE: tl.constexpr,
+    STATE: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """From a row's squares to its header, its new counts, phase and report; by one program."""
     chunks_a, chunks = counts(p_row, width)
@@ -89,7 +89,7 @@ def settle_scalar(
             for chunk in range(0, chunks):
                 step_chunk(
                     p_row, parts, header, hypers, unscale, root, move, None, seed, chunk, chunks_a, width, r, code,
-                    False, AMSGRAD, MASTER, False, RC, BN, DTYPE, STATE, WIDE,
+                    False, AMSGRAD, MASTER, False, RC, BN, DTYPE, STATE, WIDE, VECTOR,
                 )  # fmt: skip
             tl.debug_barrier()
         turn = tl.full((), 1.0, tl.float64)
@@ -124,7 +124,7 @@ def settle_scalar(
 def foresee_kernel(
     table, rows, items, widths, headers, arrivals, results, work, hypers, grad_scale, found_inf, seed, warmup,
     start, interval, CHECK: tl.constexpr, AMSGRAD: tl.constexpr, MASTER: tl.constexpr, RC: tl.constexpr,
-    BN: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr,
+    BN: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """First launch, a program a chunk; arguments as gram_kernel's of adamw.py."""
     item = tl.program_id(0)
@@ -140,13 +140,14 @@ def foresee_kernel(
         if (after | (start != 0)) & (not before):
             step_chunk(
                 p_row, parts, header, hypers, unscale, one, one, None, seed, chunk, chunks_a, width, r, code, CHECK,
-                AMSGRAD, MASTER, False, RC, BN, DTYPE, STATE, WIDE,
+                AMSGRAD, MASTER, False, RC, BN, DTYPE, STATE, WIDE, VECTOR,
             )  # fmt: skip
         elif chunk < chunks_a:
-            look(p_row, parts, header, chunk, chunk, width, r, code, col.A_SIDE, CHECK, RC, BN, DTYPE, WIDE)
+            look(p_row, parts, header, chunk, chunk, width, r, code, col.A_SIDE, CHECK, RC, BN, DTYPE, WIDE, VECTOR)
         else:
             look(
-                p_row, parts, header, chunk, chunk - chunks_a, width, r, code, col.B_SIDE, CHECK, RC, BN, DTYPE, WIDE
+                p_row, parts, header, chunk, chunk - chunks_a, width, r, code, col.B_SIDE, CHECK, RC, BN, DTYPE, WIDE,
+                VECTOR,
             )  # fmt: skip
         # as in gram_kernel: all threads' stores come before the arrival
         tl.debug_barrier()
@@ -155,7 +156,7 @@ def foresee_kernel(
             tl.store(arrivals + index, 0)
             settle_scalar(
                 p_row, row, parts, header, results, hypers, unscale, seed, width, r, code, warmup, start, interval,
-                AMSGRAD, MASTER, RC, BN, DTYPE, STATE, WIDE,
+                AMSGRAD, MASTER, RC, BN, DTYPE, STATE, WIDE, VECTOR,
             )  # fmt: skip
     elif chunk == 0:
         refuse(row, header, results)
@@ -165,6 +166,7 @@ def foresee_kernel(
 def turn_kernel(
     table, rows, items, widths, headers, hypers, grad_scale, seed, AMSGRAD: tl.constexpr, MASTER: tl.constexpr,
     RC: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Second launch, a program a chunk."""
     item = tl.program_id(0)
@@ -178,7 +180,7 @@ def turn_kernel(
         root, move, turn = tl.load(header + ROOT), tl.load(header + MOVE), tl.load(header + TURN)
         step_chunk(
             p_row, header, header, hypers, unscaling(grad_scale), root, move, turn, seed, chunk, chunks_a, width, r,
-            code, False, AMSGRAD, MASTER, True, RC, BN, DTYPE, STATE, WIDE,
+            code, False, AMSGRAD, MASTER, True, RC, BN, DTYPE, STATE, WIDE, VECTOR,
         )  # fmt: skip
 
 
@@ -188,7 +190,7 @@ def adamw_scalar(plan: Plan, step: "AdamWStep", results: Tensor) -> None:
     table, hypers = prepared.table(plan.table), prepared.hypers(step.hypers)
     amsgrad = bool(step.hypers[:, AMSGRAD_COLUMN].any())
     for group in prepared.groups:
-        constants = {"AMSGRAD": amsgrad, **scalar_constants(group)}
+        constants = {"AMSGRAD": amsgrad, "VECTOR": aligned(plan.table, group.rows), **scalar_constants(group)}
         foresee_kernel[(len(group.items),)](
             table, group.numbers, group.items, group.widths, group.headers, group.arrivals, results, group.workspace,
             hypers, step.grad_scale, step.found_inf, step.seed, step.warmup_steps, step.start, step.interval,

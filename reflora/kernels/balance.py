@@ -70,7 +70,7 @@ def total_norm(parts, first, last, WHEN: tl.constexpr):
 @triton.jit
 def look(
     p_row, parts, header, chunk, own_chunk, width, r, code, SIDE: tl.constexpr, CHECK: tl.constexpr, RC: tl.constexpr,
-    BN: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr,
+    BN: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """The squares of a chunk as it is, and for CHECK whether its gradient is finite."""
     begin, end = span(p_row, own_chunk, width, SIDE)
@@ -79,11 +79,11 @@ def look(
     bad = block_zeros(SIDE, RC, BN, tl.int32)
     acc, exponent = no_squares(SIDE, RC, BN, WIDE)
     for start in range(begin, end, BN):
-        o, mask = offsets(start, sr, sn, r, end, SIDE, RC, BN)
-        acc, exponent = add_squares(acc, exponent, load(p, o, mask, code, DTYPE, WIDE), WIDE)
+        o, mask = offsets(start, sr, sn, r, end, SIDE, RC, BN, VECTOR)
+        acc, exponent = add_squares(acc, exponent, load(p, o, mask, code, DTYPE, WIDE, VECTOR), WIDE)
         if CHECK:
-            o, mask = offsets(start, g_sr, g_sn, r, end, SIDE, RC, BN)
-            bad = tl.maximum(bad, never_finite(load(p_g, o, mask, code, DTYPE, WIDE)))
+            o, mask = offsets(start, g_sr, g_sn, r, end, SIDE, RC, BN, VECTOR)
+            bad = tl.maximum(bad, never_finite(load(p_g, o, mask, code, DTYPE, WIDE, VECTOR)))
     store_squares(parts, chunk, acc, exponent, BEFORE)
     store_bad(header, chunk, bad)
 
@@ -93,6 +93,7 @@ def step_side(
     p_row, parts, header, hypers, unscale, root, move, turn, seed, chunk, own_chunk, width, r, code,
     SIDE: tl.constexpr, CHECK: tl.constexpr, AMSGRAD: tl.constexpr, MASTER: tl.constexpr, KEEP: tl.constexpr,
     RC: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):  # fmt: skip
     """AdamW of a chunk of a side, by the scalars that `settle` has left and kept, or else only foreseen.
 
@@ -118,11 +119,11 @@ def step_side(
     old, old_exponent = no_squares(SIDE, RC, BN, WIDE)
     new, new_exponent = no_squares(SIDE, RC, BN, WIDE)
     for start in range(begin, end, BN):
-        o, mask = offsets(start, g_sr, g_sn, r, end, SIDE, RC, BN)
-        g = load(p_g, o, mask, code, DTYPE, WIDE)
-        o, mask = offsets(start, sr, sn, r, end, SIDE, RC, BN)
+        o, mask = offsets(start, g_sr, g_sn, r, end, SIDE, RC, BN, VECTOR)
+        g = load(p_g, o, mask, code, DTYPE, WIDE, VECTOR)
+        o, mask = offsets(start, sr, sn, r, end, SIDE, RC, BN, VECTOR)
         chosen = mask & amsgrad
-        p, m, v, x, w = fetch(at, o, mask, amsgrad, code, state, AMSGRAD, MASTER, DTYPE, STATE, WIDE)
+        p, m, v, x, w = fetch(at, o, mask, amsgrad, code, state, AMSGRAD, MASTER, DTYPE, STATE, WIDE, VECTOR)
         if CHECK:
             bad = tl.maximum(bad, never_finite(g))
         m, v, x, second = moments(
@@ -132,10 +133,10 @@ def step_side(
             old, old_exponent = add_squares(old, old_exponent, p, WIDE)
         p = weights(at, p, w, code, MASTER, DTYPE)
         p = advance((p.to(tl.float64) * root).to(WIDE), m, second, step_size, correction, decay, eps)
-        keep_moments(at, o, mask, chosen, m, v, x, turn, state, AMSGRAD, KEEP, STATE)
+        keep_moments(at, o, mask, chosen, m, v, x, turn, state, AMSGRAD, KEEP, STATE, VECTOR)
         p = keep_weights(
             at, o, mask, p, turn, key, start + tl.arange(0, BN), r, code, SIDE, MASTER, RANDOM, KEEP, RC, DTYPE,
-            WIDE,
+            WIDE, VECTOR,
         )  # fmt: skip
         if not KEEP:
             new, new_exponent = add_squares(new, new_exponent, p, WIDE)

@@ -74,6 +74,7 @@ def store_bad(header, chunk, bad):
 def accumulate(
     p_row, area, header, chunk, begin, end, r, code, SIDE: tl.constexpr, CHECK: tl.constexpr, RC: tl.constexpr,
     BN: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr, SCALED: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):  # fmt: skip
     """The Gram of a chunk, its exponent, and for CHECK whether the gradient there is not finite."""
     address, sr, sn = column(p_row, SIDE + col.P), column(p_row, SIDE + col.P_SR), column(p_row, SIDE + col.P_SN)
@@ -82,7 +83,7 @@ def accumulate(
     sound = tl.full((), 1, tl.int32)
     exponent = tl.full((), 0, tl.int64)
     if SCALED:
-        top = largest(address, sr, sn, r, begin, end, code, SIDE, RC, BN, DTYPE, WIDE)
+        top = largest(address, sr, sn, r, begin, end, code, SIDE, RC, BN, DTYPE, WIDE, VECTOR)
         sound = tl.where(top < float("inf"), 1, 0)
         bound = 1000 if WIDE == tl.float64 else 126
         exponent = tl.minimum(tl.maximum(exponent_of(tl.where(top < float("inf"), top, 1.0)), -bound), bound)
@@ -95,9 +96,9 @@ def accumulate(
     bad = block_zeros(SIDE, RC, BN, tl.int32)
     for start in range(begin, end, BN):
         if CHECK:
-            o, m = offsets(start, g_sr, g_sn, r, end, SIDE, RC, BN)
-            bad = tl.maximum(bad, never_finite(load(p_g, o, m, code, DTYPE, WIDE)))
-        x = load_block(address, 0, RC, start, sr, sn, r, end, code, scale, SIDE, BN, DTYPE, WIDE, TC, SCALED)
+            o, m = offsets(start, g_sr, g_sn, r, end, SIDE, RC, BN, VECTOR)
+            bad = tl.maximum(bad, never_finite(load(p_g, o, m, code, DTYPE, WIDE, VECTOR)))
+        x = load_block(address, 0, RC, start, sr, sn, r, end, code, scale, SIDE, BN, DTYPE, WIDE, TC, SCALED, VECTOR)
         acc += block_gram(x, x, SIDE, TC) * one
     acc = tl.where(sound == 1, acc, float("nan"))
     store_packed(chunk_gram(area, chunk, RC, WIDE), acc, RC, TC)
@@ -108,14 +109,14 @@ def accumulate(
 @triton.jit
 def search(
     p_row, header, chunk, begin, end, r, code, SIDE: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr,
-    DTYPE: tl.constexpr, WIDE: tl.constexpr,
+    DTYPE: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Whether the gradient in a chunk is not finite, alone: its Gram has been carried."""
     p_g, g_sr, g_sn = column(p_row, SIDE + col.G), column(p_row, SIDE + col.G_SR), column(p_row, SIDE + col.G_SN)
     bad = block_zeros(SIDE, RC, BN, tl.int32)
     for start in range(begin, end, BN):
-        o, m = offsets(start, g_sr, g_sn, r, end, SIDE, RC, BN)
-        bad = tl.maximum(bad, never_finite(load(p_g, o, m, code, DTYPE, WIDE)))
+        o, m = offsets(start, g_sr, g_sn, r, end, SIDE, RC, BN, VECTOR)
+        bad = tl.maximum(bad, never_finite(load(p_g, o, m, code, DTYPE, WIDE, VECTOR)))
     store_bad(header, chunk, bad)
 
 

@@ -11,30 +11,38 @@ FLOAT32, FLOAT64, BFLOAT16, FLOAT16, MIXED = (tl.constexpr(c) for c in (0, 1, 2,
 
 
 @triton.jit
-def _load_as(address, offsets, mask, STORED: tl.constexpr, WIDE: tl.constexpr):
-    return tl.load(address.to(tl.pointer_type(STORED)) + offsets, mask=mask, other=0.0).to(WIDE)
+def _pointer(address, STORED: tl.constexpr, VECTOR: tl.constexpr):
+    pointer = address.to(tl.pointer_type(STORED))
+    if VECTOR:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
 
 
 @triton.jit
-def load(address, offsets, mask, code, DTYPE: tl.constexpr, WIDE: tl.constexpr):
-    """Elements at int64 `offsets` from the int64 `address`, as WIDE; 0 where masked."""
+def _load_as(address, offsets, mask, STORED: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr):
+    return tl.load(_pointer(address, STORED, VECTOR) + offsets, mask=mask, other=0.0).to(WIDE)
+
+
+@triton.jit
+def load(address, offsets, mask, code, DTYPE: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr = False):
+    """Elements at `offsets` from the int64 `address`, as WIDE; 0 where masked. VECTOR: of a multiple of 16."""
     if DTYPE == FLOAT32:
-        return _load_as(address, offsets, mask, tl.float32, WIDE)
+        return _load_as(address, offsets, mask, tl.float32, WIDE, VECTOR)
     elif DTYPE == FLOAT64:
-        return _load_as(address, offsets, mask, tl.float64, WIDE)
+        return _load_as(address, offsets, mask, tl.float64, WIDE, VECTOR)
     elif DTYPE == BFLOAT16:
-        return _load_as(address, offsets, mask, tl.bfloat16, WIDE)
+        return _load_as(address, offsets, mask, tl.bfloat16, WIDE, VECTOR)
     elif DTYPE == FLOAT16:
-        return _load_as(address, offsets, mask, tl.float16, WIDE)
+        return _load_as(address, offsets, mask, tl.float16, WIDE, VECTOR)
     else:
         if code == FLOAT32:
-            values = _load_as(address, offsets, mask, tl.float32, WIDE)
+            values = _load_as(address, offsets, mask, tl.float32, WIDE, VECTOR)
         elif code == FLOAT64:
-            values = _load_as(address, offsets, mask, tl.float64, WIDE)
+            values = _load_as(address, offsets, mask, tl.float64, WIDE, VECTOR)
         elif code == BFLOAT16:
-            values = _load_as(address, offsets, mask, tl.bfloat16, WIDE)
+            values = _load_as(address, offsets, mask, tl.bfloat16, WIDE, VECTOR)
         else:
-            values = _load_as(address, offsets, mask, tl.float16, WIDE)
+            values = _load_as(address, offsets, mask, tl.float16, WIDE, VECTOR)
         return values
 
 
@@ -109,32 +117,32 @@ def rounded(values, code, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _store_as(address, offsets, values, mask, STORED: tl.constexpr):
-    tl.store(address.to(tl.pointer_type(STORED)) + offsets, _round_as(values, STORED), mask=mask)
+def _store_as(address, offsets, values, mask, STORED: tl.constexpr, VECTOR: tl.constexpr):
+    tl.store(_pointer(address, STORED, VECTOR) + offsets, _round_as(values, STORED), mask=mask)
 
 
 @triton.jit
-def store(address, offsets, values, mask, code, DTYPE: tl.constexpr):
+def store(address, offsets, values, mask, code, DTYPE: tl.constexpr, VECTOR: tl.constexpr = False):
     """Store `values` (float32 or float64), rounded once to the storage type and saturated to its range."""
     if DTYPE == FLOAT32:
-        _store_as(address, offsets, values, mask, tl.float32)
+        _store_as(address, offsets, values, mask, tl.float32, VECTOR)
     elif DTYPE == FLOAT64:
-        _store_as(address, offsets, values, mask, tl.float64)
+        _store_as(address, offsets, values, mask, tl.float64, VECTOR)
     elif DTYPE == BFLOAT16:
-        _store_as(address, offsets, values, mask, tl.bfloat16)
+        _store_as(address, offsets, values, mask, tl.bfloat16, VECTOR)
     elif DTYPE == FLOAT16:
-        _store_as(address, offsets, values, mask, tl.float16)
+        _store_as(address, offsets, values, mask, tl.float16, VECTOR)
     else:
         if code == FLOAT32:
-            _store_as(address, offsets, values, mask, tl.float32)
+            _store_as(address, offsets, values, mask, tl.float32, VECTOR)
         elif code == FLOAT64:
             # a float32 launch holds no float64 row
             if values.dtype == tl.float64:
-                _store_as(address, offsets, values, mask, tl.float64)
+                _store_as(address, offsets, values, mask, tl.float64, VECTOR)
         elif code == BFLOAT16:
-            _store_as(address, offsets, values, mask, tl.bfloat16)
+            _store_as(address, offsets, values, mask, tl.bfloat16, VECTOR)
         else:
-            _store_as(address, offsets, values, mask, tl.float16)
+            _store_as(address, offsets, values, mask, tl.float16, VECTOR)
 
 
 @triton.jit

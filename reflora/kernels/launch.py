@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..contract import KAPPA_MAX, STORAGE_DTYPES
-from ..plan import A_SIDE, B_SIDE, DTYPE, STATE, Plan, W
+from ..plan import A_SIDE, B_SIDE, DTYPE, G_SN, G_SR, P_SN, P_SR, STATE, G, M, N, P, Plan, R, V, W, X
 from . import routes
 from .chunks import CHUNKS, HEADER
 from .dtypes import BFLOAT16, FLOAT16, MIXED
@@ -120,6 +120,26 @@ def chunk_width(n_a: int, n_b: int, block: int) -> int:
     while -(-n_a // (blocks * block)) - (-n_b // (blocks * block)) > CHUNKS.value:
         blocks += 1
     return blocks * block
+
+
+# columns of the table: addresses; the stride between neighbours, which are columns of A and ranks of B; that between
+# lines of these, and how many lines there are; what is a multiple of four where lines are cut into fours
+_ADDRESSES = [side + column for side in (A_SIDE, B_SIDE) for column in (P, G, M, V, X, W)]
+_NEAR = [A_SIDE + P_SN, A_SIDE + G_SN, B_SIDE + P_SR, B_SIDE + G_SR]
+_FAR = [A_SIDE + P_SR, A_SIDE + G_SR, B_SIDE + P_SN, B_SIDE + G_SN]
+_LINES = [R, R, B_SIDE + N, B_SIDE + N]
+_FOURS = [*_FAR, A_SIDE + N, R]
+
+
+def aligned(table: Tensor, rows: Sequence[int]) -> bool:
+    """Whether accesses of these rows may take 16 bytes, and offsets 32 bits.
+
+    In every factor, gradient and moment four neighbours lie together, from a multiple of 16 bytes on: as PEFT's layers
+    do where r and n_in are multiples of four.
+    """
+    own = table.numpy() if len(rows) == len(table) else table.numpy()[rows]
+    whole = (own[:, _NEAR] == 1).all() and not (own[:, _FOURS] & 3).any() and not (own[:, _ADDRESSES] & 15).any()
+    return bool(whole and (own[:, _FAR] * own[:, _LINES] < 2**31).all())
 
 
 def shared_memory(device: torch.device) -> int | None:

@@ -33,16 +33,27 @@ def slot(area, number: tl.constexpr, RC: tl.constexpr, TYPE: tl.constexpr):
 
 
 @triton.jit
-def offsets(start, sr, sn, r, n, SIDE: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr):
-    """Element offsets and mask of the block of a side that starts at column `start`."""
+def offsets(
+    start, sr, sn, r, n, SIDE: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr, VECTOR: tl.constexpr = False
+):  # fmt: skip
+    """Element offsets and mask of the block of a side that starts at column `start`; VECTOR: see launch.aligned."""
     i = tl.arange(0, RC)
     k = start + tl.arange(0, BN)
     if SIDE == col.A_SIDE:
-        o = i.to(tl.int64)[:, None] * sr + k.to(tl.int64)[None, :] * sn
         m = (i < r)[:, None] & (k < n)[None, :]
+        if VECTOR:
+            o = i[:, None] * sr.to(tl.int32) + k[None, :]
+        else:
+            o = i.to(tl.int64)[:, None] * sr + k.to(tl.int64)[None, :] * sn
     else:
-        o = k.to(tl.int64)[:, None] * sn + i.to(tl.int64)[None, :] * sr
         m = (k < n)[:, None] & (i < r)[None, :]
+        if VECTOR:
+            o = k[:, None] * sn.to(tl.int32) + i[None, :]
+        else:
+            o = k.to(tl.int64)[:, None] * sn + i.to(tl.int64)[None, :] * sr
+    if VECTOR:
+        o = tl.max_contiguous(tl.multiple_of(o, [1, 4]), [1, 4])
+        m = tl.max_constancy(m, [1, 4])
     return o, m
 
 
@@ -57,13 +68,13 @@ def block_zeros(SIDE: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr, TYPE: tl
 @triton.jit
 def largest(
     address, sr, sn, r, begin, end, code, SIDE: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr, VECTOR: tl.constexpr = False,
 ):  # fmt: skip
     """The largest absolute value in columns of a side, float64; inf when an element is not finite."""
     acc = block_zeros(SIDE, RC, BN, WIDE)
     for start in range(begin, end, BN):
-        o, m = offsets(start, sr, sn, r, end, SIDE, RC, BN)
-        size = tl.abs(load(address, o, m, code, DTYPE, WIDE))
+        o, m = offsets(start, sr, sn, r, end, SIDE, RC, BN, VECTOR)
+        size = tl.abs(load(address, o, m, code, DTYPE, WIDE, VECTOR))
         acc = tl.maximum(acc, tl.where(size < float("inf"), size, float("inf")))
     return tl.max(tl.max(acc, 1), 0).to(tl.float64)
 

@@ -40,12 +40,14 @@ def side_scalars(header, SIDE: tl.constexpr):
 
 
 @triton.jit
-def put(address, o, values, factor, mask, code, DTYPE: tl.constexpr, KEEP: tl.constexpr):
+def put(
+    address, o, values, factor, mask, code, DTYPE: tl.constexpr, KEEP: tl.constexpr, VECTOR: tl.constexpr
+):  # fmt: skip
     """Stores values, times a float64 factor where there is one; nothing unless KEEP."""
     if KEEP:
         if factor is not None:
             values = values.to(tl.float64) * factor
-        store(address, o, values, mask, code, DTYPE)
+        store(address, o, values, mask, code, DTYPE, VECTOR)
 
 
 @triton.jit
@@ -62,30 +64,31 @@ def homes(p_row, SIDE: tl.constexpr, AMSGRAD: tl.constexpr, MASTER: tl.constexpr
 @triton.jit
 def fetch(
     at, o, mask, amsgrad, code, state, AMSGRAD: tl.constexpr, MASTER: tl.constexpr, DTYPE: tl.constexpr,
-    STATE: tl.constexpr, WIDE: tl.constexpr,
+    STATE: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Factor, m, v, largest v and master weights of a block, from `homes`.
 
     Before anything is stored: a load waits for every store that it might read.
     """
     p_p, p_m, p_v, p_x, p_w = at
-    p = load(p_p, o, mask, code, DTYPE, WIDE)
-    m, v = load(p_m, o, mask, state, STATE, WIDE), load(p_v, o, mask, state, STATE, WIDE)
+    p = load(p_p, o, mask, code, DTYPE, WIDE, VECTOR)
+    m = load(p_m, o, mask, state, STATE, WIDE, VECTOR)
+    v = load(p_v, o, mask, state, STATE, WIDE, VECTOR)
     x, w = v, p
     if AMSGRAD:
-        x = load(p_x, o, mask & amsgrad, state, STATE, WIDE)
+        x = load(p_x, o, mask & amsgrad, state, STATE, WIDE, VECTOR)
     if MASTER:
-        w = load(p_w, o, mask & (p_w != 0), FLOAT32, FLOAT32, WIDE)
+        w = load(p_w, o, mask & (p_w != 0), FLOAT32, FLOAT32, WIDE, VECTOR)
     return p, m, v, x, w
 
 
 @triton.jit
 def fetch_gradient(
     p_g, sr, sn, start, end, r, code, SIDE: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    o, mask = offsets(start, sr, sn, r, end, SIDE, RC, BN)
-    return load(p_g, o, mask, code, DTYPE, WIDE)
+    o, mask = offsets(start, sr, sn, r, end, SIDE, RC, BN, VECTOR)
+    return load(p_g, o, mask, code, DTYPE, WIDE, VECTOR)
 
 
 @triton.jit
@@ -109,18 +112,18 @@ def moments(m, v, x, g, m_factor, beta1, beta2, chosen, AMSGRAD: tl.constexpr, W
 
 @triton.jit
 def keep_moments(
-    at, o, mask, chosen, m, v, x, turn, state, AMSGRAD: tl.constexpr, KEEP: tl.constexpr,
-    STATE: tl.constexpr,
+    at, o, mask, chosen, m, v, x, turn, state, AMSGRAD: tl.constexpr, KEEP: tl.constexpr, STATE: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):  # fmt: skip
     """turn: what the factor is multiplied by after the step, which moves what is kept once more; None for 1."""
     _, p_m, p_v, p_x, _ = at
     back, back_squared = turn, turn
     if turn is not None:
         back, back_squared = 1.0 / turn, 1.0 / (turn * turn)
-    put(p_m, o, m, back, mask, state, STATE, KEEP)
-    put(p_v, o, v, back_squared, mask, state, STATE, KEEP)
+    put(p_m, o, m, back, mask, state, STATE, KEEP, VECTOR)
+    put(p_v, o, v, back_squared, mask, state, STATE, KEEP, VECTOR)
     if AMSGRAD:
-        put(p_x, o, x, back_squared, chosen, state, STATE, KEEP)
+        put(p_x, o, x, back_squared, chosen, state, STATE, KEEP, VECTOR)
 
 
 @triton.jit
@@ -134,13 +137,13 @@ def weights(at, p, w, code, MASTER: tl.constexpr, DTYPE: tl.constexpr):
 @triton.jit
 def keep_weights(
     at, o, mask, p, turn, key, columns, r, code, SIDE: tl.constexpr, MASTER: tl.constexpr, RANDOM: tl.constexpr,
-    KEEP: tl.constexpr, RC: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr,
+    KEEP: tl.constexpr, RC: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Keeps updated weights, times turn where there is one. Returns them rounded as the factor's, 0 where masked."""
     p_p, _, _, _, p_w = at
     if MASTER:
         top = tl.where(code == FLOAT16, 65504.0, 3.3895313892515355e38).to(WIDE)
-        put(p_w, o, bounded(p, top), turn, mask & (p_w != 0), FLOAT32, FLOAT32, KEEP)
+        put(p_w, o, bounded(p, top), turn, mask & (p_w != 0), FLOAT32, FLOAT32, KEEP, VECTOR)
     kept = rounded(p, code, DTYPE)
     if RANDOM:
         i = tl.arange(0, RC).to(tl.int64)
@@ -150,7 +153,7 @@ def keep_weights(
             elements = columns.to(tl.int64)[:, None] * r + i[None, :]
         random = round_randomly(within_bfloat16(p), elements, key).to(WIDE)
         kept = tl.where((code == BFLOAT16) & (p_w == 0), random, kept)
-    put(p_p, o, kept, turn, mask, code, DTYPE, KEEP)
+    put(p_p, o, kept, turn, mask, code, DTYPE, KEEP, VECTOR)
     return tl.where(mask, kept, 0.0)
 
 
@@ -202,7 +205,7 @@ def product(matrix, g, SIDE: tl.constexpr, WIDE: tl.constexpr):
 def update(
     p_row, area, header, hypers, unscale, m_factor, seed, chunk, begin, end, r, code, state, SIDE: tl.constexpr,
     AMSGRAD: tl.constexpr, MASTER: tl.constexpr, CARRY: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr,
-    DTYPE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr,
+    DTYPE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """AdamW of columns begin to end of one side, the gradient multiplied by S^-1 (A) or S (B) as it is read.
 
@@ -225,26 +228,27 @@ def update(
     # the next block is on its way while this one is worked on, where registers allow
     AHEAD: tl.constexpr = not (CARRY or MASTER or WIDE == tl.float64)
     if AHEAD:
-        g = fetch_gradient(p_g, g_sr, g_sn, begin, end, r, code, SIDE, RC, BN, DTYPE, WIDE)
-        o, mask = offsets(begin, sr, sn, r, end, SIDE, RC, BN)
-        p, m, v, x, w = fetch(at, o, mask, amsgrad, code, state, AMSGRAD, MASTER, DTYPE, STATE, WIDE)
+        g = fetch_gradient(p_g, g_sr, g_sn, begin, end, r, code, SIDE, RC, BN, DTYPE, WIDE, VECTOR)
+        o, mask = offsets(begin, sr, sn, r, end, SIDE, RC, BN, VECTOR)
+        p, m, v, x, w = fetch(at, o, mask, amsgrad, code, state, AMSGRAD, MASTER, DTYPE, STATE, WIDE, VECTOR)
     for start in range(begin, end, BN):
         if not AHEAD:
-            g = fetch_gradient(p_g, g_sr, g_sn, start, end, r, code, SIDE, RC, BN, DTYPE, WIDE)
+            g = fetch_gradient(p_g, g_sr, g_sn, start, end, r, code, SIDE, RC, BN, DTYPE, WIDE, VECTOR)
         mixed = product(matrix, g * g_factor, SIDE, WIDE)
         if AHEAD:
-            g = fetch_gradient(p_g, g_sr, g_sn, start + BN, end, r, code, SIDE, RC, BN, DTYPE, WIDE)
-            o, mask = offsets(start + BN, sr, sn, r, end, SIDE, RC, BN)
-            next = fetch(at, o, mask, amsgrad, code, state, AMSGRAD, MASTER, DTYPE, STATE, WIDE)
-        o, mask = offsets(start, sr, sn, r, end, SIDE, RC, BN)
+            g = fetch_gradient(p_g, g_sr, g_sn, start + BN, end, r, code, SIDE, RC, BN, DTYPE, WIDE, VECTOR)
+            o, mask = offsets(start + BN, sr, sn, r, end, SIDE, RC, BN, VECTOR)
+            next = fetch(at, o, mask, amsgrad, code, state, AMSGRAD, MASTER, DTYPE, STATE, WIDE, VECTOR)
+        o, mask = offsets(start, sr, sn, r, end, SIDE, RC, BN, VECTOR)
         if not AHEAD:
-            p, m, v, x, w = fetch(at, o, mask, amsgrad, code, state, AMSGRAD, MASTER, DTYPE, STATE, WIDE)
+            p, m, v, x, w = fetch(at, o, mask, amsgrad, code, state, AMSGRAD, MASTER, DTYPE, STATE, WIDE, VECTOR)
         chosen = mask & amsgrad
         m, v, x, second = moments(m, v, x, bounded(mixed, limit), m_factor, beta1, beta2, chosen, AMSGRAD, WIDE)
         p = advance(weights(at, p, w, code, MASTER, DTYPE), m, second, step_size, correction, decay, eps)
-        keep_moments(at, o, mask, chosen, m, v, x, None, state, AMSGRAD, True, STATE)
+        keep_moments(at, o, mask, chosen, m, v, x, None, state, AMSGRAD, True, STATE, VECTOR)
         p = keep_weights(
-            at, o, mask, p, None, key, start + tl.arange(0, BN), r, code, SIDE, MASTER, RANDOM, True, RC, DTYPE, WIDE
+            at, o, mask, p, None, key, start + tl.arange(0, BN), r, code, SIDE, MASTER, RANDOM, True, RC, DTYPE, WIDE,
+            VECTOR,
         )  # fmt: skip
         if CARRY:
             y = p.to(TC)

@@ -37,7 +37,7 @@ SCALAR_KERNELS = ("foresee", "turn")
 AMP = {"grad_scale": None, "found_inf": None, "seed": None}
 PAIR_CONSTANTS: dict[str, Any] = {
     "SCALAR": False, "SCHEDULED": False, "KEEP": False, "CARRY": False, "CHECK": True, "AMSGRAD": False,
-    "MASTER": False, **AMP,
+    "MASTER": False, "VECTOR": True, **AMP,
 }  # fmt: skip
 EIGEN_KERNELS = {"eigh": eigh.eigh_kernel, "svd": svd.svd_kernel, "inv_root": inv_root.inv_root_kernel}
 EIGEN_WARPS = {"eigh": eigh.WARPS, "svd": svd.WARPS, "inv_root": inv_root.WARPS}
