@@ -21,12 +21,16 @@ LINALG = "tests/test_linalg.py tests/test_eigh.py tests/test_adversarial_linalg.
 STEPS = "tests/test_functional.py tests/test_adamw.py tests/test_adamw_state.py tests/test_adamw_changes.py"
 START = "tests/test_start.py tests/test_start_states.py"
 COUNTS, HOOKS = "tests/test_start_counts.py", "tests/test_hooks.py"
-TRITON = "tests/test_kernels.py tests/test_kernels_adamw.py tests/test_kernels_linalg.py tests/test_adamw_state.py"
+TRITON = "tests/test_kernels_adamw.py tests/test_kernels.py tests/test_kernels_linalg.py tests/test_kernels_storages.py"
+BARRIER = "        tl.debug_barrier()\n"
 
 
 @dataclass(frozen=True)
 class Fault:
-    """`before` becomes `after`, once, in `file`; `tests` are asked, with pytest's -k `only`."""
+    """`before` becomes `after`, once, in `file`; `tests` are asked, with pytest's -k `only`.
+
+    compiled: the tests of kernels, on what Triton compiles for a GPU.
+    """
 
     what: str
     file: str
@@ -34,6 +38,7 @@ class Fault:
     after: str
     tests: str
     only: str
+    compiled: bool = False
 
 
 def cpp(what: str, file: str, before: str, after: str, tests: str = STEPS) -> Fault:
@@ -41,7 +46,7 @@ def cpp(what: str, file: str, before: str, after: str, tests: str = STEPS) -> Fa
 
 
 def triton(what: str, file: str, before: str, after: str, tests: str = TRITON) -> Fault:
-    return Fault(what, f"reflora/kernels/{file}", before, after, tests, "triton or test_kernels")
+    return Fault(what, f"reflora/kernels/{file}", before, after, tests, "", compiled=True)
 
 
 def python(what: str, file: str, before: str, after: str, tests: str, only: str = "") -> Fault:
@@ -142,8 +147,8 @@ FAULTS = (
     triton(
         "no mask at the ragged edge",
         "pair.py",
-        "m = (i < r)[:, None] & (k < n)[None, :]\n    else",
-        "m = (i < r)[:, None] & (k < n + 1)[None, :]\n    else",
+        "m = (i < r)[:, None] & (k < n)[None, :]\n        if VECTOR",
+        "m = (i < r)[:, None] & (k < n + 1)[None, :]\n        if VECTOR",
     ),
     triton(
         "inner blocks are read past r",
@@ -151,8 +156,55 @@ FAULTS = (
         "(j < r)[:, None] & (k < n)[None, :]",
         "(j < RC)[:, None] & (k < n)[None, :]",
     ),
+    triton("gradients do not saturate", "update.py", "bounded(mixed, limit), m_factor", "mixed, m_factor"),
+    # ---- what compiled code alone shows: barriers, orders of memory, masks of wide accesses, what the hardware rounds
     triton(
-        "gradients do not saturate", "update.py", "tl.where(g == g, tl.minimum(tl.maximum(g, -limit), limit), 0.0)", "g"
+        "a row is settled before its chunks are stored", "adamw.py", f"other programs\n{BARRIER}", "other programs\n"
+    ),
+    triton("arrivals order no memory", "adamw.py", 'sem="acq_rel"', 'sem="relaxed"'),
+    triton("RefLoRA-S: arrivals order no memory", "adamw_scalar.py", 'sem="acq_rel"', 'sem="relaxed"'),
+    triton("counts are written while others read them", "settle.py", "written\n        tl.debug_barrier()", "written"),
+    triton(
+        "a slot is overwritten while it is read",
+        "solve.py",
+        "after every write\n    tl.debug_barrier()\n",
+        "after every write\n",
+        "tests/test_kernels_adamw.py tests/test_kernels_linalg.py",
+    ),
+    triton(
+        "Newton-Schulz reads a slot that is being written",
+        "solve.py",
+        "newton_update(p_x, p_y, z, RC, BM, TC)\n    tl.debug_barrier()",
+        "newton_update(p_x, p_y, z, RC, BM, TC)",
+    ),
+    triton(
+        "masked lanes read what others overwrite", "chunks.py", "o, mask, chunks_a, chunks", "o, None, chunks_a, chunks"
+    ),
+    triton(
+        "no mask on wide accesses",
+        "pair.py",
+        "m = tl.max_constancy(m, [1, 4])",
+        "m = tl.max_constancy(m | (o >= 0), [1, 4])",
+        "tests/test_kernels_storages.py",
+    ),
+    triton(
+        "wide accesses anywhere", "launch.py", "_ADDRESSES] & 15", "_ADDRESSES] & 3", "tests/test_kernels_storages.py"
+    ),
+    triton(
+        "wide accesses past the last column",
+        "launch.py",
+        "[*_FAR, A_SIDE + N, R]",
+        "[*_FAR, R]",
+        "tests/test_kernels_storages.py",
+    ),
+    triton("the next block is the same again", "update.py", "offsets(start + BN, sr", "offsets(start, sr"),
+    triton("a subnormal v counts as 0", "dtypes.py", "tl.sqrt_rn(x)", "tl.sqrt(x)", "tests/test_kernels_adamw.py"),
+    triton(
+        "NaN becomes a number",
+        "dtypes.py",
+        "tl.where(x == x, tl.minimum(tl.maximum(x, -limit), limit), x)",
+        "tl.minimum(tl.maximum(x, -limit), limit)",
+        "tests/test_kernels_adamw.py",
     ),
     triton("moments move the wrong way", "settle.py", "1.0 / used, 1.0)", "used, 1.0)"),
     triton("a NaN is no reason to skip", "chunks.py", "if CHECK:\n            o, m", "if False:\n            o, m"),
@@ -368,7 +420,12 @@ def first_failure(tree: Path, fault: Fault) -> str:
         "-rfE",
     ]
     only = ["-k", fault.only] if fault.only else []
-    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tree)}
+    paths = [tree]
+    if fault.compiled:
+        only += ["-p", "ptxsim.plugin", "-m", "kernels"]
+        paths += [tree / "tools" / "ptxsim", tree / "tests"]
+    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    env.update(PYTHONPATH=os.pathsep.join(map(str, paths)), PTXSIM_CACHE=str(tree / "build" / "ptxsim"))
     done = subprocess.run([*command, *only, *fault.tests.split()], cwd=tree, env=env, capture_output=True, text=True)
     if done.returncode < 0:
         return f"killed by signal {-done.returncode}"

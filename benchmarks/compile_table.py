@@ -192,7 +192,9 @@ def main(arguments: list[str] | None = None) -> list[Figures]:
         parser.error(f"--capabilities: expected some of {', '.join(map(str, CAPABILITIES))}, got {', '.join(unknown)}")
     kernels = options.kernels.split(",") if options.kernels else kernel_names()
     words = (kernels, options.storages.split(","), options.precisions.split(","))
-    chosen = variants(classes, capabilities) if options.variants else cases(classes, capabilities, *words)
+    chosen = cases(classes, capabilities, *words)
+    if options.variants:
+        chosen = (case for case in variants(classes, capabilities) if case.kernel in kernels)
     rows = in_processes(compile_case, chosen, options.workers)
     if options.json:
         print("\n".join(json.dumps(asdict(row)) for row in rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import adversarial
@@ -14,17 +15,21 @@ import reflora
 from reflora import reference
 from reflora.contract import DEGENERATE, REFACTORED, SKIPPED
 
-COUNT = 1000  # for each of the tests below and each backend
+COUNT = {"cpp": 1000, "torch": 250}  # every kind of factor 10 times at least; torch solves each rank by itself
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 # how far B A may move, relative to its norm
 KEPT = {torch.float32: 1e-5, torch.float64: 1e-9}
 Pairs = list[tuple[Tensor, Tensor]]
 
 
-def draw(dtype: torch.dtype, seed: int, count: int = COUNT, ranks: range = range(1, 131)) -> tuple[list[str], Pairs]:
-    generator = torch.Generator().manual_seed(seed)
-    made = list(adversarial.pairs(count, ranks, generator, dtype))
-    return [name for name, _, _ in made], [(A, B) for _, A, B in made]
+@functools.lru_cache(maxsize=2)
+def drawn(dtype: torch.dtype, seed: int, count: int, ranks: range) -> list[tuple[str, Tensor, Tensor]]:
+    return list(adversarial.pairs(count, ranks, torch.Generator().manual_seed(seed), dtype))
+
+
+def draw(dtype: torch.dtype, seed: int, count: int = 1000, ranks: range = range(1, 131)) -> tuple[list[str], Pairs]:
+    made = drawn(dtype, seed, count, ranks)
+    return [name for name, _, _ in made], [(A.clone(), B.clone()) for _, A, B in made]
 
 
 def top_of(*tensors: Tensor) -> float:
@@ -68,7 +73,7 @@ def check_kept(names: list[str], pairs: Pairs, backend: str, scalar: bool = Fals
 @pytest.mark.parametrize("scalar", [False, True], ids=["RefLoRA", "RefLoRA-S"])
 @DTYPES
 def test_refactor(fast_backend: str, dtype: torch.dtype, scalar: bool) -> None:
-    check_refactored(*draw(dtype, seed=1), fast_backend, scalar)
+    check_refactored(*draw(dtype, seed=1, count=COUNT[fast_backend]), fast_backend, scalar)
 
 
 def test_factors_whose_product_nearly_cancels(backend: str) -> None:
@@ -102,9 +107,10 @@ def test_an_s_or_inverse_past_the_range_is_degenerate(backend: str, small: str) 
     )
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("scalar", [False, True], ids=["RefLoRA", "RefLoRA-S"])
-@pytest.mark.skipif(not served("triton"), reason="no triton")
-def test_refactor_interpreted(scalar: bool) -> None:
+@pytest.mark.skipif(not served("triton"), reason="make emulate runs it")
+def test_refactor_by_kernels(scalar: bool) -> None:
     check_refactored(*draw(torch.float32, seed=2, count=40, ranks=range(1, 13)), "triton", scalar)
 
 
@@ -113,13 +119,13 @@ def test_refactor_from_a_seed_of_its_own(fast_backend: str) -> None:
         torch.empty((), dtype=torch.int64).random_(generator=torch.Generator().manual_seed(torch.seed() % 2**31))
     )
     print(f"seed {seed}")  # shown where it fails
-    check_refactored(*draw(torch.float32, seed, count=400), fast_backend, False)
+    check_refactored(*draw(torch.float32, seed, count=COUNT[fast_backend] // 2), fast_backend, False)
 
 
 @DTYPES
 def test_precondition(fast_backend: str, dtype: torch.dtype) -> None:
     """S of the reference where it can be refactored, c I where it is degenerate; never NaN."""
-    names, pairs = draw(dtype, seed=3)
+    names, pairs = draw(dtype, seed=3, count=COUNT[fast_backend] // 2)
     grads = [(torch.randn_like(A), torch.randn_like(B)) for A, B in pairs]
     before = [(gA.clone(), gB.clone()) for gA, gB in grads]
     report = reflora.precondition_(pairs, grads, backend=fast_backend)
@@ -172,16 +178,16 @@ def check_adamw(names: list[str], pairs: Pairs, backend: str, scalar: bool) -> N
 
 @pytest.mark.parametrize("scalar", [False, True], ids=["RefLoRA", "RefLoRA-S"])
 def test_adamw(fast_backend: str, scalar: bool) -> None:
-    check_adamw(*draw(torch.float32, seed=4, count=500), fast_backend, scalar)
+    check_adamw(*draw(torch.float32, seed=4, count=COUNT[fast_backend] // 2), fast_backend, scalar)
 
 
 @pytest.mark.parametrize("scalar", [False, True], ids=["RefLoRA", "RefLoRA-S"])
 def test_a_wrapped_optimizer(fast_backend: str, scalar: bool) -> None:
     """At ordinary scales: torch's moments do not saturate, and a gradient past 1e19 has an infinite square."""
-    whole = zip(*draw(torch.float32, seed=7))
+    whole = zip(*draw(torch.float32, seed=7, count=COUNT[fast_backend]))
     drawn = [(name, pair) for name, pair in whole if " x 1," in name and name.endswith(" x 1")]
     names, pairs = [name for name, _ in drawn], [pair for _, pair in drawn]
-    assert len(pairs) > 300
+    assert len(pairs) > 0.3 * COUNT[fast_backend]
     for A, B in pairs:
         A.requires_grad_(), B.requires_grad_()
     params = [factor for pair in pairs for factor in pair]
@@ -196,8 +202,6 @@ def test_factors_whose_balanced_pair_has_no_room_are_left_as_they_are(
     backend: str, dtype: torch.dtype, scalar: bool
 ) -> None:
     """They saturated, and B A was another one."""
-    if backend == "triton" and dtype in (torch.bfloat16, torch.float16):
-        pytest.skip("16-bit types are not interpreted reliably")
     top = torch.finfo(dtype).max
     A = (torch.randn(3, 8, dtype=torch.float64) * top).clamp(-top, top).to(dtype)
     B = (torch.randn(9, 3, dtype=torch.float64) * top / 5).clamp(-top, top).to(dtype)

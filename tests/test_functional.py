@@ -1,6 +1,6 @@
 """refactor_ and precondition_ on every backend: accuracy against the oracle, properties, layouts, degenerate input.
 
-The triton backend runs interpreted here, so only at the sizes that test_kernels.py does not already cover.
+The triton backend compiles a kernel for each case, so it has only the sizes that test_kernels.py does not cover.
 """
 
 import pytest

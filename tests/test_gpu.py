@@ -1,6 +1,6 @@
 """On a CUDA device: real sizes, half-precision storage, one launch a rank class, no wait for the device.
 
-The kernel tests proper (tests/test_kernels*.py) run here too under `pytest -m gpu`, compiled instead of interpreted.
+The kernel tests proper (tests/test_kernels*.py) run here too under `pytest -m gpu`.
 """
 
 from __future__ import annotations

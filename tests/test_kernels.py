@@ -1,13 +1,7 @@
-"""The Triton kernels against the float64 reference: under Triton's interpreter, or on a GPU where there is one."""
-
-import os
+"""The Triton kernels as they are compiled, against the float64 reference."""
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
-
 from conftest import affine_error
 from kernel_cases import DOUBLE, MARKS, degenerate_pairs, pair, randn
 
@@ -226,16 +220,6 @@ def test_ranks_past_128_go_through_torch():
         assert float(result[col.NORM_A]) == pytest.approx(float(p.A.double().norm()), rel=1e-9)
 
 
-def test_unavailable_says_why(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert triton_backend.unavailable(torch.device("cpu")) is None
-    assert "on the CPU" in triton_backend.unavailable(torch.device("cuda"))
-    monkeypatch.delenv("TRITON_INTERPRET")
-    assert "CUDA device" in triton_backend.unavailable(torch.device("cpu"))
-    monkeypatch.setattr(triton_backend, "_installed", lambda: False)
-    assert "not installed" in triton_backend.unavailable(torch.device("cuda"))
-
-
 def test_table_mirrors_the_plan():
     from reflora.kernels import table
 
@@ -256,11 +240,3 @@ def test_no_rows_of_the_table_are_missed():
     plan.rebuild()
     results = triton_backend.refactor(plan, False, "float64")
     assert results.shape == (1, col.RESULTS) and results[0, col.STATUS] == REFACTORED
-
-
-def test_a_triton_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from reflora.backends import triton_backend
-
-    assert triton_backend._version() >= (3, 6)
-    monkeypatch.setattr(triton_backend, "_version", lambda: (3, 5))
-    assert "Triton 3.6 or later" in str(triton_backend.unavailable(torch.device("cpu")))

@@ -1,13 +1,7 @@
 """The eigensolver kernels and what stands on them, against LAPACK: the same accuracy on every kind of matrix."""
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
-
 from kernel_cases import DEVICE, DOUBLE, MARKS
 from spectra import BAR, KINDS, errors, matrices, rotated
 
@@ -17,7 +11,6 @@ pytestmark = MARKS
 SINGLE = torch.float32
 UNIT = 2.2e-16
 PRECISIONS = [(SINGLE, "float32"), (DOUBLE, "float64")]
-# the interpreter takes half a second for a matrix of n = 20
 FEW = {
     3: ("gaussian", "repeated", "graded rows"),
     12: ("close to I", "graded rows", "glued wilkinson", "permuted diagonal"),

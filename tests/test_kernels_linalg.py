@@ -1,13 +1,7 @@
 """The kernels over batches of matrices against the float64 reference."""
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
-
 from kernel_cases import DEVICE, DOUBLE, MARKS
 
 from reflora import reference

@@ -1,14 +1,7 @@
 """Both routes of the AdamW kernels, carried Grams, and what is stored beside a factor."""
 
-import dataclasses
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
-
 from kernel_cases import DEVICE, DOUBLE, MARKS, Fused
 
 from reflora import plan as col
@@ -271,11 +264,17 @@ def test_norms_over_chunks_of_the_scalar_variant(scales):
 
 def test_a_class_without_a_kernel_on_a_device_goes_through_torch(monkeypatch):
     """As r > 64 does where a program cannot have the shared memory that it needs."""
-    (default,) = routes.ROUTES[16].values()
-    monkeypatch.setitem(routes.ROUTES, 16, {None: dataclasses.replace(default, route=routes.TORCH)})
+    monkeypatch.setattr(launch, "shared_memory", lambda device: routes.ROUTES[16].shared - 1)
     ends = []
     for backend in (triton_backend, torch_backend):
         fused = Fused(pairs_of(torch.float32), HYPERS, backend)
         result = fused.step(gradients(fused.pairs, 0), FRESH)
         ends.append([*everything(fused), result[:, : col.NORM_B + 1]])
     assert all(torch.equal(x, y) for x, y in zip(*ends))
+
+
+@pytest.mark.parametrize("shared, route", [(99 * 1024, routes.TORCH), (163 * 1024, routes.SPLIT), (None, routes.SPLIT)])
+def test_the_route_of_the_largest_class_is_what_the_device_has_room_for(shared, route):
+    """99 KiB: compute capability 8.6, 8.9, 12.0 and 12.1, and whatever comes next."""
+    assert routes.route_of(128, shared).route == route
+    assert routes.route_of(64, shared).route == routes.SPLIT

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import INTERPRETED_RANKS
+from conftest import KERNEL_RANKS
 
 from reflora import linalg, reference
 
@@ -13,7 +13,7 @@ EXACT = {torch.float32: 1e-6, torch.float64: 1e-13}
 
 
 def sizes(backend):
-    return INTERPRETED_RANKS if backend == "triton" else (1, 2, 3, 8, 13, 16, 32, 33, 64, 100, 128, 150)
+    return KERNEL_RANKS if backend == "triton" else (1, 2, 3, 8, 13, 16, 32, 33, 64, 100, 128, 150)
 
 
 def spd(batch, n, condition, dtype=torch.float64):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -70,10 +69,9 @@ def test_unrolled_loop_counts_its_pivots() -> None:
 
 
 def program(module: str, *arguments: str) -> list[dict[str, object]]:
-    """Rows that a program prints as JSON, from a process without the interpreter, whose flag changes triton.jit."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    """Rows that a program prints as JSON."""
     command = [sys.executable, "-m", f"benchmarks.{module}", "--json", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 

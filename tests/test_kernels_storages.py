@@ -1,0 +1,143 @@
+"""Every rank class and storage type once: steps of RefLoRA and RefLoRA-S, S and refactoring, against the reference."""
+
+from functools import partial
+
+import pytest
+import torch
+from kernel_cases import DOUBLE, MARKS, Fused, Oracle, pair, randn
+
+from reflora import plan as col
+from reflora import reference
+from reflora.backends import FRESH, IDENTITY, triton_backend
+from reflora.contract import REFACTORED, LoRAPair
+from reflora.kernels import adamw, adamw_scalar
+from reflora.kernels.launch import aligned
+from reflora.plan import Plan
+
+pytestmark = MARKS
+
+STORAGES = {
+    "float32": (torch.float32,),
+    "float64": (DOUBLE,),
+    "bfloat16": (torch.bfloat16,),
+    "float16": (torch.float16,),
+    "mixed": (torch.float32, torch.bfloat16, DOUBLE, torch.float16),
+}
+# the larger classes take a minute each to compile
+CASES = [(r, storage) for r in (8, 24) for storage in STORAGES] + [(48, "float32"), (100, "float32")]
+HYPERS = [dict(lr=1e-2), dict(lr=3e-2, weight_decay=0.1, beta1=0.8, beta2=0.99)]
+
+
+def pairs_of(r, storage):
+    """One a type, of two ranks, and of sizes for accesses of 16 bytes; test_kernels_adamw.py has others."""
+    types = STORAGES[storage]
+    return [pair(r - i % 2 * 4, 3, 20, dtype, 2 * r + 36, 3 * r + 21) for i, dtype in enumerate((*types, types[0]))]
+
+
+def draw(pairs):
+    return [(randn(*p.A.shape, dtype=p.A.dtype), randn(*p.B.shape, dtype=p.B.dtype)) for p in pairs]
+
+
+@pytest.mark.parametrize("r, storage", CASES)
+def test_steps(r, storage):
+    pairs = pairs_of(r, storage)
+    fused = Fused(pairs, HYPERS)
+    oracle = Oracle(fused)
+    for _ in range(2):
+        grads = draw(pairs)
+        result = fused.step(grads, FRESH)
+        oracle.step(grads, FRESH)
+        assert result[:, col.STATUS].tolist() == [REFACTORED] * len(pairs)
+        oracle.check()
+
+
+@pytest.mark.parametrize("r, storage", CASES)
+def test_scalar_steps(r, storage):
+    pairs = pairs_of(r, storage)
+    fused = Fused(pairs, HYPERS)
+    before = [p.B.double() @ p.A.double() for p in pairs]
+    oracle = Oracle(fused)
+    exact = not {torch.bfloat16, torch.float16} & set(STORAGES[storage])
+    for first in (True, False):
+        grads = draw(pairs)
+        fused.step(grads, IDENTITY, scalar_before=first, scalar_after=True)
+        if exact:  # 16-bit factors are balanced by powers of two
+            oracle.step(grads, IDENTITY, scalar_before=first, scalar_after=True)
+            oracle.check()
+    for p, product in zip(pairs, before):
+        assert 0.4 < float(p.A.double().norm() / p.B.double().norm()) < 2.5
+        assert 1e-3 < float((p.B.double() @ p.A.double() - product).norm() / product.norm()) < 10
+
+
+@pytest.mark.parametrize("r, storage", CASES)
+def test_preconditioned_gradients(r, storage):
+    pairs = pairs_of(r, storage)
+    grads = draw(pairs)
+    wanted = [reference.precondition(p.A.cpu(), p.B.cpu(), a.cpu(), b.cpu()) for p, (a, b) in zip(pairs, grads)]
+    plan = Plan(pairs)
+    plan.bind_grads(grads)
+    results = triton_backend.precondition(plan, False, "float64")
+    assert results[:, col.STATUS].tolist() == [REFACTORED] * len(pairs)
+    rounding = {DOUBLE: 1e-11, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+    for sides, exact in zip(grads, wanted):
+        for got, want in zip(sides, exact):
+            assert float((got.cpu().double() - want).norm() / want.norm()) < rounding[got.dtype]
+
+
+@pytest.mark.parametrize("r, storage", CASES)
+def test_refactored_factors(r, storage):
+    pairs = pairs_of(r, storage)
+    products = [p.B.double() @ p.A.double() for p in pairs]
+    results = triton_backend.refactor(Plan(pairs), False, "float64")
+    assert results[:, col.STATUS].tolist() == [REFACTORED] * len(pairs)
+    rounding = {DOUBLE: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+    for p, product in zip(pairs, products):
+        A, B = p.A.double(), p.B.double()
+        assert float((B @ A - product).norm() / product.norm()) < rounding[p.A.dtype]
+        assert float((A @ A.mT - B.mT @ B).norm() / (A @ A.mT).norm()) < rounding[p.A.dtype]
+
+
+def views_from(offset, tensors):
+    """The same values `offset` elements past a multiple of 16 bytes."""
+    moved = []
+    for t in tensors:
+        room = torch.empty(t.numel() + offset, dtype=t.dtype, device=t.device)
+        moved.append(room[offset:].view_as(t).copy_(t))
+    return moved
+
+
+# r, n_in, n_out, elements past a multiple of 16 bytes of factor and gradient; whether accesses take 16 bytes
+ALIGNMENTS = {
+    "whole": (8, 76, 53, 0, 0, True), "n_in": (8, 75, 53, 0, 0, False), "r": (6, 76, 53, 0, 0, False),
+    "factor": (8, 76, 53, 1, 0, False), "gradient": (8, 76, 53, 0, 2, False),
+}  # fmt: skip
+
+
+def seen(found, forced, *arguments):
+    found.append(aligned(*arguments))
+    return found[-1] and not forced
+
+
+@pytest.mark.parametrize("scalar", [False, True])
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
+def test_accesses_of_16_bytes_change_no_bit(alignment, scalar, monkeypatch):
+    """They are taken where every address and stride allows, and by no other row: the emulator faults such a one."""
+    r, n_in, n_out, of_factor, of_gradient, wide = ALIGNMENTS[alignment]
+    ends, found = [], []
+    for forced in (False, True):
+        torch.manual_seed(0)
+        p = pair(r, 3, 20, n_in=n_in, n_out=n_out)
+        p = LoRAPair("", *views_from(of_factor, (p.A, p.B)))
+        fused = Fused([p], HYPERS)
+        with monkeypatch.context() as patch:
+            for module in (adamw, adamw_scalar):
+                patch.setattr(module, "aligned", partial(seen, found, forced))
+            for first in (True, False):
+                grads = [tuple(views_from(of_gradient, draw([p])[0]))]
+                if scalar:
+                    fused.step(grads, IDENTITY, scalar_before=first, scalar_after=True)
+                else:
+                    fused.step(grads, FRESH)
+        ends.append(fused.snapshot())
+    assert found and all(each == wide for each in found)
+    assert all(torch.equal(x, y) for x, y in zip(*ends))
