@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import subprocess
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
@@ -87,12 +90,18 @@ Case = Callable[[int, Path], Any]
 def together(cases: Sequence[Case]) -> dict[str, list[Any]]:
     """By name, what each of two processes returned of `case(rank, folder)`, one case after another.
 
-    A case that raises in both is its error; the later ones go on.
+    A case that raises in both is its error; the later ones go on. Both are forked of one that has imported everything.
     """
+    names = [case.__name__ for case in cases]
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_enter, (cases, folder), nprocs=WORLD)
+        paths = [str(Path(reflora.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+        done = subprocess.run(
+            [sys.executable, __file__, folder, *names], capture_output=True, text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "CUDA_VISIBLE_DEVICES": ""},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
         results = [torch.load(Path(folder) / f"result{rank}.pt", weights_only=False) for rank in range(WORLD)]
-    return {case.__name__: [result[case.__name__] for result in results] for case in cases}
+    return {name: [result[name] for result in results] for name in names}
 
 
 def _enter(rank: int, cases: Sequence[Case], folder: str) -> None:
@@ -305,6 +314,8 @@ def deepspeed(rank: int, folder: Path) -> dict[str, Any]:
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled; without it goes over gloo
+
     def engine_of(stage: int, wanted: Any = torch.optim.AdamW, **more: Any) -> Any:
         model = build(dtype=torch.float32)
         optimizer = wanted([p for p in model.parameters() if p.requires_grad], lr=1e-2, **more)
@@ -394,3 +405,11 @@ def fsdp2_hard_shapes(rank: int, folder: Path) -> dict[str, Any]:
     train_on(again, resumed, range(3, 6))
     found["resumed"] = all(torch.equal(a, b) for a, b in zip(trained(model).values(), trained(again).values()))
     return found
+
+
+if __name__ == "__main__":
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    with contextlib.suppress(ImportError):
+        import accelerate  # noqa: F401
+        import deepspeed as _  # noqa: F401
+    mp.start_processes(_enter, ([globals()[name] for name in sys.argv[2:]], sys.argv[1]), WORLD, start_method="fork")

