@@ -156,7 +156,13 @@ FAULTS = (
         "(j < r)[:, None] & (k < n)[None, :]",
         "(j < RC)[:, None] & (k < n)[None, :]",
     ),
-    triton("gradients do not saturate", "update.py", "bounded(mixed, limit), m_factor", "mixed, m_factor"),
+    triton(
+        "gradients do not saturate",
+        "update.py",
+        "bounded(mixed, limit), m_factor",
+        "mixed, m_factor",
+        "tests/test_kernels_routes.py",
+    ),
     # ---- what compiled code alone shows: barriers, orders of memory, masks of wide accesses, what the hardware rounds
     triton(
         "a row is settled before its chunks are stored", "adamw.py", f"other programs\n{BARRIER}", "other programs\n"

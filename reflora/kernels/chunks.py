@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 
 from . import table as col
-from .dtypes import exponent_of, load, power_of_two
-from .gram import block_gram, load_block, unit_trace
-from .pair import SLOT_A, SLOT_B, block_zeros, column, largest, offsets, slot
+from .dtypes import exponent_of, power_of_two
+from .gram import block_gram, unit_trace
+from .pair import SLOT_A, SLOT_B, block_zeros, column, largest, load_columns, slot
 
 CHUNKS = tl.constexpr(8)
 
@@ -94,12 +94,20 @@ def accumulate(
     # keeps it from making a chain of them again
     one = tl.where(end > begin, 1.0, 0.0).to(TC)
     bad = block_zeros(SIDE, RC, BN, tl.int32)
+    # the next block is on its way while this one is worked on
+    x = load_columns(address, sr, sn, begin, end, r, code, SIDE, RC, BN, DTYPE, WIDE, VECTOR)
+    if CHECK:
+        g = load_columns(p_g, g_sr, g_sn, begin, end, r, code, SIDE, RC, BN, DTYPE, WIDE, VECTOR)
     for start in range(begin, end, BN):
+        y = load_columns(address, sr, sn, start + BN, end, r, code, SIDE, RC, BN, DTYPE, WIDE, VECTOR)
         if CHECK:
-            o, m = offsets(start, g_sr, g_sn, r, end, SIDE, RC, BN, VECTOR)
-            bad = tl.maximum(bad, never_finite(load(p_g, o, m, code, DTYPE, WIDE, VECTOR)))
-        x = load_block(address, 0, RC, start, sr, sn, r, end, code, scale, SIDE, BN, DTYPE, WIDE, TC, SCALED, VECTOR)
+            bad = tl.maximum(bad, never_finite(g))
+            g = load_columns(p_g, g_sr, g_sn, start + BN, end, r, code, SIDE, RC, BN, DTYPE, WIDE, VECTOR)
+        if SCALED:
+            x = x * scale
+        x = x.to(TC)
         acc += block_gram(x, x, SIDE, TC) * one
+        x = y
     acc = tl.where(sound == 1, acc, float("nan"))
     store_packed(chunk_gram(area, chunk, RC, WIDE), acc, RC, TC)
     tl.store(header + EXPONENT + chunk, exponent.to(tl.float64))
@@ -115,8 +123,8 @@ def search(
     p_g, g_sr, g_sn = column(p_row, SIDE + col.G), column(p_row, SIDE + col.G_SR), column(p_row, SIDE + col.G_SN)
     bad = block_zeros(SIDE, RC, BN, tl.int32)
     for start in range(begin, end, BN):
-        o, m = offsets(start, g_sr, g_sn, r, end, SIDE, RC, BN, VECTOR)
-        bad = tl.maximum(bad, never_finite(load(p_g, o, m, code, DTYPE, WIDE, VECTOR)))
+        g = load_columns(p_g, g_sr, g_sn, start, end, r, code, SIDE, RC, BN, DTYPE, WIDE, VECTOR)
+        bad = tl.maximum(bad, never_finite(g))
     store_bad(header, chunk, bad)
 
 

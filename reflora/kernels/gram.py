@@ -82,13 +82,10 @@ def block_gram(left, x, SIDE: tl.constexpr, TC: tl.constexpr):
 @triton.jit
 def load_block(
     address, first, ROWS: tl.constexpr, start, sr, sn, r, n, code, factor, SIDE: tl.constexpr, BN: tl.constexpr,
-    DTYPE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr, SCALED: tl.constexpr, VECTOR: tl.constexpr = False,
+    DTYPE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Rows first to first + ROWS of a block; VECTOR: from 0."""
-    o, m = offsets(start, sr, sn, r - first, n, SIDE, ROWS, BN, VECTOR)
-    if not VECTOR:
-        o += first * sr
-    x = load(address, o, m, code, DTYPE, WIDE, VECTOR)
+    o, m = offsets(start, sr, sn, r - first, n, SIDE, ROWS, BN)
+    x = load(address, o + first * sr, m, code, DTYPE, WIDE)
     if SCALED:
         x = x * factor
     return x.to(TC)

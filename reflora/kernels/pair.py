@@ -58,6 +58,16 @@ def offsets(
 
 
 @triton.jit
+def load_columns(
+    address, sr, sn, start, end, r, code, SIDE: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr,
+    WIDE: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """The block of a side that starts at column `start`, 0 from `end` on."""
+    o, m = offsets(start, sr, sn, r, end, SIDE, RC, BN, VECTOR)
+    return load(address, o, m, code, DTYPE, WIDE, VECTOR)
+
+
+@triton.jit
 def block_zeros(SIDE: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr, TYPE: tl.constexpr):
     if SIDE == col.A_SIDE:
         return tl.zeros([RC, BN], TYPE)

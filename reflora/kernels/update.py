@@ -20,7 +20,7 @@ from .chunks import (
 from .dtypes import BFLOAT16, FLOAT16, FLOAT32, bounded, clamped, load, root, rounded, store
 from .gram import block_gram
 from .mean import mixer
-from .pair import column, offsets
+from .pair import column, load_columns, offsets
 from .rounding import key_of, round_randomly
 
 
@@ -80,15 +80,6 @@ def fetch(
     if MASTER:
         w = load(p_w, o, mask & (p_w != 0), FLOAT32, FLOAT32, WIDE, VECTOR)
     return p, m, v, x, w
-
-
-@triton.jit
-def fetch_gradient(
-    p_g, sr, sn, start, end, r, code, SIDE: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr,
-    WIDE: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
-    o, mask = offsets(start, sr, sn, r, end, SIDE, RC, BN, VECTOR)
-    return load(p_g, o, mask, code, DTYPE, WIDE, VECTOR)
 
 
 @triton.jit
@@ -228,15 +219,15 @@ def update(
     # the next block is on its way while this one is worked on, where registers allow
     AHEAD: tl.constexpr = not (CARRY or MASTER or WIDE == tl.float64)
     if AHEAD:
-        g = fetch_gradient(p_g, g_sr, g_sn, begin, end, r, code, SIDE, RC, BN, DTYPE, WIDE, VECTOR)
+        g = load_columns(p_g, g_sr, g_sn, begin, end, r, code, SIDE, RC, BN, DTYPE, WIDE, VECTOR)
         o, mask = offsets(begin, sr, sn, r, end, SIDE, RC, BN, VECTOR)
         p, m, v, x, w = fetch(at, o, mask, amsgrad, code, state, AMSGRAD, MASTER, DTYPE, STATE, WIDE, VECTOR)
     for start in range(begin, end, BN):
         if not AHEAD:
-            g = fetch_gradient(p_g, g_sr, g_sn, start, end, r, code, SIDE, RC, BN, DTYPE, WIDE, VECTOR)
+            g = load_columns(p_g, g_sr, g_sn, start, end, r, code, SIDE, RC, BN, DTYPE, WIDE, VECTOR)
         mixed = product(matrix, g * g_factor, SIDE, WIDE)
         if AHEAD:
-            g = fetch_gradient(p_g, g_sr, g_sn, start + BN, end, r, code, SIDE, RC, BN, DTYPE, WIDE, VECTOR)
+            g = load_columns(p_g, g_sr, g_sn, start + BN, end, r, code, SIDE, RC, BN, DTYPE, WIDE, VECTOR)
             o, mask = offsets(start + BN, sr, sn, r, end, SIDE, RC, BN, VECTOR)
             next = fetch(at, o, mask, amsgrad, code, state, AMSGRAD, MASTER, DTYPE, STATE, WIDE, VECTOR)
         o, mask = offsets(start, sr, sn, r, end, SIDE, RC, BN, VECTOR)
