@@ -22,7 +22,7 @@ STEPS = "tests/test_functional.py tests/test_adamw.py tests/test_adamw_state.py 
 START = "tests/test_start.py tests/test_start_states.py"
 COUNTS, HOOKS = "tests/test_start_counts.py", "tests/test_hooks.py"
 TRITON = "tests/test_kernels_adamw.py tests/test_kernels.py tests/test_kernels_linalg.py tests/test_kernels_storages.py"
-BARRIER = "        tl.debug_barrier()\n"
+SLOT_BARRIER = "    tl.debug_barrier()\n"
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,10 @@ FAULTS = (
     ),
     # ---- what compiled code alone shows: barriers, orders of memory, masks of wide accesses, what the hardware rounds
     triton(
-        "a row is settled before its chunks are stored", "adamw.py", f"other programs\n{BARRIER}", "other programs\n"
+        "a factor is written over what others still read",
+        "solve.py",
+        f"{SLOT_BARRIER}    tl.store(p_slot + o, T)",
+        "    tl.store(p_slot + o, T)",
     ),
     triton("arrivals order no memory", "adamw.py", 'sem="acq_rel"', 'sem="relaxed"'),
     triton("RefLoRA-S: arrivals order no memory", "adamw_scalar.py", 'sem="acq_rel"', 'sem="relaxed"'),
