@@ -19,7 +19,7 @@ export PYTHONDONTWRITEBYTECODE :=
 DEPS := $(VENV)/.deps
 BUILT := $(VENV)/.built
 
-.PHONY: help test pytest emulate soak sanitize mutants audit lint format docs wheel hub build bench compare memory steps scaling eigh paper language gpu compile-table clean
+.PHONY: help test pytest emulate soak sanitize mutants audit lint format docs wheel hub build bench compare memory steps scaling eigh paper language gpu predict compile-table clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -100,6 +100,9 @@ scaling: $(BUILT)  ## the same against rank, number of layers and width
 
 eigh: $(BUILT)  ## batched symmetric eigendecomposition against torch.linalg.eigh, in time and error
 	$(PY) -m benchmarks.kernels eigh --out $(OUT) $(ARGS)
+
+predict: $(BUILT)  ## time of a step on an H100, predicted from compiled code in tools/ptxsim; no GPU
+	PTXSIM_CACHE=build/ptxsim $(PY) -m benchmarks.prediction $(ARGS)
 
 compile-table: $(BUILT)  ## registers, spills and shared memory of every Triton kernel, and loops of its solve; no GPU
 	$(PY) -m benchmarks.compile_table --capabilities $(CAPABILITIES) $(ARGS)

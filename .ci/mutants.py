@@ -175,10 +175,9 @@ FAULTS = (
     triton("counts are written while others read them", "settle.py", "written\n        tl.debug_barrier()", "written"),
     triton(
         "a slot is overwritten while it is read",
-        "solve.py",
-        "after every write\n    tl.debug_barrier()\n",
-        "after every write\n",
-        "tests/test_kernels_adamw.py tests/test_kernels_linalg.py",
+        "mean.py",
+        f"p_a, FACTOR_T, False, r, RC, BM, BK, TC)\n{SLOT_BARRIER}",
+        "p_a, FACTOR_T, False, r, RC, BM, BK, TC)\n",
     ),
     triton(
         "Newton-Schulz reads a slot that is being written",
@@ -216,7 +215,7 @@ FAULTS = (
         "tests/test_kernels_adamw.py",
     ),
     triton("moments move the wrong way", "settle.py", "1.0 / used, 1.0)", "used, 1.0)"),
-    triton("a NaN is no reason to skip", "chunks.py", "if CHECK:\n            o, m", "if False:\n            o, m"),
+    triton("a NaN is no reason to skip", "chunks.py", "if CHECK:\n            bad", "if False:\n            bad"),
     triton(
         "the Gram of side B is of its rows",
         "gram.py",

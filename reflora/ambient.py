@@ -5,34 +5,101 @@ Default dtype and default device need nothing here: every tensor that the packag
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from threading import Lock
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _DEVICES = ("cpu", "cuda")
-_PRODUCTS: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+# by the product, what it inherits its precision from
+_PRODUCTS: tuple[tuple[Any, Any], ...] = (
+    (torch.backends.cuda.matmul, torch.backends),
+    (torch.backends.mkldnn.matmul, torch.backends.mkldnn),  # type: ignore[attr-defined]
+)
 _EXACT = ("none", "ieee")
 
 
 @contextmanager
 def independent() -> Iterator[None]:
-    """Without autocast, without inference mode, and with products of float32 matrices in float32.
+    """Without autocast, and with products of float32 matrices in float32.
 
-    The last is a switch of the whole process: while a step runs, other threads' products are not TF32 or bfloat16
+    The latter is a switch of the whole process: while a step runs, products of other threads are not TF32 or bfloat16
     either.
     """
     with ExitStack() as stack:
-        if torch.is_inference_mode_enabled():
-            # state that is made in it could not be written outside
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.no_grad())
         for device in _DEVICES:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-        for products in _PRODUCTS:
-            if products.fp32_precision not in _EXACT:
-                stack.callback(setattr, products, "fp32_precision", products.fp32_precision)
-                products.fp32_precision = "ieee"
+        stack.enter_context(_exact_products)
         yield
+
+
+@contextmanager
+def outside_inference(params: Sequence[Tensor]) -> Iterator[None]:
+    """For state that is made on the way: what is made in inference mode could be written nowhere else.
+
+    Parameters that were made in it can be written in it alone, and so can their state.
+    """
+    if not torch.is_inference_mode_enabled() or any(param.is_inference() for param in params):
+        yield
+    else:
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+
+
+class _ExactProducts:
+    """Put in place by the first thread that enters, and taken back by the last that leaves."""
+
+    def __init__(self) -> None:
+        self.lock, self.inside = Lock(), 0
+        self.back: list[Callable[[], None]] = []
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.inside += 1
+            if self.inside == 1:
+                self.back = [] if all(own.fp32_precision in _EXACT for own, _ in _PRODUCTS) else _make_exact()
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                for restore in self.back:
+                    restore()
+
+
+def _make_exact() -> list[Callable[[], None]]:
+    """What takes it back, unless somebody has chosen another precision since."""
+    reduced = [(own, own.fp32_precision, parent.fp32_precision) for own, parent in _PRODUCTS]
+    reduced = [entry for entry in reduced if entry[1] not in _EXACT]
+    legacy = _legacy()
+    if legacy != "highest" and all(own != inherited for _, own, inherited in reduced):
+        torch.set_float32_matmul_precision("highest")
+        return [partial(_restore_legacy, legacy)]
+    for own, _, _ in reduced:
+        own.fp32_precision = "ieee"
+    return [partial(_restore, own, "none" if now == inherited else now) for own, now, inherited in reduced]
+
+
+def _legacy() -> str:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # set through torch.backends, which torch's older functions refuse to read
+        return "highest"
+
+
+def _restore_legacy(precision: str) -> None:
+    if all(own.fp32_precision in _EXACT for own, _ in _PRODUCTS):
+        torch.set_float32_matmul_precision(precision)
+
+
+def _restore(own: Any, precision: str) -> None:
+    if own.fp32_precision == "ieee":
+        own.fp32_precision = precision
+
+
+_exact_products = _ExactProducts()

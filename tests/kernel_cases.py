@@ -10,6 +10,7 @@ from reflora import plan as col
 from reflora import reference
 from reflora.backends import FRESH, IDENTITY, SAVED, AdamWStep, triton_backend
 from reflora.contract import DEGENERATE, SKIPPED, STORAGE_DTYPES, LoRAPair
+from reflora.optim.state import zeros_like
 from reflora.plan import A_SIDE, B_SIDE, HYPERS, Plan
 
 DOUBLE = torch.float64
@@ -58,7 +59,7 @@ class Fused:
         for side, factors in ((A_SIDE, [p.A for p in pairs]), (B_SIDE, [p.B for p in pairs])):
             for column in (col.M, col.V, col.X):
                 dtype = self.state_dtype
-                self.state[side + column] = [torch.zeros_like(f, dtype=dtype or f.dtype) for f in factors]
+                self.state[side + column] = [zeros_like(f, dtype or f.dtype) for f in factors]
                 self.plan.bind(side, column, self.state[side + column])
             self.state[side + col.STEP] = [torch.zeros(p.experts, device=p.A.device) for p in pairs]
             self.plan.bind_once(side + col.STEP, self.state[side + col.STEP])

@@ -6,15 +6,17 @@ import ast
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import spectrum_pair
+from conftest import BACKENDS, spectrum_pair
 from test_hooks import build, trained
 from torch import Tensor, nn
 
 import reflora
 from reflora import LoRAPair, RefLoRAAdamW
+from reflora.ambient import independent
 
 
 @contextmanager
@@ -48,6 +50,7 @@ OPTIONS: dict[str, dict[str, object]] = {
     "storage": {"master_weights": True},
     "random rounding": {"stochastic_rounding": True, "precision": "float32"},
     "carried": {"carry_grams": True, "warmup_steps": 0},
+    "float32 solve": {"precision": "float32", "warmup_steps": 0},  # which reduced products would show in
 }
 
 
@@ -90,10 +93,11 @@ class Training:
 
     def __call__(self) -> list[Tensor]:
         torch.manual_seed(1)
-        optimizer = self.make(self.pairs, self.bias)
+        optimizer = self.optimizer = self.make(self.pairs, self.bias)
         for number, grads in enumerate(self.grads):
             if number == 2:
                 saved, optimizer = optimizer.state_dict(), self.make(self.pairs, self.bias)
+                self.optimizer = optimizer
                 optimizer.load_state_dict(saved)
             for param, grad in zip(self.params, grads):
                 param.grad = grad
@@ -129,12 +133,12 @@ def test_adamw(ambient: str, options: dict[str, object], backend: str) -> None:
         got = training()
     assert_same_bits(got, wanted)
     # and what was made there serves outside
-    training()
+    training.optimizer.step()
 
 
 @pytest.mark.parametrize("options", [{}, {"warmup_steps": 1}, {"interval": 2}, {"scalar": True, "warmup_steps": 0}])
 @pytest.mark.parametrize("base", [torch.optim.Adam, Signs])
-@pytest.mark.parametrize("ambient", [name for name in AMBIENT if name != "inference mode"])
+@pytest.mark.parametrize("ambient", AMBIENT)
 def test_wrapped(ambient: str, base: type[torch.optim.Optimizer], options: dict[str, object]) -> None:
     if base is Signs and "scalar" in options:
         pytest.skip("refused: its state is not moved")
@@ -150,7 +154,7 @@ def test_wrapped(ambient: str, base: type[torch.optim.Optimizer], options: dict[
 
 
 @pytest.mark.parametrize("warmup_steps", [None, 0, 2])
-@pytest.mark.parametrize("ambient", [name for name in AMBIENT if name != "inference mode"])
+@pytest.mark.parametrize("ambient", AMBIENT)
 def test_hooks(ambient: str, warmup_steps: int | None) -> None:
     """What is made in the context serves outside of it."""
 
@@ -208,6 +212,58 @@ def test_linalg(ambient: str, fast_backend: str) -> None:
     with AMBIENT[ambient]():
         got = call()
     assert_same_bits(got, wanted)
+
+
+@pytest.mark.parametrize("precision", ["medium", "high"])
+def test_two_threads_leave_the_precision_of_products_as_it_was(precision: str) -> None:
+    matmul, inside = torch.backends.mkldnn.matmul, []  # type: ignore[attr-defined]
+    with setting(torch.set_float32_matmul_precision, precision, "highest"):
+        before = matmul.fp32_precision
+        first, second = independent(), independent()
+        first.__enter__(), second.__enter__()
+        first.__exit__(None, None, None)
+        inside.append(torch.get_float32_matmul_precision())
+        second.__exit__(None, None, None)
+        assert inside == ["highest"] and torch.get_float32_matmul_precision() == precision
+        assert matmul.fp32_precision == before
+
+
+def test_an_inherited_precision_goes_on_being_inherited() -> None:
+    mkldnn: Any = torch.backends.mkldnn
+    try:
+        mkldnn.matmul.fp32_precision = "none"
+        mkldnn.fp32_precision = "bf16"
+        with independent():
+            assert mkldnn.matmul.fp32_precision == "ieee"
+        assert mkldnn.matmul.fp32_precision == "bf16"
+        mkldnn.fp32_precision = "ieee"
+        assert mkldnn.matmul.fp32_precision == "ieee"
+    finally:
+        mkldnn.fp32_precision = "none"
+
+
+@pytest.mark.parametrize("ambient", ["autocast bfloat16", "autocast float16"])
+def test_factors_drawn_anew_keep_the_model(ambient: str) -> None:
+    model = build()
+    for p in trained(model):
+        nn.init.normal_(p, std=0.1)
+    x = torch.randn(4, 24)
+    with torch.no_grad():
+        before = model(x)
+        with AMBIENT[ambient]():
+            reflora.Refactorer(model, re_init=True)
+        torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_tensors_of_inference_mode_are_served_in_it(backend: str) -> None:
+    if backend not in BACKENDS:
+        pytest.skip("not built")
+    with torch.inference_mode():
+        pairs = [(torch.randn(4, 30), torch.randn(20, 4))]
+        grads = [(torch.randn(4, 30), torch.randn(20, 4))]
+        reflora.precondition_(pairs, grads, backend=backend)
+        assert reflora.refactor_(pairs, backend=backend).refactored == 1
 
 
 MAKERS = {

@@ -59,4 +59,4 @@ def test_without_a_compiler_triton_is_unavailable_and_says_so(compiler: str | No
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     chosen, message = done.stdout.splitlines()
     assert chosen == "torch"
-    assert "Triton needs a C compiler and Python.h" in message and len(message) < 300
+    assert "which takes a C compiler and Python.h" in message and len(message) < 300

@@ -97,19 +97,23 @@ def test_refactored_factors(r, storage):
         assert float((A @ A.mT - B.mT @ B).norm() / (A @ A.mT).norm()) < rounding[p.A.dtype]
 
 
-def views_from(offset, tensors):
-    """The same values `offset` elements past a multiple of 16 bytes."""
+def views_from(offset, tensors, spare=0):
+    """The same values `offset` elements past a multiple of 16 bytes, with `spare` elements after each row."""
     moved = []
     for t in tensors:
-        room = torch.empty(t.numel() + offset, dtype=t.dtype, device=t.device)
-        moved.append(room[offset:].view_as(t).copy_(t))
+        rows, columns = t.shape
+        room = torch.empty(rows * (columns + spare) + offset, dtype=t.dtype, device=t.device)
+        moved.append(room[offset:].view(rows, columns + spare)[:, :columns].copy_(t))
     return moved
 
 
-# r, n_in, n_out, elements past a multiple of 16 bytes of factor and gradient; whether accesses take 16 bytes
+# r, n_in, n_out; elements past a multiple of 16 bytes of factor and gradient, and after each row of both; whether
+# accesses take 16 bytes
 ALIGNMENTS = {
-    "whole": (8, 76, 53, 0, 0, True), "n_in": (8, 75, 53, 0, 0, False), "r": (6, 76, 53, 0, 0, False),
-    "factor": (8, 76, 53, 1, 0, False), "gradient": (8, 76, 53, 0, 2, False),
+    "whole": (8, 76, 53, 0, 0, 0, True), "n_in": (8, 75, 53, 0, 0, 0, False), "r": (6, 76, 53, 0, 0, 0, False),
+    "factor": (8, 76, 53, 1, 0, 0, False), "gradient": (8, 76, 53, 0, 2, 0, False),
+    "spread out": (8, 76, 53, 0, 0, 4, True), "n_in in whole rows": (8, 75, 53, 0, 0, 1, False),
+    "r in whole rows": (7, 79, 53, 0, 0, 1, False),
 }  # fmt: skip
 
 
@@ -122,18 +126,18 @@ def seen(found, forced, *arguments):
 @pytest.mark.parametrize("alignment", ALIGNMENTS)
 def test_accesses_of_16_bytes_change_no_bit(alignment, scalar, monkeypatch):
     """They are taken where every address and stride allows, and by no other row: the emulator faults such a one."""
-    r, n_in, n_out, of_factor, of_gradient, wide = ALIGNMENTS[alignment]
+    r, n_in, n_out, of_factor, of_gradient, spare, wide = ALIGNMENTS[alignment]
     ends, found = [], []
     for forced in (False, True):
         torch.manual_seed(0)
         p = pair(r, 3, 20, n_in=n_in, n_out=n_out)
-        p = LoRAPair("", *views_from(of_factor, (p.A, p.B)))
+        p = LoRAPair("", *views_from(of_factor, (p.A, p.B), spare))
         fused = Fused([p], HYPERS)
         with monkeypatch.context() as patch:
             for module in (adamw, adamw_scalar):
                 patch.setattr(module, "aligned", partial(seen, found, forced))
             for first in (True, False):
-                grads = [tuple(views_from(of_gradient, draw([p])[0]))]
+                grads = [tuple(views_from(of_gradient, draw([p])[0], spare))]
                 if scalar:
                     fused.step(grads, IDENTITY, scalar_before=first, scalar_after=True)
                 else:

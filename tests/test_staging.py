@@ -79,8 +79,18 @@ def test_buffers_that_another_stream_reads_are_kept_for_it(capture, monkeypatch)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: held.append((tensor, stream)))
     plan = Plan([LoRAPair("pair", torch.randn(4, 30), torch.randn(20, 4))])
     plan.device = META
-    (group,) = launch.prepare(plan).groups
-    made = [group.numbers, group.workspace, group.headers, group.arrivals, group.widths, group.items]
+    prepared = launch.prepare(plan)
+    (group,) = prepared.groups
+    made = [
+        prepared.oversized_index,
+        prepared.rerouted_index,
+        group.numbers,
+        group.workspace,
+        group.headers,
+        group.arrivals,
+        group.widths,
+        group.items,
+    ]
     launch.prepare(plan)
     assert not held
     capture["stream"] = 2

@@ -43,7 +43,7 @@ def _without_launcher() -> str | None:
     try:
         driver.active.get_current_device()
     except Exception as error:  # whatever the compiler, the linker or the loader says
-        return f"Triton needs a C compiler and Python.h to launch: {error}".splitlines()[0][:200]
+        return f"Triton has no launcher, which takes a C compiler and Python.h: {error}".splitlines()[0][:200]
     return None
 
 

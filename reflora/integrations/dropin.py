@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..ambient import independent
 from ..contract import check_count, check_unhooked, fail
 from ..diagnostics import Diagnostics
 from ..optim.adamw import RefLoRAAdamW
@@ -176,6 +177,7 @@ class Refactorer:
 
 
 @torch.no_grad()
+@independent()
 def _draw_anew(site: Site) -> None:
     """A and B random, and the base weight less by what that changes of their product."""
     module: Any = site.module

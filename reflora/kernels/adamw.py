@@ -244,6 +244,5 @@ def adamw(plan: Plan, step: "AdamWStep", results: Tensor) -> None:
         kept = {name: solve[name] for name in ("SCALED", "RC", "DTYPE", "WIDE", "TC", "VECTOR")}
         update_kernel[(len(group.items),)](
             table, group.numbers, group.items, group.widths, group.headers, group.workspace, hypers, step.grad_scale,
-            step.seed, CARRY=step.carry, BN=group.update_block_n(step.carry), **storage, **kept,
-            **group.update_options(step.carry),
+            step.seed, CARRY=step.carry, **storage, **kept, **group.update_options(step.carry, solve["VECTOR"]),
         )  # fmt: skip

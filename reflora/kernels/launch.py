@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -65,15 +66,14 @@ class Group:
     def options(self) -> dict[str, int]:
         return launch_options(self.route.warps)
 
-    def update_block_n(self, carry: bool) -> int:
-        """Columns that a program updates at a time; a carried Gram is summed block by block as a fresh one is."""
-        return self.block_n if carry else min(self.block_n, self.route.update_block_n)
-
-    def update_options(self, carry: bool) -> dict[str, int]:
-        warps = self.route.carry_warps if carry else self.route.update_warps
-        # what takes registers of its own is not kept to fewer
+    def update_options(self, carry: bool, vector: bool) -> dict[str, int]:
+        """BN and launch options of the update; vector: its accesses are of 16 bytes."""
+        # what takes registers of its own has small blocks, and as many registers as there are
         plain = not (carry or self.master or self.wide == torch.float64)
-        return launch_options(warps, self.route.update_registers if plain else 255)
+        how = self.route.wide if vector and plain else self.route.narrow
+        if carry:  # a carried Gram is summed block by block as a fresh one is
+            return {"BN": self.block_n, **launch_options(self.route.carry_warps)}
+        return {"BN": how.block_n, **launch_options(how.warps, how.registers if plain else 255)}
 
     @property
     def scalar_options(self) -> dict[str, int]:
@@ -134,8 +134,8 @@ _FOURS = [*_FAR, A_SIDE + N, R]
 def aligned(table: Tensor, rows: Sequence[int]) -> bool:
     """Whether accesses of these rows may take 16 bytes, and offsets 32 bits.
 
-    In every factor, gradient and moment four neighbours lie together, from a multiple of 16 bytes on: as PEFT's layers
-    do where r and n_in are multiples of four.
+    In every factor, gradient and moment four neighbours lie together, from a multiple of 16 bytes on: as PEFT's linear
+    layers do where r and n_in are multiples of four. Its experts do not, since ranks of their B are apart.
     """
     own = table.numpy() if len(rows) == len(table) else table.numpy()[rows]
     whole = (own[:, _NEAR] == 1).all() and not (own[:, _FOURS] & 3).any() and not (own[:, _ADDRESSES] & 15).any()
@@ -205,7 +205,8 @@ def prepare(plan: Plan) -> Prepared:
     prepared = plan.memory.get("triton")
     if not isinstance(prepared, Prepared):
         prepared = plan.memory["triton"] = Prepared(plan)
-    own = (value for group in prepared.groups for value in vars(group).values() if isinstance(value, Tensor))
+    kept = chain(vars(prepared).values(), *(vars(group).values() for group in prepared.groups))
+    own = (value for value in kept if isinstance(value, Tensor))
     hold(own, prepared.stream, plan.device)
     return prepared
 

@@ -12,33 +12,45 @@ SPLIT, ROW, TORCH = "split", "row", "torch"
 
 
 @dataclass(frozen=True)
-class Route:
-    """route: of the AdamW step. Warps of the solve, of the update, and of one that carries Grams.
+class Update:
+    """How an update runs: warps, columns of a factor in a block, and the registers that a thread may have.
 
-    block_n, update_block_n: columns of a factor in a block. block_m, block_k: rows and inner block of a product of
-    matrices.
-    update_registers: what a thread of the update may have, fewer where that spills nothing and lets more programs share
-    a multiprocessor. shared: bytes of shared memory that the step takes at most, on whatever device.
+    Fewer registers where that spills nothing and lets more programs share a multiprocessor.
+    """
+
+    warps: int
+    block_n: int
+    registers: int = 255
+
+
+@dataclass(frozen=True)
+class Route:
+    """route: of the AdamW step. warps: of the solve. block_n: columns of a factor in a block.
+
+    block_m, block_k: rows and inner block of a product of matrices. wide, narrow: the update with accesses of 16 bytes
+    and without; carry_warps: of one that carries Grams. shared: bytes of shared memory that the step takes at most, on
+    whatever device.
     """
 
     route: str
     warps: int
-    update_warps: int
-    carry_warps: int
     block_n: int
     block_m: int
     block_k: int
-    update_block_n: int = 16
-    update_registers: int = 255
+    wide: Update
+    narrow: Update
+    carry_warps: int
     shared: int = 64 * 1024
 
 
-# by rank class. Without float64 tensor cores the chunk Grams of r = 128 take 128 KiB of shared memory
+# by rank class. A block of the update takes its operands from shared memory: the more of it a thread works on, the less
+# is read from there, which bounds the larger classes. At 128 float64 takes 144 KiB, as do Grams without float64 tensor
+# cores
 ROUTES: dict[int, Route] = {
-    16: Route(SPLIT, 2, 4, 4, 32, 16, 16, 32),
-    32: Route(SPLIT, 4, 4, 4, 32, 32, 16, update_registers=128),
-    64: Route(SPLIT, 8, 8, 16, 32, 32, 16, update_registers=128),
-    128: Route(SPLIT, 16, 16, 16, 16, 32, 16, shared=128 * 1024),
+    16: Route(SPLIT, 2, 32, 16, 16, Update(4, 32), Update(4, 32), 4),
+    32: Route(SPLIT, 4, 32, 32, 16, Update(4, 32, 168), Update(4, 16, 128), 4),
+    64: Route(SPLIT, 8, 32, 32, 16, Update(4, 32), Update(8, 16, 128), 16),
+    128: Route(SPLIT, 16, 16, 32, 16, Update(8, 32), Update(16, 16), 16, shared=144 * 1024),
 }
 
 # "split" or "row" for every class, to measure one against the other

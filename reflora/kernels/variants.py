@@ -69,8 +69,8 @@ def variant(
     constants = {key: constants[key] for key in kernel.arg_names if key in constants and key not in typed}
     options = group.scalar_options if name in SCALAR_KERNELS else group.options
     if name == "update":
-        constants["BN"] = group.update_block_n(constants["CARRY"])
-        options = group.update_options(constants["CARRY"])
+        options = group.update_options(constants["CARRY"], constants["VECTOR"])
+        constants["BN"] = options.pop("BN")
     return _complete(kernel, {**PAIR, **typed}, constants, options)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..ambient import independent
+from ..ambient import independent, outside_inference
 from ..backends import AdamWStep, resolve
 from ..contract import NO_GRADIENT, PairLike, as_pairs, check_unhooked, fail, start_of
 from ..diagnostics import Diagnostics, diagnose, row_names
@@ -169,7 +169,7 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
             self._step_traced()
         else:
             self.last_was_traced = False
-            with independent():
+            with independent(), outside_inference(self.param_groups[0]["params"][:1]):
                 self._step_eagerly()
         return loss
 
@@ -269,7 +269,6 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
             self._key = key
         return self._slots
 
-    @independent()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what state_dict() gave, or the state of a torch.optim.AdamW over the same parameters.
 
@@ -278,6 +277,11 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
         Raises:
             ValueError: A loaded tensor has not the shape that its parameter asks for. Nothing has changed then.
         """
+        with outside_inference(self.param_groups[0]["params"][:1]):
+            self._load(state_dict)
+        self._bindings = []
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
         saved = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
         raw = {p: state_dict["state"].get(key, {}) for p, key in zip(params, saved)}
@@ -290,7 +294,6 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
             if entries:
                 storage = self.storage if param in experts else LIKE_TORCH
                 adopt(self.state[param], entries, param, experts.get(param, 1), storage)
-        self._bindings = []
 
     def __getstate__(self) -> dict[str, Any]:
         kept = (
