@@ -102,7 +102,7 @@ eigh: $(BUILT)  ## batched symmetric eigendecomposition against torch.linalg.eig
 	$(PY) -m benchmarks.kernels eigh --out $(OUT) $(ARGS)
 
 predict: $(BUILT)  ## time of a step on an H100, predicted from compiled code in tools/ptxsim; no GPU
-	PTXSIM_CACHE=build/ptxsim $(PY) -m benchmarks.prediction $(ARGS)
+	PTXSIM_CACHE=build/ptxsim OMP_NUM_THREADS=1 $(PY) -m benchmarks.prediction --out benchmarks/results $(ARGS)
 
 compile-table: $(BUILT)  ## registers, spills and shared memory of every Triton kernel, and loops of its solve; no GPU
 	$(PY) -m benchmarks.compile_table --capabilities $(CAPABILITIES) $(ARGS)

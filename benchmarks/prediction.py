@@ -13,8 +13,9 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import subprocess
 import sys
-from collections import Counter
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,20 +24,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import roofline, shapes
+from . import harness, roofline, shapes
 
 ROOT = Path(__file__).parents[1]
-CASES = (("deberta-v3-base", 8), ("llama-7b", 16), ("llama-7b", 32), ("llama-7b", 64), ("llama-7b", 128))
-METHODS = {"RefLoRA": {}, "RefLoRA-S": {"scalar": True}}
+METHODS: dict[str, dict[str, Any]] = {"RefLoRA": {}, "RefLoRA-S": {"scalar": True}}
 # seconds from the end of a kernel to the first load of the next one, in a CUDA graph; the same for AdamW's
 LAUNCH = 1.5e-6
 
 
 @dataclass(frozen=True)
 class Chip:
-    """clock: cycles/s. A multiprocessor's warp instructions a cycle: in all, float64, m8n8k4 products of float64 (512
-    operations), passes of shared memory. registers and shared memory (bytes) of a multiprocessor. load: cycles.
-    most_of_memory: bytes/s that one multiprocessor can read.
+    """clock: cycles/s. most_of_memory: bytes/s that one multiprocessor can read. load: cycles of a read from memory.
+
+    A multiprocessor's warp instructions a cycle: in all, float64, m8n8k4 products of float64, and passes of shared
+    memory. Its registers, bytes of shared memory and warps.
     """
 
     machine: roofline.Machine
@@ -52,13 +53,18 @@ class Chip:
     load: int = 600
     most_of_memory: float = 60e9
 
+    def places(self, warps: int, registers: int, shared: int) -> int:
+        """Programs to a multiprocessor. Registers come in eights, and each program has 1 KiB of shared memory more."""
+        by_registers = self.registers // (-(-registers // 8) * 8 * 32 * warps)
+        return max(1, min(by_registers, self.shared // (shared + 1024), self.warps // warps, 32))
+
 
 H100 = Chip(roofline.H100, 132, 1.7e9)
 
 
 @dataclass
 class Program:
-    """What one program of a launch costs, in cycles of a multiprocessor that it has to itself, and bytes."""
+    """What one program of a launch costs: cycles of its chain, cycles of a multiprocessor's busiest unit, bytes."""
 
     chain: float
     busy: float
@@ -75,14 +81,12 @@ class Launch:
 
     def seconds(self, chip: Chip = H100) -> float:
         """Until the last program ends, from the first one's start."""
-        chains, busy, moved = (
-            np.array([getattr(p, name) for p in self.programs]) for name in ("chain", "busy", "bytes")
-        )
+        chains, busy = (np.array([getattr(p, name) for p in self.programs]) for name in ("chain", "busy"))
+        cycles = np.array([p.bytes for p in self.programs]) * chip.clock  # over bytes/s
         waiting = list(range(len(self.programs)))[::-1]
         # by place: the program in it, -1 for none, and what is left of it
         places = min(self.resident, -(-len(self.programs) // chip.multiprocessors))
-        inside = np.full((chip.multiprocessors, places), -1)
-        left = np.zeros(inside.shape)
+        inside, left = np.full((chip.multiprocessors, places), -1), np.zeros((chip.multiprocessors, places))
         now = 0.0
         while True:
             for place in np.argwhere(inside.T < 0)[:, ::-1]:
@@ -92,19 +96,12 @@ class Launch:
             if not active.any():
                 return now / chip.clock
             sharing = active.sum(1, keepdims=True)
-            memory = moved[inside] * active.sum() * chip.clock / chip.machine.copy
-            alone = moved[inside] * chip.clock / chip.most_of_memory
-            took = np.maximum.reduce([chains[inside], sharing * busy[inside], memory, sharing * alone])
+            memory = np.maximum(active.sum() / chip.machine.copy, sharing / chip.most_of_memory) * cycles[inside]
+            took = np.maximum.reduce([chains[inside], sharing * busy[inside], memory])
             passed = (left * took)[active].min()
             now += passed
             left = np.where(active, left - passed / took, 0.0)
             inside[active & (left < 1e-9)] = -1
-
-
-def places(chip: Chip, warps: int, registers: int, shared: int) -> int:
-    """Programs to a multiprocessor: registers come in eights a thread, each program has 1 KiB of shared memory more."""
-    by_registers = chip.registers // (-(-registers // 8) * 8 * 32 * warps)
-    return max(1, min(by_registers, chip.shared // (shared + 1024), chip.warps // warps, 32))
 
 
 def adamw_seconds(name: str, rank: int, chip: Chip = H100) -> float:
@@ -116,44 +113,35 @@ def adamw_seconds(name: str, rank: int, chip: Chip = H100) -> float:
 
 
 class Recorder:
-    """The launches of a step of one layer, kernel by kernel."""
+    """The launches of a step of one layer, by kernel; a callback of tools/ptxsim."""
 
     def __init__(self, chip: Chip):
         self.chip = chip
         self.found: dict[str, Launch] = {}
 
     def __call__(self, name: str, module: Any, metadata: Any) -> None:
-        from ptxsim import module as emulator
+        from ptxsim.module import classes
 
-        places_of = {c: i for i, c in enumerate(emulator.classes())}
-        stats = module.stats(True)
-        moved, passed, products = Counter(), 0.0, Counter()
-        for _line, kind, opcode, times, _lanes, got, least, _size, _loc, _text in stats:
-            moved[kind] += 32 * least if kind == "global" else 0
-            passed += got if kind == "shared" else 0
-            products[kind] += times * (4 if "k16" in opcode else 1) if kind == "mma" else 0
-        counts = module.block_counts()
-        whole = [max(1, sum(block[places_of[kind]] for block in counts)) for kind in ("global", "shared", "mma")]
-        programs = []
-        for block, (chain, _) in zip(counts, module.times()):
-            # what is known of the launch as a whole is shared out by how many such instructions a program has
-            part = [block[places_of[kind]] / all_ for kind, all_ in zip(("global", "shared", "mma"), whole)]
-            chip = self.chip
-            busy = max(
-                sum(block) / chip.issue, block[places_of["fp64"]] / chip.float64, part[1] * passed / chip.passes,
-                part[2] * products["mma"] / chip.products,
-            )  # fmt: skip
-            programs.append(Program(chain, busy, part[0] * moved["global"]))
-        limit = re.search(r"\.maxnreg (\d+)", module.ptx)
-        registers = min(registers_of(module.ptx, self.chip), int(limit[1]) if limit else 255)
-        self.found[name] = Launch(name, places(self.chip, metadata.num_warps, registers, metadata.shared), programs)
+        place = {kind: i for i, kind in enumerate(classes())}
+        counts = np.array(module.block_counts(), dtype=float)
+        # of the launch as a whole: a program has its share by its number of such instructions
+        whole = {"global": 0.0, "shared": 0.0, "mma": 0.0}
+        for _line, kind, opcode, times, _lanes, got, least, *_ in module.stats(True):
+            if kind in whole:
+                whole[kind] += {"global": 32 * least, "shared": got, "mma": times * (4 if "k16" in opcode else 1)}[kind]
+        own = {kind: counts[:, place[kind]] / max(1, counts[:, place[kind]].sum()) * whole[kind] for kind in whole}
+        busy = np.maximum.reduce([
+            counts.sum(1) / self.chip.issue, counts[:, place["fp64"]] / self.chip.float64,
+            own["mma"] / self.chip.products, own["shared"] / self.chip.passes,
+        ])  # fmt: skip
+        chains = [chain for chain, _ in module.times()]
+        resident = self.chip.places(metadata.num_warps, registers_of(module.ptx), metadata.shared)
+        programs = [Program(*costs) for costs in zip(chains, busy.tolist(), own["global"].tolist())]
+        self.found[name] = Launch(name, resident, programs)
 
 
-def registers_of(ptx: str, chip: Chip) -> int:
-    """Registers a thread, by ptxas."""
-    import subprocess
-    import tempfile
-
+def registers_of(ptx: str) -> int:
+    """Registers of a thread, by ptxas."""
     import triton
 
     ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
@@ -164,8 +152,8 @@ def registers_of(ptx: str, chip: Chip) -> int:
     return int(re.findall(r"Used (\d+) registers", done.stderr)[-1])
 
 
-def count(name: str, rank: int, options: dict[str, Any], chip: Chip = H100) -> list[Launch]:
-    """The launches of a step of a model, in order: one layer of each shape is run, and stands for all of that shape."""
+def launches(name: str, rank: int, options: dict[str, Any], chip: Chip = H100) -> list[Launch]:
+    """Of a step of a model, in order: one layer of each shape is run, and stands for all of that shape."""
     from ptxsim import driver
 
     import reflora
@@ -191,45 +179,45 @@ def count(name: str, rank: int, options: dict[str, Any], chip: Chip = H100) -> l
     return list(whole.values())
 
 
-def markdown(cases: Sequence[tuple[str, int]] = CASES) -> str:
-    """A row a case and method, times in microseconds; predicted."""
-    head = [
-        "case",
-        "method",
-        "first launch",
-        "second launch",
-        "programs a multiprocessor",
-        "step",
-        "fused AdamW",
-        "ratio",
-    ]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for name, rank in cases:
-        adamw = adamw_seconds(name, rank)
-        for method, options in METHODS.items():
-            launches = count(name, rank, options)
-            step = sum(launch.seconds() + LAUNCH for launch in launches)
-            cells = [f"{name} r={rank}", method, *(f"{1e6 * launch.seconds():.1f}" for launch in launches)]
-            cells.append(", ".join(str(launch.resident) for launch in launches))
-            cells += [f"{1e6 * step:.0f}", f"{1e6 * adamw:.0f}", f"{step / adamw:.2f}"]
-            lines.append("| " + " | ".join(cells) + " |")
-            print(lines[-1], file=sys.stderr, flush=True)
-    return "\n".join(lines) + "\n"
+# ---- the program
+
+
+def row(name: str, rank: int, method: str) -> list[str]:
+    """Times in microseconds."""
+    found, adamw = launches(name, rank, METHODS[method]), adamw_seconds(name, rank)
+    times = [launch.seconds() for launch in found]
+    step = sum(times) + LAUNCH * len(times)
+    cells = [f"{name} r={rank}", method, *(f"{1e6 * seconds:.1f}" for seconds in times)]
+    cells.append(", ".join(str(launch.resident) for launch in found))
+    return [*cells, f"{1e6 * step:.0f}", f"{1e6 * adamw:.0f}", f"{step / adamw:.2f}"]
+
+
+HEAD = ["case", "method", "first launch", "second launch", "programs together", "step", "fused AdamW", "ratio"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.prediction", description=__doc__)
     parser.add_argument("--cases", nargs="+", metavar="SHAPES:RANK", help=f"shapes: {', '.join(shapes.NAMES)}")
+    parser.add_argument("--out", type=Path, help="folder for prediction_h100.md")
     options = parser.parse_args(argv)
+    cases = [(name, int(rank)) for name, rank in (text.split(":") for text in options.cases or ())]
     os.environ["TRITON_INTERPRET"] = "0"
     sys.path.insert(0, str(ROOT / "tools" / "ptxsim"))
     from ptxsim import reflora_hook
 
     reflora_hook.serve_reflora()
-    cases = CASES
-    if options.cases:
-        cases = tuple((name, int(rank)) for name, rank in (text.split(":") for text in options.cases))
-    print(f"Predicted for an {H100.machine.name}, times in us; nothing here is measured.\n\n{markdown(cases)}")
+    lines = [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
+    print("\n".join(lines), flush=True)
+    for name, rank in cases or roofline.CASES:
+        for method in METHODS:
+            lines.append(f"| {' | '.join(row(name, rank, method))} |")
+            print(lines[-1], flush=True)
+    if options.out:
+        env = harness.environment(torch.device("cpu"), torch.float32)
+        head = f"Predicted for an {H100.machine.name}, times in us; nothing here is measured on a GPU.\n"
+        head += f"Triton {env['triton']}, reflora {env['reflora']}, commit {env['commit']}.\n\n"
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "prediction_h100.md").write_text(head + "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
