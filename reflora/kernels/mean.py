@@ -7,10 +7,24 @@ from . import table as col
 from .dtypes import normal_range, power_of_two
 from .gram import gram
 from .pair import SLOT_A, SLOT_B, SLOT_N, SLOT_X, SLOT_Y, column, slot
-from .solve import FACTOR_INVERSE, FACTOR_T, PLAIN, factor, factor_all, finish, multiply, polar_factor
+from .solve import (
+    FACTOR_INVERSE,
+    FACTOR_T,
+    PLAIN,
+    factor,
+    factor_all,
+    finish,
+    multiply,
+    orthogonalised,
+    polar_factor,
+    product,
+    read,
+)
 
 # the largest rank class whose two Cholesky factors are made in one loop
 TOGETHER = tl.constexpr(64)
+# the largest that is solved in registers from there on; a larger one would spill
+SMALL = tl.constexpr(16)
 
 
 @triton.jit
@@ -136,13 +150,46 @@ def form_s(
 
 
 @triton.jit
+def form_resident(area, r, c, code, RC: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr):
+    """`polar_of_pair` and `form_s` of small matrices, which stay in registers: slots are read once, all at a time."""
+    p_a, p_b = slot(area, SLOT_A, RC, TC), slot(area, SLOT_B, RC, TC)
+    i, j = tl.arange(0, RC)[:, None], tl.arange(0, RC)[None, :]
+    la_t, lb_t = read(p_a, i, j, RC, FACTOR_T), read(p_b, i, j, RC, FACTOR_T)
+    la_inverse, lb_inverse = read(p_a, i, j, RC, FACTOR_INVERSE), read(p_b, i, j, RC, FACTOR_INVERSE)
+    x = product(lb_t, tl.trans(la_t), TC)
+    y = product(lb_inverse, tl.trans(la_inverse), TC)
+    z = tl.sqrt(tl.sqrt(tl.sum(tl.sum(y * y, 1), 0) / tl.sum(tl.sum(x * x, 1), 0)))
+    x = orthogonalised(0.5 * (z * x + y / z), r, RC, TC)
+    S = product(tl.trans(la_inverse), product(tl.trans(x), lb_t, TC), TC)
+    S_inv = product(tl.trans(lb_inverse), product(x, la_t, TC), TC)
+    tiny, huge = normal_range(code)
+    fits = keep(mixer(area, False, RC, WIDE), S, c, huge, RC, WIDE)
+    fits &= keep(mixer(area, True, RC, WIDE), S_inv, 1.0 / c, huge, RC, WIDE)
+    tl.debug_barrier()
+    return fits
+
+
+@triton.jit
+def keep(p_out, x, factor, limit, RC: tl.constexpr, TYPE: tl.constexpr):
+    """As `finish`, of a matrix in registers. The slots that it overwrites have been read by all."""
+    x = x.to(tl.float64)
+    x = 0.5 * (x + tl.trans(x)) * factor
+    tl.store(p_out + tl.arange(0, RC)[:, None] * RC + tl.arange(0, RC)[None, :], x.to(TYPE))
+    return 1 - tl.max(tl.max(tl.where(tl.abs(x) <= limit, 0, 1), 1), 0)
+
+
+@triton.jit
 def settle_s(
     area, r, status, c, code, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr
 ):
     """S and S^-1 of a row that `judge` has found REFACTORED or DEGENERATE. Returns its status after that."""
     if status == col.REFACTORED:
-        polar_of_pair(area, r, RC, BM, BK, TC, False)
-        if form_s(area, r, c, code, RC, BM, BK, WIDE, TC) == 0:
+        if RC <= SMALL:
+            fits = form_resident(area, r, c, code, RC, WIDE, TC)
+        else:
+            polar_of_pair(area, r, RC, BM, BK, TC, False)
+            fits = form_s(area, r, c, code, RC, BM, BK, WIDE, TC)
+        if fits == 0:
             status = tl.full((), col.DEGENERATE, tl.int32)
     if status == col.DEGENERATE:
         form_scaled_identity(area, c, 1.0 / c, RC, WIDE)

@@ -216,22 +216,10 @@ def polar_factor(p_x, p_y, r, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constex
     newton_update(p_x, p_y, z, RC, BM, TC)
     tl.debug_barrier()
     if RC <= RESIDENT:
-        i, j = tl.arange(0, RC)[:, None], tl.arange(0, RC)[None, :]
-        eye = tl.where((i == j) & (i < r), 1.0, 0.0).to(TC)
-        x = tl.load(p_x + i * RC + j)
-        y = tl.dot(tl.trans(x), x, input_precision="ieee", out_dtype=TC)
-        top = tl.sqrt(tl.sqrt(tl.sum(tl.sum(y * y, 1), 0)))
-        x, y = x / top, y / (top * top)
-        low, away = 1.0 / top, tl.full((), 1.0, TC)
-        step = 0
-        while (step < SCHULZ_STEPS) & (away > converged(TC)):
-            away = tl.sqrt(tl.sum(tl.sum((y - eye) * (y - eye), 1), 0))
-            own, cube, low = schulz(low, away)
-            x = own * x - cube * tl.dot(x, y, input_precision="ieee", out_dtype=TC)
-            y = tl.dot(tl.trans(x), x, input_precision="ieee", out_dtype=TC)
-            step += 1
+        o = tl.arange(0, RC)[:, None] * RC + tl.arange(0, RC)[None, :]
+        x = orthogonalised(tl.load(p_x + o), r, RC, TC)
         tl.debug_barrier()
-        tl.store(p_x + i * RC + j, x)
+        tl.store(p_x + o, x)
     else:
         multiply(p_y, p_x, PLAIN, True, p_x, PLAIN, False, r, RC, BM, BK, TC)
         tl.debug_barrier()
@@ -249,6 +237,30 @@ def polar_factor(p_x, p_y, r, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constex
             tl.debug_barrier()
             step += 1
     tl.debug_barrier()
+
+
+@triton.jit
+def orthogonalised(x, r, RC: tl.constexpr, TC: tl.constexpr):
+    """The orthogonal polar factor of x `[RC, RC]` by Newton-Schulz steps, all in registers."""
+    i, j = tl.arange(0, RC)[:, None], tl.arange(0, RC)[None, :]
+    eye = tl.where((i == j) & (i < r), 1.0, 0.0).to(TC)
+    y = product(tl.trans(x), x, TC)
+    top = tl.sqrt(tl.sqrt(tl.sum(tl.sum(y * y, 1), 0)))
+    x, y = x / top, y / (top * top)
+    low, away = 1.0 / top, tl.full((), 1.0, TC)
+    step = 0
+    while (step < SCHULZ_STEPS) & (away > converged(TC)):
+        away = tl.sqrt(tl.sum(tl.sum((y - eye) * (y - eye), 1), 0))
+        own, cube, low = schulz(low, away)
+        x = own * x - cube * product(x, y, TC)
+        y = product(tl.trans(x), x, TC)
+        step += 1
+    return x
+
+
+@triton.jit
+def product(left, right, TC: tl.constexpr):
+    return tl.dot(left, right, input_precision="ieee", out_dtype=TC)
 
 
 @triton.jit
