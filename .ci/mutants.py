@@ -165,19 +165,19 @@ FAULTS = (
     ),
     # ---- what compiled code alone shows: barriers, orders of memory, masks of wide accesses, what the hardware rounds
     triton(
-        "a factor is written over what others still read",
-        "solve.py",
-        f"{SLOT_BARRIER}    tl.store(p_slot + o, T)",
-        "    tl.store(p_slot + o, T)",
+        "a Gram is read before it is whole",
+        "chunks.py",
+        f"tl.store(p_last + o, b.to(TC), mask=mask)\n{SLOT_BARRIER}",
+        "tl.store(p_last + o, b.to(TC), mask=mask)\n",
     ),
     triton("arrivals order no memory", "adamw.py", 'sem="acq_rel"', 'sem="relaxed"'),
     triton("RefLoRA-S: arrivals order no memory", "adamw_scalar.py", 'sem="acq_rel"', 'sem="relaxed"'),
     triton("counts are written while others read them", "settle.py", "written\n        tl.debug_barrier()", "written"),
     triton(
-        "a slot is overwritten while it is read",
-        "mean.py",
-        f"p_a, FACTOR_T, False, r, RC, BM, BK, TC)\n{SLOT_BARRIER}",
-        "p_a, FACTOR_T, False, r, RC, BM, BK, TC)\n",
+        "a Gram's diagonal is overwritten while it is read",
+        "chunks.py",
+        f"overwritten next\n{SLOT_BARRIER}",
+        "overwritten next\n",
     ),
     triton(
         "Newton-Schulz reads a slot that is being written",

@@ -97,23 +97,23 @@ def test_refactored_factors(r, storage):
         assert float((A @ A.mT - B.mT @ B).norm() / (A @ A.mT).norm()) < rounding[p.A.dtype]
 
 
-def views_from(offset, tensors, spare=0):
-    """The same values `offset` elements past a multiple of 16 bytes, with `spare` elements after each row."""
+def views_from(offset, tensors, spare):
+    """The same values `offset` elements past a multiple of 16 bytes, with some to spare after each row."""
     moved = []
-    for t in tensors:
+    for t, more in zip(tensors, spare):
         rows, columns = t.shape
-        room = torch.empty(rows * (columns + spare) + offset, dtype=t.dtype, device=t.device)
-        moved.append(room[offset:].view(rows, columns + spare)[:, :columns].copy_(t))
+        room = torch.empty(rows * (columns + more) + offset, dtype=t.dtype, device=t.device)
+        moved.append(room[offset:].view(rows, columns + more)[:, :columns].copy_(t))
     return moved
 
 
-# r, n_in, n_out; elements past a multiple of 16 bytes of factor and gradient, and after each row of both; whether
-# accesses take 16 bytes
+# r, n_in, n_out; elements past a multiple of 16 bytes of factor and gradient, and after each row of A and of B;
+# whether accesses take 16 bytes
 ALIGNMENTS = {
-    "whole": (8, 76, 53, 0, 0, 0, True), "n_in": (8, 75, 53, 0, 0, 0, False), "r": (6, 76, 53, 0, 0, 0, False),
-    "factor": (8, 76, 53, 1, 0, 0, False), "gradient": (8, 76, 53, 0, 2, 0, False),
-    "spread out": (8, 76, 53, 0, 0, 4, True), "n_in in whole rows": (8, 75, 53, 0, 0, 1, False),
-    "r in whole rows": (7, 79, 53, 0, 0, 1, False),
+    "whole": (8, 76, 53, 0, 0, (0, 0), True), "n_in": (8, 75, 53, 0, 0, (0, 0), False),
+    "r": (6, 76, 53, 0, 0, (0, 0), False), "factor": (8, 76, 53, 1, 0, (0, 0), False),
+    "gradient": (8, 76, 53, 0, 2, (0, 0), False), "spread out": (8, 76, 53, 0, 0, (4, 8), True),
+    "n_in in whole rows": (8, 75, 53, 0, 0, (1, 0), False), "r in whole rows": (7, 76, 53, 0, 0, (0, 1), False),
 }  # fmt: skip
 
 
