@@ -83,13 +83,15 @@ def test_a_write_to_a_factor_is_seen_through_its_master(fast_backend):
 
 
 @pytest.mark.parametrize("stored", STORED)
-@pytest.mark.parametrize("scalar", [False, True])
-def test_resume_is_exact_with_what_is_kept_beside(fast_backend, stored, scalar):
+@pytest.mark.parametrize(
+    "how", [{}, {"scalar": True}, {"interval": 4, "warmup_steps": 0}], ids=["", "scalar", "a kept S"]
+)
+def test_resume_is_exact_with_what_is_kept_beside(fast_backend, stored, how):
     def make():
         torch.manual_seed(1)
         pairs = leaf_pairs([(4, 30, 21), (3, 12, 9)], torch.bfloat16)
         moe = experts(torch.bfloat16)
-        options = dict(lr=1e-2, scalar=scalar, backend=fast_backend, **STORED[stored])
+        options = dict(lr=1e-2, backend=fast_backend, **how, **STORED[stored])
         tensors = [*factors(pairs), moe.A, moe.B]
         return tensors, RefLoRAAdamW(tensors, pairs=[*pairs, moe], **options)
 
