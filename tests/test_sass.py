@@ -79,12 +79,12 @@ def program(module: str, *arguments: str) -> list[dict[str, object]]:
 def test_loops_of_a_real_kernel_are_found() -> None:
     """The elimination has no products of matrices in it, the Newton-Schulz step has them on the tensor cores."""
     rows = program("sass", "--classes", "16", "--capabilities", "90", "--kernels", "polar")
-    assert {row["loop"] for row in rows} == {"solve.invert_transposed", "solve.polar_factor"}
+    assert {row["loop"] for row in rows} == {"solve.invert_transposed", "solve.orthogonalised"}
     for row in rows:
         counts = row["counts"]
         assert isinstance(counts, dict) and row["rounds"] == 1, row
         assert counts["DFMA"] > 0 and 50 < counts["total"] < 2000, row
-        assert (counts["DMMA"] > 0) == (row["loop"] == "solve.polar_factor"), row
+        assert (counts["DMMA"] > 0) == (row["loop"] == "solve.orthogonalised"), row
 
 
 def test_a_pivot_of_the_step_is_short() -> None:
