@@ -6,7 +6,7 @@ Default dtype and default device need nothing here: every tensor that the packag
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ContextDecorator, contextmanager, nullcontext
 from functools import partial
 from threading import Lock
 from typing import Any
@@ -23,32 +23,42 @@ _PRODUCTS: tuple[tuple[Any, Any], ...] = (
 _EXACT = ("none", "ieee")
 
 
-@contextmanager
-def independent() -> Iterator[None]:
-    """Without autocast, and with products of float32 matrices in float32.
+class independent(ContextDecorator):
+    """Without autocast, and with products of float32 matrices in float32: `with independent():` or `@independent()`.
 
     The latter is a switch of the whole process: while a step runs, products of other threads are not TF32 or bfloat16
     either.
     """
-    with ExitStack() as stack:
-        for device in _DEVICES:
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        stack.enter_context(_exact_products)
-        yield
+
+    def __enter__(self) -> None:
+        self._autocasts = [torch.autocast(d, enabled=False) for d in _DEVICES if torch.is_autocast_enabled(d)]
+        for autocast in self._autocasts:
+            autocast.__enter__()
+        _exact_products.enter()
+
+    def __exit__(self, *error: Any) -> None:
+        _exact_products.leave()
+        for autocast in reversed(self._autocasts):
+            autocast.__exit__(*error)
+
+    def _recreate_cm(self) -> independent:
+        return independent()  # a call has its own
 
 
-@contextmanager
-def outside_inference(params: Sequence[Tensor]) -> Iterator[None]:
+def outside_inference(params: Sequence[Tensor]) -> AbstractContextManager[None]:
     """For state that is made on the way: what is made in inference mode could be written nowhere else.
 
     Parameters that were made in it can be written in it alone, and so can their state.
     """
     if not torch.is_inference_mode_enabled() or any(param.is_inference() for param in params):
+        return nullcontext()
+    return _outside_inference()
+
+
+@contextmanager
+def _outside_inference() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():
         yield
-    else:
-        with torch.inference_mode(False), torch.no_grad():
-            yield
 
 
 class _ExactProducts:
@@ -58,13 +68,13 @@ class _ExactProducts:
         self.lock, self.inside = Lock(), 0
         self.back: list[Callable[[], None]] = []
 
-    def __enter__(self) -> None:
+    def enter(self) -> None:
         with self.lock:
             self.inside += 1
             if self.inside == 1:
-                self.back = [] if all(own.fp32_precision in _EXACT for own, _ in _PRODUCTS) else _make_exact()
+                self.back = [] if _legacy() == "highest" else _make_exact()
 
-    def __exit__(self, *_: object) -> None:
+    def leave(self) -> None:
         with self.lock:
             self.inside -= 1
             if not self.inside:
@@ -77,7 +87,7 @@ def _make_exact() -> list[Callable[[], None]]:
     reduced = [(own, own.fp32_precision, parent.fp32_precision) for own, parent in _PRODUCTS]
     reduced = [entry for entry in reduced if entry[1] not in _EXACT]
     legacy = _legacy()
-    if legacy != "highest" and all(own != inherited for _, own, inherited in reduced):
+    if legacy and all(own != inherited for _, own, inherited in reduced):
         torch.set_float32_matmul_precision("highest")
         return [partial(_restore_legacy, legacy)]
     for own, _, _ in reduced:
@@ -86,10 +96,11 @@ def _make_exact() -> list[Callable[[], None]]:
 
 
 def _legacy() -> str:
+    """What torch's older functions say; "" where one was set through torch.backends, which they refuse to read."""
     try:
         return torch.get_float32_matmul_precision()
-    except RuntimeError:  # set through torch.backends, which torch's older functions refuse to read
-        return "highest"
+    except RuntimeError:
+        return ""
 
 
 def _restore_legacy(precision: str) -> None:
