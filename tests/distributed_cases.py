@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import subprocess
-import sys
-import tempfile
-import traceback
-from collections.abc import Callable, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from two_processes import WORLD
 
 import reflora
 
-WORLD = 2
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {}, "scalar": {"scalar": True}, "interval": {"interval": 3}, "warmup": {"warmup_steps": 2},
 }  # fmt: skip
@@ -82,48 +73,6 @@ def alone(variant: str, steps: int = 6, start: bool | str = True) -> dict[str, T
     model = build(start)
     train(model, reflora.create_reflora_optimizer(model, lr=1e-2, **VARIANTS[variant]), range(steps))
     return trained(model)
-
-
-Case = Callable[[int, Path], Any]
-
-
-def together(cases: Sequence[Case]) -> dict[str, list[Any]]:
-    """By name, what each of two processes returned of `case(rank, folder)`, one case after another.
-
-    A case that raises in both is its error; the later ones go on. Both are forked of one that has imported everything.
-    """
-    names = [case.__name__ for case in cases]
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [str(Path(reflora.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-        done = subprocess.run(
-            [sys.executable, __file__, folder, *names], capture_output=True, text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "CUDA_VISIBLE_DEVICES": ""},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        results = [torch.load(Path(folder) / f"result{rank}.pt", weights_only=False) for rank in range(WORLD)]
-    return {name: [result[name] for result in results] for name in names}
-
-
-def _enter(rank: int, cases: Sequence[Case], folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=timedelta(minutes=3)
-    )
-    found: dict[str, Any] = {}
-    try:
-        for case in cases:
-            (Path(folder) / case.__name__).mkdir(exist_ok=True)
-            try:
-                found[case.__name__] = case(rank, Path(folder) / case.__name__)
-            except Exception:  # raised again by the test of this case; the later ones are run
-                found[case.__name__] = AssertionError(traceback.format_exc())
-        torch.save(found, Path(folder) / f"result{rank}.pt")
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-
-
-# ---- what the processes do
 
 
 def ddp(rank: int, folder: Path) -> dict[str, dict[str, Tensor]]:
@@ -405,11 +354,3 @@ def fsdp2_hard_shapes(rank: int, folder: Path) -> dict[str, Any]:
     train_on(again, resumed, range(3, 6))
     found["resumed"] = all(torch.equal(a, b) for a, b in zip(trained(model).values(), trained(again).values()))
     return found
-
-
-if __name__ == "__main__":
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    with contextlib.suppress(ImportError):
-        import accelerate  # noqa: F401
-        import deepspeed as _  # noqa: F401
-    mp.start_processes(_enter, ([globals()[name] for name in sys.argv[2:]], sys.argv[1]), WORLD, start_method="fork")

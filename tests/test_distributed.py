@@ -10,6 +10,7 @@ import distributed_cases as cases
 import pytest
 import torch
 from torch import Tensor
+from two_processes import Case, together
 
 
 def assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor], rtol: float = 1e-9, atol: float = 1e-12) -> None:
@@ -18,7 +19,7 @@ def assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor], rtol: floa
         torch.testing.assert_close(found[name], value, rtol=rtol, atol=atol, msg=lambda said, n=name: f"{n}: {said}")
 
 
-Both = Callable[[cases.Case], list[Any]]
+Both = Callable[[Case], list[Any]]
 # one worker makes both processes, once
 pytestmark = pytest.mark.xdist_group("two processes")
 CASES = (
@@ -31,9 +32,9 @@ CASES = (
 @pytest.fixture(scope="module")
 def both() -> Both:
     """What the two processes made of a case; all of them are run at the first question."""
-    results = cases.together(CASES)
+    results = together(CASES)
 
-    def of(case: cases.Case) -> list[Any]:
+    def of(case: Case) -> list[Any]:
         for found in results[case.__name__]:
             if isinstance(found, AssertionError):
                 raise found

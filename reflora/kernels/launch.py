@@ -68,11 +68,11 @@ class Group:
 
     def update_options(self, carry: bool, vector: bool) -> dict[str, int]:
         """BN and launch options of the update; vector: its accesses are of 16 bytes."""
-        # what takes registers of its own has small blocks, and as many registers as there are
-        plain = not (carry or self.master or self.wide == torch.float64)
-        how = self.route.wide if vector and plain else self.route.narrow
         if carry:  # a carried Gram is summed block by block as a fresh one is
             return {"BN": self.block_n, **launch_options(self.route.carry_warps)}
+        # what takes registers of its own has small blocks, and as many registers as there are
+        plain = not (self.master or self.wide == torch.float64)
+        how = self.route.wide if vector and plain else self.route.narrow
         return {"BN": how.block_n, **launch_options(how.warps, how.registers if plain else 255)}
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -258,6 +259,17 @@ def multiply(views: Sequence[Tensor], matrices: Sequence[Tensor]) -> None:
         product = stack.to(wide) @ values.to(wide)
         finite = values.isfinite().all(2).all(1)[:, None, None]
         torch._foreach_copy_(same, list(product.clamp(-top, top).where(finite, product).to(dtype).unbind()))
+
+
+@independent()
+def finite_and_moving(grads: list[Tensor]) -> tuple[bool, bool]:
+    """Whether all are finite, and whether any is not zero."""
+    grads = [grad for grad in grads if grad.numel()]  # of a sharded one this process may hold nothing
+    norm = float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
+    if not math.isfinite(norm) or (grads and norm == 0):
+        # the 2-norm is the fast one, but may overflow, or vanish, where the largest entry does not
+        norm = float(torch.nn.utils.get_total_norm(grads, math.inf))
+    return math.isfinite(norm), norm > 0
 
 
 def _none(pair: LoRAPair) -> Tensor:

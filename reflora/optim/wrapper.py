@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import warnings
 from collections.abc import Callable, Iterable
 from itertools import chain
@@ -33,7 +32,7 @@ from ..diagnostics import Diagnostics, uniform
 from ..plan import BALANCED
 from ..reference import meet
 from .options import check_group_options, check_schedule
-from .pairs import ops_of
+from .pairs import finite_and_moving, ops_of
 from .plain import watched
 from .state import PHASE, SAVED, STEPS, compare_shapes, shapes_of_pair
 from .transport import StateMove, check_movable, proportional
@@ -176,7 +175,7 @@ class Wrapped(Optimizer):
             return loss
         active = self._active()
         grads = [local(t.grad) for p, on in zip(self.pairs, active) if on for t in (p.A, p.B) if t.grad is not None]
-        finite, moving = self._ops.agree(*_norm(grads))
+        finite, moving = self._ops.agree(*finite_and_moving(grads))
         if not finite:
             self._count(SKIPS)
             self._skip = uniform(self.pairs, SKIPPED)
@@ -376,17 +375,6 @@ def scaler_found_inf(optimizer: Optimizer) -> bool:
     """Whether a gradient scaler handed a base class that supports it a step to be skipped; reads it from the device."""
     found_inf = getattr(optimizer, "found_inf", None)
     return found_inf is not None and bool(found_inf)
-
-
-@independent()
-def _norm(grads: list[Tensor]) -> tuple[bool, bool]:
-    """Whether all are finite, and whether any is not zero."""
-    grads = [grad for grad in grads if grad.numel()]  # of a sharded one this process may hold nothing
-    norm = float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
-    if not math.isfinite(norm) or (grads and norm == 0):
-        # the 2-norm is the fast one, but may overflow, or vanish, where the largest entry does not
-        norm = float(torch.nn.utils.get_total_norm(grads, math.inf))
-    return math.isfinite(norm), norm > 0
 
 
 def _unhooked_step(base: type[Optimizer]) -> Callable[..., Any]:

@@ -142,13 +142,25 @@ void find_addresses(const Warp& w, const Instruction& I, u32 mask, std::array<T,
     each_lane(mask, [&](u32 i) { addresses[i] = base[i] + T(I.immediate); });
 }
 
+GlobalAddresses global_addresses(Warp& w, const Instruction& I, u32 mask, u32 size) {
+    GlobalAddresses addresses;
+    find_addresses(w, I, mask, addresses);
+    if (w.block->launch->options.counters) count_sectors(w, I, mask, addresses, size);
+    return addresses;
+}
+
+SharedAddresses shared_addresses(Warp& w, const Instruction& I, u32 mask, u32 size) {
+    SharedAddresses addresses;
+    find_addresses(w, I, mask, addresses);
+    if (w.block->launch->options.counters) count_passes(w, I, mask, addresses, size);
+    return addresses;
+}
+
 template <class T>
 void load_global(Warp& w, const Instruction& I, u32 mask) {
     const Options& options = w.block->launch->options;
-    GlobalAddresses addresses;
-    find_addresses(w, I, mask, addresses);
     const u32 size = sizeof(T) * I.count;
-    if (options.counters) count_sectors(w, I, mask, addresses, size);
+    const auto addresses = global_addresses(w, I, mask, size);
     each_lane(mask, [&](u32 i) {
         Allocation& from = locate(w, I, addresses[i], size, i, "read");
         if (options.race) global_read(w, I, from, addresses[i], size, i);
@@ -159,10 +171,8 @@ void load_global(Warp& w, const Instruction& I, u32 mask) {
 template <class T>
 void store_global(Warp& w, const Instruction& I, u32 mask) {
     const Options& options = w.block->launch->options;
-    GlobalAddresses addresses;
-    find_addresses(w, I, mask, addresses);
     const u32 size = sizeof(T) * I.count;
-    if (options.counters) count_sectors(w, I, mask, addresses, size);
+    const auto addresses = global_addresses(w, I, mask, size);
     each_lane(mask, [&](u32 i) {
         Allocation& to = locate(w, I, addresses[i], size, i, "write");
         T values[4];
@@ -175,10 +185,8 @@ void store_global(Warp& w, const Instruction& I, u32 mask) {
 template <class T>
 void load_shared(Warp& w, const Instruction& I, u32 mask) {
     const Options& options = w.block->launch->options;
-    SharedAddresses addresses;
-    find_addresses(w, I, mask, addresses);
     const u32 size = sizeof(T) * I.count;
-    if (options.counters) count_passes(w, I, mask, addresses, size);
+    const auto addresses = shared_addresses(w, I, mask, size);
     each_lane(mask, [&](u32 i) {
         const u32 offset = locate_shared(w, I, addresses[i], size, i, "read");
         if (options.race) shared_read(w, I, offset, size, i);
@@ -189,10 +197,8 @@ void load_shared(Warp& w, const Instruction& I, u32 mask) {
 template <class T>
 void store_shared(Warp& w, const Instruction& I, u32 mask) {
     const Options& options = w.block->launch->options;
-    SharedAddresses addresses;
-    find_addresses(w, I, mask, addresses);
     const u32 size = sizeof(T) * I.count;
-    if (options.counters) count_passes(w, I, mask, addresses, size);
+    const auto addresses = shared_addresses(w, I, mask, size);
     each_lane(mask, [&](u32 i) {
         const u32 offset = locate_shared(w, I, addresses[i], size, i, "write");
         T values[4];
