@@ -125,7 +125,7 @@ def build(case: Case) -> tuple[Any, dict[str, int]]:
     from reflora.kernels.variants import variant
 
     kernel, signature, constants, options = variant(
-        case.kernel, case.rank_class, case.precision, case.storage, **dict(case.changed)
+        case.kernel, case.rank_class, case.precision, case.storage, capability=case.capability, **dict(case.changed)
     )
     # torch's memory begins at multiples of 16 bytes, which a launch finds out
     pointers = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}

@@ -34,7 +34,9 @@ LAUNCH = 1.5e-6
 
 @dataclass(frozen=True)
 class Chip:
-    """clock: cycles/s. most_of_memory: bytes/s that one multiprocessor can read. load: cycles of a read from memory.
+    """clock: cycles/s. most_of_memory: bytes/s that one multiprocessor can read.
+
+    load: cycles of a read from memory; near: of one from where the program has been before, at the worst in L2.
 
     A multiprocessor's warp instructions a cycle: in all, float64, m8n8k4 products of float64, and passes of shared
     memory. Its registers, bytes of shared memory and warps.
@@ -51,6 +53,7 @@ class Chip:
     shared: int = 232448
     warps: int = 64
     load: int = 600
+    near: int = 270
     most_of_memory: float = 60e9
 
     def places(self, warps: int, registers: int, shared: int) -> int:
@@ -158,7 +161,7 @@ def launches(name: str, rank: int, options: dict[str, Any], chip: Chip = H100) -
 
     import reflora
 
-    driver.install(90, counters=1, race=0, timing=chip.load)
+    driver.install(90, counters=1, race=0, timing=chip.load, near=chip.near)
     layers = shapes.layers(name)
     by_shape: dict[tuple[int, int], dict[str, Launch]] = {}
     for shape in dict.fromkeys(layers):

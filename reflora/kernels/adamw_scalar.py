@@ -21,7 +21,7 @@ from .dtypes import BFLOAT16, FLOAT16, power_of_two
 from .launch import aligned, prepare, scalar_constants
 from .pair import area_of, column, report
 from .scalar import balance_root
-from .settle import refuse, steps_of, store_counts, store_scalars
+from .settle import both_terms, refuse, steps_of, store_counts, store_scalars
 
 if TYPE_CHECKING:
     from ..backends import AdamWStep
@@ -66,6 +66,7 @@ def settle_scalar(
 ):  # fmt: skip
     """From a row's squares to its header, its new counts, phase and report; by one program."""
     chunks_a, chunks = counts(p_row, width)
+    terms = both_terms(p_row, hypers)
     norm_a, exponent_a = total_norm(parts, 0, chunks_a, BEFORE)
     norm_b, exponent_b = total_norm(parts, chunks_a, chunks, BEFORE)
     status, root = balance_root(norm_a, exponent_a, norm_b, exponent_b, code)
@@ -76,7 +77,7 @@ def settle_scalar(
     shown, scale = tl.where(plain & (status != col.SKIPPED), col.PLAIN, status), root * root
     sizes = norm_a * power_of_two(exponent_a), norm_b * power_of_two(exponent_b)
     if status != col.SKIPPED:
-        count_a, count_b = store_scalars(p_row, header, hypers)
+        count_a, count_b = store_scalars(header, terms)
         p_phase = column(p_row, col.PHASE).to(tl.pointer_type(tl.float32))
         has_phase = column(p_row, col.PHASE) != 0
         phase = tl.load(p_phase, mask=has_phase, other=0.0)

@@ -13,6 +13,8 @@ from .gram import block_gram, unit_trace
 from .pair import SLOT_A, SLOT_B, block_zeros, column, largest, load_columns, slot
 
 CHUNKS = tl.constexpr(8)
+# the largest rank class whose two Grams are summed in registers
+RESIDENT = tl.constexpr(64)
 
 # what a row's programs tell each other, float64 `[rows, HEADER]`: whether it takes a step; the scalars of both sides'
 # updates; what A's moments are multiplied by; whether its chunk Grams are those of the updated factors; by chunk,
@@ -173,10 +175,46 @@ def reduce_chunks(
     if SCALED:
         exponent_a = largest_exponent(header, 0, chunks_a)
         exponent_b = largest_exponent(header, chunks_a, chunks)
+    i = tl.arange(0, RC)
+    diagonal = packed(i, i, RC)
+    a = sum_chunks(area, header, diagonal, None, 0, chunks_a, exponent_a, RC, WIDE, TC, SCALED)
+    b = sum_chunks(area, header, diagonal, None, chunks_a, chunks, exponent_b, RC, WIDE, TC, SCALED)
+    scale_a, norm_a = unit_trace(a.to(TC))
+    scale_b, norm_b = unit_trace(b.to(TC))
+    if RC <= RESIDENT:
+        sum_resident(area, header, chunks_a, chunks, exponent_a, exponent_b, RC, WIDE, TC, SCALED)
+    else:
+        sum_panels(area, header, chunks_a, chunks, exponent_a, exponent_b, RC, BM, WIDE, TC, SCALED)
+    return scale_a, norm_a, exponent_a, scale_b, norm_b, exponent_b
+
+
+@triton.jit
+def sum_resident(
+    area, header, chunks_a, chunks, exponent_a, exponent_b, RC: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr,
+    SCALED: tl.constexpr,
+):  # fmt: skip
+    """Both Grams into SLOT_A and SLOT_B, over the chunk Grams, which have all been read by then."""
+    i, j = tl.arange(0, RC)[:, None], tl.arange(0, RC)[None, :]
+    o = packed(tl.minimum(i, j), tl.maximum(i, j), RC)
+    a = sum_chunks(area, header, o, None, 0, chunks_a, exponent_a, RC, WIDE, TC, SCALED)
+    b = sum_chunks(area, header, o, None, chunks_a, chunks, exponent_b, RC, WIDE, TC, SCALED)
+    tl.debug_barrier()
+    tl.store(slot(area, SLOT_A, RC, TC) + i * RC + j, a.to(TC))
+    tl.store(slot(area, SLOT_B, RC, TC) + i * RC + j, b.to(TC))
+    tl.debug_barrier()
+
+
+@triton.jit
+def sum_panels(
+    area, header, chunks_a, chunks, exponent_a, exponent_b, RC: tl.constexpr, BM: tl.constexpr, WIDE: tl.constexpr,
+    TC: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """As `sum_resident`, of Grams that do not fit in registers. The diagonals have been read by all."""
     p_a, p_b = slot(area, SLOT_A, RC, TC), slot(area, SLOT_B, RC, TC)
     # B's sum waits where the last chunk Gram is, out of the way of both slots
     p_last = chunk_gram(area, CHUNKS - 1, RC, WIDE).to(tl.pointer_type(TC))
     j = tl.arange(0, RC)[None, :]
+    tl.debug_barrier()
     for top in range(0, RC, BM):
         i = top + tl.arange(0, BM)[:, None]
         o = packed(tl.minimum(i, j), tl.maximum(i, j), RC)
@@ -194,11 +232,6 @@ def reduce_chunks(
         b = tl.load(p_last + packed(tl.minimum(i, j), tl.maximum(i, j), RC))
         tl.store(p_b + i * RC + j, b)
     tl.debug_barrier()
-    scale_a, norm_a = unit_trace(p_a, RC)
-    scale_b, norm_b = unit_trace(p_b, RC)
-    # a reduction that fits a warp has no barrier of its own, and the diagonals are overwritten next
-    tl.debug_barrier()
-    return scale_a, norm_a, exponent_a, scale_b, norm_b, exponent_b
 
 
 @triton.jit

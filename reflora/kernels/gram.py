@@ -35,15 +35,15 @@ def gram(
             address, p_slot, sr, sn, first, r, n, code, factor, SIDE, RC, BN, BM, DTYPE, WIDE, TC, SCALED
         )  # fmt: skip
     tl.debug_barrier()
-    scale, norm = unit_trace(p_slot, RC)
+    i = tl.arange(0, RC)
+    scale, norm = unit_trace(tl.load(p_slot + i * RC + i))
     return scale, tl.where(sound == 1, norm, float("nan")), exponent
 
 
 @triton.jit
-def unit_trace(p_slot, RC: tl.constexpr):
-    """(what makes the trace of a slot 1, 0 where nothing does; the root of the trace, float64)."""
-    i = tl.arange(0, RC)
-    trace = tl.sum(tl.load(p_slot + i * RC + i), 0)
+def unit_trace(diagonal):
+    """(what makes the trace 1, 0 where nothing does; the root of the trace, float64) of a Gram with this diagonal."""
+    trace = tl.sum(diagonal, 0)
     norm = tl.sqrt(trace.to(tl.float64))
     usable = (norm > 0) & (norm < float("inf"))
     return tl.where(usable, 1.0 / tl.where(usable, trace, 1.0), 0.0), norm

@@ -58,8 +58,7 @@ class Group:
     @cached_property
     def constants(self) -> dict[str, Any]:
         return {
-            "RC": self.rank_class, "BN": self.block_n, "BM": self.route.block_m, "BK": self.route.block_k,
-            "WIDE": TYPES[self.wide],
+            "RC": self.rank_class, "BN": self.block_n, "BM": self.route.block_m, "WIDE": TYPES[self.wide],
         }  # fmt: skip
 
     @property
@@ -147,6 +146,12 @@ def shared_memory(device: torch.device) -> int | None:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else None
 
 
+def capability(device: torch.device) -> int:
+    """90 for compute capability 9.0; 0 where kernels are interpreted or compiled ahead."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    return 10 * major + minor
+
+
 def launch_options(warps: int, registers: int = 255) -> dict[str, int]:
     # left to itself, ptxas spills a few bytes to raise the occupancy of programs that are one to a multiprocessor
     return {"num_warps": warps, "num_stages": 1, "maxnreg": min(registers, 65536 // (32 * warps))}
@@ -157,14 +162,16 @@ def float64_bits(value: float) -> int:
     return int(struct.unpack("q", struct.pack("d", value))[0])
 
 
-def solve_constants(group: Group, precision: str) -> dict[str, Any]:
-    """The compute type, and what follows from it.
+def solve_constants(group: Group, precision: str, target: int | None = None) -> dict[str, Any]:
+    """The compute type, and what follows from it; target: the capability to compile for, the device's for None.
 
     16-bit rows go through the run-time branch in front of a float64 solve: a 16-bit load straight in front of a float64
     dot makes Triton choose an operand layout that its code generator refuses ("fp64 don't support largeK MMA").
     """
+    target = capability(group.numbers.device) if target is None else target
     return {
         "DTYPE": _branched(group.dtype, precision),
+        "BK": group.route.inner_block(precision, target),
         "KAPPA_MAX": KAPPA_MAX[precision],
         "TC": TYPES[getattr(torch, precision)],
         "SCALED": precision == "float32" or group.wide == torch.float64,

@@ -10,10 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..contract import RANK_CLASSES
+from .cholesky import factor
 from .dtypes import exponent_of, power_of_two
 from .launch import TYPES, launch_options
 from .routes import route_of
-from .solve import factor
 
 # slots of the workspace of a program, `[RC * RC + RC]` elements of TC each
 SLOTS = tl.constexpr(5)

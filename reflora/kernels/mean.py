@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from . import table as col
+from .cholesky import factor_all
 from .dtypes import normal_range, power_of_two
 from .gram import gram
 from .pair import SLOT_A, SLOT_B, SLOT_N, SLOT_X, SLOT_Y, column, slot
@@ -11,8 +12,6 @@ from .solve import (
     FACTOR_INVERSE,
     FACTOR_T,
     PLAIN,
-    factor,
-    factor_all,
     finish,
     multiply,
     orthogonalised,
@@ -21,8 +20,6 @@ from .solve import (
     read,
 )
 
-# the largest rank class whose two Cholesky factors are made in one loop
-TOGETHER = tl.constexpr(64)
 # the largest that is solved in registers from there on; a larger one would spill
 SMALL = tl.constexpr(16)
 
@@ -41,8 +38,9 @@ def decide(
     scale_a, norm_a, exponent_a = gram(p_row, p_a, r, code, col.A_SIDE, RC, BN, BM, DTYPE, WIDE, TC, SCALED)
     scale_b, norm_b, exponent_b = gram(p_row, p_b, r, code, col.B_SIDE, RC, BN, BM, DTYPE, WIDE, TC, SCALED)
     c, useful = ratio(norm_a, exponent_a, norm_b, exponent_b, code)
-    status, kappa_a, kappa_b, balance = judge(
-        p_row, area, r, scale_a, norm_a, scale_b, norm_b, c, useful, weight, KAPPA_MAX, RC, BM, TC
+    balance = imbalance(area, scale_a, norm_a, scale_b, norm_b, c, RC, BM, TC)
+    status, kappa_a, kappa_b = judge(
+        p_row, area, r, scale_a, norm_a, scale_b, norm_b, useful, weight, KAPPA_MAX, RC, TC
     )
     c = tl.where(useful, c, 1.0)
     return (
@@ -52,34 +50,28 @@ def decide(
 
 @triton.jit
 def judge(
-    p_row, area, r, scale_a, norm_a, scale_b, norm_b, c, useful, weight, KAPPA_MAX: tl.constexpr, RC: tl.constexpr,
-    BM: tl.constexpr, TC: tl.constexpr,
+    p_row, area, r, scale_a, norm_a, scale_b, norm_b, useful, weight, KAPPA_MAX: tl.constexpr, RC: tl.constexpr,
+    TC: tl.constexpr,
 ):  # fmt: skip
-    """From the Grams in SLOT_A and SLOT_B, which are factored in place: (status, kappa_a, kappa_b, balance).
+    """From the Grams in SLOT_A and SLOT_B, which are factored in place: (status, kappa_a, kappa_b).
 
     weight: of the Grams, which are shrunk towards I / r (reference.shrink_weight), float64; None for 1.
     """
-    p_a, p_b = slot(area, SLOT_A, RC, TC), slot(area, SLOT_B, RC, TC)
-    balance = distance(p_a, p_b, scale_a, scale_b, c, RC, BM)
-    balance = tl.where((norm_a > 0) & (norm_b > 0), balance, tl.where(norm_a > 0, 1.0, float("inf")))
+    p_a = slot(area, SLOT_A, RC, TC)
     shift = None
     if weight is not None:
         shift = ((1.0 - weight) / r).to(TC)
         scale_a, scale_b = scale_a * weight.to(TC), scale_b * weight.to(TC)
-    if RC <= TOGETHER:
-        both = tl.arange(0, 2)
-        apart = (RC * RC + RC) * (8 // (TC.primitive_bitwidth // 8))
-        kappa = factor_all(p_a, apart, tl.where(both == 0, scale_a, scale_b), shift, r, RC, 2)
-        kappa_a, kappa_b = tl.sum(tl.where(both == 0, kappa, 0.0), 0), tl.sum(tl.where(both == 1, kappa, 0.0), 0)
-    else:
-        kappa_a = factor(p_a, scale_a, shift, r, RC)
-        kappa_b = factor(p_b, scale_b, shift, r, RC)
+    both = tl.arange(0, 2)
+    apart = (RC * RC + RC) * (8 // (TC.primitive_bitwidth // 8))
+    kappa = factor_all(p_a, apart, tl.where(both == 0, scale_a, scale_b), shift, r, RC, 2)
+    kappa_a, kappa_b = tl.sum(tl.where(both == 0, kappa, 0.0), 0), tl.sum(tl.where(both == 1, kappa, 0.0), 0)
     kappa_a = tl.where(column(p_row, col.A_SIDE + col.N) < r, float("inf"), kappa_a)
     kappa_b = tl.where(column(p_row, col.B_SIDE + col.N) < r, float("inf"), kappa_b)
     regular = useful & (kappa_a <= KAPPA_MAX) & (kappa_b <= KAPPA_MAX)
     finite = (norm_a < float("inf")) & (norm_b < float("inf"))
     status = tl.where(finite, tl.where(regular, col.REFACTORED, col.DEGENERATE), col.SKIPPED)
-    return status, kappa_a, kappa_b, balance
+    return status, kappa_a, kappa_b
 
 
 @triton.jit
@@ -94,17 +86,21 @@ def ratio(norm_a, exponent_a, norm_b, exponent_b, code):
 
 
 @triton.jit
-def distance(p_a, p_b, scale_a, scale_b, c, RC: tl.constexpr, BM: tl.constexpr):
-    """`||Ga - Gb||_F / ||Ga||_F` of the factors themselves, from the slots of Grams and what makes their traces 1."""
+def imbalance(
+    area, scale_a, norm_a, scale_b, norm_b, c, RC: tl.constexpr, BM: tl.constexpr, TC: tl.constexpr
+):  # fmt: skip
+    """`||Ga - Gb||_F / ||Ga||_F` of the factors themselves, from SLOT_A and SLOT_B and what makes their traces 1."""
+    p_a, p_b = slot(area, SLOT_A, RC, TC), slot(area, SLOT_B, RC, TC)
     j = tl.arange(0, RC)
-    between, size = tl.full((), 0.0, tl.float64), tl.full((), 0.0, tl.float64)
+    squares = tl.zeros([2], tl.float64)
     for top in range(0, RC, BM):
         o = (top + tl.arange(0, BM))[:, None] * RC + j[None, :]
         a = (tl.load(p_a + o) * scale_a).to(tl.float64)
         d = a - (tl.load(p_b + o) * scale_b).to(tl.float64) * (c * c)
-        between += tl.sum(tl.sum(d * d, 1), 0)
-        size += tl.sum(tl.sum(a * a, 1), 0)
-    return tl.sqrt(between / size)
+        squares += tl.sum(tl.join(tl.sum(d * d, 1), tl.sum(a * a, 1)), 0)
+    between, size = tl.split(squares)
+    balance = tl.sqrt(between / size)
+    return tl.where((norm_a > 0) & (norm_b > 0), balance, tl.where(norm_a > 0, 1.0, float("inf")))
 
 
 @triton.jit

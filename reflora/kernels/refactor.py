@@ -6,12 +6,13 @@ from torch import Tensor
 
 from ..plan import Plan
 from . import table as col
+from .cholesky import factor
 from .dtypes import balanced_fits
 from .launch import prepare, solve_constants
 from .mean import decide, polar_of_pair
 from .pair import SLOT_A, SLOT_B, SLOT_N, SLOT_X, SLOT_Y, apply, area_of, column, report, rescale, slot
 from .scalar import decide_scalar
-from .solve import FACTOR_INVERSE, FACTOR_T, PLAIN, factor, finish, multiply
+from .solve import FACTOR_INVERSE, FACTOR_T, PLAIN, finish, multiply
 
 
 @triton.jit

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+# where Triton's float64 products run on tensor cores. Elsewhere their operands take registers, and large blocks spill
+FLOAT64_TENSOR_CORES = (80, 90)
 SPLIT, ROW, TORCH = "split", "row", "torch"
 
 
@@ -27,8 +29,9 @@ class Update:
 class Route:
     """route: of the AdamW step. warps: of the solve. block_n: columns of a factor in a block.
 
-    block_m, block_k: rows and inner block of a product of matrices. wide, narrow: the update with accesses of 16 bytes
-    and without; carry_warps: of one that carries Grams. shared: bytes of shared memory that the step takes at most, on
+    block_m, block_k: rows and inner block of a product of matrices; tensor_k: the inner block on tensor cores. Where it
+    is the whole class, the solve's iterates stay in registers. wide, narrow: the update with accesses of 16 bytes and
+    without; carry_warps: of one that carries Grams. shared: bytes of shared memory that the step takes at most, on
     whatever device.
     """
 
@@ -37,20 +40,25 @@ class Route:
     block_n: int
     block_m: int
     block_k: int
+    tensor_k: int
     wide: Update
     narrow: Update
     carry_warps: int
     shared: int = 64 * 1024
+
+    def inner_block(self, precision: str, capability: int) -> int:
+        """Of a product of matrices in `precision` on a device of `capability`."""
+        return self.tensor_k if precision == "float64" and capability in FLOAT64_TENSOR_CORES else self.block_k
 
 
 # by rank class. A block of the update takes its operands from shared memory: the more of it a thread works on, the less
 # is read from there, which bounds the larger classes. At 128 float64 takes 144 KiB, as do Grams without float64 tensor
 # cores
 ROUTES: dict[int, Route] = {
-    16: Route(SPLIT, 2, 32, 16, 16, Update(4, 32), Update(4, 32), 4),
-    32: Route(SPLIT, 4, 32, 32, 16, Update(4, 32, 168), Update(4, 16, 128), 4),
-    64: Route(SPLIT, 8, 32, 32, 16, Update(4, 32), Update(8, 16, 128), 16),
-    128: Route(SPLIT, 16, 16, 32, 16, Update(8, 32), Update(16, 16), 16, shared=144 * 1024),
+    16: Route(SPLIT, 2, 32, 16, 16, 16, Update(4, 32), Update(4, 32), 4),
+    32: Route(SPLIT, 4, 32, 32, 16, 32, Update(4, 32, 168), Update(4, 16, 128), 4),
+    64: Route(SPLIT, 8, 32, 32, 16, 64, Update(4, 32), Update(8, 16, 128), 16),
+    128: Route(SPLIT, 16, 16, 32, 16, 64, Update(8, 32), Update(16, 16), 16, shared=144 * 1024),
 }
 
 # "split" or "row" for every class, to measure one against the other

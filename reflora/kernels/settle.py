@@ -21,7 +21,7 @@ from .chunks import (
     reduce_chunks,
 )
 from .dtypes import FLOAT32, FLOAT64, MIXED, load, power_of_two, store
-from .mean import form_scaled_identity, judge, mixer, ratio, settle_s
+from .mean import form_scaled_identity, imbalance, judge, mixer, ratio, settle_s
 from .pair import column, report
 
 
@@ -36,22 +36,42 @@ def learning_rate(p_hyper):
 
 
 @triton.jit
-def step_scalars(p_row, hypers, SIDE: tl.constexpr):
-    """(step size, what sqrt(v) is multiplied by, what p decays by, number of the step) of a side; float64."""
+def step_terms(p_row, hypers, SIDE: tl.constexpr):
+    """What `scalars_of` needs of a side: lr, beta1, beta2, weight decay and number of the step, float64."""
     p_hyper = hypers + column(p_row, SIDE + col.HYPER) * col.HYPERS
-    lr, beta1, beta2 = learning_rate(p_hyper), tl.load(p_hyper + col.BETA1), tl.load(p_hyper + col.BETA2)
     count = tl.load(column(p_row, SIDE + col.STEP).to(tl.pointer_type(tl.float32))).to(tl.float64) + 1.0
-    # beta^count in float64; log(0) is -inf and its exponential 0
-    step_size = lr / (1.0 - tl.exp(count * tl.log(beta1)))
-    correction = 1.0 / tl.sqrt(1.0 - tl.exp(count * tl.log(beta2)))
-    return step_size, correction, 1.0 - lr * tl.load(p_hyper + col.WEIGHT_DECAY), count
+    beta1, beta2, decay = (
+        tl.load(p_hyper + col.BETA1), tl.load(p_hyper + col.BETA2), tl.load(p_hyper + col.WEIGHT_DECAY)
+    )  # fmt: skip
+    return learning_rate(p_hyper), beta1, beta2, decay, count
 
 
 @triton.jit
-def store_scalars(p_row, header, hypers):
+def scalars_of(lr, beta1, beta2, weight_decay, count):
+    """(step size, what sqrt(v) is multiplied by, what p decays by, number of the step) of a side; float64."""
+    # beta^count in float64; log(0) is -inf and its exponential 0
+    step_size = lr / (1.0 - tl.exp(count * tl.log(beta1)))
+    correction = 1.0 / tl.sqrt(1.0 - tl.exp(count * tl.log(beta2)))
+    return step_size, correction, 1.0 - lr * weight_decay, count
+
+
+@triton.jit
+def step_scalars(p_row, hypers, SIDE: tl.constexpr):
+    lr, beta1, beta2, weight_decay, count = step_terms(p_row, hypers, SIDE)
+    return scalars_of(lr, beta1, beta2, weight_decay, count)
+
+
+@triton.jit
+def both_terms(p_row, hypers):
+    return step_terms(p_row, hypers, col.A_SIDE), step_terms(p_row, hypers, col.B_SIDE)
+
+
+@triton.jit
+def store_scalars(header, terms):
     """The scalars of both sides' updates into the header. Returns the numbers of their steps."""
-    step_size_a, correction_a, decay_a, count_a = step_scalars(p_row, hypers, col.A_SIDE)
-    step_size_b, correction_b, decay_b, count_b = step_scalars(p_row, hypers, col.B_SIDE)
+    a, b = terms
+    step_size_a, correction_a, decay_a, count_a = scalars_of(a[0], a[1], a[2], a[3], a[4])
+    step_size_b, correction_b, decay_b, count_b = scalars_of(b[0], b[1], b[2], b[3], b[4])
     tl.store(header + STEP_SIZE_A, step_size_a)
     tl.store(header + CORRECTION_A, correction_a)
     tl.store(header + DECAY_A, decay_a)
@@ -118,19 +138,19 @@ def has_saved(p_row, r, code, RC: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.co
 
 @triton.jit
 def solve_row(
-    p_row, area, r, code, scale_a, norm_a, scale_b, norm_b, c, useful, used, weight, KEEP: tl.constexpr,
+    p_row, area, r, code, scale_a, norm_a, scale_b, norm_b, useful, used, weight, KEEP: tl.constexpr,
     KAPPA_MAX: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr,
     WIDE: tl.constexpr, TC: tl.constexpr,
 ):  # fmt: skip
-    """S and S^-1 of this step, from the Grams; used: their scale. Returns (status, kappa_a, kappa_b, balance)."""
-    status, kappa_a, kappa_b, balance = judge(
-        p_row, area, r, scale_a, norm_a, scale_b, norm_b, c, useful, weight, KAPPA_MAX, RC, BM, TC
+    """S and S^-1 of this step, from the Grams; used: their scale. Returns (status, kappa_a, kappa_b)."""
+    status, kappa_a, kappa_b = judge(
+        p_row, area, r, scale_a, norm_a, scale_b, norm_b, useful, weight, KAPPA_MAX, RC, TC
     )
     status = settle_s(area, r, status, used, code, RC, BM, BK, WIDE, TC)
     if KEEP:
         tl.debug_barrier()
         move_saved(p_row, area, r, code, True, RC, DTYPE, WIDE)
-    return status, kappa_a, kappa_b, balance
+    return status, kappa_a, kappa_b
 
 
 @triton.jit
@@ -141,19 +161,23 @@ def settle(
 ):  # fmt: skip
     """From a row's chunk Grams to its header and S, its new counts, phase and report; by one program."""
     chunks_a, chunks = counts(p_row, width)
+    # loads that follow from each other, which are on their way while the Grams are summed
+    terms = both_terms(p_row, hypers)
+    steps, bad = steps_of(p_row), any_bad(header, chunks)
+    p_phase = column(p_row, col.PHASE).to(tl.pointer_type(tl.float32))
+    has_phase = column(p_row, col.PHASE) != 0
+    phase = tl.load(p_phase, mask=has_phase, other=0.0)
     scale_a, norm_a, exponent_a, scale_b, norm_b, exponent_b = reduce_chunks(
         area, header, chunks_a, chunks, RC, BM, WIDE, TC, SCALED
     )
     c, useful = ratio(norm_a, exponent_a, norm_b, exponent_b, code)
     kappa_a = tl.full((), float("nan"), tl.float64)
     kappa_b, balance = kappa_a, kappa_a
+    between = imbalance(area, scale_a, norm_a, scale_b, norm_b, c, RC, BM, TC)
+    count_a, count_b = store_scalars(header, terms)
     finite = (norm_a < float("inf")) & (norm_b < float("inf"))
     status = tl.full((), col.SKIPPED, tl.int32)
-    if finite & (not any_bad(header, chunks)):
-        steps = steps_of(p_row)
-        p_phase = column(p_row, col.PHASE).to(tl.pointer_type(tl.float32))
-        has_phase = column(p_row, col.PHASE) != 0
-        phase = tl.load(p_phase, mask=has_phase, other=0.0)
+    if finite & (not bad):
         new_phase, taken = phase, steps
         move = tl.full((), 1.0, tl.float64)
         plain, saved = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
@@ -175,16 +199,16 @@ def settle(
             status = tl.full((), col.REFACTORED, tl.int32)
         else:
             used = tl.where(useful & (start == 0), c, 1.0)
-            status, kappa_a, kappa_b, balance = solve_row(
-                p_row, area, r, code, scale_a, norm_a, scale_b, norm_b, c, useful, used, shrink_weight(steps, start),
-                KEEP, KAPPA_MAX, RC, BM, BK, DTYPE, WIDE, TC,
+            status, kappa_a, kappa_b = solve_row(
+                p_row, area, r, code, scale_a, norm_a, scale_b, norm_b, useful, used, shrink_weight(steps, start), KEEP,
+                KAPPA_MAX, RC, BM, BK, DTYPE, WIDE, TC,
             )  # fmt: skip
+            balance = between
             new_phase = tl.where((start != 0) | ((status == col.DEGENERATE) & (used == 1.0)), 0.0, 1.0)
             move = tl.where((phase != col.REFACTORED_UNITS) & (new_phase != 0), 1.0 / used, 1.0)
             move = tl.where((phase == col.REFACTORED_UNITS) & (start != 0) & useful, c, move)
             # S is entered from where both factors are there to make it
             taken = tl.where((start != 0) & ((norm_a == 0) | (norm_b == 0)), 0, steps)
-        count_a, count_b = store_scalars(p_row, header, hypers)
         tl.store(header + MOVE, move)
         # phase and counts are read by all before they are written
         tl.debug_barrier()

@@ -13,8 +13,6 @@ import triton.language as tl
 PLAIN, FACTOR_T, FACTOR_INVERSE = (tl.constexpr(c) for c in range(3))
 # more than any X takes: 7 to 13, up to 20 at the bound of degenerate layers, 190 over the whole range of float64
 SCHULZ_STEPS = tl.constexpr(200)
-# the largest rank class whose iterates stay in registers
-RESIDENT = tl.constexpr(32)
 
 
 @triton.jit
@@ -106,68 +104,6 @@ def finish(
 
 
 @triton.jit
-def factor(p_slot, scale, shift, r, RC: tl.constexpr):
-    """As `factor_all`, of the matrix in one slot; scale and the condition estimate are scalars."""
-    kappa = factor_all(p_slot, 0, tl.zeros([1], scale.dtype) + scale, shift, r, RC, 1)
-    return tl.sum(kappa, 0)
-
-
-@triton.jit
-def factor_all(p_slot, apart, scale, shift, r, RC: tl.constexpr, COUNT: tl.constexpr):
-    """Cholesky `G = L L^T` and `L^-1` of `scale` times each of COUNT symmetric matrices, packed in their place.
-
-    The matrices lie in slots `apart` elements from each other; scale `[COUNT]`; shift: what is added to the diagonals
-    after that, or None. Taken together, the chain of pivots is
-    as long as for one. `L^-1` in the lower triangle, `L^T` above it, the diagonal of L in the slot's vector. Returns
-    the condition estimates `||L||_F ||L^-1||_F`, float64 `[COUNT]`, inf where a pivot was not positive.
-    """
-    row3, column3 = tall(RC)
-    row, column_of = row3[None, :, :, :], column3[None, :, :, :]
-    which = tl.arange(0, COUNT)
-    o = which[:, None, None, None] * apart + row * RC + column_of
-    # A load lays threads along its axes in order of how contiguous the addresses are. Which of three axes that are not
-    # comes next is another one in Triton 3.6 than in 3.7, at up to three times the instructions a pivot. The hint puts
-    # rows next; vectors are read along the last axis alone, where it says what is so.
-    o = tl.max_contiguous(o, [1, 1, 2, 32 if RC > 32 else RC])
-    i = tl.arange(0, RC)[None, :]
-    T = tl.load(p_slot + o) * scale[:, None, None, None]
-    if shift is not None:
-        T += tl.where((row == column_of) & (row < r), shift, 0.0)
-    pivots = tl.zeros([COUNT, RC], T.dtype)
-    sound = tl.full([COUNT], 1, tl.int32)
-    for j in range(0, r):
-        # eliminate column j below the pivot; the freed column takes that of the unit triangular inverse
-        column = tl.sum(tl.sum(tl.where(column_of == j, T, 0.0), 1), 2)
-        line = tl.sum(tl.where(row == j, T, 0.0), 2)[:, :, None, :]
-        pivot = totals(tl.where(column_of == j, line, 0.0))
-        usable = (pivot > 0) & (pivot < float("inf"))
-        sound = tl.where(usable, sound, 0)
-        inverse = 1.0 / tl.where(usable, pivot, 1.0)
-        step = tl.where(i > j, column * inverse[:, None], 0.0)[:, None, :, None]
-        line = tl.where(column_of == j, 1.0, line)
-        T = tl.where((column_of == j) & (row > j), 0.0, T) - step * line
-        pivots = tl.where(i == j, tl.where(usable, pivot, 1.0)[:, None], pivots)
-    diagonal = tl.sqrt(pivots)
-    invert_diagonal = tl.where(i < r, 1.0 / tl.where(i < r, diagonal, 1.0), 0.0)
-    T = tl.where(row == column_of, 1.0, T) * invert_diagonal[:, None, :, None]
-    square = T * T
-    above = column_of > row
-    factor_square = totals(tl.where(above, square, 0.0)) + tl.sum(diagonal * diagonal, 1)
-    kappa = tl.sqrt(factor_square) * tl.sqrt(totals(tl.where(above, 0.0, square)))
-    tl.debug_barrier()
-    tl.store(p_slot + o, T)
-    tl.store(p_slot + which[:, None] * apart + RC * RC + i, diagonal)
-    tl.debug_barrier()
-    return tl.where(sound == 1, kappa.to(tl.float64), float("inf"))
-
-
-@triton.jit
-def totals(x):
-    """`[COUNT]`: sums of a block of four dimensions over all but the first."""
-    return tl.sum(tl.sum(tl.sum(x, 1), 1), 1)
-
-
-@triton.jit
 def invert_transposed(p_slot, T, r, floor, RC: tl.constexpr):
     """`T^-T` of a tall block into a slot (its leading `[r, r]`), by Gauss-Jordan with complete pivoting.
 
@@ -215,7 +151,8 @@ def polar_factor(p_x, p_y, r, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constex
     tl.debug_barrier()
     newton_update(p_x, p_y, z, RC, BM, TC)
     tl.debug_barrier()
-    if RC <= RESIDENT:
+    if BK == RC:
+        # one inner block: the iterates stay in registers
         o = tl.arange(0, RC)[:, None] * RC + tl.arange(0, RC)[None, :]
         x = orthogonalised(tl.load(p_x + o), r, RC, TC)
         tl.debug_barrier()
@@ -243,14 +180,14 @@ def polar_factor(p_x, p_y, r, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constex
 def orthogonalised(x, r, RC: tl.constexpr, TC: tl.constexpr):
     """The orthogonal polar factor of x `[RC, RC]` by Newton-Schulz steps, all in registers."""
     i, j = tl.arange(0, RC)[:, None], tl.arange(0, RC)[None, :]
-    eye = tl.where((i == j) & (i < r), 1.0, 0.0).to(TC)
     y = product(tl.trans(x), x, TC)
     top = tl.sqrt(tl.sqrt(tl.sum(tl.sum(y * y, 1), 0)))
     x, y = x / top, y / (top * top)
     low, away = 1.0 / top, tl.full((), 1.0, TC)
     step = 0
     while (step < SCHULZ_STEPS) & (away > converged(TC)):
-        away = tl.sqrt(tl.sum(tl.sum((y - eye) * (y - eye), 1), 0))
+        d = tl.where((i == j) & (i < r), y - 1.0, y)
+        away = tl.sqrt(tl.sum(tl.sum(d * d, 1), 0))
         own, cube, low = schulz(low, away)
         x = own * x - cube * product(x, y, TC)
         y = product(tl.trans(x), x, TC)

@@ -48,12 +48,13 @@ MATRIX_CONSTANTS = {"INVERSE": False, "VECTORS": True, "WARM": False}
 
 
 def variant(
-    name: str, rank_class: int, precision: str, storage: str, state: str | None = None, **changed: Any
+    name: str, rank_class: int, precision: str, storage: str, state: str | None = None, capability: int = 0,
+    **changed: Any,
 ) -> Variant:  # fmt: skip
     """(kernel, signature, constants, options) of kernel `name` for tensors stored as `storage` (pairs: or "mixed").
 
-    state: how moments are stored, default as the factors. changed: constants in place of the usual ones; a type
-    ("*fp32", "i64") makes a signature entry of one.
+    state: how moments are stored, default as the factors. capability: what to compile for. changed: constants in place
+    of the usual ones; a type ("*fp32", "i64") makes a signature entry of one.
     """
     if name in MATRIX_KERNELS:
         return _matrix_variant(name, rank_class, precision, storage, **changed)
@@ -62,7 +63,7 @@ def variant(
     state = code if state is None else STORAGE_DTYPES.index(getattr(torch, state))
     group = Group(rank_class, torch.zeros(1, dtype=torch.int32, device="cpu"), code, state, wide)
     kernel = PAIR_KERNELS[name]
-    constants = {**PAIR_CONSTANTS, **group.constants, **solve_constants(group, precision)}
+    constants = {**PAIR_CONSTANTS, **group.constants, **solve_constants(group, precision, capability)}
     own = scalar_constants(group) if name in SCALAR_KERNELS else state_constants(group, precision)
     constants = {**constants, **own, **changed}
     typed = {key: value for key, value in constants.items() if isinstance(value, str)}

@@ -25,7 +25,12 @@ void count_sectors(Warp& w, const Instruction& I, u32 mask, const GlobalAddresse
         asked[lanes++] = addresses[i];
     });
     Counters& counters = w.kernel->counters[I.pc];
-    counters.got += distinct(sectors, lanes);
+    const u32 count = distinct(sectors, lanes);
+    counters.got += count;
+    if (w.block->launch->options.near) {
+        w.timing.near = true;
+        for (u32 j = 0; j < count; j++) w.timing.near &= !w.block->touched.insert(sectors[j]).second;
+    }
     const u64 bytes = u64(distinct(asked, lanes)) * size;  // lanes that ask for the same bytes need them once
     counters.least += (bytes + SECTOR - 1) / SECTOR;
     counters.bytes += bytes;

@@ -92,6 +92,7 @@ struct Options {
     u32 resident = 1;         // blocks at a time
     u32 poison = 1;
     u32 timing = 0;  // cycles of a load from global memory, 0: no timing
+    u32 near = 0;    // of one from where the block has been before, which a cache has; 0: no caches
     u64 max_instructions = 0;
 };
 enum Order : u32 { FORWARD, REVERSE, RANDOM };

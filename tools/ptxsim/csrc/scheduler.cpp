@@ -137,11 +137,16 @@ private:
             const Counters& c = k.counters[I.pc];
             const u64 before = c.got - c.least;
             if (mask) I.run(w, I, mask);
-            advance_time(w, I, double(c.got - c.least - before));
+            advance_time(w, I, double(c.got - c.least - before) + cached(I));
         } else if (mask) {
             I.run(w, I, mask);
         }
         return next();
+    }
+
+    // what a cache saves of an instruction's latency, below 0
+    double cached(const Instruction& I) const {
+        return I.cls == GLOBAL && options.near && w.timing.near ? double(options.near) - double(options.timing) : 0;
     }
 
     bool warp_wide(const Instruction& I, u32 mask) {

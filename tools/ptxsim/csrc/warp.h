@@ -4,6 +4,7 @@
 #include <deque>
 #include <random>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 #include "allocations.h"
@@ -47,6 +48,7 @@ struct Launch;
 struct Timing {
     std::vector<float> chain, in_order;  // when a slot of the register file is ready
     double control = 0, last = 0, most = 0;
+    bool near = false;  // whether the block had been where the last access of global memory went
 };
 
 struct Warp {
@@ -84,6 +86,7 @@ struct Block {
     std::vector<Copy> copies;
     std::vector<u32> free_copies;  // entries of it
     u64* counts;  // instructions by class
+    std::unordered_set<u64> touched;  // sectors of global memory, for Options::near
     Clock clock, acquired;  // of all its threads; of one thread, since the last barrier
     u32 acquirer = NONE;    // that thread
 

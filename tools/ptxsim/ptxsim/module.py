@@ -24,7 +24,7 @@ class PtxSimError(RuntimeError):
 class Options(ctypes.Structure):
     """How to run a launch, as csrc/program.h says."""
 
-    NAMES = ("race", "counters", "order", "seed", "quantum", "resident", "poison", "timing")
+    NAMES = ("race", "counters", "order", "seed", "quantum", "resident", "poison", "timing", "near")
     _fields_ = [*((name, ctypes.c_uint32) for name in NAMES), ("max_instructions", ctypes.c_uint64)]
 
 

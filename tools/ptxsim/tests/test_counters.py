@@ -54,3 +54,11 @@ def test_times():
     [(line, at_barrier, _, loc)] = module.trace()
     assert 0 < at_barrier < chain <= in_order
     assert run(STORE, [WORDS], shared=256).times() == []
+
+
+def test_times_with_a_cache():
+    twice = address(4, 0, "%rd1") + "\tld.global.b32 %r2, [%rd1];\n\tcvt.s64.s32 %rd3, %r2;\n"
+    twice += "\tadd.s64 %rd1, %rd1, %rd3;\n\tld.global.b32 %r2, [%rd1];\n\tadd.s32 %r2, %r2, %r2;\n\tbar.sync 0;"
+    zeros = torch.zeros(2048, dtype=torch.int32).numpy()
+    without, with_one = (run(THREAD + twice, [zeros], timing=600, **near).times()[0] for near in ({}, {"near": 270}))
+    assert without[0] - with_one[0] == without[1] - with_one[1] == 330
