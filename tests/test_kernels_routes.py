@@ -1,5 +1,7 @@
 """Both routes of the AdamW kernels, carried Grams, and what is stored beside a factor."""
 
+import dataclasses
+
 import pytest
 import torch
 from kernel_cases import DEVICE, DOUBLE, MARKS, Fused
@@ -19,6 +21,12 @@ HYPERS = [dict(lr=1e-2), dict(lr=3e-2, weight_decay=0.1, beta1=0.8, beta2=0.99)]
 def many_chunks(monkeypatch):
     """Chunks of one block, so that small layers have several."""
     monkeypatch.setattr(launch, "LEAST_BLOCKS", 1)
+
+
+@pytest.fixture
+def apart(monkeypatch):
+    """S is solved for in a launch of its own, as in the larger classes."""
+    monkeypatch.setitem(routes.ROUTES, 16, dataclasses.replace(routes.ROUTES[16], gram_warps=1))
 
 
 def pairs_of(dtype):
@@ -82,6 +90,13 @@ def test_routes_agree_to_the_bit(schedule, dtype):
     assert_same(run(dtype, SCHEDULES[schedule]), run(dtype, SCHEDULES[schedule], "row"))
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_who_solves_changes_no_bit(schedule, request):
+    by_the_last_to_arrive = run(torch.float32, SCHEDULES[schedule])
+    request.getfixturevalue("apart")
+    assert_same(by_the_last_to_arrive, run(torch.float32, SCHEDULES[schedule]))
+
+
 @pytest.mark.parametrize(
     "dtype, precision, route",
     [
@@ -117,7 +132,11 @@ def test_carried_grams_are_used():
     assert not torch.equal(unseen[-1][1][0], without[-1][1][0])
 
 
-def test_rows_that_sit_out_a_step_with_carried_grams():
+@pytest.mark.parametrize("solves", ["last to arrive", "apart"])
+def test_rows_that_sit_out_a_step_with_carried_grams(solves, request):
+    if solves == "apart":
+        request.getfixturevalue("apart")
+
     def spoil(number, fused, grads):
         if number == 1:
             grads[0][0][1, 7] = torch.nan
@@ -226,18 +245,22 @@ def test_memory_beyond_adamw(rank_class, layers, megabytes):
     assert sum(b.nbytes for b in buffers) + table + results + state + 4096 <= megabytes * 2**20
 
 
-def test_launches(monkeypatch):
-    """Two a rank class by the split route and for RefLoRA-S, one by the other route; whatever the shapes."""
+def test_launches(monkeypatch, request):
+    """Two a rank class by the split route and for RefLoRA-S, three where S has its own, one by the other route."""
     from reflora.kernels import adamw, adamw_scalar
 
     launches = []
-    kernels = [(adamw, name) for name in ("gram_kernel", "update_kernel", "row_kernel")]
+    kernels = [(adamw, name) for name in ("gram_kernel", "settle_kernel", "update_kernel", "row_kernel")]
     for module, name in [*kernels, (adamw_scalar, "foresee_kernel"), (adamw_scalar, "turn_kernel")]:
         kernel = getattr(module, name)
         original = kernel.run
         monkeypatch.setattr(kernel, "run", lambda *a, _n=name, _r=original, **k: launches.append(_n) or _r(*a, **k))
     run(torch.float32, [{"source": FRESH}])
     assert launches == ["gram_kernel", "update_kernel"]
+    launches.clear()
+    request.getfixturevalue("apart")
+    run(torch.float32, [{"source": FRESH}])
+    assert launches == ["gram_kernel", "settle_kernel", "update_kernel"]
     launches.clear()
     run(torch.float32, [{"source": FRESH}], "row")
     assert launches == ["row_kernel"]

@@ -1,7 +1,8 @@
 """One fused RefLoRA-AdamW step of every row of a rank class, by either of two routes.
 
-"split": a launch over chunks of rows, the last chunk of a row to arrive solving for S, and a launch over chunks that
-updates. "row": one launch, one program a row. Both give the same bits.
+"split": a launch over chunks of rows for their Grams, and one over chunks that updates. Between them S is solved for:
+in classes whose solve is short by the last chunk of a row to arrive, in the others by a launch of its own, over rows,
+so that it does not set how many programs stream. "row": one launch, one program a row. All give the same bits.
 """
 
 from typing import TYPE_CHECKING
@@ -128,11 +129,11 @@ def spread(
 @triton.jit(do_not_specialize=["warmup", "start", "interval"])
 def gram_kernel(
     table, rows, items, widths, headers, arrivals, results, work, hypers, found_inf, warmup, start, interval,
-    SCHEDULED: tl.constexpr, KEEP: tl.constexpr, CARRY: tl.constexpr, CHECK: tl.constexpr, KAPPA_MAX: tl.constexpr,
-    RC: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr,
-    TC: tl.constexpr, SCALED: tl.constexpr, VECTOR: tl.constexpr,
+    APART: tl.constexpr, SCHEDULED: tl.constexpr, KEEP: tl.constexpr, CARRY: tl.constexpr, CHECK: tl.constexpr,
+    KAPPA_MAX: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    DTYPE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr, SCALED: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """First launch of the split route, a program a chunk; the last of a row to arrive settles it.
+    """First launch of the split route, a program a chunk; the last of a row to arrive settles it, unless APART.
 
     rows int32 `[rows]`: their numbers in the table; items int32 `[programs, 2]`: (entry in rows, chunk); widths int32
     `[rows]`; headers float64 `[rows, HEADER]`; arrivals int32 `[rows]`, zeros before and after.
@@ -148,16 +149,38 @@ def gram_kernel(
         gather(
             p_row, area, header, chunk, chunks_a, width, r, code, CARRY, CHECK, SCALED, RC, BN, DTYPE, WIDE, TC, VECTOR
         )  # fmt: skip
-        # all threads' stores come before the arrival, which releases them and acquires those of the other programs
-        tl.debug_barrier()
-        if tl.atomic_add(arrivals + index, 1, sem="acq_rel", scope="gpu") == chunks - 1:
+        if not APART:
+            # all threads' stores come before the arrival, which releases them and acquires those of the other programs
             tl.debug_barrier()
-            tl.store(arrivals + index, 0)
-            settle(
-                p_row, row, area, header, results, hypers, width, r, code, warmup, start, interval, SCHEDULED, KEEP,
-                KAPPA_MAX, RC, BM, BK, DTYPE, WIDE, TC, SCALED,
-            )  # fmt: skip
-    elif chunk == 0:
+            if tl.atomic_add(arrivals + index, 1, sem="acq_rel", scope="gpu") == chunks - 1:
+                tl.debug_barrier()
+                tl.store(arrivals + index, 0)
+                settle(
+                    p_row, row, area, header, results, hypers, width, r, code, warmup, start, interval, SCHEDULED,
+                    KEEP, KAPPA_MAX, RC, BM, BK, DTYPE, WIDE, TC, SCALED,
+                )  # fmt: skip
+    elif (not APART) & (chunk == 0):
+        refuse(row, header, results)
+
+
+@triton.jit(do_not_specialize=["warmup", "start", "interval"])
+def settle_kernel(
+    table, rows, widths, headers, results, work, hypers, found_inf, warmup, start, interval, SCHEDULED: tl.constexpr,
+    KEEP: tl.constexpr, KAPPA_MAX: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    DTYPE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """Between both launches of the split route, a program a row; arguments as gram_kernel's."""
+    index = tl.program_id(0)
+    row, width = tl.load(rows + index), tl.load(widths + index)
+    p_row = table + row.to(tl.int64) * col.COLUMNS
+    area, header = area_of(work, index, RC, WIDE), headers + index.to(tl.int64) * HEADER
+    r, code = column(p_row, col.R).to(tl.int32), column(p_row, col.DTYPE).to(tl.int32)
+    if active(p_row, found_inf):
+        settle(
+            p_row, row, area, header, results, hypers, width, r, code, warmup, start, interval, SCHEDULED, KEEP,
+            KAPPA_MAX, RC, BM, BK, DTYPE, WIDE, TC, SCALED,
+        )  # fmt: skip
+    else:
         refuse(row, header, results)
 
 
@@ -167,7 +190,7 @@ def update_kernel(
     CARRY: tl.constexpr, SCALED: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr,
     STATE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Second launch of the split route, a program a chunk."""
+    """Last launch of the split route, a program a chunk."""
     item = tl.program_id(0)
     index, chunk = tl.load(items + 2 * item), tl.load(items + 2 * item + 1)
     row, width = tl.load(rows + index), tl.load(widths + index)
@@ -190,7 +213,7 @@ def row_kernel(
     BK: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr,
     SCALED: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """The row route: one program does what both launches of the split route do for a row."""
+    """The row route: one program does what all launches of the split route do for a row."""
     index = tl.program_id(0)
     row, width = tl.load(rows + index), tl.load(widths + index)
     p_row = table + row.to(tl.int64) * col.COLUMNS
@@ -239,8 +262,16 @@ def adamw(plan: Plan, step: "AdamWStep", results: Tensor) -> None:
             continue
         gram_kernel[(len(group.items),)](
             table, group.numbers, group.items, group.widths, group.headers, group.arrivals, results, group.workspace,
-            hypers, step.found_inf, step.warmup_steps, step.start, step.interval, **schedule, **solve, **group.options,
+            hypers, step.found_inf, step.warmup_steps, step.start, step.interval, APART=group.apart, **schedule,
+            **solve, **group.gram_options,
         )  # fmt: skip
+        if group.apart:
+            settled = {name: schedule[name] for name in ("SCHEDULED", "KEEP")}
+            settled |= {name: solve[name] for name in ("KAPPA_MAX", "RC", "BM", "BK", "DTYPE", "WIDE", "TC", "SCALED")}
+            settle_kernel[(len(group.numbers),)](
+                table, group.numbers, group.widths, group.headers, results, group.workspace, hypers, step.found_inf,
+                step.warmup_steps, step.start, step.interval, **settled, **group.options,
+            )  # fmt: skip
         kept = {name: solve[name] for name in ("SCALED", "RC", "DTYPE", "WIDE", "TC", "VECTOR")}
         update_kernel[(len(group.items),)](
             table, group.numbers, group.items, group.widths, group.headers, group.workspace, hypers, step.grad_scale,

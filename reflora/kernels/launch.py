@@ -65,6 +65,15 @@ class Group:
     def options(self) -> dict[str, int]:
         return launch_options(self.route.warps)
 
+    @property
+    def apart(self) -> bool:
+        """Whether the split route solves in a launch of its own."""
+        return self.route.gram_warps > 0
+
+    @property
+    def gram_options(self) -> dict[str, int]:
+        return launch_options(self.route.gram_warps or self.route.warps)
+
     def update_options(self, carry: bool, vector: bool) -> dict[str, int]:
         """BN and launch options of the update; vector: its accesses are of 16 bytes."""
         if carry:  # a carried Gram is summed block by block as a fresh one is

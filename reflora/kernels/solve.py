@@ -180,7 +180,8 @@ def polar_factor(p_x, p_y, r, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constex
 def orthogonalised(x, r, RC: tl.constexpr, TC: tl.constexpr):
     """The orthogonal polar factor of x `[RC, RC]` by Newton-Schulz steps, all in registers."""
     i, j = tl.arange(0, RC)[:, None], tl.arange(0, RC)[None, :]
-    y = product(tl.trans(x), x, TC)
+    # not x^T x: operands whose inner index is contiguous are read from shared memory without conflicts
+    y = product(x, tl.trans(x), TC)
     top = tl.sqrt(tl.sqrt(tl.sum(tl.sum(y * y, 1), 0)))
     x, y = x / top, y / (top * top)
     low, away = 1.0 / top, tl.full((), 1.0, TC)
@@ -189,8 +190,8 @@ def orthogonalised(x, r, RC: tl.constexpr, TC: tl.constexpr):
         d = tl.where((i == j) & (i < r), y - 1.0, y)
         away = tl.sqrt(tl.sum(tl.sum(d * d, 1), 0))
         own, cube, low = schulz(low, away)
-        x = own * x - cube * product(x, y, TC)
-        y = product(tl.trans(x), x, TC)
+        x = own * x - cube * product(y, x, TC)
+        y = product(x, tl.trans(x), TC)
         step += 1
     return x
 

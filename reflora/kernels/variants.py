@@ -8,7 +8,7 @@ import torch
 
 from ..contract import STORAGE_DTYPES
 from . import eigh, inv_root, svd
-from .adamw import gram_kernel, row_kernel, update_kernel
+from .adamw import gram_kernel, row_kernel, settle_kernel, update_kernel
 from .adamw_scalar import foresee_kernel, turn_kernel
 from .dtypes import MIXED
 from .geometric_mean import geometric_mean_kernel
@@ -30,8 +30,8 @@ PAIR = {
     "weight_bits": "i64",
 }  # fmt: skip
 PAIR_KERNELS = {
-    "precondition": precondition_kernel, "refactor": refactor_kernel, "gram": gram_kernel, "update": update_kernel,
-    "row": row_kernel, "foresee": foresee_kernel, "turn": turn_kernel,
+    "precondition": precondition_kernel, "refactor": refactor_kernel, "gram": gram_kernel, "settle": settle_kernel,
+    "update": update_kernel, "row": row_kernel, "foresee": foresee_kernel, "turn": turn_kernel,
 }  # fmt: skip
 SCALAR_KERNELS = ("foresee", "turn")
 AMP = {"grad_scale": None, "found_inf": None, "seed": None}
@@ -65,10 +65,12 @@ def variant(
     kernel = PAIR_KERNELS[name]
     constants = {**PAIR_CONSTANTS, **group.constants, **solve_constants(group, precision, capability)}
     own = scalar_constants(group) if name in SCALAR_KERNELS else state_constants(group, precision)
-    constants = {**constants, **own, **changed}
+    constants = {**constants, "APART": group.apart, **own, **changed}
     typed = {key: value for key, value in constants.items() if isinstance(value, str)}
     constants = {key: constants[key] for key in kernel.arg_names if key in constants and key not in typed}
     options = group.scalar_options if name in SCALAR_KERNELS else group.options
+    if name == "gram":
+        options = group.gram_options
     if name == "update":
         options = group.update_options(constants["CARRY"], constants["VECTOR"])
         constants["BN"] = options.pop("BN")
