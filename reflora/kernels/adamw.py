@@ -26,6 +26,19 @@ if TYPE_CHECKING:
 
 
 @triton.jit
+def entry(table, rows, widths, headers, work, index, RC: tl.constexpr, WIDE: tl.constexpr):
+    """Of entry `index` of a launch: number and address of its row, width of a chunk, workspace, header, rank, storage.
+
+    rows int32 `[rows]`: their numbers in the table; widths int32 `[rows]`; headers float64 `[rows, HEADER]`.
+    """
+    row, width = tl.load(rows + index), tl.load(widths + index)
+    p_row = table + row.to(tl.int64) * col.COLUMNS
+    area, header = area_of(work, index, RC, WIDE), headers + index.to(tl.int64) * HEADER
+    r, code = column(p_row, col.R).to(tl.int32), column(p_row, col.DTYPE).to(tl.int32)
+    return row, width, p_row, area, header, r, code
+
+
+@triton.jit
 def active(p_row, found_inf):
     run = column(p_row, col.ACTIVE) != 0
     if found_inf is not None:
@@ -135,15 +148,11 @@ def gram_kernel(
 ):  # fmt: skip
     """First launch of the split route, a program a chunk; the last of a row to arrive settles it, unless APART.
 
-    rows int32 `[rows]`: their numbers in the table; items int32 `[programs, 2]`: (entry in rows, chunk); widths int32
-    `[rows]`; headers float64 `[rows, HEADER]`; arrivals int32 `[rows]`, zeros before and after.
+    items int32 `[programs, 2]`: (entry, chunk); arrivals int32 `[rows]`, zeros before and after; others as in `entry`.
     """
     item = tl.program_id(0)
     index, chunk = tl.load(items + 2 * item), tl.load(items + 2 * item + 1)
-    row, width = tl.load(rows + index), tl.load(widths + index)
-    p_row = table + row.to(tl.int64) * col.COLUMNS
-    area, header = area_of(work, index, RC, WIDE), headers + index.to(tl.int64) * HEADER
-    r, code = column(p_row, col.R).to(tl.int32), column(p_row, col.DTYPE).to(tl.int32)
+    row, width, p_row, area, header, r, code = entry(table, rows, widths, headers, work, index, RC, WIDE)
     if active(p_row, found_inf):
         chunks_a, chunks = counts(p_row, width)
         gather(
@@ -171,10 +180,7 @@ def settle_kernel(
 ):  # fmt: skip
     """Between both launches of the split route, a program a row; arguments as gram_kernel's."""
     index = tl.program_id(0)
-    row, width = tl.load(rows + index), tl.load(widths + index)
-    p_row = table + row.to(tl.int64) * col.COLUMNS
-    area, header = area_of(work, index, RC, WIDE), headers + index.to(tl.int64) * HEADER
-    r, code = column(p_row, col.R).to(tl.int32), column(p_row, col.DTYPE).to(tl.int32)
+    row, width, p_row, area, header, r, code = entry(table, rows, widths, headers, work, index, RC, WIDE)
     if active(p_row, found_inf):
         settle(
             p_row, row, area, header, results, hypers, width, r, code, warmup, start, interval, SCHEDULED, KEEP,
@@ -193,10 +199,7 @@ def update_kernel(
     """Last launch of the split route, a program a chunk."""
     item = tl.program_id(0)
     index, chunk = tl.load(items + 2 * item), tl.load(items + 2 * item + 1)
-    row, width = tl.load(rows + index), tl.load(widths + index)
-    p_row = table + row.to(tl.int64) * col.COLUMNS
-    area, header = area_of(work, index, RC, WIDE), headers + index.to(tl.int64) * HEADER
-    r, code = column(p_row, col.R).to(tl.int32), column(p_row, col.DTYPE).to(tl.int32)
+    row, width, p_row, area, header, r, code = entry(table, rows, widths, headers, work, index, RC, WIDE)
     if tl.load(header + RUN) != 0:
         chunks_a, chunks = counts(p_row, width)
         spread(
@@ -215,10 +218,7 @@ def row_kernel(
 ):  # fmt: skip
     """The row route: one program does what all launches of the split route do for a row."""
     index = tl.program_id(0)
-    row, width = tl.load(rows + index), tl.load(widths + index)
-    p_row = table + row.to(tl.int64) * col.COLUMNS
-    area, header = area_of(work, index, RC, WIDE), headers + index.to(tl.int64) * HEADER
-    r, code = column(p_row, col.R).to(tl.int32), column(p_row, col.DTYPE).to(tl.int32)
+    row, width, p_row, area, header, r, code = entry(table, rows, widths, headers, work, index, RC, WIDE)
     if active(p_row, found_inf):
         chunks_a, chunks = counts(p_row, width)
         for chunk in range(0, chunks):

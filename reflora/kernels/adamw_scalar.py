@@ -14,12 +14,12 @@ from torch import Tensor
 from ..plan import AMSGRAD as AMSGRAD_COLUMN
 from ..plan import Plan
 from . import table as col
-from .adamw import active, unscaling
+from .adamw import active, entry, unscaling
 from .balance import AFTER, BEFORE, look, step_side, total_norm
 from .chunks import HEADER, MOVE, ROOT, RUN, TURN, any_bad, counts
 from .dtypes import BFLOAT16, FLOAT16, power_of_two
 from .launch import aligned, prepare, scalar_constants
-from .pair import area_of, column, report
+from .pair import column, report
 from .scalar import balance_root
 from .settle import both_terms, refuse, steps_of, store_counts, store_scalars
 
@@ -130,10 +130,7 @@ def foresee_kernel(
     """First launch, a program a chunk; arguments as gram_kernel's of adamw.py."""
     item = tl.program_id(0)
     index, chunk = tl.load(items + 2 * item), tl.load(items + 2 * item + 1)
-    row, width = tl.load(rows + index), tl.load(widths + index)
-    p_row = table + row.to(tl.int64) * col.COLUMNS
-    parts, header = area_of(work, index, RC, WIDE), headers + index.to(tl.int64) * HEADER
-    r, code = column(p_row, col.R).to(tl.int32), column(p_row, col.DTYPE).to(tl.int32)
+    row, width, p_row, parts, header, r, code = entry(table, rows, widths, headers, work, index, RC, WIDE)
     if active(p_row, found_inf):
         chunks_a, chunks = counts(p_row, width)
         before, after = due(steps_of(p_row), warmup, start, interval)

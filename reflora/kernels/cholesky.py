@@ -167,13 +167,13 @@ def condition(p_slot, apart, RC: tl.constexpr, COUNT: tl.constexpr):
         total = tl.sum(tl.permute(tl.join(rows, squares(p_slot + apart, RC)), [0, 2, 1]), 0)
     else:
         total = tl.sum(rows, 0)[None, :]
-    inverse, factor = tl.split(tl.sqrt(total))
-    return (inverse * factor).to(tl.float64)
+    lower, upper = tl.split(tl.sqrt(total))
+    return (lower * upper).to(tl.float64)
 
 
 @triton.jit
 def squares(p_slot, RC: tl.constexpr):
     """Of each row of a packed slot, the squares of `L^-1` and of `L^T`; `[RC, 2]`."""
     i, j = tl.arange(0, RC)[:, None], tl.arange(0, RC)[None, :]
-    inverse, factor = read(p_slot, i, j, RC, FACTOR_INVERSE), read(p_slot, i, j, RC, FACTOR_T)
-    return tl.join(tl.sum(inverse * inverse, 1), tl.sum(factor * factor, 1))
+    lower, upper = read(p_slot, i, j, RC, FACTOR_INVERSE), read(p_slot, i, j, RC, FACTOR_T)
+    return tl.join(tl.sum(lower * lower, 1), tl.sum(upper * upper, 1))

@@ -46,6 +46,10 @@ class Group:
     def route(self) -> Route:
         return routes.route_of(self.rank_class, shared_memory(self.numbers.device))
 
+    @cached_property
+    def capability(self) -> int:
+        return capability(self.numbers.device)
+
     @property
     def step_route(self) -> str:
         """How a full AdamW step is taken."""
@@ -177,7 +181,7 @@ def solve_constants(group: Group, precision: str, target: int | None = None) -> 
     16-bit rows go through the run-time branch in front of a float64 solve: a 16-bit load straight in front of a float64
     dot makes Triton choose an operand layout that its code generator refuses ("fp64 don't support largeK MMA").
     """
-    target = capability(group.numbers.device) if target is None else target
+    target = group.capability if target is None else target
     return {
         "DTYPE": _branched(group.dtype, precision),
         "BK": group.route.inner_block(precision, target),
