@@ -167,12 +167,6 @@ FAULTS = (
         "    tl.store(slot(area, SLOT_A",
     ),
     triton(
-        "rows of a Cholesky factor are overwritten while they are read",
-        "cholesky.py",
-        f"    # read by all before any of it is overwritten\n{SLOT_BARRIER}",
-        "",
-    ),
-    triton(
         "a diagonal block is read before it is reduced",
         "cholesky.py",
         f"first, r, RC)\n        {SLOT_BARRIER}",
