@@ -173,12 +173,6 @@ FAULTS = (
         "first, r, RC)\n",
     ),
     triton(
-        "a diagonal block is overwritten while it is read",
-        "cholesky.py",
-        f"inverse[:, :, None]\n{SLOT_BARRIER}",
-        "inverse[:, :, None]\n",
-    ),
-    triton(
         "Newton-Schulz reads a slot that is being written",
         "solve.py",
         "newton_update(p_x, p_y, z, RC, BM, TC)\n    tl.debug_barrier()",
