@@ -139,9 +139,9 @@ FAULTS = (
     ),
     triton(
         "inner blocks are read past r",
-        "pair.py",
-        "(j < r)[:, None] & (k < n)[None, :]",
-        "(j < RC)[:, None] & (k < n)[None, :]",
+        "apply.py",
+        "offsets(start, sr, sn, r - inner, end",
+        "offsets(start, sr, sn, RC, end",
     ),
     triton(
         "gradients do not saturate",
@@ -157,7 +157,7 @@ FAULTS = (
         f"+ i * RC + j, b.to(TC))\n{SLOT_BARRIER}",
         "+ i * RC + j, b.to(TC))\n",
     ),
-    triton("arrivals order no memory", "adamw.py", 'sem="acq_rel"', 'sem="relaxed"'),
+    triton("arrivals order no memory", "gather.py", 'sem="acq_rel"', 'sem="relaxed"'),
     triton("RefLoRA-S: arrivals order no memory", "adamw_scalar.py", 'sem="acq_rel"', 'sem="relaxed"'),
     triton("counts are written while others read them", "settle.py", "written\n        tl.debug_barrier()", "written"),
     triton(
@@ -210,14 +210,14 @@ FAULTS = (
     triton("moments move the wrong way", "settle.py", "1.0 / used, 1.0)", "used, 1.0)"),
     triton("a NaN is no reason to skip", "chunks.py", "if CHECK:\n            bad", "if False:\n            bad"),
     triton(
-        "the Gram of side B is of its rows",
-        "gram.py",
-        "tl.dot(tl.trans(left), x, input_precision",
-        "tl.dot(tl.trans(x), left, input_precision",
+        "the first block of a chunk is left out of its Gram",
+        "chunks.py",
+        "acc += block_gram(x, SIDE",
+        "acc += block_gram(y.to(TC), SIDE",
     ),
     triton(
         "traces are not made 1",
-        "gram.py",
+        "chunks.py",
         "tl.where(usable, 1.0 / tl.where(usable, trace, 1.0), 0.0), norm",
         "tl.where(usable, 1.0, 0.0), norm",
     ),
@@ -229,11 +229,14 @@ FAULTS = (
     ),
     triton(
         "squares keep an older exponent",
-        "balance.py",
+        "scalar.py",
         "acc *= power_of_two(tl.maximum(2 * (exponent - larger), -1000))",
         "acc *= 1.0",
         "tests/test_kernels_routes.py",
     ),
+    triton("RefLoRA-S multiplies gradients the wrong way", "scalar.py", "= 1.0 / s, s", "= s, 1.0 / s"),
+    triton("S of a skipped row is what was there", "precondition.py", "if status == col.SKIPPED:", "if status < 0:"),
+    triton("P^T and P^-T change places", "refactor.py", "p_x, root, largest", "p_y, 1.0 / root, largest"),
     triton("v moves as m does", "update.py", "1.0 / turn, 1.0 / (turn * turn)", "1.0 / turn, 1.0 / turn"),
     triton("a saved S is not taken back", "settle.py", "elif saved == 1:", "elif saved == 2:"),
     python(
@@ -323,8 +326,8 @@ FAULTS = (
     python(
         "hooks count no steps",
         "integrations/hooks.py",
-        "count + (index in self._went_backward)",
-        "count + 0",
+        "return self.counts + 1",
+        "return self.counts + 0",
         HOOKS,
     ),
     python("a wrapper steps over NaN", "optim/wrapper.py", "if not finite:", "if False:", "tests/test_wrapper.py"),

@@ -1,6 +1,6 @@
 """Compiles every Triton kernel without a GPU and tables its registers, spills and shared memory, by architecture.
 
-    python -m benchmarks.compile_table [--classes 16,32] [--capabilities 80,86,89,90,100] [--kernels precondition]
+    python -m benchmarks.compile_table [--classes 16,32] [--capabilities 80,86,89,90,100] [--kernels update]
 
 Writes benchmarks/results/compile_table.csv and .md.
 """
@@ -91,9 +91,10 @@ def variants(classes: Iterable[int], capabilities: Iterable[int]) -> Iterator[Ca
     amp = {"AMSGRAD": True, "grad_scale": "*fp32", "found_inf": "*fp32"}
     kept = {"SCHEDULED": True, "KEEP": True}
     others: list[tuple[str, str, str, dict[str, Any]]] = [
-        ("precondition", "float64", "mixed", {}),
-        ("precondition", "float32", "bfloat16", {}),
-        ("precondition", "float64", "float16", {"SCALAR": True}),
+        ("solve", "float64", "mixed", {"SAVE": True}),
+        ("apply", "float64", "mixed", {}),
+        ("apply", "float32", "bfloat16", {"VECTOR": False}),
+        ("squares", "float64", "float64", {}),
         ("refactor", "float32", "float64", {}),
         ("refactor", "float64", "float16", {}),
         ("gram", "float64", "bfloat16", kept),

@@ -27,7 +27,10 @@ import torch
 from . import harness, roofline, shapes
 
 ROOT = Path(__file__).parents[1]
-METHODS: dict[str, dict[str, Any]] = {"RefLoRA": {}, "RefLoRA-S": {"scalar": True}}
+METHODS: dict[str, dict[str, Any]] = {
+    "RefLoRA": {}, "RefLoRA, no search": {"check_grads": False}, "RefLoRA, carried Grams": {"carry_grams": True},
+    "RefLoRA-S": {"scalar": True},
+}  # fmt: skip
 # seconds from the end of a kernel to the first load of the next one, in a CUDA graph; the same for AdamW's
 LAUNCH = 1.5e-6
 
@@ -167,7 +170,7 @@ def launches(name: str, rank: int, options: dict[str, Any], chip: Chip = H100) -
     for shape in dict.fromkeys(layers):
         pairs = shapes.random_pairs([shape], rank)
         optimizer = reflora.RefLoRAAdamW(pairs, lr=1e-3, warmup_steps=0, backend="triton", **options)
-        for _ in range(2):  # RefLoRA-S refactors before the first as well
+        for _ in range(3):  # RefLoRA-S refactors before the first as well; Grams of the second are the first carried
             recorder = Recorder(chip)
             driver.CALLBACKS[:] = [recorder]
             for factor in pairs[0]:

@@ -1,4 +1,4 @@
-// One table row: refactor, precondition, or an AdamW step.
+// One table row: refactor, precondition, S alone, or an AdamW step.
 #pragma once
 #include "adamw.h"
 
@@ -33,8 +33,10 @@ struct RowOp {
         if (!row[ACTIVE] || job.found_inf) return;
         in = arena.take<T>(size_t(padded<float>(row[R]) * CHUNK));
         out = arena.take<T>(size_t(padded<float>(row[R]) * CHUNK));
-        if (job.kind != REFACTOR && job.check && !(all_finite(ga) && all_finite(gb))) return skip();
+        const bool has_grads = job.kind == PRECONDITION || job.kind == ADAMW;
+        if (has_grads && job.check && !(all_finite(ga) && all_finite(gb))) return skip();
         if (job.kind == ADAMW) return adamw();
+        if (job.kind == SOLVE) return solve_alone();
         return job.scalar ? apply_scalar() : apply_full();
     }
 
@@ -116,6 +118,14 @@ struct RowOp {
         apply_in_place<double, S>(a, turned, x.P, d.rp, cin, cout);
         d.transpose(x.P_inv_T, turned);
         apply_in_place<double, S>(b, turned, x.P_inv_T, d.rp, cin, cout);
+    }
+
+    void solve_alone() {
+        Solution x;
+        const bool found = solved(x, false);
+        if (found) round_S(x);
+        else skip();
+        keep(!found);
     }
 
     // S^-1 for A and S for B, rounded to the type they are applied in

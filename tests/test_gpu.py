@@ -113,12 +113,12 @@ def test_adamw_step(dtype):
 
 
 def test_mixed_types_and_ranks_in_few_launches(monkeypatch):
-    """One launch a rank class, whatever the shapes and storage types."""
-    from reflora.kernels.precondition import precondition_kernel
+    """One of each kernel a rank class, whatever the shapes and storage types."""
+    from reflora.kernels.precondition import solve_kernel
 
     launches = []
-    run = precondition_kernel.run
-    monkeypatch.setattr(precondition_kernel, "run", lambda *a, **k: launches.append(k["grid"]) or run(*a, **k))
+    run = solve_kernel.run
+    monkeypatch.setattr(solve_kernel, "run", lambda *a, **k: launches.append(k["grid"]) or run(*a, **k))
     dtypes = (torch.float32, torch.bfloat16, torch.float16, DOUBLE)
     pairs = [pair(r, 3, 10, dtype, 300 + r, 200) for r in (3, 8, 24, 40, 100) for dtype in dtypes]
     grads = gradients(pairs)

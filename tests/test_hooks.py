@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import reflora
 
@@ -128,7 +129,8 @@ def test_gradients_stay_in_the_units_of_a_loaded_state(warmup_steps: int | None,
     hooks = reflora.GradientHooks(model, warmup_steps=warmup_steps)
     hooks.load_state_dict(state)
     if warmup_steps is None:
-        hooks._counts = [count + 10**6 for count in hooks._counts]  # the exact S over c
+        for group in hooks._groups:
+            group.counts += 10**6  # the exact S over c
     hooks.refresh()
     train(model, torch.optim.SGD(trained(model), lr=0.0), range(1))
     for grad, old in zip((p.grad for p in trained(model)), before):
@@ -272,3 +274,40 @@ def test_a_model_turned_to_float64_before_the_next_refresh() -> None:
     model.double()
     train(model, adamw(model), range(2, 4), hooks)
     assert all(p.dtype == torch.float64 and p.isfinite().all() for p in trained(model))
+
+
+class Launches(TorchDispatchMode):
+    """Operations that do more than look at a tensor in another way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.found.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("warmup_steps", [None, 0, 2, 100])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_refresh_takes_as_many_launches_for_any_number_of_layers(warmup_steps: int | None, loaded: bool) -> None:
+    found = []
+    for layers in (2, 9):
+        torch.manual_seed(0)
+        net = nn.Sequential(*[nn.Linear(24, 24) for _ in range(layers)])
+        model = get_peft_model(net, LoraConfig(r=4, target_modules=[str(i) for i in range(layers)]))
+        hooks = reflora.GradientHooks(model, warmup_steps=0)
+        train(model, adamw(model), range(5), hooks)
+        state = hooks.state_dict()
+        hooks.remove()
+        hooks = reflora.GradientHooks(model, warmup_steps=warmup_steps)
+        if loaded:
+            hooks.load_state_dict(state)
+        with Launches() as launches:
+            for _ in range(2):
+                train(model, adamw(model), range(1))
+                before = len(launches.found)
+                hooks.refresh()
+        found.append(launches.found[before:])
+    assert found[0] == found[1] and len(found[0]) < 100

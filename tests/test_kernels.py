@@ -79,6 +79,60 @@ def test_scales(scale_A, scale_B, precision):
     assert abs(float(result[col.NORM_A] / p.A.double().norm()) - 1) < 1e-6
 
 
+def solve(pairs, precision="float64", start=0, counts=None):
+    """(S, S^-1) of pairs, and the result rows."""
+    plan = Plan(pairs)
+    plan.bind_grads([(p.A, p.B) for p in pairs])
+    wide = [torch.float64 if p.A.dtype == torch.float64 else torch.float32 for p in pairs]
+    rooms = [torch.full((2, p.rank, p.rank), torch.nan, dtype=d, device=p.A.device) for p, d in zip(pairs, wide)]
+    plan.bind_once(col.SAVED, rooms)
+    if counts:
+        plan.bind_once(col.COUNT, [torch.tensor([float(count)], device=plan.device) for count in counts])
+    results = triton_backend.solve(plan, precision, start)
+    return [room.cpu() for room in rooms], results.cpu()
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+@pytest.mark.parametrize("n_in, n_out", [(1100, 900), (129, 3), (2, 700)])
+@pytest.mark.parametrize("r", [3, 20])
+def test_sides_in_chunks(r, n_in, n_out, precision, monkeypatch):
+    """S alone, preconditioned and refactored: the same S in all, of sides longer than a chunk and shorter than r."""
+    poisoned(monkeypatch)
+    degenerate = min(n_in, n_out) < r
+    p = LoRAPair("", randn(r, n_in), randn(n_out, r)) if degenerate else pair(r, 3, 30, n_in=n_in, n_out=n_out)
+    [(S, S_inv)], [result] = solve([p], precision)
+    assert result[col.STATUS] == (DEGENERATE if degenerate else REFACTORED)
+    gA, gB = (torch.randn_like(t) for t in (p.A, p.B))
+    wanted = [(S_inv.double() @ gA.cpu().double()), gB.cpu().double() @ S.double()]
+    plan = Plan([p])
+    plan.bind_grads([(gA, gB)])
+    torch.testing.assert_close(triton_backend.precondition(plan, False, precision)[0].cpu(), result, equal_nan=True)
+    for got, want in zip((gA, gB), wanted):
+        assert float((got.cpu().double() - want).norm() / want.norm()) < 1e-6
+    if not degenerate:
+        assert affine_error(S, p.A.cpu(), p.B.cpu()) <= (1e-4 if precision == "float64" else 1e-2)
+    product = p.B.double() @ p.A.double()
+    triton_backend.refactor(plan, False, precision)
+    assert float((p.B.double() @ p.A.double() - product).norm() / product.norm()) < 1e-5
+    assert float(p.A.double().norm() / p.B.double().norm()) == pytest.approx(1, rel=1e-4)
+
+
+def test_S_alone_of_rows_that_have_none():
+    """c I, I, or I without a word of it in the factors' type, never what was there before; shrunk by its own count."""
+    _, pairs, statuses, scales = zip(*degenerate_pairs())
+    rooms, results = solve(pairs)
+    assert results[:, col.STATUS].tolist() == [float(s) for s in statuses]
+    for p, room, status, scale in zip(pairs, rooms, statuses, scales):
+        c = 1.0 if status == SKIPPED else float(reference.balance_scalar(p.A, p.B)) if scale is None else scale
+        eye = torch.eye(p.rank, dtype=room.dtype)
+        torch.testing.assert_close(room, torch.stack([c * eye, eye / c]))
+    p = pair(5, 3, 30)
+    [room], _ = solve([p], start=100, counts=[50])
+    weight = reference.shrink_weight(50, 100)
+    for got, want in zip(room.double(), reference.choose(p.A.cpu(), p.B.cpu(), weight=weight)):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("precision", ["float64", "float32"])
 def test_degenerate(precision, monkeypatch):
     """One launch over pairs that are all singular, extreme or not finite: c I, I or nothing at all, never NaN."""

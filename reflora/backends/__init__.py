@@ -69,6 +69,10 @@ class Backend(Protocol):
     # reference.shrink_weight(n, start), where n is the COUNT of the row
     def precondition(self, plan: Plan, scalar: bool, precision: str, start: int = 0) -> Tensor: ...
 
+    # the same S: S and S^-1 of every active row go to where SAVED points, `[2, r, r]` of float32 (float64 for float64
+    # factors), I for both where the row is skipped; gradients are not looked at
+    def solve(self, plan: Plan, precision: str, start: int = 0) -> Tensor: ...
+
     def adamw(self, plan: Plan, step: AdamWStep) -> Tensor: ...
 
     # Functions of matrices: contiguous `[batch, n, n]`, batch > 0, of float32 or float64 in and out; results are new or

@@ -28,7 +28,7 @@ except ImportError as error:
 
 NAME = "cpp"
 
-_REFACTOR, _PRECONDITION, _ADAMW = range(3)
+_REFACTOR, _PRECONDITION, _SOLVE, _ADAMW = range(4)
 _POLAR, _GEOMETRIC_MEAN, _SQRTM, _INVSQRTM, _SVD, _INV_ROOT = range(6)
 
 
@@ -47,6 +47,10 @@ def refactor(plan: Plan, scalar: bool, precision: str) -> Tensor:
 
 def precondition(plan: Plan, scalar: bool, precision: str, start: int = 0) -> Tensor:
     return _run(plan, precision, kind=_PRECONDITION, scalar=scalar, start=start)
+
+
+def solve(plan: Plan, precision: str, start: int = 0) -> Tensor:
+    return _run(plan, precision, kind=_SOLVE, scalar=False, start=start)
 
 
 def adamw(plan: Plan, step: AdamWStep) -> Tensor:

@@ -58,6 +58,19 @@ def precondition(plan: Plan, scalar: bool, precision: str, start: int = 0, rows:
     return chosen(results, rows)
 
 
+def solve(plan: Plan, precision: str, start: int = 0, rows: Sequence[int] | None = None) -> Tensor:
+    """S and S^-1 to where SAVED points, I where a row is skipped."""
+    results = results_of(plan)
+    for group in groups(plan, rows):
+        a, b = group.grams(precision)
+        solution = group.solve(a, b, precision, False, group.shrink_weight(start))
+        both = torch.stack([solution.S, solution.S_inv], 1).to(group.apply)
+        done = (solution.status < SKIPPED).view(-1, 1, 1, 1)
+        torch._foreach_copy_(group.once(col.SAVED), list(both.where(done, group.eye.to(both)).unbind()))
+        record(results, group, a, b, solution)
+    return chosen(results, rows)
+
+
 def adamw(plan: Plan, step: AdamWStep, rows: Sequence[int] | None = None) -> Tensor:
     """One RefLoRA AdamW step; see AdamWStep."""
     return torch_adamw.adamw(plan, step, rows)

@@ -1,4 +1,4 @@
-"""Triton kernels on NVIDIA GPUs: one launch a rank class, two for a fused step (r > 128 goes through torch)."""
+"""Triton kernels on NVIDIA GPUs: two or three launches a rank class (r > 128 goes through torch)."""
 
 from __future__ import annotations
 
@@ -68,6 +68,7 @@ def refactor(plan: Plan, scalar: bool, precision: str) -> Tensor:
         plan,
         lambda results: launch(plan, scalar, precision, results),
         lambda rows: torch_backend.refactor(plan, scalar, precision, rows),
+        scalar,
     )
 
 
@@ -78,6 +79,18 @@ def precondition(plan: Plan, scalar: bool, precision: str, start: int = 0) -> Te
         plan,
         lambda results: launch(plan, scalar, precision, start, results),
         lambda rows: torch_backend.precondition(plan, scalar, precision, start, rows),
+        scalar,
+    )
+
+
+def solve(plan: Plan, precision: str, start: int = 0) -> Tensor:
+    from ..kernels.precondition import solve as launch
+
+    return _serve(
+        plan,
+        lambda results: launch(plan, precision, start, results),
+        lambda rows: torch_backend.solve(plan, precision, start, rows),
+        scalar=False,
     )
 
 
@@ -91,7 +104,7 @@ def adamw(plan: Plan, step: AdamWStep) -> Tensor:
         plan,
         lambda results: launch(plan, step, results),
         lambda rows: torch_backend.adamw(plan, step, rows),
-        full_step=not step.scalar,
+        step.scalar,
     )
 
 
@@ -162,7 +175,7 @@ def _serve(
     plan: Plan,
     launch: Callable[[Tensor], None],
     through_torch: Callable[[list[int]], Tensor],
-    full_step: bool = False,
+    scalar: bool,
 ) -> Tensor:
     """The result table: kernels write their rows of it, rows that have no kernel come from the torch backend."""
     from ..kernels.launch import prepare
@@ -172,7 +185,7 @@ def _serve(
     with torch.cuda.device_of(results):
         launch(results)
     left = [(prepared.oversized, prepared.oversized_index)]
-    if full_step:
+    if not scalar:  # what needs no Grams has a kernel on every device
         left.append((prepared.rerouted, prepared.rerouted_index))
     for rows, index in left:
         if rows:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..ambient import independent
-from ..contract import check_unhooked, fail, is_sharded
+from ..contract import LoRAPair, check_unhooked, fail, is_sharded
 from ..diagnostics import Diagnostics
 from ..optim.options import check_schedule
 from ..optim.pairs import Outcome, PairOps, multiply, new_units
@@ -55,10 +58,7 @@ class GradientHooks:
                 fail(pair.name, "factors that this process holds whole", "DTensor", remedy)
         check_unhooked(self.pairs)
         self._ops = PairOps(self.pairs, backend, precision)
-        # [experts, 3] each: of A and B as new_units has them, and whether S has been other than I
-        self._units = [torch.zeros(pair.experts, 3, dtype=torch.float64, device="cpu") for pair in self.pairs]
-        # float32 [experts] each: steps that the pair has taken part in
-        self._counts = [torch.zeros(pair.experts, dtype=torch.float32, device="cpu") for pair in self.pairs]
+        self._groups = _groups(self.pairs, host_counts=warmup_steps is not None)
         self._went_backward: set[int] = set()
         self._in_other_units = False  # a loaded state may be: its gradients are
         self._matrices: dict[int, Tensor] = {}
@@ -72,57 +72,90 @@ class GradientHooks:
     @torch.no_grad()
     @independent()
     def refresh(self) -> None:
-        """Take S of the factors as they are now."""
-        self._counts = self._counts_now()
+        """Take S of the factors as they are now, in a number of launches that does not grow with the model."""
+        self._regroup()
+        for group in self._groups:
+            group.counts = group.counts_after(self._went_backward)
         self._went_backward = set()
-        everything, gentle = range(len(self.pairs)), self.warmup_steps is None
-        warming = [i for i in everything if self.warmup_steps and float(self._counts[i].max()) < self.warmup_steps]
+        gentle = self.warmup_steps is None
+        warming = {i for group in self._groups for i in group.below(self.warmup_steps)} if self.warmup_steps else set()
         self._plain(warming)
-        counts = {i: self._counts[i].to(self.pairs[i].A.device) for i in everything} if gentle else {}
-        solved = self._ops.solve(sorted({*everything}.difference(warming)), counts or None)
-        outcome, started = (self._ops.outcome(), self._ops.started()) if solved else ({}, {})
-        for index, found in outcome.items():
-            units = self._return_to_identity(index, found.scale) if gentle else self._leave_identity(index, found)
-            self._matrices[index] = solved[index] * _sides(units).to(solved[index])
+        counts = {i: count for group in self._groups for i, count in group.split(group.counts)} if gentle else {}
+        rooms = {i: room for group in self._groups for i, room in group.split(group.matrices)}
+        solved = self._ops.solve((i for i in range(len(self.pairs)) if i not in warming), counts or None, rooms)
+        reports = self._ops.reports() if solved else {}
+        for group in self._groups:
+            chosen, rows = group.rows_of(reports)
+            if not chosen:
+                continue
+            found = Outcome.of(torch.cat([reports[i] for i in chosen]))
+            kept = group.units[rows]
+            units, group.units[rows] = (
+                self._return_to_identity(kept, found.scale) if gentle else self._leave_identity(kept, found)
+            )
+            group.matrices[rows] *= _sides(units).to(group.matrices)
             if gentle:  # from a factor that is 0 the start is still to come
-                self._counts[index] = counts[index] * started[index]
+                group.counts[rows] *= found.started
+        self._matrices.update(solved)
 
-    def _plain(self, indices: list[int]) -> None:
+    def _plain(self, indices: Set[int]) -> None:
         """S = I; gradients stay in the units of a loaded state."""
-        if not self._in_other_units:
-            for index in indices:
-                self._matrices.pop(index, None)
-                self._units[index] = self._units[index].new_tensor([1.0, 1.0, 0.0]).expand_as(self._units[index])
-            return
-        norms = self._ops.norms(indices)
-        for index, (norm_A, norm_B) in norms.items():
-            units = self._return_to_identity(index, norm_B / norm_A)
-            pair = self.pairs[index]
-            eye = torch.eye(pair.rank, dtype=torch.promote_types(pair.A.dtype, torch.float32), device=units.device)
-            self._matrices[index] = eye.expand(pair.experts, 2, -1, -1) * _sides(units).to(eye)
+        norms = self._ops.norms(indices) if self._in_other_units else {}
+        for group in self._groups:
+            chosen, rows = group.rows_of(indices)
+            if not chosen:
+                continue
+            if not norms:
+                for index in chosen:
+                    self._matrices.pop(index, None)
+                group.units[rows, :2], group.units[rows, 2] = 1, 0
+                continue
+            norm_A, norm_B = torch.cat([norms[i] for i in chosen], 1)
+            units, group.units[rows] = self._return_to_identity(group.units[rows], norm_B / norm_A)
+            eye = torch.eye(group.matrices.shape[-1], dtype=group.matrices.dtype, device=units.device)
+            group.matrices[rows] = eye * _sides(units).to(eye)
+            self._matrices.update((i, room) for i, room in group.split(group.matrices) if i in indices)
 
-    def _return_to_identity(self, index: int, c: Tensor) -> Tensor:
-        """Units `[experts, 2]` of an S without its scale c; those of a loaded state in which S had it go on."""
-        kept = self._units[index].to(c)
+    def _return_to_identity(self, kept: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """Units `[rows, 2]` of an S without its scale c, and what to keep of them, `[rows, 3]`.
+
+        Those of a loaded state in which S had its scale go on.
+        """
         leaves = (kept[:, 2] > 0) & (c > 0) & c.isfinite()
         units = kept[:, :2].where(kept[:, :2] > 0, 1.0) / c.where(leaves, 1.0)[:, None]
-        self._units[index] = torch.cat([units, torch.zeros_like(kept[:, 2:])], 1)
-        return units
+        return units, torch.cat([units, torch.zeros_like(kept[:, 2:])], 1)
 
-    def _leave_identity(self, index: int, found: Outcome) -> Tensor:
-        """Units `[experts, 2]` of an S with its scale c."""
-        kept = self._units[index].to(found.scale)
+    def _leave_identity(self, kept: Tensor, found: Outcome) -> tuple[Tensor, Tensor]:
+        """The same of an S with its scale c."""
         units = new_units(kept[:, :2], kept[:, 2], found)
         if self.follow:
             further = torch.stack([units[:, 0].minimum(found.scale), units[:, 1].maximum(found.scale)], 1)
             # 0 and 1: nothing to keep a unit for
             units = further.where(found.left[:, None] & (units > 0) & (units != 1), units)
-        self._units[index] = torch.cat([units, kept[:, 2:].maximum(found.left[:, None])], 1)
-        return units.where(units > 0, 1.0)
+        settled = kept[:, 2:].maximum(found.left[:, None])
+        return units.where(units > 0, 1.0), torch.cat([units, settled], 1)
 
-    def _counts_now(self) -> list[Tensor]:
-        """With the steps whose refresh is still to come."""
-        return [count + (index in self._went_backward) for index, count in enumerate(self._counts)]
+    def _regroup(self) -> None:
+        """Where factors have moved, or are of another type, since."""
+        if any(group.moved(self.pairs) for group in self._groups):
+            state = self._state()
+            self._groups = _groups(self.pairs, host_counts=self.warmup_steps is not None)
+            self._fill(state)
+
+    def _state(self) -> dict[int, Tensor]:
+        """By pair `[experts, 4]`: its units, and the steps with those whose refresh is still to come."""
+        return {
+            i: own
+            for group in self._groups
+            for i, own in group.split(
+                torch.cat([group.units, group.counts_after(self._went_backward).to(group.units)[:, None]], 1)
+            )
+        }
+
+    def _fill(self, state: Mapping[int, Tensor]) -> None:
+        for group in self._groups:
+            whole = torch.cat([state[i].to(group.units) for i in group.indices])
+            group.units, group.counts = whole[:, :3].clone(), whole[:, 3].to(group.counts)
 
     def diagnostics(self) -> Diagnostics:
         """Of the last `refresh`, layer by layer; reading its properties synchronises."""
@@ -139,8 +172,8 @@ class GradientHooks:
 
     def state_dict(self) -> dict[str, Tensor]:
         """By name of the layer `[experts, 4]`: its constants of A and B, whether they are settled, the steps so far."""
-        counts = [count.to(units)[:, None] for count, units in zip(self._counts_now(), self._units)]
-        return {pair.name: torch.cat(both, 1) for pair, both in zip(self.pairs, zip(self._units, counts))}
+        state = self._state()
+        return {pair.name: state[index].clone() for index, pair in enumerate(self.pairs)}
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         """Raises ValueError for the state of other layers."""
@@ -152,17 +185,87 @@ class GradientHooks:
                 sorted(state_dict)[:3],
                 "Load the same model's.",
             )
-        self._units = [state_dict[name][:, :3].clone() for name in names]
         # earlier states have no fourth column
-        self._in_other_units = any(bool((units != units.new_tensor([1, 1, 0])).any()) for units in self._units)
-        columns = [state_dict[name][:, 3:].float().cpu() for name in names]
-        self._counts = [column[:, 0] if column.shape[1] else column.new_zeros(len(column)) for column in columns]
+        state = [
+            torch.cat([own, own.new_zeros(len(own), 4 - own.shape[1])], 1)
+            for own in (state_dict[name] for name in names)
+        ]
+        self._in_other_units = any(bool((own[:, :3] != own.new_tensor([1, 1, 0])).any()) for own in state)
         self._went_backward = set()
+        self._regroup()
+        self._fill(dict(enumerate(state)))
         self.refresh()
 
 
+@dataclass
+class _Group:
+    """Layers of one rank and type on a device, and what is kept of them, a row an expert.
+
+    units float64 `[rows, 3]`: of A and B as new_units has them, and whether S has been other than I. counts float32
+    `[rows]`, on the host for a schedule that is looked up there: steps that the pair has taken part in. matrices
+    `[rows, 2, r, r]`: S and S^-1 over their units.
+    """
+
+    indices: list[int]
+    experts: list[int]
+    units: Tensor
+    counts: Tensor
+    matrices: Tensor
+
+    def moved(self, pairs: Sequence[LoRAPair]) -> bool:
+        return any(
+            _kind(pairs[i]) != (self.units.device, *self.matrices.shape[-1:], self.matrices.dtype) for i in self.indices
+        )
+
+    def split(self, tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Rows by pair, as views."""
+        return zip(self.indices, tensor.split(self.experts))
+
+    def rows_of(self, indices: Container[int]) -> tuple[list[int], Any]:
+        """Those of the pairs that are among `indices`, and what indexes their rows."""
+        chosen = [i for i in self.indices if i in indices]
+        if not chosen or chosen == self.indices:
+            return chosen, slice(None)
+        numbers = [[i in indices] * experts for i, experts in zip(self.indices, self.experts)]
+        rows = torch.tensor(list(chain.from_iterable(numbers)), dtype=torch.bool, device="cpu").nonzero()[:, 0]
+        return chosen, rows.to(self.units.device, non_blocking=True)
+
+    def counts_after(self, backward: Container[int]) -> Tensor:
+        """With a step of the pairs that have had a backward pass."""
+        if all(i in backward for i in self.indices):
+            return self.counts + 1
+        steps = [[float(i in backward)] * experts for i, experts in zip(self.indices, self.experts)]
+        own = torch.tensor(list(chain.from_iterable(steps)), dtype=torch.float32, device="cpu")
+        return self.counts + own.to(self.counts.device, non_blocking=True)
+
+    def below(self, steps: int) -> list[int]:
+        """The pairs that have taken part in fewer; of counts on the host."""
+        taken = iter(self.counts.tolist())
+        most = (max(islice(taken, experts)) for experts in self.experts)
+        return [i for i, top in zip(self.indices, most) if top < steps]
+
+
+def _kind(pair: LoRAPair) -> tuple[Any, ...]:
+    dtype = torch.float64 if pair.A.dtype == torch.float64 else torch.float32
+    return pair.A.device, pair.rank, dtype
+
+
+def _groups(pairs: Sequence[LoRAPair], host_counts: bool) -> list[_Group]:
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for index, pair in enumerate(pairs):
+        alike.setdefault(_kind(pair), []).append(index)
+    found = []
+    for (device, rank, dtype), indices in alike.items():
+        experts = [pairs[i].experts for i in indices]
+        units = torch.zeros(sum(experts), 3, dtype=torch.float64, device=device)
+        counts = torch.zeros(len(units), dtype=torch.float32, device="cpu" if host_counts else device)
+        matrices = torch.empty(len(units), 2, rank, rank, dtype=dtype, device=device)
+        found.append(_Group(indices, experts, units, counts, matrices))
+    return found
+
+
 def _sides(units: Tensor) -> Tensor:
-    """`[experts, 2, 1, 1]`: what S, of B's gradients, and S^-1, of A's, are multiplied by."""
+    """`[rows, 2, 1, 1]`: what S, of B's gradients, and S^-1, of A's, are multiplied by."""
     of_A, of_B = units.unbind(1)
     return torch.stack([1 / of_B, of_A], 1)[..., None, None]
 

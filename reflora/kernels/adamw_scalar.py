@@ -14,13 +14,14 @@ from torch import Tensor
 from ..plan import AMSGRAD as AMSGRAD_COLUMN
 from ..plan import Plan
 from . import table as col
-from .adamw import active, entry, unscaling
-from .balance import AFTER, BEFORE, look, step_side, total_norm
+from .adamw import unscaling
+from .balance import step_side
 from .chunks import HEADER, MOVE, ROOT, RUN, TURN, any_bad, counts
 from .dtypes import BFLOAT16, FLOAT16, power_of_two
-from .launch import aligned, prepare, scalar_constants
+from .gather import active, entry
+from .launch import constants_of, prepare, scalar_constants, taken
 from .pair import column, report
-from .scalar import balance_root
+from .scalar import AFTER, BEFORE, balance_root, look, total_norm
 from .settle import both_terms, refuse, steps_of, store_counts, store_scalars
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def foresee_kernel(
     start, interval, CHECK: tl.constexpr, AMSGRAD: tl.constexpr, MASTER: tl.constexpr, RC: tl.constexpr,
     BN: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """First launch, a program a chunk; arguments as gram_kernel's of adamw.py."""
+    """First launch, a program a chunk; arguments as gram_kernel's."""
     item = tl.program_id(0)
     index, chunk = tl.load(items + 2 * item), tl.load(items + 2 * item + 1)
     row, width, p_row, parts, header, r, code = entry(table, rows, widths, headers, work, index, RC, WIDE)
@@ -140,13 +141,8 @@ def foresee_kernel(
                 p_row, parts, header, hypers, unscale, one, one, None, seed, chunk, chunks_a, width, r, code, CHECK,
                 AMSGRAD, MASTER, False, RC, BN, DTYPE, STATE, WIDE, VECTOR,
             )  # fmt: skip
-        elif chunk < chunks_a:
-            look(p_row, parts, header, chunk, chunk, width, r, code, col.A_SIDE, CHECK, RC, BN, DTYPE, WIDE, VECTOR)
         else:
-            look(
-                p_row, parts, header, chunk, chunk - chunks_a, width, r, code, col.B_SIDE, CHECK, RC, BN, DTYPE, WIDE,
-                VECTOR,
-            )  # fmt: skip
+            look(p_row, parts, header, chunk, chunks_a, width, r, code, CHECK, RC, BN, DTYPE, WIDE, VECTOR)
         # as in gram_kernel: all threads' stores come before the arrival
         tl.debug_barrier()
         if tl.atomic_add(arrivals + index, 1, sem="acq_rel", scope="gpu") == chunks - 1:
@@ -188,13 +184,14 @@ def adamw_scalar(plan: Plan, step: "AdamWStep", results: Tensor) -> None:
     table, hypers = prepared.table(plan.table), prepared.hypers(step.hypers)
     amsgrad = bool(step.hypers[:, AMSGRAD_COLUMN].any())
     for group in prepared.groups:
-        constants = {"AMSGRAD": amsgrad, "VECTOR": aligned(plan.table, group.rows), **scalar_constants(group)}
+        own = {**scalar_constants(group), "AMSGRAD": amsgrad, "CHECK": step.check}
+        constants = {**constants_of(plan, group, step.precision), **own}
         foresee_kernel[(len(group.items),)](
             table, group.numbers, group.items, group.widths, group.headers, group.arrivals, results, group.workspace,
             hypers, step.grad_scale, step.found_inf, step.seed, step.warmup_steps, step.start, step.interval,
-            CHECK=step.check, **constants, **group.scalar_options,
+            **taken(foresee_kernel, constants), **group.scalar_options,
         )  # fmt: skip
         turn_kernel[(len(group.items),)](
             table, group.numbers, group.items, group.widths, group.headers, hypers, step.grad_scale, step.seed,
-            **constants, **group.scalar_options,
+            **taken(turn_kernel, constants), **group.scalar_options,
         )  # fmt: skip

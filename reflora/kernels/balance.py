@@ -1,15 +1,13 @@
-"""AdamW of a chunk of one side for RefLoRA-S, and the squares of its columns before and after: the norms of a row.
-
-A sum of squares is `sum * 2^(2 exponent)`: in float64 storage the exponent follows the largest element met so far.
-"""
+"""AdamW of a chunk of one side for RefLoRA-S, and the squares of its columns before and after: the norms of a row."""
 
 import triton
 import triton.language as tl
 
 from . import table as col
 from .chunks import never_finite, span, store_bad
-from .dtypes import bounded, exponent_of, load, power_of_two
+from .dtypes import bounded, load
 from .pair import block_zeros, column, offsets
+from .scalar import AFTER, BEFORE, add_squares, no_squares, store_squares
 from .settle import step_scalars
 from .update import (
     advance,
@@ -23,69 +21,6 @@ from .update import (
     side_scalars,
     weights,
 )
-
-# what a chunk leaves in its row's workspace: sum and exponent, of the columns as they are and as they will be
-BEFORE, AFTER, PART = tl.constexpr(0), tl.constexpr(2), tl.constexpr(4)
-
-
-@triton.jit
-def no_squares(SIDE: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr):
-    """(sums, exponent) to begin with."""
-    return block_zeros(SIDE, RC, BN, tl.float64), tl.full((), -1000 if WIDE == tl.float64 else 0, tl.int64)
-
-
-@triton.jit
-def add_squares(acc, exponent, x, WIDE: tl.constexpr):
-    x = x.to(tl.float64)
-    if WIDE == tl.float64:
-        top = tl.max(tl.max(tl.abs(x), 1), 0)
-        own = exponent_of(tl.where((top > 0) & (top < float("inf")), top, power_of_two(exponent)))
-        larger = tl.minimum(tl.maximum(own, exponent), 1000)
-        acc *= power_of_two(tl.maximum(2 * (exponent - larger), -1000))
-        exponent = larger
-        x *= power_of_two(-exponent)
-    return acc + x * x, exponent
-
-
-@triton.jit
-def store_squares(parts, chunk, acc, exponent, WHEN: tl.constexpr):
-    p = parts + chunk * PART + WHEN
-    tl.store(p, tl.sum(tl.sum(acc, 1), 0))
-    tl.store(p + 1, exponent.to(tl.float64))
-
-
-@triton.jit
-def total_norm(parts, first, last, WHEN: tl.constexpr):
-    """`||.||_F` of a side, from its chunks in a fixed order, as `norm * 2^exponent`."""
-    top = tl.full((), -1000.0, tl.float64)
-    for chunk in range(first, last):
-        top = tl.maximum(top, tl.load(parts + chunk * PART + WHEN + 1))
-    acc = tl.full((), 0.0, tl.float64)
-    for chunk in range(first, last):
-        p = parts + chunk * PART + WHEN
-        acc += tl.load(p) * power_of_two(tl.maximum(2 * (tl.load(p + 1) - top).to(tl.int64), -1000))
-    return tl.sqrt(acc), top.to(tl.int64)
-
-
-@triton.jit
-def look(
-    p_row, parts, header, chunk, own_chunk, width, r, code, SIDE: tl.constexpr, CHECK: tl.constexpr, RC: tl.constexpr,
-    BN: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
-    """The squares of a chunk as it is, and for CHECK whether its gradient is finite."""
-    begin, end = span(p_row, own_chunk, width, SIDE)
-    p, sr, sn = column(p_row, SIDE + col.P), column(p_row, SIDE + col.P_SR), column(p_row, SIDE + col.P_SN)
-    p_g, g_sr, g_sn = column(p_row, SIDE + col.G), column(p_row, SIDE + col.G_SR), column(p_row, SIDE + col.G_SN)
-    bad = block_zeros(SIDE, RC, BN, tl.int32)
-    acc, exponent = no_squares(SIDE, RC, BN, WIDE)
-    for start in range(begin, end, BN):
-        o, mask = offsets(start, sr, sn, r, end, SIDE, RC, BN, VECTOR)
-        acc, exponent = add_squares(acc, exponent, load(p, o, mask, code, DTYPE, WIDE, VECTOR), WIDE)
-        if CHECK:
-            o, mask = offsets(start, g_sr, g_sn, r, end, SIDE, RC, BN, VECTOR)
-            bad = tl.maximum(bad, never_finite(load(p_g, o, mask, code, DTYPE, WIDE, VECTOR)))
-    store_squares(parts, chunk, acc, exponent, BEFORE)
-    store_bad(header, chunk, bad)
 
 
 @triton.jit

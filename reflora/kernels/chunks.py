@@ -9,7 +9,6 @@ import triton.language as tl
 
 from . import table as col
 from .dtypes import exponent_of, power_of_two
-from .gram import block_gram, unit_trace
 from .pair import SLOT_A, SLOT_B, block_zeros, column, largest, load_columns, slot
 
 CHUNKS = tl.constexpr(8)
@@ -24,6 +23,9 @@ RUN, STEP_SIZE_A, CORRECTION_A, DECAY_A, COUNT_A, STEP_SIZE_B, CORRECTION_B, DEC
 )
 # RefLoRA-S: what A is multiplied by before its update and after
 ROOT, TURN = tl.constexpr(11), tl.constexpr(12)
+# without an update, RUN says what each side is multiplied by: a matrix, or a number of its own
+MATRIX, NUMBER = tl.constexpr(1), tl.constexpr(2)
+FACTOR_A, FACTOR_B = tl.constexpr(13), tl.constexpr(14)
 BAD, EXPONENT, HEADER = tl.constexpr(16), tl.constexpr(24), tl.constexpr(32)
 
 
@@ -73,6 +75,24 @@ def store_bad(header, chunk, bad):
 
 
 @triton.jit
+def unit_trace(diagonal):
+    """(what makes the trace 1, 0 where nothing does; the root of the trace, float64) of a Gram with this diagonal."""
+    trace = tl.sum(diagonal, 0)
+    norm = tl.sqrt(trace.to(tl.float64))
+    usable = (norm > 0) & (norm < float("inf"))
+    return tl.where(usable, 1.0 / tl.where(usable, trace, 1.0), 0.0), norm
+
+
+@triton.jit
+def block_gram(x, SIDE: tl.constexpr, TC: tl.constexpr):
+    """`x @ x^T` on side A, `x^T @ x` on side B, of a block in TC."""
+    if SIDE == col.A_SIDE:
+        return tl.dot(x, tl.trans(x), input_precision="ieee", out_dtype=TC)
+    else:
+        return tl.dot(tl.trans(x), x, input_precision="ieee", out_dtype=TC)
+
+
+@triton.jit
 def accumulate(
     p_row, area, header, chunk, begin, end, r, code, SIDE: tl.constexpr, CHECK: tl.constexpr, RC: tl.constexpr,
     BN: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr, SCALED: tl.constexpr,
@@ -108,7 +128,7 @@ def accumulate(
         if SCALED:
             x = x * scale
         x = x.to(TC)
-        acc += block_gram(x, x, SIDE, TC) * one
+        acc += block_gram(x, SIDE, TC) * one
         x = y
     acc = tl.where(sound == 1, acc, float("nan"))
     store_packed(chunk_gram(area, chunk, RC, WIDE), acc, RC, TC)

@@ -52,7 +52,7 @@ class Group:
 
     @property
     def step_route(self) -> str:
-        """How a full AdamW step is taken."""
+        """How a full AdamW step is taken; whatever is not by TORCH has an S here."""
         return routes.forced or self.route.route
 
     @property
@@ -73,6 +73,11 @@ class Group:
     def apart(self) -> bool:
         """Whether the split route solves in a launch of its own."""
         return self.route.gram_warps > 0
+
+    @property
+    def carries(self) -> bool:
+        """Whether Grams are worth carrying from a step to the next."""
+        return self.route.carry_warps > 0
 
     @property
     def gram_options(self) -> dict[str, int]:
@@ -191,6 +196,17 @@ def solve_constants(group: Group, precision: str, target: int | None = None) -> 
     }
 
 
+def constants_of(plan: Plan, group: Group, precision: str) -> dict[str, Any]:
+    """Of the kernels over a group's chunks and rows."""
+    own = {"VECTOR": aligned(plan.table, group.rows)}
+    return {**group.constants, **solve_constants(group, precision), **own}
+
+
+def taken(kernel: Any, constants: dict[str, Any]) -> dict[str, Any]:
+    """Those that a kernel has arguments for."""
+    return {name: constants[name] for name in kernel.arg_names if name in constants}
+
+
 def _branched(code: int, precision: str) -> int:
     narrow = code in (BFLOAT16.value, FLOAT16.value)
     return MIXED.value if narrow and precision == "float64" else code
@@ -216,7 +232,7 @@ class Prepared:
         self.oversized = classes.pop(0, [])
         self.oversized_index = int_table(self.oversized, torch.int64, plan.device)
         self.groups = [_group(plan, rank_class, numbers) for rank_class, numbers in sorted(classes.items())]
-        # rows of a full AdamW step that have no kernel here
+        # rows whose S has no kernel here
         self.rerouted = [n for group in self.groups if group.step_route == routes.TORCH for n in group.rows]
         self.rerouted_index = int_table(self.rerouted, torch.int64, plan.device)
 

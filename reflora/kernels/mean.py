@@ -5,8 +5,8 @@ import triton.language as tl
 
 from . import table as col
 from .cholesky import factor_all
+from .chunks import any_bad, counts, reduce_chunks
 from .dtypes import normal_range, power_of_two
-from .gram import gram
 from .pair import SLOT_A, SLOT_B, SLOT_N, SLOT_X, SLOT_Y, column, slot
 from .solve import (
     FACTOR_INVERSE,
@@ -26,23 +26,25 @@ SMALL = tl.constexpr(16)
 
 @triton.jit
 def decide(
-    p_row, area, r, code, weight, KAPPA_MAX: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
-    DTYPE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr, SCALED: tl.constexpr,
+    p_row, area, header, width, r, code, weight, KAPPA_MAX: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr,
+    WIDE: tl.constexpr, TC: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Grams and their Cholesky factors, packed into SLOT_A and SLOT_B, and what follows from them.
+    """Cholesky factors of the Grams that chunks have left, packed into SLOT_A and SLOT_B, and what follows from them.
 
     weight: as in `judge`. Returns (status, kappa_a, kappa_b, balance, c, norm_a, norm_b): int32 and float64 scalars,
-    c = 1 where the ratio of the norms is of no use as a scale.
+    c = 1 where the ratio of the norms is of no use as a scale; SKIPPED where a chunk has met a gradient not finite.
     """
-    p_a, p_b = slot(area, SLOT_A, RC, TC), slot(area, SLOT_B, RC, TC)
-    scale_a, norm_a, exponent_a = gram(p_row, p_a, r, code, col.A_SIDE, RC, BN, BM, DTYPE, WIDE, TC, SCALED)
-    scale_b, norm_b, exponent_b = gram(p_row, p_b, r, code, col.B_SIDE, RC, BN, BM, DTYPE, WIDE, TC, SCALED)
+    chunks_a, chunks = counts(p_row, width)
+    bad = any_bad(header, chunks)
+    scale_a, norm_a, exponent_a, scale_b, norm_b, exponent_b = reduce_chunks(
+        area, header, chunks_a, chunks, RC, BM, WIDE, TC, SCALED
+    )
     c, useful = ratio(norm_a, exponent_a, norm_b, exponent_b, code)
     balance = imbalance(area, scale_a, norm_a, scale_b, norm_b, c, RC, BM, TC)
     status, kappa_a, kappa_b = judge(
         p_row, area, r, scale_a, norm_a, scale_b, norm_b, useful, weight, KAPPA_MAX, RC, TC
     )
-    c = tl.where(useful, c, 1.0)
+    status, c = tl.where(bad, col.SKIPPED, status), tl.where(useful, c, 1.0)
     return (
         status, kappa_a, kappa_b, balance, c, norm_a * power_of_two(exponent_a), norm_b * power_of_two(exponent_b)
     )  # fmt: skip

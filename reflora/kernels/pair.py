@@ -1,4 +1,4 @@
-"""What the kernels over pairs share: reading a row of the pointer table, blocks of a side, their mixing, the report.
+"""What the kernels over pairs share: reading a row of the pointer table, blocks of a side, the report.
 
 Side A is worked on as blocks `[RC, BN]` and side B as `[BN, RC]`, so that both are read in their usual storage order.
 """
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from . import table as col
-from .dtypes import load, store
+from .dtypes import load
 
 # slots of the workspace of a row: RC * RC elements, then a vector of RC, 8 bytes an element whatever they hold. S and
 # S^-1 end up at its beginning, as WIDE elements without a gap. float64 ones leave room in five slots for nothing else
@@ -87,92 +87,6 @@ def largest(
         size = tl.abs(load(address, o, m, code, DTYPE, WIDE, VECTOR))
         acc = tl.maximum(acc, tl.where(size < float("inf"), size, float("inf")))
     return tl.max(tl.max(acc, 1), 0).to(tl.float64)
-
-
-@triton.jit
-def resident(p_slot, RC: tl.constexpr, BK: tl.constexpr):
-    """What `mix` multiplies by: the matrix itself where a single block holds it, else its slot."""
-    if BK == RC:
-        i = tl.arange(0, RC)
-        return tl.load(p_slot + i[:, None] * RC + i[None, :])
-    else:
-        return p_slot
-
-
-@triton.jit
-def mix(
-    matrix, address, sr, sn, start, r, n, code, factor, SIDE: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr, TYPE: tl.constexpr,
-):  # fmt: skip
-    """`matrix @ block` on side A, `block @ matrix` on side B; elements of the side are multiplied by `factor` first."""
-    acc = block_zeros(SIDE, RC, BN, TYPE)
-    i = tl.arange(0, RC)
-    k = (start + tl.arange(0, BN)).to(tl.int64)
-    for inner in range(0, RC, BK):
-        j = inner + tl.arange(0, BK)
-        if SIDE == col.A_SIDE:
-            o, m = j.to(tl.int64)[:, None] * sr + k[None, :] * sn, (j < r)[:, None] & (k < n)[None, :]
-            x = (load(address, o, m, code, DTYPE, WIDE) * factor).to(TYPE)
-            left = matrix if BK == RC else tl.load(matrix + i[:, None] * RC + j[None, :])
-            acc = tl.dot(left, x, acc, input_precision="ieee", out_dtype=TYPE)
-        else:
-            o, m = k[:, None] * sn + j.to(tl.int64)[None, :] * sr, (k < n)[:, None] & (j < r)[None, :]
-            x = (load(address, o, m, code, DTYPE, WIDE) * factor).to(TYPE)
-            right = matrix if BK == RC else tl.load(matrix + j[:, None] * RC + i[None, :])
-            acc = tl.dot(x, right, acc, input_precision="ieee", out_dtype=TYPE)
-    return acc
-
-
-@triton.jit
-def apply(
-    p_row, p_slot, r, code, COLUMN: tl.constexpr, SIDE: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr, TYPE: tl.constexpr,
-):  # fmt: skip
-    """What COLUMN of a side points at becomes the slot's matrix (TYPE elements) times it, in place."""
-    address = column(p_row, SIDE + COLUMN)
-    sr, sn = column(p_row, SIDE + COLUMN + 1), column(p_row, SIDE + COLUMN + 2)
-    n = column(p_row, SIDE + col.N).to(tl.int32)
-    matrix = resident(p_slot, RC, BK)
-    one = tl.full((), 1.0, WIDE)
-    for start in range(0, n, BN):
-        mixed = mix(matrix, address, sr, sn, start, r, n, code, one, SIDE, RC, BN, BK, DTYPE, WIDE, TYPE)
-        o, m = offsets(start, sr, sn, r, n, SIDE, RC, BN)
-        # the block is read by all before any of it is overwritten
-        tl.debug_barrier()
-        store(address, o, mixed, m, code, DTYPE)
-
-
-@triton.jit
-def rescale(
-    p_row, factor, r, code, COLUMN: tl.constexpr, STRIDES: tl.constexpr, SIDE: tl.constexpr, RC: tl.constexpr,
-    BN: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """What COLUMN of a side points at, with the strides of STRIDES, is multiplied by a float64 scalar, in float64."""
-    address = column(p_row, SIDE + COLUMN)
-    sr, sn = column(p_row, SIDE + STRIDES + 1), column(p_row, SIDE + STRIDES + 2)
-    n = column(p_row, SIDE + col.N).to(tl.int32)
-    for start in range(0, n, BN):
-        o, m = offsets(start, sr, sn, r, n, SIDE, RC, BN)
-        x = load(address, o, m, code, DTYPE, WIDE).to(tl.float64) * factor
-        store(address, o, x, m, code, DTYPE)
-
-
-@triton.jit
-def largest_grad(
-    p_row, r, code, SIDE: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr
-):
-    return largest(
-        column(p_row, SIDE + col.G), column(p_row, SIDE + col.G_SR), column(p_row, SIDE + col.G_SN), r, 0,
-        column(p_row, SIDE + col.N).to(tl.int32), code, SIDE, RC, BN, DTYPE, WIDE,
-    )  # fmt: skip
-
-
-@triton.jit
-def finite_grads(p_row, r, code, RC: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr):
-    """Whether both gradients of a row are finite."""
-    a = largest_grad(p_row, r, code, col.A_SIDE, RC, BN, DTYPE, WIDE)
-    b = largest_grad(p_row, r, code, col.B_SIDE, RC, BN, DTYPE, WIDE)
-    return tl.maximum(a, b) < float("inf")
 
 
 @triton.jit

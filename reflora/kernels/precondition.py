@@ -1,68 +1,82 @@
-"""gA <- S^-1 gA, gB <- gB S, every row of a rank class in one launch, one program a row."""
+"""gA <- S^-1 gA, gB <- gB S, or S and S^-1 alone: Grams over chunks, a solve a row, and products over chunks."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..plan import Plan
+from . import routes
 from . import table as col
-from .launch import prepare, solve_constants
-from .mean import decide, mixer, settle_s
-from .pair import apply, area_of, column, finite_grads, report, rescale
-from .scalar import decide_scalar
-from .settle import shrink_weight, steps_of
+from .apply import apply_chunks, product_type
+from .chunks import MATRIX, RUN
+from .gather import entry, gather_chunks
+from .launch import constants_of, prepare, taken
+from .mean import decide, form_scaled_identity, settle_s
+from .pair import column, report
+from .scalar import balance_rows
+from .settle import move_saved, refuse, shrink_weight, steps_of
 
 
 @triton.jit(do_not_specialize=["start"])
-def precondition_kernel(
-    table, rows, results, work, start, KAPPA_MAX: tl.constexpr, SCALAR: tl.constexpr, RC: tl.constexpr,
-    BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr,
+def solve_kernel(
+    table, rows, widths, headers, results, work, start, SAVE: tl.constexpr, KAPPA_MAX: tl.constexpr, RC: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr,
     SCALED: tl.constexpr,
 ):  # fmt: skip
-    """table int64 `[rows, COLUMNS]`, rows int32 `[programs]`, results float64 `[rows, RESULTS]`, work: workspace.
+    """S and S^-1 of a row, a program each, for SAVE also to where SAVED points: I where the row is skipped.
 
-    start: as Backend.precondition has it.
+    Arguments as gram_kernel's; start as Backend.precondition has it.
     """
     index = tl.program_id(0)
-    row = tl.load(rows + index)
-    p_row = table + row.to(tl.int64) * col.COLUMNS
-    area = area_of(work, index, RC, WIDE)
-    r, code = column(p_row, col.R).to(tl.int32), column(p_row, col.DTYPE).to(tl.int32)
-    nan = tl.full((), float("nan"), tl.float64)
+    row, width, p_row, area, header, r, code = entry(table, rows, widths, headers, work, index, RC, WIDE)
     if column(p_row, col.ACTIVE) == 0:
-        report(results, row, tl.full((), col.PLAIN, tl.int32), nan, nan, nan, nan, nan, nan)
-    elif SCALAR:
-        status, root, norm_a, norm_b = decide_scalar(p_row, r, code, RC, BN, DTYPE, WIDE)
-        s = root * root
-        status = tl.where(finite_grads(p_row, r, code, RC, BN, DTYPE, WIDE), status, col.SKIPPED)
-        # read by all before it is overwritten
-        tl.debug_barrier()
-        if status == col.REFACTORED:
-            rescale(p_row, 1.0 / s, r, code, col.G, col.G, col.A_SIDE, RC, BN, DTYPE, WIDE)
-            rescale(p_row, s, r, code, col.G, col.G, col.B_SIDE, RC, BN, DTYPE, WIDE)
-        report(results, row, status, nan, nan, nan, s, norm_a, norm_b)
+        refuse(row, header, results)
     else:
-        weight = tl.full((), 1.0, tl.float64)
-        if start != 0:
-            weight = shrink_weight(steps_of(p_row), start)
+        weight = shrink_weight(steps_of(p_row), start)
         status, kappa_a, kappa_b, balance, c, norm_a, norm_b = decide(
-            p_row, area, r, code, weight, KAPPA_MAX, RC, BN, BM, DTYPE, WIDE, TC, SCALED
+            p_row, area, header, width, r, code, weight, KAPPA_MAX, RC, BM, WIDE, TC, SCALED
         )
-        status = tl.where(finite_grads(p_row, r, code, RC, BN, DTYPE, WIDE), status, col.SKIPPED)
         status = settle_s(area, r, status, tl.where(start == 0, c, 1.0), code, RC, BM, BK, WIDE, TC)
-        if status != col.SKIPPED:
-            p_s, p_inverse = mixer(area, False, RC, WIDE), mixer(area, True, RC, WIDE)
-            apply(p_row, p_inverse, r, code, col.G, col.A_SIDE, RC, BN, BK, DTYPE, WIDE, WIDE)
-            apply(p_row, p_s, r, code, col.G, col.B_SIDE, RC, BN, BK, DTYPE, WIDE, WIDE)
+        if SAVE:
+            if status == col.SKIPPED:
+                one = tl.full((), 1.0, tl.float64)
+                form_scaled_identity(area, one, one, RC, WIDE)
+            tl.debug_barrier()
+            move_saved(p_row, area, r, code, True, RC, DTYPE, WIDE)
+        tl.store(header + RUN, tl.where(status == col.SKIPPED, 0, MATRIX).to(tl.float64))
         report(results, row, status, kappa_a, kappa_b, balance, c, norm_a, norm_b)
 
 
 def precondition(plan: Plan, scalar: bool, precision: str, start: int, results: Tensor) -> None:
-    """Every row of r <= 128, one launch a rank class; results float64 `[rows, RESULTS]` are written row by row."""
+    """Every row of r <= 128; results float64 `[rows, RESULTS]` are written row by row."""
     prepared = prepare(plan)
     table = prepared.table(plan.table)
     for group in prepared.groups:
-        precondition_kernel[(len(group.numbers),)](
-            table, group.numbers, results, group.workspace, start, SCALAR=scalar, **group.constants,
-            **solve_constants(group, precision), **group.options,
+        constants = constants_of(plan, group, precision)
+        if scalar:
+            balance_rows(group, table, results, constants, gradients=True)
+        elif group.step_route == routes.TORCH:
+            continue
+        else:
+            gather_chunks(group, table, constants, check=True)
+            solve_kernel[(len(group.numbers),)](
+                table, group.numbers, group.widths, group.headers, results, group.workspace, start, SAVE=False,
+                **taken(solve_kernel, constants), **group.options,
+            )  # fmt: skip
+        types = {"STORED": constants["WIDE"], "TYPE": product_type(group, constants)}
+        apply_chunks(group, table, constants, COLUMN=col.G, MATRICES=not scalar, **types)
+
+
+def solve(plan: Plan, precision: str, start: int, results: Tensor) -> None:
+    """The same S, to where SAVED points: `[2, r, r]` a row, S and S^-1; gradients are left alone."""
+    prepared = prepare(plan)
+    table = prepared.table(plan.table)
+    for group in prepared.groups:
+        if group.step_route == routes.TORCH:
+            continue
+        constants = constants_of(plan, group, precision)
+        gather_chunks(group, table, constants, check=False)
+        solve_kernel[(len(group.numbers),)](
+            table, group.numbers, group.widths, group.headers, results, group.workspace, start, SAVE=True,
+            **taken(solve_kernel, constants), **group.options,
         )  # fmt: skip

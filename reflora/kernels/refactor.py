@@ -1,23 +1,30 @@
-"""A <- P^T A, B <- B P^-T with `P P^T = S`, every row of a rank class in one launch, one program a row."""
+"""A <- P^T A, B <- B P^-T with `P P^T = S`: Grams over chunks, a solve a row, and products over chunks."""
+
+from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..plan import Plan
+from . import routes
 from . import table as col
+from .apply import apply_chunks
 from .cholesky import factor
+from .chunks import FACTOR_A, FACTOR_B, MATRIX, NUMBER, RUN
 from .dtypes import balanced_fits
-from .launch import prepare, solve_constants
-from .mean import decide, polar_of_pair
-from .pair import SLOT_A, SLOT_B, SLOT_N, SLOT_X, SLOT_Y, apply, area_of, column, report, rescale, slot
-from .scalar import decide_scalar
+from .gather import entry, gather_chunks
+from .launch import constants_of, prepare, taken
+from .mean import decide, mixer, polar_of_pair
+from .pair import SLOT_A, SLOT_B, SLOT_N, SLOT_X, SLOT_Y, column, report, slot
+from .scalar import balance_rows
+from .settle import refuse
 from .solve import FACTOR_INVERSE, FACTOR_T, PLAIN, finish, multiply
 
 
 @triton.jit
 def form_p(area, r, c, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, TC: tl.constexpr, TP: tl.constexpr):
-    """`P^T = sqrt(c) C^T La^-1` into SLOT_N and `P^-T = La C^-T / sqrt(c)` into SLOT_A, as TP elements.
+    """`P^T = sqrt(c) C^T La^-1` and `P^-T = La C^-T / sqrt(c)`, as TP elements, to where `mixer` finds A's and B's.
 
     `H = Q^T N = C C^T`. Returns 1 if H is positive definite and P finite, else 0.
     """
@@ -34,61 +41,58 @@ def form_p(area, r, c, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, TC:
     multiply(p_y, p_a, FACTOR_T, True, p_b, FACTOR_INVERSE, True, r, RC, BM, BK, TC)
     tl.debug_barrier()
     root = tl.sqrt(c)
-    fits = finish(slot(area, SLOT_N, RC, TP), p_x, root, largest_double, False, RC, BM, TP)
-    fits &= finish(slot(area, SLOT_A, RC, TP), p_y, 1.0 / root, largest_double, False, RC, BM, TP)
+    fits = finish(mixer(area, True, RC, TP), p_x, root, largest_double, False, RC, BM, TP)
+    fits &= finish(mixer(area, False, RC, TP), p_y, 1.0 / root, largest_double, False, RC, BM, TP)
     tl.debug_barrier()
     return tl.where(kappa < float("inf"), fits, 0)
 
 
 @triton.jit
 def refactor_kernel(
-    table, rows, results, work, KAPPA_MAX: tl.constexpr, SCALAR: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr, SCALED: tl.constexpr,
+    table, rows, widths, headers, results, work, KAPPA_MAX: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr,
+    BK: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr, SCALED: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
-    """table int64 `[rows, COLUMNS]`, rows int32 `[programs]`, results float64 `[rows, RESULTS]`, work: workspace."""
+    """P^T and P^-T of a row, a program each; arguments as gram_kernel's. TYPE: of their elements."""
     index = tl.program_id(0)
-    row = tl.load(rows + index)
-    p_row = table + row.to(tl.int64) * col.COLUMNS
-    area = area_of(work, index, RC, WIDE)
-    r, code = column(p_row, col.R).to(tl.int32), column(p_row, col.DTYPE).to(tl.int32)
-    nan = tl.full((), float("nan"), tl.float64)
+    row, width, p_row, area, header, r, code = entry(table, rows, widths, headers, work, index, RC, WIDE)
     if column(p_row, col.ACTIVE) == 0:
-        report(results, row, tl.full((), col.PLAIN, tl.int32), nan, nan, nan, nan, nan, nan)
-    elif SCALAR:
-        status, root, norm_a, norm_b = decide_scalar(p_row, r, code, RC, BN, DTYPE, WIDE)
-        # read by all before it is overwritten
-        tl.debug_barrier()
-        if status == col.REFACTORED:
-            rescale(p_row, root, r, code, col.P, col.P, col.A_SIDE, RC, BN, DTYPE, WIDE)
-            rescale(p_row, 1.0 / root, r, code, col.P, col.P, col.B_SIDE, RC, BN, DTYPE, WIDE)
-        report(results, row, status, nan, nan, nan, root * root, norm_a, norm_b)
+        refuse(row, header, results)
     else:
         status, kappa_a, kappa_b, balance, c, norm_a, norm_b = decide(
-            p_row, area, r, code, None, KAPPA_MAX, RC, BN, BM, DTYPE, WIDE, TC, SCALED
+            p_row, area, header, width, r, code, None, KAPPA_MAX, RC, BM, WIDE, TC, SCALED
         )
-        TP: tl.constexpr = TC if WIDE == tl.float32 else WIDE
         status = tl.where(balanced_fits(norm_a, norm_b, code), status, col.SKIPPED)
         if status == col.REFACTORED:
             polar_of_pair(area, r, RC, BM, BK, TC, True)
-            if form_p(area, r, c, RC, BM, BK, TC, TP) == 1:
-                p_n, p_a = slot(area, SLOT_N, RC, TP), slot(area, SLOT_A, RC, TP)
-                apply(p_row, p_n, r, code, col.P, col.A_SIDE, RC, BN, BK, DTYPE, WIDE, TP)
-                apply(p_row, p_a, r, code, col.P, col.B_SIDE, RC, BN, BK, DTYPE, WIDE, TP)
-            else:
+            if form_p(area, r, c, RC, BM, BK, TC, TYPE) == 0:
                 status = tl.full((), col.DEGENERATE, tl.int32)
-        if status == col.DEGENERATE:
-            root = tl.sqrt(c)
-            rescale(p_row, root, r, code, col.P, col.P, col.A_SIDE, RC, BN, DTYPE, WIDE)
-            rescale(p_row, 1.0 / root, r, code, col.P, col.P, col.B_SIDE, RC, BN, DTYPE, WIDE)
+        tl.store(header + FACTOR_A, tl.sqrt(c))
+        tl.store(header + FACTOR_B, 1.0 / tl.sqrt(c))
+        run = tl.where(status == col.REFACTORED, MATRIX, tl.where(status == col.DEGENERATE, NUMBER, 0))
+        tl.store(header + RUN, run.to(tl.float64))
         report(results, row, status, kappa_a, kappa_b, balance, c, norm_a, norm_b)
 
 
+def factor_type(constants: dict[str, Any]) -> Any:
+    """What P and its inverse are kept and applied in: B A is to stay what it is."""
+    return constants["TC"] if constants["WIDE"] == tl.float32 else constants["WIDE"]
+
+
 def refactor(plan: Plan, scalar: bool, precision: str, results: Tensor) -> None:
-    """Every row of r <= 128, one launch a rank class; results float64 `[rows, RESULTS]` are written row by row."""
+    """Every row of r <= 128; results float64 `[rows, RESULTS]` are written row by row."""
     prepared = prepare(plan)
     table = prepared.table(plan.table)
     for group in prepared.groups:
-        refactor_kernel[(len(group.numbers),)](
-            table, group.numbers, results, group.workspace, SCALAR=scalar, **group.constants,
-            **solve_constants(group, precision), **group.options,
-        )  # fmt: skip
+        constants = constants_of(plan, group, precision)
+        TYPE = factor_type(constants)
+        if scalar:
+            balance_rows(group, table, results, constants, gradients=False)
+        elif group.step_route == routes.TORCH:
+            continue
+        else:
+            gather_chunks(group, table, constants, check=False)
+            refactor_kernel[(len(group.numbers),)](
+                table, group.numbers, group.widths, group.headers, results, group.workspace, TYPE=TYPE,
+                **taken(refactor_kernel, constants), **group.options,
+            )  # fmt: skip
+        apply_chunks(group, table, constants, COLUMN=col.P, MATRICES=not scalar, STORED=TYPE, TYPE=TYPE)

@@ -31,9 +31,9 @@ class Route:
 
     block_m, block_k: rows and inner block of a product of matrices; tensor_k: the inner block on tensor cores. Where it
     is the whole class, the solve's iterates stay in registers. wide, narrow: the update with accesses of 16 bytes and
-    without; carry_warps: of one that carries Grams. gram_warps: of the chunks' Grams where S is solved for in a launch
-    of its own, 0 where the last chunk to arrive does. shared: bytes of shared memory that the step takes at most, on
-    whatever device.
+    without; carry_warps: of one that carries Grams, 0 where reading them anew takes less. gram_warps: of the chunks'
+    Grams where S is solved for in a launch of its own, 0 where the last chunk to arrive does. shared: bytes of shared
+    memory that the step takes at most, on whatever device.
     """
 
     route: str
@@ -59,8 +59,8 @@ class Route:
 ROUTES: dict[int, Route] = {
     16: Route(SPLIT, 2, 32, 16, 16, 16, Update(4, 32), Update(4, 32), 4),
     32: Route(SPLIT, 4, 32, 32, 16, 32, Update(4, 32, 168), Update(4, 16, 128), 4, gram_warps=2),
-    64: Route(SPLIT, 8, 16, 32, 16, 64, Update(4, 32), Update(8, 16, 128), 16, gram_warps=4),
-    128: Route(SPLIT, 16, 16, 32, 16, 64, Update(8, 32), Update(16, 16), 16, gram_warps=8, shared=144 * 1024),
+    64: Route(SPLIT, 8, 16, 32, 16, 64, Update(4, 32), Update(8, 16, 128), 0, gram_warps=4),
+    128: Route(SPLIT, 8, 16, 64, 16, 32, Update(8, 32), Update(16, 16), 0, gram_warps=8, shared=144 * 1024),
 }
 
 # "split" or "row" for every class, to measure one against the other

@@ -14,11 +14,11 @@ from .chunks import (
     EXPONENT,
     STEP_SIZE_A,
     STEP_SIZE_B,
+    block_gram,
     chunk_gram,
     store_packed,
 )
 from .dtypes import BFLOAT16, FLOAT16, FLOAT32, bounded, clamped, load, root, rounded, store
-from .gram import block_gram
 from .mean import mixer
 from .pair import column, load_columns, offsets
 from .rounding import key_of, round_randomly
@@ -214,6 +214,9 @@ def update(
     at = homes(p_row, SIDE, AMSGRAD, MASTER)
     i = tl.arange(0, RC)
     matrix = tl.load(mixer(area, SIDE == col.A_SIDE, RC, WIDE) + i[:, None] * RC + i[None, :])
+    if SIDE == col.A_SIDE:
+        # S^-1 is symmetric; laid out like this its rows are read from shared memory without conflicts
+        matrix = tl.trans(matrix)
     one = tl.where(end > begin, 1.0, 0.0).to(TC)
     acc = tl.zeros([RC, RC], TC)
     # the next block is on its way while this one is worked on, where registers allow
@@ -242,8 +245,7 @@ def update(
             VECTOR,
         )  # fmt: skip
         if CARRY:
-            y = p.to(TC)
-            acc += block_gram(y, y, SIDE, TC) * one
+            acc += block_gram(p.to(TC), SIDE, TC) * one
         if AHEAD:
             p, m, v, x, w = next
     if CARRY:

@@ -7,10 +7,13 @@ from typing import Any
 import torch
 
 from ..contract import STORAGE_DTYPES
+from ..plan import P
 from . import eigh, inv_root, svd
-from .adamw import gram_kernel, row_kernel, settle_kernel, update_kernel
+from .adamw import row_kernel, settle_kernel, update_kernel
 from .adamw_scalar import foresee_kernel, turn_kernel
+from .apply import apply_constants, apply_kernel
 from .dtypes import MIXED
+from .gather import gram_kernel
 from .geometric_mean import geometric_mean_kernel
 from .jacobi import constants as eigen_constants
 from .jacobi import options as eigen_options
@@ -18,8 +21,9 @@ from .launch import Group, scalar_constants, solve_constants, state_constants
 from .matrices import constants as matrix_constants
 from .matrices import options as matrix_options
 from .polar import polar_kernel
-from .precondition import precondition_kernel
-from .refactor import refactor_kernel
+from .precondition import solve_kernel
+from .refactor import factor_type, refactor_kernel
+from .scalar import balance_kernel, squares_kernel
 from .sqrtm import sqrtm_kernel
 
 Variant = tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]
@@ -30,14 +34,15 @@ PAIR = {
     "weight_bits": "i64",
 }  # fmt: skip
 PAIR_KERNELS = {
-    "precondition": precondition_kernel, "refactor": refactor_kernel, "gram": gram_kernel, "settle": settle_kernel,
-    "update": update_kernel, "row": row_kernel, "foresee": foresee_kernel, "turn": turn_kernel,
+    "gram": gram_kernel, "settle": settle_kernel, "update": update_kernel, "row": row_kernel, "foresee": foresee_kernel,
+    "turn": turn_kernel, "solve": solve_kernel, "refactor": refactor_kernel, "apply": apply_kernel,
+    "squares": squares_kernel, "balance": balance_kernel,
 }  # fmt: skip
-SCALAR_KERNELS = ("foresee", "turn")
+SCALAR_KERNELS = ("foresee", "turn", "squares", "balance")
 AMP = {"grad_scale": None, "found_inf": None, "seed": None}
 PAIR_CONSTANTS: dict[str, Any] = {
-    "SCALAR": False, "SCHEDULED": False, "KEEP": False, "CARRY": False, "CHECK": True, "AMSGRAD": False,
-    "MASTER": False, "VECTOR": True, **AMP,
+    "SCHEDULED": False, "KEEP": False, "CARRY": False, "CHECK": True, "AMSGRAD": False, "MASTER": False,
+    "SAVE": False, "MATRICES": True, "COLUMN": P, "GRADIENTS": False, "VECTOR": True, **AMP,
 }  # fmt: skip
 EIGEN_KERNELS = {"eigh": eigh.eigh_kernel, "svd": svd.svd_kernel, "inv_root": inv_root.inv_root_kernel}
 EIGEN_WARPS = {"eigh": eigh.WARPS, "svd": svd.WARPS, "inv_root": inv_root.WARPS}
@@ -65,12 +70,23 @@ def variant(
     kernel = PAIR_KERNELS[name]
     constants = {**PAIR_CONSTANTS, **group.constants, **solve_constants(group, precision, capability)}
     own = scalar_constants(group) if name in SCALAR_KERNELS else state_constants(group, precision)
-    constants = {**constants, "APART": group.apart, **own, **changed}
+    constants = {
+        **constants,
+        "TYPE": factor_type(constants),
+        "STORED": factor_type(constants),
+        "APART": group.apart,
+        **own,
+        **changed,
+    }
+    constants["CARRY"] = constants["CARRY"] and group.carries
     typed = {key: value for key, value in constants.items() if isinstance(value, str)}
     constants = {key: constants[key] for key in kernel.arg_names if key in constants and key not in typed}
     options = group.scalar_options if name in SCALAR_KERNELS else group.options
     if name == "gram":
         options = group.gram_options
+    if name == "apply":
+        constants.update(apply_constants(group, constants))
+        options = constants.pop("options")
     if name == "update":
         options = group.update_options(constants["CARRY"], constants["VECTOR"])
         constants["BN"] = options.pop("BN")

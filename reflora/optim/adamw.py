@@ -60,10 +60,10 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
             where n_out < n_in or the rate is low: such a layer is LoRA's, and `diagnostics().inactive` counts it.
         backend: None (the fastest that can serve the device), "triton", "cpp" or "torch".
         precision: "float64" or, faster on GPUs with slow float64, "float32": of Grams and solve.
-        carry_grams: Keep the factors' Grams from one step to the next, which saves reading them once (4 of 32 bytes a
-            float32 parameter). Writes that bump `_version` are seen; after one that does not, through `.data`, raw
-            memory or torch's own fused optimizers, call `invalidate()`. Never used while a CUDA graph is captured, nor
-            after.
+        carry_grams: Keep the factors' Grams from one step to the next, which saves reading them once (4 of 36 bytes a
+            float32 parameter; on a GPU up to r = 32). Writes that bump `_version` are seen; after one that does not,
+            through `.data`, raw memory or torch's own fused optimizers, call `invalidate()`. Never used while a CUDA
+            graph is captured, nor after.
         check_grads: Skip a layer whose gradient is not finite, which costs one more read of it. With False, and under
             a GradScaler, which has looked already, what is NaN in a preconditioned gradient counts as 0, and what is
             infinite as the largest number that can be squared.

@@ -39,12 +39,23 @@ OUTCOME = (col.STATUS, col.SCALE, col.NORM_A, col.NORM_B)
 
 
 class Outcome(NamedTuple):
-    """What became of a pair: columns of the result table, float64 `[experts]` each."""
+    """What became of a pair, or of several: columns of the result table, float64 `[rows]` each."""
 
     status: Tensor
     scale: Tensor
     norm_A: Tensor
     norm_B: Tensor
+
+    @classmethod
+    def of(cls, report: Tensor) -> Outcome:
+        """report: rows of the result table, `[rows, RESULTS]`."""
+        # views: a list of columns would be an index that waits for the device
+        return cls(*(report[:, column] for column in OUTCOME))
+
+    @property
+    def started(self) -> Tensor:
+        """0 where a factor was 0, else 1, float32."""
+        return ((self.norm_A != 0) & (self.norm_B != 0)).float()
 
     @property
     def identity(self) -> Tensor:
@@ -79,7 +90,9 @@ class PairOps:
         self.backend, self.precision = backend, precision
         self._plans: list[tuple[list[int], Plan, Backend]] = []
         self._last: tuple[list[list[int]], list[Plan], list[Tensor]] = ([], [], [])
+        # the pairs of a solve of some, and their operations
         self._solved: tuple[PairOps, list[int]] | None = None
+        self._some: tuple[PairOps, list[int]] | None = None
         for device in {pair.A.device for pair in self.pairs}:
             resolve(backend, device)
 
@@ -87,18 +100,19 @@ class PairOps:
         """What the last call did, layer by layer."""
         return diagnose(self.pairs, *self._last) if self._solved is None else self._solved[0].diagnostics()
 
-    def outcome(self) -> dict[int, Outcome]:
-        """Of the last call, by pair, on the pair's device."""
+    def reports(self) -> dict[int, Tensor]:
+        """Of the last call, by pair: its rows of the result table, `[experts, RESULTS]` on the pair's device."""
         if self._solved is not None:
             inner, chosen = self._solved
-            return {chosen[index]: columns for index, columns in inner.outcome().items()}
-        found: dict[int, Outcome] = {}
+            return {chosen[index]: report for index, report in inner.reports().items()}
+        found: dict[int, Tensor] = {}
         for indices, plan, results in zip(*self._last):
-            # views: a list of columns would be an index that waits for the device
-            experts = [pair.experts for pair in plan.pairs]
-            columns = (results[:, column].split(experts) for column in OUTCOME)
-            found.update((index, Outcome(*own)) for index, own in zip(indices, zip(*columns)))
+            found.update(zip(indices, results.split([pair.experts for pair in plan.pairs])))
         return found
+
+    def outcome(self) -> dict[int, Outcome]:
+        """Of the last call, by pair, on the pair's device."""
+        return {index: Outcome.of(report) for index, report in self.reports().items()}
 
     def started(self) -> dict[int, Tensor]:
         """Of the last call, by pair: 0 where a factor was 0, else 1, float32 `[experts]`."""
@@ -107,8 +121,7 @@ class PairOps:
             return {chosen[index]: flags for index, flags in inner.started().items()}
         found: dict[int, Tensor] = {}
         for indices, plan, results in zip(*self._last):
-            flags = ((results[:, col.NORM_A] != 0) & (results[:, col.NORM_B] != 0)).float()
-            found.update(zip(indices, flags.split([pair.experts for pair in plan.pairs])))
+            found.update(zip(indices, Outcome.of(results).started.split([pair.experts for pair in plan.pairs])))
         return found
 
     def with_finite_grads(self, active: Sequence[bool]) -> list[bool]:
@@ -123,11 +136,11 @@ class PairOps:
         """Frobenius norms of A and B of some pairs, float64 `[2, experts]`."""
         pairs = {index: self.pairs[index] for index in indices}
         views = [v for p in pairs.values() for v in (*p.views_A(p.A.detach()), *p.views_B(p.B.detach()))]
-        norms = iter(torch._foreach_norm(views, dtype=torch.float64) if views else [])
-        return {
-            index: torch.stack([next(norms) for _ in range(2 * pair.experts)]).view(2, -1)
-            for index, pair in pairs.items()
-        }
+        if not views:
+            return {}
+        norms = torch.stack(torch._foreach_norm(views, dtype=torch.float64))
+        sizes = [2 * pair.experts for pair in pairs.values()]
+        return {index: own.view(2, -1) for index, own in zip(pairs, norms.split(sizes))}
 
     def precondition(self, active: Sequence[bool], scalar: bool = False, counts: Counts | None = None) -> None:
         """`reflora.precondition_` of each active pair's `.grad`; counts: of the active pairs, see `Counts`."""
@@ -145,27 +158,35 @@ class PairOps:
         found = [outcome[index] for index in range(len(self.pairs))]
         return [one.scale.sqrt().where(one.status == REFACTORED, 1.0) for one in found]
 
-    def solve(self, indices: Iterable[int], counts: Counts | None = None) -> dict[int, Tensor]:
-        """S and S^-1 of some pairs, `[experts, 2, r, r]` in float32 (float64 for float64 factors).
+    def solve(
+        self, indices: Iterable[int], counts: Counts | None = None, out: Mapping[int, Tensor] | None = None
+    ) -> dict[int, Tensor]:  # fmt: skip
+        """S and S^-1 of some pairs, `[experts, 2, r, r]` in float32 (float64 for float64 factors), new or in `out`.
 
-        Read off the preconditioned rows of an identity, so that every backend serves and nothing synchronises.
+        I where a factor is not finite. Nothing synchronises.
         """
         chosen = list(indices)
         if not chosen:
             return {}
-        copies, grads = [], []
-        for pair in (self.pairs[i] for i in chosen):
-            A, B = (t.detach().to(_apply_dtype(t)) for t in (pair.A, pair.B))
-            copies.append(LoRAPair(pair.name, A, B, pair.layout))
-            grads.append((_identity(A, pair.views_A), _identity(B, pair.views_B)))
-        inner = PairOps(copies, self.backend, self.precision)
-        inner._precondition(grads, False, counts and {place: counts[i] for place, i in enumerate(chosen)})
-        self._solved = inner, chosen
-        found = {}
-        for index, pair, (gA, gB) in zip(chosen, copies, grads):
-            both = zip(pair.views_B(gB), pair.views_A(gA))
-            found[index] = torch.stack([torch.stack([_square(rows, pair.rank) for rows in sides]) for sides in both])
-        return found
+        inner = self._of(chosen)
+        found = [_room(self.pairs[i]) if out is None else out[i] for i in chosen]
+        start = 0 if counts is None else START_STEPS
+        inner._run(
+            [(pair.A, pair.B) for pair in inner.pairs],
+            lambda plan, backend: backend.solve(plan, self.precision, start),
+            counts and {place: counts[i] for place, i in enumerate(chosen)},
+            found,
+        )
+        self._solved = None if inner is self else (inner, chosen)
+        return dict(zip(chosen, found))
+
+    def _of(self, chosen: list[int]) -> PairOps:
+        """The operations on some of the pairs, kept while these stay the same."""
+        if chosen == list(range(len(self.pairs))):
+            return self
+        if self._some is None or self._some[1] != chosen:
+            self._some = PairOps([self.pairs[i] for i in chosen], self.backend, self.precision), chosen
+        return self._some[0]
 
     def apply(self, saved: Mapping[int, Tensor]) -> None:
         """`gA <- S^-1 gA`, `gB <- gB S` with the matrices that `solve` returned, for those pairs."""
@@ -192,7 +213,7 @@ class PairOps:
     @independent()
     def _run(
         self, tensors: Sequence[tuple[Tensor | None, Tensor | None]], call: Callable[[Plan, Backend], Tensor],
-        counts: Counts | None = None,
+        counts: Counts | None = None, out: Sequence[Tensor] | None = None,
     ) -> None:  # fmt: skip
         plans, self._solved = self._ready_plans(), None
         results = []
@@ -200,8 +221,11 @@ class PairOps:
             plan.bind_grads([tensors[i] for i in chosen])
             if counts is not None:
                 plan.bind_once(col.COUNT, [counts[i] if i in counts else _none(self.pairs[i]) for i in chosen])
+            if out is not None:
+                plan.bind_once(col.SAVED, [out[i] for i in chosen])
             results.append(call(plan, backend))
             plan.release_grads()
+            plan.pair_tensors.pop(col.SAVED, None)
         self._last = ([chosen for chosen, _, _ in plans], [plan for _, plan, _ in plans], results)
 
     def _ready_plans(self) -> list[tuple[list[int], Plan, Backend]]:
@@ -276,18 +300,7 @@ def _none(pair: LoRAPair) -> Tensor:
     return torch.zeros(pair.experts, dtype=torch.float32, device=pair.A.device)
 
 
-def _apply_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def _identity(factor: Tensor, views: Callable[[Tensor], list[Tensor]]) -> Tensor:
-    """Zeros laid out like `factor`, with ones on the diagonal of each of its `[r, n]` (or `[n, r]`) views."""
-    zeros = torch.zeros_like(factor)
-    for view in views(zeros):
-        view.diagonal().fill_(1)
-    return zeros
-
-
-def _square(rows: Tensor, r: int) -> Tensor:
-    """The `[r, r]` matrix that an identity `[r, n]` or `[n, r]` was multiplied by; for n < r it is a multiple of I."""
-    return rows[:r, :r] if min(rows.shape) >= r else rows[0, 0] * torch.eye(r, dtype=rows.dtype, device=rows.device)
+def _room(pair: LoRAPair) -> Tensor:
+    """For S and S^-1 of a pair."""
+    dtype = torch.float64 if pair.A.dtype == torch.float64 else torch.float32
+    return torch.empty(pair.experts, 2, pair.rank, pair.rank, dtype=dtype, device=pair.A.device)
