@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reflora
+from reflora.optim.pairs import PairOps
 
 
 def build() -> nn.Module:
@@ -274,6 +275,70 @@ def test_a_model_turned_to_float64_before_the_next_refresh() -> None:
     model.double()
     train(model, adamw(model), range(2, 4), hooks)
     assert all(p.dtype == torch.float64 and p.isfinite().all() for p in trained(model))
+
+
+def backward(model: nn.Module) -> list[float]:
+    """Norms of the gradients of a fixed batch."""
+    model.zero_grad()
+    x = torch.linspace(-1, 1, 48).view(2, 24).to(next(model.parameters()))
+    model(x).square().sum().backward()
+    return [float(p.grad.norm()) for p in trained(model)]
+
+
+@pytest.mark.parametrize("warmup_steps", [None, 5])
+def test_a_model_that_moves_before_a_refresh_has_taken_one_step(warmup_steps: int | None) -> None:
+    model = build()
+    hooks = reflora.GradientHooks(model, warmup_steps=warmup_steps)
+    for factor in factors(model, "B"):
+        factor.normal_()
+    for move in (False, True, False):
+        backward(model)
+        if move:
+            model.double()
+        hooks.refresh()
+    assert taken(hooks) == [3, 3]
+
+
+def test_a_refresh_that_fails_leaves_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    hooks = reflora.GradientHooks(model, warmup_steps=0)
+    train(model, adamw(model), range(5), hooks)
+    wanted, state = backward(model), copy.deepcopy(hooks.state_dict())
+
+    def fail(self: Any) -> None:
+        raise torch.OutOfMemoryError("none left")
+
+    for factor in factors(model, "B"):
+        factor.mul_(3)
+    with monkeypatch.context() as patch:
+        patch.setattr(PairOps, "reports", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            hooks.refresh()
+    for factor in factors(model, "B"):
+        factor.div_(3)
+    assert backward(model) == pytest.approx(wanted, rel=1e-6)
+    for old, new in zip(state.values(), hooks.state_dict().values()):
+        torch.testing.assert_close(old, new, rtol=0, atol=0)
+
+
+def test_hooks_made_in_inference_mode_go_on_outside() -> None:
+    model, other = build(), build()
+    with torch.inference_mode():
+        hooks = reflora.GradientHooks(model)
+        hooks.load_state_dict(hooks.state_dict())
+    train(model, adamw(model), range(3), hooks)
+    train(other, adamw(other), range(3), reflora.GradientHooks(other))
+    assert all(map(torch.equal, trained(model), trained(other)))
+
+
+def test_a_state_of_other_experts_is_refused_and_changes_nothing() -> None:
+    hooks = reflora.GradientHooks(build())
+    state = hooks.state_dict()
+    first = next(iter(state))
+    with pytest.raises(ValueError, match=r"base_model.model.0.default: expected \[1, 4\], got \[2, 4\]"):
+        hooks.load_state_dict({**state, first: state[first].repeat(2, 1)})
+    hooks.refresh()
+    assert all(map(torch.equal, state.values(), hooks.state_dict().values()))
 
 
 class Launches(TorchDispatchMode):

@@ -84,12 +84,12 @@ def solve(pairs, precision="float64", start=0, counts=None):
     plan = Plan(pairs)
     plan.bind_grads([(p.A, p.B) for p in pairs])
     wide = [torch.float64 if p.A.dtype == torch.float64 else torch.float32 for p in pairs]
-    rooms = [torch.full((2, p.rank, p.rank), torch.nan, dtype=d, device=p.A.device) for p, d in zip(pairs, wide)]
+    rooms = [torch.full((1, 2, p.rank, p.rank), torch.nan, dtype=d, device=p.A.device) for p, d in zip(pairs, wide)]
     plan.bind_once(col.SAVED, rooms)
     if counts:
         plan.bind_once(col.COUNT, [torch.tensor([float(count)], device=plan.device) for count in counts])
     results = triton_backend.solve(plan, precision, start)
-    return [room.cpu() for room in rooms], results.cpu()
+    return [room[0].cpu() for room in rooms], results.cpu()
 
 
 @pytest.mark.parametrize("precision", ["float64", "float32"])

@@ -10,7 +10,7 @@ from reflora import plan as col
 from reflora.backends import FRESH, IDENTITY, SAVED, torch_backend, triton_backend
 from reflora.contract import PLAIN, REFACTORED, SKIPPED, LoRAPair
 from reflora.kernels import launch, routes
-from reflora.plan import A_SIDE, B_SIDE
+from reflora.plan import A_SIDE, B_SIDE, Plan
 
 pytestmark = MARKS
 
@@ -286,8 +286,21 @@ def test_norms_over_chunks_of_the_scalar_variant(scales):
 
 
 def test_a_class_without_a_kernel_on_a_device_goes_through_torch(monkeypatch):
-    """As r > 64 does where a program cannot have the shared memory that it needs."""
+    """As r > 64 does where a program cannot have the shared memory that it needs, whatever is called."""
     monkeypatch.setattr(launch, "shared_memory", lambda device: routes.ROUTES[16].shared - 1)
+    ends = []
+    for backend in (triton_backend, torch_backend):
+        torch.manual_seed(0)
+        pairs = pairs_of(torch.float32)
+        plan, grads = Plan(pairs), gradients(pairs, 0)
+        plan.bind_grads(grads)
+        rooms = [torch.zeros(p.experts, 2, p.rank, p.rank, device=DEVICE) for p in pairs]
+        plan.bind_once(col.SAVED, rooms)
+        results = [backend.solve(plan, "float64"), backend.precondition(plan, False, "float64")]
+        results.append(backend.refactor(plan, False, "float64"))
+        ends.append([t for p, g in zip(pairs, grads) for t in (p.A, p.B, *g)] + rooms + results)
+    for x, y in zip(*ends):
+        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
     ends = []
     for backend in (triton_backend, torch_backend):
         fused = Fused(pairs_of(torch.float32), HYPERS, backend)
@@ -297,7 +310,10 @@ def test_a_class_without_a_kernel_on_a_device_goes_through_torch(monkeypatch):
 
 
 @pytest.mark.parametrize("shared, route", [(99 * 1024, routes.TORCH), (163 * 1024, routes.SPLIT), (None, routes.SPLIT)])
-def test_the_route_of_the_largest_class_is_what_the_device_has_room_for(shared, route):
-    """99 KiB: compute capability 8.6, 8.9, 12.0 and 12.1, and whatever comes next."""
-    assert routes.route_of(128, shared).route == route
-    assert routes.route_of(64, shared).route == routes.SPLIT
+def test_the_route_of_the_largest_class_is_what_the_device_has_room_for(shared, route, monkeypatch):
+    """99 KiB: compute capability 8.6, 8.9, 12.0 and 12.1, and whatever comes next. float32 takes less."""
+    assert routes.route_of(128, shared) == route
+    assert routes.route_of(128, shared, double=False) == routes.route_of(64, shared) == routes.SPLIT
+    # what is measured is not what a device has no room for
+    monkeypatch.setattr(routes, "forced", routes.ROW)
+    assert routes.route_of(128, shared) == (routes.TORCH if route == routes.TORCH else routes.ROW)

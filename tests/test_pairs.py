@@ -107,3 +107,23 @@ def test_what_became_of_pairs_is_read_by_views(fast_backend):
         found = ops.outcome()
     assert calls and all(function.is_view for function in calls), calls
     assert [len(found[index].scale) for index in range(len(pairs))] == [pair.experts for pair in pairs]
+
+
+def test_norms_of_pairs_on_several_devices():
+    pairs = [LoRAPair(name, torch.ones(3, 8, device=name), torch.ones(7, 3, device=name)) for name in ("cpu", "meta")]
+    norms = PairOps(pairs, "torch").norms([1, 0])
+    assert [(index, norm.device.type, norm.shape) for index, norm in sorted(norms.items())] == [
+        (0, "cpu", (2, 1)), (1, "meta", (2, 1)),
+    ]  # fmt: skip
+    torch.testing.assert_close(norms[0][:, 0], torch.tensor([24.0, 21.0], dtype=torch.float64).sqrt())
+
+
+def test_operations_on_some_pairs_end_when_all_are_solved_for(fast_backend):
+    """They would keep factors alive that have been replaced since."""
+    pairs = [LoRAPair(str(i), torch.randn(3, 8), torch.randn(7, 3)) for i in range(3)]
+    ops = PairOps(pairs, fast_backend)
+    ops.solve([0, 1])
+    kept = weakref.ref(ops._some[0])
+    ops.solve([0, 1, 2])
+    gc.collect()
+    assert kept() is None

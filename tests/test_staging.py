@@ -83,7 +83,7 @@ def test_buffers_that_another_stream_reads_are_kept_for_it(capture, monkeypatch)
     (group,) = prepared.groups
     made = [
         prepared.oversized_index,
-        prepared.rerouted_index,
+        *prepared.rerouted_index.values(),
         group.numbers,
         group.workspace,
         group.headers,

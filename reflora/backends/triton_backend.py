@@ -68,7 +68,7 @@ def refactor(plan: Plan, scalar: bool, precision: str) -> Tensor:
         plan,
         lambda results: launch(plan, scalar, precision, results),
         lambda rows: torch_backend.refactor(plan, scalar, precision, rows),
-        scalar,
+        None if scalar else precision,
     )
 
 
@@ -79,7 +79,7 @@ def precondition(plan: Plan, scalar: bool, precision: str, start: int = 0) -> Te
         plan,
         lambda results: launch(plan, scalar, precision, start, results),
         lambda rows: torch_backend.precondition(plan, scalar, precision, start, rows),
-        scalar,
+        None if scalar else precision,
     )
 
 
@@ -90,7 +90,7 @@ def solve(plan: Plan, precision: str, start: int = 0) -> Tensor:
         plan,
         lambda results: launch(plan, precision, start, results),
         lambda rows: torch_backend.solve(plan, precision, start, rows),
-        scalar=False,
+        precision,
     )
 
 
@@ -104,7 +104,7 @@ def adamw(plan: Plan, step: AdamWStep) -> Tensor:
         plan,
         lambda results: launch(plan, step, results),
         lambda rows: torch_backend.adamw(plan, step, rows),
-        step.scalar,
+        None if step.scalar else step.precision,
     )
 
 
@@ -175,9 +175,12 @@ def _serve(
     plan: Plan,
     launch: Callable[[Tensor], None],
     through_torch: Callable[[list[int]], Tensor],
-    scalar: bool,
+    precision: str | None,
 ) -> Tensor:
-    """The result table: kernels write their rows of it, rows that have no kernel come from the torch backend."""
+    """The result table: kernels write their rows of it, rows that have no kernel come from the torch backend.
+
+    precision: of Grams and solve; None without, which has a kernel on every device.
+    """
     from ..kernels.launch import prepare
 
     results = torch.empty(len(plan.rows), RESULTS, dtype=torch.float64, device=plan.device)
@@ -185,8 +188,8 @@ def _serve(
     with torch.cuda.device_of(results):
         launch(results)
     left = [(prepared.oversized, prepared.oversized_index)]
-    if not scalar:  # what needs no Grams has a kernel on every device
-        left.append((prepared.rerouted, prepared.rerouted_index))
+    if precision is not None:
+        left.append((prepared.rerouted[precision], prepared.rerouted_index[precision]))
     for rows, index in left:
         if rows:
             results.index_copy_(0, index, through_torch(rows))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..ambient import independent
+from ..ambient import independent, outside_inference
 from ..contract import LoRAPair, check_unhooked, fail, is_sharded
 from ..diagnostics import Diagnostics
 from ..optim.options import check_schedule
@@ -58,7 +58,9 @@ class GradientHooks:
                 fail(pair.name, "factors that this process holds whole", "DTensor", remedy)
         check_unhooked(self.pairs)
         self._ops = PairOps(self.pairs, backend, precision)
-        self._groups = _groups(self.pairs, host_counts=warmup_steps is not None)
+        self._groups = self._grouped(
+            {i: torch.zeros(pair.experts, 4, dtype=torch.float64, device="cpu") for i, pair in enumerate(self.pairs)}
+        )
         self._went_backward: set[int] = set()
         self._in_other_units = False  # a loaded state may be: its gradients are
         self._matrices: dict[int, Tensor] = {}
@@ -73,48 +75,48 @@ class GradientHooks:
     @independent()
     def refresh(self) -> None:
         """Take S of the factors as they are now, in a number of launches that does not grow with the model."""
-        self._regroup()
-        for group in self._groups:
-            group.counts = group.counts_after(self._went_backward)
-        self._went_backward = set()
+        with outside_inference([pair.A for pair in self.pairs]):
+            self._refresh()
+
+    def _refresh(self) -> None:
+        groups, matrices = self._next_groups(), {}
         gentle = self.warmup_steps is None
-        warming = {i for group in self._groups for i in group.below(self.warmup_steps)} if self.warmup_steps else set()
-        self._plain(warming)
-        counts = {i: count for group in self._groups for i, count in group.split(group.counts)} if gentle else {}
-        rooms = {i: room for group in self._groups for i, room in group.split(group.matrices)}
+        warming = {i for group in groups for i in group.below(self.warmup_steps)} if self.warmup_steps else set()
+        matrices.update(self._plain(groups, warming))
+        counts = {i: count for group in groups for i, count in group.split(group.counts)} if gentle else {}
+        rooms = {i: room for group in groups for i, room in group.split(group.matrices)}
         solved = self._ops.solve((i for i in range(len(self.pairs)) if i not in warming), counts or None, rooms)
+        matrices.update(solved)
         reports = self._ops.reports() if solved else {}
-        for group in self._groups:
+        for group in groups:
             chosen, rows = group.rows_of(reports)
             if not chosen:
                 continue
-            found = Outcome.of(torch.cat([reports[i] for i in chosen]))
-            kept = group.units[rows]
+            found, kept = Outcome.of(torch.cat([reports[i] for i in chosen])), group.units[rows]
             units, group.units[rows] = (
                 self._return_to_identity(kept, found.scale) if gentle else self._leave_identity(kept, found)
             )
             group.matrices[rows] *= _sides(units).to(group.matrices)
             if gentle:  # from a factor that is 0 the start is still to come
                 group.counts[rows] *= found.started
-        self._matrices.update(solved)
+        # all at once: what fails before leaves the last S, its units and its counts
+        self._groups, self._matrices, self._went_backward = groups, matrices, set()
 
-    def _plain(self, indices: Set[int]) -> None:
-        """S = I; gradients stay in the units of a loaded state."""
+    def _plain(self, groups: Sequence[_Group], indices: Set[int]) -> dict[int, Tensor]:
+        """S = I; where a loaded state is in other units the matrices that keep gradients in them."""
         norms = self._ops.norms(indices) if self._in_other_units else {}
-        for group in self._groups:
+        found: dict[int, Tensor] = {}
+        for group in groups:
             chosen, rows = group.rows_of(indices)
-            if not chosen:
-                continue
-            if not norms:
-                for index in chosen:
-                    self._matrices.pop(index, None)
+            if chosen and not norms:
                 group.units[rows, :2], group.units[rows, 2] = 1, 0
-                continue
-            norm_A, norm_B = torch.cat([norms[i] for i in chosen], 1)
-            units, group.units[rows] = self._return_to_identity(group.units[rows], norm_B / norm_A)
-            eye = torch.eye(group.matrices.shape[-1], dtype=group.matrices.dtype, device=units.device)
-            group.matrices[rows] = eye * _sides(units).to(eye)
-            self._matrices.update((i, room) for i, room in group.split(group.matrices) if i in indices)
+            elif chosen:
+                norm_A, norm_B = torch.cat([norms[i] for i in chosen], 1)
+                units, group.units[rows] = self._return_to_identity(group.units[rows], norm_B / norm_A)
+                eye = torch.eye(group.matrices.shape[-1], dtype=group.matrices.dtype, device=units.device)
+                group.matrices[rows] = eye * _sides(units).to(eye)
+                found.update((i, room) for i, room in group.split(group.matrices) if i in indices)
+        return found
 
     def _return_to_identity(self, kept: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """Units `[rows, 2]` of an S without its scale c, and what to keep of them, `[rows, 3]`.
@@ -135,27 +137,23 @@ class GradientHooks:
         settled = kept[:, 2:].maximum(found.left[:, None])
         return units.where(units > 0, 1.0), torch.cat([units, settled], 1)
 
-    def _regroup(self) -> None:
-        """Where factors have moved, or are of another type, since."""
+    def _next_groups(self) -> list[_Group]:
+        """The groups after the backward passes so far, in tensors of their own; factors may have moved since."""
         if any(group.moved(self.pairs) for group in self._groups):
-            state = self._state()
-            self._groups = _groups(self.pairs, host_counts=self.warmup_steps is not None)
-            self._fill(state)
+            return self._grouped(self._state())
+        return [group.after(self._went_backward) for group in self._groups]
+
+    def _grouped(self, state: Mapping[int, Tensor]) -> list[_Group]:
+        alike: dict[tuple[Any, ...], list[int]] = {}
+        for index, pair in enumerate(self.pairs):
+            alike.setdefault(_kind(pair), []).append(index)
+        return [_group(kind, own, state, host=self.warmup_steps is not None) for kind, own in alike.items()]
 
     def _state(self) -> dict[int, Tensor]:
         """By pair `[experts, 4]`: its units, and the steps with those whose refresh is still to come."""
-        return {
-            i: own
-            for group in self._groups
-            for i, own in group.split(
-                torch.cat([group.units, group.counts_after(self._went_backward).to(group.units)[:, None]], 1)
-            )
-        }
-
-    def _fill(self, state: Mapping[int, Tensor]) -> None:
-        for group in self._groups:
-            whole = torch.cat([state[i].to(group.units) for i in group.indices])
-            group.units, group.counts = whole[:, :3].clone(), whole[:, 3].to(group.counts)
+        groups = [group.after(self._went_backward) for group in self._groups]
+        columns = [torch.cat([group.units, group.counts.to(group.units)[:, None]], 1) for group in groups]
+        return {i: own for group, whole in zip(groups, columns) for i, own in group.split(whole)}
 
     def diagnostics(self) -> Diagnostics:
         """Of the last `refresh`, layer by layer; reading its properties synchronises."""
@@ -185,15 +183,17 @@ class GradientHooks:
                 sorted(state_dict)[:3],
                 "Load the same model's.",
             )
+        for pair in self.pairs:
+            rows, columns = state_dict[pair.name].shape
+            if rows != pair.experts or columns not in (3, 4):
+                fail(pair.name, f"[{pair.experts}, 4]", [rows, columns], "Load the same model's.")
         # earlier states have no fourth column
         state = [
             torch.cat([own, own.new_zeros(len(own), 4 - own.shape[1])], 1)
             for own in (state_dict[name] for name in names)
         ]
         self._in_other_units = any(bool((own[:, :3] != own.new_tensor([1, 1, 0])).any()) for own in state)
-        self._went_backward = set()
-        self._regroup()
-        self._fill(dict(enumerate(state)))
+        self._groups, self._went_backward = self._grouped(dict(enumerate(state))), set()
         self.refresh()
 
 
@@ -230,13 +230,15 @@ class _Group:
         rows = torch.tensor(list(chain.from_iterable(numbers)), dtype=torch.bool, device="cpu").nonzero()[:, 0]
         return chosen, rows.to(self.units.device, non_blocking=True)
 
-    def counts_after(self, backward: Container[int]) -> Tensor:
-        """With a step of the pairs that have had a backward pass."""
+    def after(self, backward: Container[int]) -> _Group:
+        """With a step of the pairs that have had a backward pass, and room for other matrices."""
         if all(i in backward for i in self.indices):
-            return self.counts + 1
-        steps = [[float(i in backward)] * experts for i, experts in zip(self.indices, self.experts)]
-        own = torch.tensor(list(chain.from_iterable(steps)), dtype=torch.float32, device="cpu")
-        return self.counts + own.to(self.counts.device, non_blocking=True)
+            counts = self.counts + 1
+        else:
+            steps = [[float(i in backward)] * experts for i, experts in zip(self.indices, self.experts)]
+            own = torch.tensor(list(chain.from_iterable(steps)), dtype=torch.float32, device="cpu")
+            counts = self.counts + own.to(self.counts.device, non_blocking=True)
+        return replace(self, units=self.units.clone(), counts=counts, matrices=torch.empty_like(self.matrices))
 
     def below(self, steps: int) -> list[int]:
         """The pairs that have taken part in fewer; of counts on the host."""
@@ -250,18 +252,13 @@ def _kind(pair: LoRAPair) -> tuple[Any, ...]:
     return pair.A.device, pair.rank, dtype
 
 
-def _groups(pairs: Sequence[LoRAPair], host_counts: bool) -> list[_Group]:
-    alike: dict[tuple[Any, ...], list[int]] = {}
-    for index, pair in enumerate(pairs):
-        alike.setdefault(_kind(pair), []).append(index)
-    found = []
-    for (device, rank, dtype), indices in alike.items():
-        experts = [pairs[i].experts for i in indices]
-        units = torch.zeros(sum(experts), 3, dtype=torch.float64, device=device)
-        counts = torch.zeros(len(units), dtype=torch.float32, device="cpu" if host_counts else device)
-        matrices = torch.empty(len(units), 2, rank, rank, dtype=dtype, device=device)
-        found.append(_Group(indices, experts, units, counts, matrices))
-    return found
+def _group(kind: tuple[Any, ...], indices: list[int], state: Mapping[int, Tensor], host: bool) -> _Group:
+    """host: counts are kept there."""
+    device, rank, dtype = kind
+    whole = torch.cat([state[i].to(device, torch.float64) for i in indices])
+    counts = whole[:, 3].to("cpu" if host else device, torch.float32)
+    matrices = torch.empty(len(whole), 2, rank, rank, dtype=dtype, device=device)
+    return _Group(indices, [len(state[i]) for i in indices], whole[:, :3].clone(), counts, matrices)
 
 
 def _sides(units: Tensor) -> Tensor:

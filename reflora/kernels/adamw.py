@@ -159,9 +159,9 @@ def adamw(plan: Plan, step: "AdamWStep", results: Tensor) -> None:
         solve, carry = constants_of(plan, group, step.precision), step.carry and group.carries
         schedule = {"SCHEDULED": step.warmup_steps > 0, "KEEP": step.keep, "CARRY": carry, "CHECK": step.check}
         storage = {"AMSGRAD": amsgrad, **state_constants(group, step.precision)}
-        if group.step_route == routes.TORCH:
+        if group.step_route(step.precision) == routes.TORCH:
             continue
-        if group.step_route == routes.ROW:
+        if group.step_route(step.precision) == routes.ROW:
             row_kernel[(len(group.numbers),)](
                 table, group.numbers, group.widths, group.headers, results, group.workspace, hypers, step.grad_scale,
                 step.found_inf, step.seed, step.warmup_steps, step.start, step.interval, **schedule, **storage, **solve,

@@ -42,18 +42,22 @@ class Group:
         self.dtype, self.state, self.wide, self.master = dtype, state, wide, master
         self.rows, self.sizes = rows, sizes
 
-    @cached_property
+    @property
     def route(self) -> Route:
-        return routes.route_of(self.rank_class, shared_memory(self.numbers.device))
+        return routes.ROUTES[self.rank_class]
 
     @cached_property
     def capability(self) -> int:
         return capability(self.numbers.device)
 
-    @property
-    def step_route(self) -> str:
+    @cached_property
+    def shared(self) -> int | None:
+        return shared_memory(self.numbers.device)
+
+    def step_route(self, precision: str) -> str:
         """How a full AdamW step is taken; whatever is not by TORCH has an S here."""
-        return routes.forced or self.route.route
+        double = precision == "float64" or self.wide == torch.float64
+        return routes.route_of(self.rank_class, self.shared, double)
 
     @property
     def block_n(self) -> int:
@@ -232,16 +236,22 @@ class Prepared:
         self.oversized = classes.pop(0, [])
         self.oversized_index = int_table(self.oversized, torch.int64, plan.device)
         self.groups = [_group(plan, rank_class, numbers) for rank_class, numbers in sorted(classes.items())]
-        # rows whose S has no kernel here
-        self.rerouted = [n for group in self.groups if group.step_route == routes.TORCH for n in group.rows]
-        self.rerouted_index = int_table(self.rerouted, torch.int64, plan.device)
+        # by precision, rows whose S has no kernel here
+        self.rerouted = {precision: self._without_route(precision) for precision in ("float64", "float32")}
+        self.rerouted_index = {
+            precision: int_table(rows, torch.int64, plan.device) for precision, rows in self.rerouted.items()
+        }  # fmt: skip
+
+    def _without_route(self, precision: str) -> list[int]:
+        return [n for group in self.groups if group.step_route(precision) == routes.TORCH for n in group.rows]
 
 
 def prepare(plan: Plan) -> Prepared:
     prepared = plan.memory.get("triton")
     if not isinstance(prepared, Prepared):
         prepared = plan.memory["triton"] = Prepared(plan)
-    kept = chain(vars(prepared).values(), *(vars(group).values() for group in prepared.groups))
+    owners = (vars(prepared), prepared.rerouted_index, *map(vars, prepared.groups))
+    kept = chain.from_iterable(owner.values() for owner in owners)
     own = (value for value in kept if isinstance(value, Tensor))
     hold(own, prepared.stream, plan.device)
     return prepared

@@ -13,7 +13,7 @@ from ..contract import RANK_CLASSES
 from .cholesky import factor
 from .dtypes import exponent_of, power_of_two
 from .launch import TYPES, launch_options
-from .routes import route_of
+from .routes import ROUTES
 
 # slots of the workspace of a program, `[RC * RC + RC]` elements of TC each
 SLOTS = tl.constexpr(5)
@@ -99,10 +99,10 @@ def configuration(X: Tensor, precision: str) -> tuple[Tensor, dict[str, Any], di
 
 
 def constants(rank_class: int, precision: str) -> dict[str, Any]:
-    route = route_of(rank_class, None)
+    route = ROUTES[rank_class]
     return {"RC": rank_class, "BM": route.block_m, "BK": route.block_k, "TC": TYPES[getattr(torch, precision)]}
 
 
 def options(rank_class: int, precision: str) -> dict[str, int]:
     # where float64 has no tensor cores of the older kind (sm_86, sm_89, sm_100), its products take more registers
-    return launch_options(8 if (rank_class, precision) == (32, "float64") else route_of(rank_class, None).warps)
+    return launch_options(8 if (rank_class, precision) == (32, "float64") else ROUTES[rank_class].warps)

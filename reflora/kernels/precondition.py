@@ -55,7 +55,7 @@ def precondition(plan: Plan, scalar: bool, precision: str, start: int, results: 
         constants = constants_of(plan, group, precision)
         if scalar:
             balance_rows(group, table, results, constants, gradients=True)
-        elif group.step_route == routes.TORCH:
+        elif group.step_route(precision) == routes.TORCH:
             continue
         else:
             gather_chunks(group, table, constants, check=True)
@@ -72,7 +72,7 @@ def solve(plan: Plan, precision: str, start: int, results: Tensor) -> None:
     prepared = prepare(plan)
     table = prepared.table(plan.table)
     for group in prepared.groups:
-        if group.step_route == routes.TORCH:
+        if group.step_route(precision) == routes.TORCH:
             continue
         constants = constants_of(plan, group, precision)
         gather_chunks(group, table, constants, check=False)

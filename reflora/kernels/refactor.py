@@ -87,7 +87,7 @@ def refactor(plan: Plan, scalar: bool, precision: str, results: Tensor) -> None:
         TYPE = factor_type(constants)
         if scalar:
             balance_rows(group, table, results, constants, gradients=False)
-        elif group.step_route == routes.TORCH:
+        elif group.step_route(precision) == routes.TORCH:
             continue
         else:
             gather_chunks(group, table, constants, check=False)

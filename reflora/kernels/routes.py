@@ -6,7 +6,7 @@ yet been measured on a GPU: "split" is what the arithmetic of benchmarks/NOTES.m
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 # where Triton's float64 products run on tensor cores. Elsewhere their operands take registers, and large blocks spill
 FLOAT64_TENSOR_CORES = (80, 90)
@@ -33,7 +33,7 @@ class Route:
     is the whole class, the solve's iterates stay in registers. wide, narrow: the update with accesses of 16 bytes and
     without; carry_warps: of one that carries Grams, 0 where reading them anew takes less. gram_warps: of the chunks'
     Grams where S is solved for in a launch of its own, 0 where the last chunk to arrive does. shared: bytes of shared
-    memory that the step takes at most, on whatever device.
+    memory that the step takes at most, on whatever device; single: where nothing of it is in float64.
     """
 
     route: str
@@ -47,6 +47,7 @@ class Route:
     carry_warps: int
     gram_warps: int = 0
     shared: int = 64 * 1024
+    single: int = 64 * 1024
 
     def inner_block(self, precision: str, capability: int) -> int:
         """Of a product of matrices in `precision` on a device of `capability`."""
@@ -60,14 +61,19 @@ ROUTES: dict[int, Route] = {
     16: Route(SPLIT, 2, 32, 16, 16, 16, Update(4, 32), Update(4, 32), 4),
     32: Route(SPLIT, 4, 32, 32, 16, 32, Update(4, 32, 168), Update(4, 16, 128), 4, gram_warps=2),
     64: Route(SPLIT, 8, 16, 32, 16, 64, Update(4, 32), Update(8, 16, 128), 0, gram_warps=4),
-    128: Route(SPLIT, 8, 16, 64, 16, 32, Update(8, 32), Update(16, 16), 0, gram_warps=8, shared=144 * 1024),
+    128: Route(SPLIT, 8, 16, 64, 16, 32, Update(8, 32), Update(16, 16), 0, 8, 144 * 1024, 80 * 1024),
 }
 
-# "split" or "row" for every class, to measure one against the other
+# "split" or "row" for every class that has a route here, to measure one against the other
 forced: str | None = None
 
 
-def route_of(rank_class: int, shared: int | None) -> Route:
-    """shared: bytes that a block of the device can opt in to, None without a device (compiling ahead)."""
+def route_of(rank_class: int, shared: int | None, double: bool = True) -> str:
+    """The route of a step. shared: bytes that a block of the device can opt in to, None without a device.
+
+    double: whether Grams and solve, or what they are of, are in float64.
+    """
     route = ROUTES[rank_class]
-    return route if shared is None or route.shared <= shared else replace(route, route=TORCH)
+    if shared is not None and shared < (route.shared if double else route.single):
+        return TORCH
+    return forced or route.route

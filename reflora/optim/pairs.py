@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import plan as col
-from ..ambient import independent
+from ..ambient import independent, outside_inference
 from ..backends import Backend, resolve
 from ..contract import (
     DEGENERATE,
@@ -134,13 +134,14 @@ class PairOps:
 
     def norms(self, indices: Iterable[int]) -> dict[int, Tensor]:
         """Frobenius norms of A and B of some pairs, float64 `[2, experts]`."""
-        pairs = {index: self.pairs[index] for index in indices}
-        views = [v for p in pairs.values() for v in (*p.views_A(p.A.detach()), *p.views_B(p.B.detach()))]
-        if not views:
-            return {}
-        norms = torch.stack(torch._foreach_norm(views, dtype=torch.float64))
-        sizes = [2 * pair.experts for pair in pairs.values()]
-        return {index: own.view(2, -1) for index, own in zip(pairs, norms.split(sizes))}
+        chosen, found = list(indices), {}
+        for places in by_device([self.pairs[i] for i in chosen]).values():
+            pairs = {chosen[place]: self.pairs[chosen[place]] for place in places}
+            views = [v for p in pairs.values() for v in (*p.views_A(p.A.detach()), *p.views_B(p.B.detach()))]
+            norms = torch.stack(torch._foreach_norm(views, dtype=torch.float64))
+            split = norms.split([2 * pair.experts for pair in pairs.values()])
+            found.update({index: own.view(2, -1) for index, own in zip(pairs, split)})
+        return found
 
     def precondition(self, active: Sequence[bool], scalar: bool = False, counts: Counts | None = None) -> None:
         """`reflora.precondition_` of each active pair's `.grad`; counts: of the active pairs, see `Counts`."""
@@ -169,7 +170,8 @@ class PairOps:
         if not chosen:
             return {}
         inner = self._of(chosen)
-        found = [_room(self.pairs[i]) if out is None else out[i] for i in chosen]
+        with outside_inference([pair.A for pair in inner.pairs]):
+            found = [_room(self.pairs[i]) if out is None else out[i] for i in chosen]
         start = 0 if counts is None else START_STEPS
         inner._run(
             [(pair.A, pair.B) for pair in inner.pairs],
@@ -183,6 +185,7 @@ class PairOps:
     def _of(self, chosen: list[int]) -> PairOps:
         """The operations on some of the pairs, kept while these stay the same."""
         if chosen == list(range(len(self.pairs))):
+            self._some = None
             return self
         if self._some is None or self._some[1] != chosen:
             self._some = PairOps([self.pairs[i] for i in chosen], self.backend, self.precision), chosen
@@ -215,18 +218,19 @@ class PairOps:
         self, tensors: Sequence[tuple[Tensor | None, Tensor | None]], call: Callable[[Plan, Backend], Tensor],
         counts: Counts | None = None, out: Sequence[Tensor] | None = None,
     ) -> None:  # fmt: skip
-        plans, self._solved = self._ready_plans(), None
-        results = []
-        for chosen, plan, backend in plans:
-            plan.bind_grads([tensors[i] for i in chosen])
-            if counts is not None:
-                plan.bind_once(col.COUNT, [counts[i] if i in counts else _none(self.pairs[i]) for i in chosen])
-            if out is not None:
-                plan.bind_once(col.SAVED, [out[i] for i in chosen])
-            results.append(call(plan, backend))
-            plan.release_grads()
-            plan.pair_tensors.pop(col.SAVED, None)
-        self._last = ([chosen for chosen, _, _ in plans], [plan for _, plan, _ in plans], results)
+        with outside_inference([pair.A for pair in self.pairs]):
+            plans, self._solved = self._ready_plans(), None
+            results = []
+            for chosen, plan, backend in plans:
+                plan.bind_grads([tensors[i] for i in chosen])
+                if counts is not None:
+                    plan.bind_once(col.COUNT, [counts[i] if i in counts else _none(self.pairs[i]) for i in chosen])
+                if out is not None:
+                    plan.bind_once(col.SAVED, [out[i] for i in chosen])
+                results.append(call(plan, backend))
+                plan.release_grads()
+                plan.pair_tensors.pop(col.SAVED, None)
+            self._last = ([chosen for chosen, _, _ in plans], [plan for _, plan, _ in plans], results)
 
     def _ready_plans(self) -> list[tuple[list[int], Plan, Backend]]:
         if any(pair.A.device != plan.device for _, plan, _ in self._plans for pair in plan.pairs):
