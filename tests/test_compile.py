@@ -23,7 +23,7 @@ def compile_table(*arguments):
 STEP = "gram,update,foresee,turn"
 # (kernels, classes, capability): the step's everywhere, the others where they take most; the table has all
 BUDGET = (
-    (f"{STEP},precondition,refactor", "16,32", 90), ("gram,update", "64", 90), ("update", "128", 90),
+    (f"{STEP},solve,refactor,apply,squares,balance", "16,32", 90), ("gram,update", "64", 90), ("update", "128", 90),
     ("gram,update", "32", 80), ("row,polar,geometric_mean,sqrtm,eigh,svd,inv_root", "16", 90),
     # without the older float64 tensor cores, which takes more registers
     ("polar,eigh,svd", "32", 86),
