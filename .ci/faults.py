@@ -159,7 +159,12 @@ FAULTS = (
     ),
     triton("arrivals order no memory", "gather.py", 'sem="acq_rel"', 'sem="relaxed"'),
     triton("RefLoRA-S: arrivals order no memory", "adamw_scalar.py", 'sem="acq_rel"', 'sem="relaxed"'),
-    triton("counts are written while others read them", "settle.py", "written\n        tl.debug_barrier()", "written"),
+    triton(
+        "RefLoRA-S: counts are written while others read them",
+        "adamw_scalar.py",
+        "written\n        tl.debug_barrier()",
+        "written",
+    ),
     triton(
         "chunk Grams are overwritten while they are read",
         "chunks.py",
@@ -326,8 +331,8 @@ FAULTS = (
     python(
         "hooks count no steps",
         "integrations/hooks.py",
-        "return self.counts + 1",
-        "return self.counts + 0",
+        "counts = self.counts + 1",
+        "counts = self.counts + 0",
         HOOKS,
     ),
     python("a wrapper steps over NaN", "optim/wrapper.py", "if not finite:", "if False:", "tests/test_wrapper.py"),

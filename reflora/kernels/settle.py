@@ -210,8 +210,7 @@ def settle(
             # S is entered from where both factors are there to make it
             taken = tl.where((start != 0) & ((norm_a == 0) | (norm_b == 0)), 0, steps)
         tl.store(header + MOVE, move)
-        # phase and counts are read by all before they are written
-        tl.debug_barrier()
+        # phase and counts have been read by all: the Grams' sums came after, with barriers of their own
         tl.store(p_phase, new_phase, mask=has_phase)
         store_counts(p_row, count_a, count_b, taken)
     tl.store(header + RUN, tl.where(status == col.SKIPPED, 0.0, 1.0))
