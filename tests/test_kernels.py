@@ -117,6 +117,25 @@ def test_sides_in_chunks(r, n_in, n_out, precision, monkeypatch):
     assert float(p.A.double().norm() / p.B.double().norm()) == pytest.approx(1, rel=1e-4)
 
 
+@pytest.mark.parametrize("r", [3, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+def test_sides_in_chunks_by_a_number(r, dtype, monkeypatch):
+    """RefLoRA-S: norms are of all chunks of a side, and all columns are multiplied."""
+    poisoned(monkeypatch)
+    p = pair(r, 3, 30, dtype, n_in=1100, n_out=900)
+    p.A[:, :1000].mul_(1e-3)
+    p.B[900 // 2 :].mul_(1e3)
+    s = float(reference.balance_scalar(p.A.cpu(), p.B.cpu()))
+    gA, gB = (torch.randn_like(t) for t in (p.A, p.B))
+    wanted = [gA / s, gB * s, *(t.to(p.A) for t in reference.refactor(p.A.cpu(), p.B.cpu(), scalar=True))]
+    plan = Plan([p])
+    plan.bind_grads([(gA, gB)])
+    assert float(triton_backend.precondition(plan, True, "float64")[0, col.SCALE]) == pytest.approx(s, rel=1e-10)
+    triton_backend.refactor(plan, True, "float64")
+    for got, want in zip((gA, gB, p.A, p.B), wanted):
+        torch.testing.assert_close(got, want, rtol=1e-6 if dtype == torch.float32 else 1e-12, atol=0)
+
+
 def test_S_alone_of_rows_that_have_none():
     """c I, I, or I without a word of it in the factors' type, never what was there before; shrunk by its own count."""
     _, pairs, statuses, scales = zip(*degenerate_pairs())

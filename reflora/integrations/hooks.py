@@ -14,7 +14,7 @@ from ..ambient import independent, outside_inference
 from ..contract import LoRAPair, check_unhooked, fail, is_sharded
 from ..diagnostics import Diagnostics
 from ..optim.options import check_schedule
-from ..optim.pairs import Outcome, PairOps, multiply, new_units
+from ..optim.pairs import Outcome, PairOps, apply_dtype, multiply, new_units
 from .peft import find_pairs
 
 
@@ -79,10 +79,10 @@ class GradientHooks:
             self._refresh()
 
     def _refresh(self) -> None:
-        groups, matrices = self._next_groups(), {}
+        groups = self._next_groups()
         gentle = self.warmup_steps is None
         warming = {i for group in groups for i in group.below(self.warmup_steps)} if self.warmup_steps else set()
-        matrices.update(self._plain(groups, warming))
+        matrices = self._plain(groups, warming)
         counts = {i: count for group in groups for i, count in group.split(group.counts)} if gentle else {}
         rooms = {i: room for group in groups for i, room in group.split(group.matrices)}
         solved = self._ops.solve((i for i in range(len(self.pairs)) if i not in warming), counts or None, rooms)
@@ -248,8 +248,7 @@ class _Group:
 
 
 def _kind(pair: LoRAPair) -> tuple[Any, ...]:
-    dtype = torch.float64 if pair.A.dtype == torch.float64 else torch.float32
-    return pair.A.device, pair.rank, dtype
+    return pair.A.device, pair.rank, apply_dtype(pair)
 
 
 def _group(kind: tuple[Any, ...], indices: list[int], state: Mapping[int, Tensor], host: bool) -> _Group:

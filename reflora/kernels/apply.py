@@ -138,11 +138,10 @@ def apply_kernel(
 def apply_chunks(group: Group, table: Tensor, constants: dict[str, Any], **own: Any) -> None:
     """own: COLUMN, MATRICES, STORED and TYPE."""
     kept = {**constants, **own}
-    kept.update(apply_constants(group, kept))
-    options = kept.pop("options")
+    blocks, options = apply_options(group, kept)
     apply_kernel[(len(group.items),)](
-        table, group.numbers, group.items, group.widths, group.headers, group.workspace, **taken(apply_kernel, kept),
-        **options,
+        table, group.numbers, group.items, group.widths, group.headers, group.workspace,
+        **taken(apply_kernel, {**kept, **blocks}), **options,
     )  # fmt: skip
 
 
@@ -152,9 +151,9 @@ def product_type(group: Group, constants: dict[str, Any]) -> Any:
     return constants["TC"] if whole and constants["TC"] == tl.float64 else constants["WIDE"]
 
 
-def apply_constants(group: Group, constants: dict[str, Any]) -> dict[str, Any]:
-    """BN, BK and launch options: as an update's where the products are in float32, as a solve's in float64."""
+def apply_options(group: Group, constants: dict[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
+    """Sizes of blocks and launch options: as an update's where the products are in float32, as a solve's in float64."""
     if constants["TYPE"] != tl.float32:
-        return {"options": group.options}
+        return {}, group.options
     options = group.update_options(False, constants["VECTOR"])
-    return {"BN": options.pop("BN"), "BK": group.rank_class, "options": options}
+    return {"BN": options.pop("BN"), "BK": group.rank_class}, options

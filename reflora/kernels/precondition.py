@@ -1,5 +1,7 @@
 """gA <- S^-1 gA, gB <- gB S, or S and S^-1 alone: Grams over chunks, a solve a row, and products over chunks."""
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -10,7 +12,7 @@ from . import table as col
 from .apply import apply_chunks, product_type
 from .chunks import MATRIX, RUN
 from .gather import entry, gather_chunks
-from .launch import constants_of, prepare, taken
+from .launch import Group, constants_of, prepare, taken
 from .mean import decide, form_scaled_identity, settle_s
 from .pair import column, report
 from .scalar import balance_rows
@@ -47,6 +49,17 @@ def solve_kernel(
         report(results, row, status, kappa_a, kappa_b, balance, c, norm_a, norm_b)
 
 
+def solve_rows(
+    group: Group, table: Tensor, results: Tensor, constants: dict[str, Any], start: int, save: bool
+) -> None:  # fmt: skip
+    """S and S^-1 of a group's rows; without `save` they are for gradients, which are searched."""
+    gather_chunks(group, table, constants, check=not save)
+    solve_kernel[(len(group.numbers),)](
+        table, group.numbers, group.widths, group.headers, results, group.workspace, start, SAVE=save,
+        **taken(solve_kernel, constants), **group.options,
+    )  # fmt: skip
+
+
 def precondition(plan: Plan, scalar: bool, precision: str, start: int, results: Tensor) -> None:
     """Every row of r <= 128; results float64 `[rows, RESULTS]` are written row by row."""
     prepared = prepare(plan)
@@ -58,11 +71,7 @@ def precondition(plan: Plan, scalar: bool, precision: str, start: int, results: 
         elif group.step_route(precision) == routes.TORCH:
             continue
         else:
-            gather_chunks(group, table, constants, check=True)
-            solve_kernel[(len(group.numbers),)](
-                table, group.numbers, group.widths, group.headers, results, group.workspace, start, SAVE=False,
-                **taken(solve_kernel, constants), **group.options,
-            )  # fmt: skip
+            solve_rows(group, table, results, constants, start, save=False)
         types = {"STORED": constants["WIDE"], "TYPE": product_type(group, constants)}
         apply_chunks(group, table, constants, COLUMN=col.G, MATRICES=not scalar, **types)
 
@@ -72,11 +81,5 @@ def solve(plan: Plan, precision: str, start: int, results: Tensor) -> None:
     prepared = prepare(plan)
     table = prepared.table(plan.table)
     for group in prepared.groups:
-        if group.step_route(precision) == routes.TORCH:
-            continue
-        constants = constants_of(plan, group, precision)
-        gather_chunks(group, table, constants, check=False)
-        solve_kernel[(len(group.numbers),)](
-            table, group.numbers, group.widths, group.headers, results, group.workspace, start, SAVE=True,
-            **taken(solve_kernel, constants), **group.options,
-        )  # fmt: skip
+        if group.step_route(precision) != routes.TORCH:
+            solve_rows(group, table, results, constants_of(plan, group, precision), start, save=True)

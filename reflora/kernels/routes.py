@@ -61,7 +61,9 @@ ROUTES: dict[int, Route] = {
     16: Route(SPLIT, 2, 32, 16, 16, 16, Update(4, 32), Update(4, 32), 4),
     32: Route(SPLIT, 4, 32, 32, 16, 32, Update(4, 32, 168), Update(4, 16, 128), 4, gram_warps=2),
     64: Route(SPLIT, 8, 16, 32, 16, 64, Update(4, 32), Update(8, 16, 128), 0, gram_warps=4),
-    128: Route(SPLIT, 8, 16, 64, 16, 32, Update(8, 32), Update(16, 16), 0, 8, 144 * 1024, 80 * 1024),
+    128: Route(
+        SPLIT, 8, 16, 64, 16, 32, Update(8, 32), Update(16, 16), 0, gram_warps=8, shared=144 * 1024, single=80 * 1024
+    ),  # fmt: skip
 }
 
 # "split" or "row" for every class that has a route here, to measure one against the other

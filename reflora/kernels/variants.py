@@ -11,7 +11,7 @@ from ..plan import P
 from . import eigh, inv_root, svd
 from .adamw import row_kernel, settle_kernel, update_kernel
 from .adamw_scalar import foresee_kernel, turn_kernel
-from .apply import apply_constants, apply_kernel
+from .apply import apply_kernel, apply_options
 from .dtypes import MIXED
 from .gather import gram_kernel
 from .geometric_mean import geometric_mean_kernel
@@ -85,8 +85,8 @@ def variant(
     if name == "gram":
         options = group.gram_options
     if name == "apply":
-        constants.update(apply_constants(group, constants))
-        options = constants.pop("options")
+        blocks, options = apply_options(group, constants)
+        constants.update(blocks)
     if name == "update":
         options = group.update_options(constants["CARRY"], constants["VECTOR"])
         constants["BN"] = options.pop("BN")

@@ -90,7 +90,7 @@ class PairOps:
         self.backend, self.precision = backend, precision
         self._plans: list[tuple[list[int], Plan, Backend]] = []
         self._last: tuple[list[list[int]], list[Plan], list[Tensor]] = ([], [], [])
-        # the pairs of a solve of some, and their operations
+        # the operations on some pairs, and which: of the last solve where it was of some, and of the last that was
         self._solved: tuple[PairOps, list[int]] | None = None
         self._some: tuple[PairOps, list[int]] | None = None
         for device in {pair.A.device for pair in self.pairs}:
@@ -304,7 +304,11 @@ def _none(pair: LoRAPair) -> Tensor:
     return torch.zeros(pair.experts, dtype=torch.float32, device=pair.A.device)
 
 
+def apply_dtype(pair: LoRAPair) -> torch.dtype:
+    """What S is kept and applied in."""
+    return torch.float64 if pair.A.dtype == torch.float64 else torch.float32
+
+
 def _room(pair: LoRAPair) -> Tensor:
     """For S and S^-1 of a pair."""
-    dtype = torch.float64 if pair.A.dtype == torch.float64 else torch.float32
-    return torch.empty(pair.experts, 2, pair.rank, pair.rank, dtype=dtype, device=pair.A.device)
+    return torch.empty(pair.experts, 2, pair.rank, pair.rank, dtype=apply_dtype(pair), device=pair.A.device)
