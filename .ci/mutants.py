@@ -108,7 +108,7 @@ def first_failure(tree: Path, fault: Fault) -> str:
         only += ["-p", "ptxsim.plugin", "-m", "kernels"]
         paths += [tree / "tools" / "ptxsim", tree / "tests"]
     env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    env.update(PYTHONPATH=os.pathsep.join(map(str, paths)), PTXSIM_CACHE=str(tree / "build" / "ptxsim"))
+    env.update(PYTHONPATH=os.pathsep.join(map(str, paths)), PTXSIM_CACHE=str(ROOT / "build" / "ptxsim"))
     done = subprocess.run([*command, *only, *fault.tests.split()], cwd=tree, env=env, capture_output=True, text=True)
     if done.returncode < 0:
         return f"killed by signal {-done.returncode}"

@@ -23,7 +23,7 @@ from .arrange import order
 from .dtypes import exponent_of, power_of_two
 from .householder import orthogonal_factor
 from .launch import launch_options
-from .solve import PLAIN, multiply, rounding, schulz_distance, schulz_panels, slot_norm
+from .solve import PLAIN, multiply, rounding, schulz_panels, slot_norm, squared_distance
 
 # far more sweeps than any X takes: 4 to 9, at most 19
 SWEEPS = tl.constexpr(40)
@@ -130,7 +130,7 @@ def start(
     if warm == 1:
         multiply(p_z, p_u, PLAIN, True, p_u, PLAIN, False, n, RC, BM, BK, TC)
         tl.debug_barrier()
-        away = schulz_distance(p_z, 1.0, n, RC, BM, TC)
+        away = tl.sqrt(squared_distance(p_z, 1.0, n, RC, BM, TC))
     if away <= WARM_LIMIT:
         schulz_panels(p_u, p_z, 1.5, 0.5, n, RC, BM, BK, TC)
     else:

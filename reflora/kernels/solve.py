@@ -11,7 +11,7 @@ import triton.language as tl
 
 # how the elements of a slot are read: as they are, or as L^T or L^-1 of a slot that `factor` has packed
 PLAIN, FACTOR_T, FACTOR_INVERSE = (tl.constexpr(c) for c in range(3))
-# more than any X takes: 7 to 13, up to 20 at the bound of degenerate layers, 190 over the whole range of float64
+# more than any X takes: 4 to 13, up to 20 at the bound of degenerate layers, 190 over the whole range of float64
 SCHULZ_STEPS = tl.constexpr(200)
 
 
@@ -160,12 +160,11 @@ def polar_factor(p_x, p_y, r, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constex
     else:
         multiply(p_y, p_x, PLAIN, True, p_x, PLAIN, False, r, RC, BM, BK, TC)
         tl.debug_barrier()
-        top = tl.sqrt(slot_norm(p_y, RC, BM, TC))
-        scale = 1.0 / top
+        scale = 1.0 / tl.sqrt(slot_bound(p_y, RC, BM, TC))
         low, away = scale, tl.full((), 1.0, TC)
         step = 0
         while (step < SCHULZ_STEPS) & (away > converged(TC)):
-            away = schulz_distance(p_y, scale * scale, r, RC, BM, TC)
+            away = squared_distance(p_y, scale * scale, r, RC, BM, TC)
             own, cube, low = schulz(low, away)
             schulz_panels(p_x, p_y, own * scale, cube * scale * scale * scale, r, RC, BM, BK, TC)
             tl.debug_barrier()
@@ -178,20 +177,20 @@ def polar_factor(p_x, p_y, r, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constex
 
 @triton.jit
 def orthogonalised(x, r, RC: tl.constexpr, TC: tl.constexpr):
-    """The orthogonal polar factor of x `[RC, RC]` by Newton-Schulz steps, all in registers."""
+    """The orthogonal polar factor of x `[RC, RC]`, no singular value below 1, by Newton-Schulz steps in registers."""
     i, j = tl.arange(0, RC)[:, None], tl.arange(0, RC)[None, :]
     # not x^T x: operands whose inner index is contiguous are read from shared memory without conflicts
     y = product(x, tl.trans(x), TC)
-    top = tl.sqrt(tl.sqrt(tl.sum(tl.sum(y * y, 1), 0)))
-    x, y = x / top, y / (top * top)
-    low, away = 1.0 / top, tl.full((), 1.0, TC)
+    scale = 1.0 / tl.sqrt(eigenvalue_bound(y))
+    low, away = scale, tl.full((), 1.0, TC)
     step = 0
     while (step < SCHULZ_STEPS) & (away > converged(TC)):
-        d = tl.where((i == j) & (i < r), y - 1.0, y)
-        away = tl.sqrt(tl.sum(tl.sum(d * d, 1), 0))
+        d = y * (scale * scale) - tl.where((i == j) & (i < r), 1.0, 0.0).to(TC)
+        away = tl.sum(tl.sum(d * d, 1), 0)
         own, cube, low = schulz(low, away)
-        x = own * x - cube * product(y, x, TC)
+        x = (own * scale) * x - (cube * scale * scale * scale) * product(y, x, TC)
         y = product(x, tl.trans(x), TC)
+        scale = tl.full((), 1.0, TC)
         step += 1
     return x
 
@@ -205,25 +204,26 @@ def product(left, right, TC: tl.constexpr):
 def schulz(low, away):
     """`X <- own X - cube X X^T X` for singular values in [low, 1], and where their least one is after that.
 
-    away: `||X^T X - I||_F`, which gives the better bound near the end, where 1 must map to 1.
+    away: `||X^T X - I||_F^2`. Near the end 1 must map to 1. No more than that follows from it: what is computed from a
+    sum over the program, every step waits for.
     """
-    low = tl.maximum(low, 1.0 - away)
     square = 3.0 / (1.0 + low + low * low)
     root = tl.sqrt(square)
     least = tl.minimum(0.5 * root * low * (3.0 - square * low * low), 1.0)
-    return 1.5 * root, 0.5 * root * square, least
+    near = away < 0.04
+    return tl.where(near, 1.5, 1.5 * root), tl.where(near, 0.5, 0.5 * root * square), tl.where(near, 1.0, least)
 
 
 @triton.jit
-def schulz_distance(p_y, scale, r, RC: tl.constexpr, BM: tl.constexpr, TC: tl.constexpr):
-    """`||scale Y - I||_F` of a slot."""
+def squared_distance(p_y, scale, r, RC: tl.constexpr, BM: tl.constexpr, TC: tl.constexpr):
+    """`||scale Y - I||_F^2` of a slot."""
     square = tl.full((), 0.0, TC)
     j = tl.arange(0, RC)[None, :]
     for top in range(0, RC, BM):
         i = top + tl.arange(0, BM)[:, None]
         d = tl.load(p_y + i * RC + j) * scale - tl.where((i == j) & (i < r), 1.0, 0.0).to(TC)
         square += tl.sum(tl.sum(d * d, 1), 0)
-    return tl.sqrt(square)
+    return square
 
 
 @triton.jit
@@ -246,8 +246,8 @@ def schulz_panels(p_x, p_y, own, cube, r, RC: tl.constexpr, BM: tl.constexpr, BK
 
 @triton.jit
 def converged(TC: tl.constexpr):
-    """Convergence is quadratic: a distance of sqrt(eps) from orthogonal leaves one of eps."""
-    return tl.full((), 1e-8 if TC == tl.float64 else 2e-4, TC)
+    """Convergence is quadratic: a distance of sqrt(eps) from orthogonal leaves one of eps. Its square."""
+    return tl.full((), 1e-16 if TC == tl.float64 else 4e-8, TC)
 
 
 @triton.jit
@@ -258,6 +258,29 @@ def slot_norm(p_slot, RC: tl.constexpr, BM: tl.constexpr, TC: tl.constexpr):
         x = tl.load(p_slot + (top + tl.arange(0, BM))[:, None] * RC + tl.arange(0, RC)[None, :])
         square += tl.sum(tl.sum(x * x, 1), 0)
     return tl.sqrt(square)
+
+
+@triton.jit
+def slot_bound(p_slot, RC: tl.constexpr, BM: tl.constexpr, TC: tl.constexpr):
+    """As `eigenvalue_bound`, of the matrix in a slot."""
+    square, largest = tl.full((), 0.0, TC), tl.full((), 0.0, TC)
+    for top in range(0, RC, BM):
+        x = tl.load(p_slot + (top + tl.arange(0, BM))[:, None] * RC + tl.arange(0, RC)[None, :])
+        square += tl.sum(tl.sum(x * x, 1), 0)
+        largest = tl.maximum(largest, tl.max(tl.sum(tl.abs(x), 1), 0))
+    return smaller(largest, tl.sqrt(square))
+
+
+@triton.jit
+def eigenvalue_bound(y):
+    """No eigenvalue of symmetric y is larger: its Frobenius norm or, better near a multiple of I, a sum of a row."""
+    return smaller(tl.max(tl.sum(tl.abs(y), 1), 0), tl.sqrt(tl.sum(tl.sum(y * y, 1), 0)))
+
+
+@triton.jit
+def smaller(x, y):
+    """The smaller one; y where that is NaN, which tl.minimum would drop."""
+    return tl.where(x < y, x, y)
 
 
 @triton.jit
