@@ -267,6 +267,14 @@ def test_scalar(dtype):
     torch.testing.assert_close(p.B, wantB.to(dtype))
 
 
+@pytest.mark.parametrize("b, s", [(2.0, 1.0), (8.0, 16.0), (32.0, 16.0)])
+def test_a_root_between_two_powers_of_two_goes_to_the_even_one(b, s):
+    p = LoRAPair("", randn(2, 8, dtype=torch.bfloat16).fill_(1.0), randn(8, 2, dtype=torch.bfloat16).fill_(b))
+    result = triton_backend.refactor(Plan([p]), True, "float64")[0]
+    assert float(result[col.SCALE]) == s
+    assert p.A.unique().tolist() == [s**0.5] and p.B.unique().tolist() == [b / s**0.5]
+
+
 def test_scalar_leaves_zero_and_nan_alone():
     pairs = [LoRAPair("", randn(2, 9), 0 * randn(8, 2)), LoRAPair("", randn(2, 9) * torch.nan, randn(8, 2))]
     before = [(p.A.clone(), p.B.clone()) for p in pairs]

@@ -237,9 +237,9 @@ def test_chunk_widths():
 @pytest.mark.parametrize("rank_class, layers, megabytes", [(32, 160, 8), (16, 72, 1)])
 def test_memory_beyond_adamw(rank_class, layers, megabytes):
     """LLaMA-7B at r = 32 and DeBERTaV3-base at r = 8: buffers, tables and state, as an allocator rounds them."""
-    numbers = torch.zeros(layers, dtype=torch.int32, device=DEVICE)
-    group = launch.Group(rank_class, numbers, 0, 0, torch.float32, sizes=[(4096, 11008)] * layers)
-    buffers = [group.workspace, group.headers, group.arrivals, group.widths, group.items, group.numbers]
+    sizes = [(4096, 11008)] * layers
+    group = launch.Group(rank_class, 0, 0, torch.float32, torch.device(DEVICE), range(layers), sizes)
+    buffers = [group.workspace, group.headers, group.arrivals, group.entries, group.items]
     table, results = 8 * layers * col.COLUMNS, 8 * layers * col.RESULTS
     state = 2 * 512 * layers  # reflora_phase and reflora_steps, one element each
     assert sum(b.nbytes for b in buffers) + table + results + state + 4096 <= megabytes * 2**20

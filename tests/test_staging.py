@@ -84,11 +84,10 @@ def test_buffers_that_another_stream_reads_are_kept_for_it(capture, monkeypatch)
     made = [
         prepared.oversized_index,
         *prepared.rerouted_index.values(),
-        group.numbers,
         group.workspace,
         group.headers,
         group.arrivals,
-        group.widths,
+        group.entries,
         group.items,
     ]
     launch.prepare(plan)

@@ -16,7 +16,7 @@ from ..plan import Plan
 from . import routes
 from . import table as col
 from .chunks import CARRIED, MOVE, RUN, accumulate, counts, span
-from .gather import active, entry, gather, gram_kernel
+from .gather import active, entry, gather, gram_kernel, part
 from .launch import constants_of, prepare, state_constants, taken
 from .pair import column
 from .settle import refuse, settle
@@ -82,13 +82,12 @@ def spread(
 
 @triton.jit(do_not_specialize=["warmup", "start", "interval"])
 def settle_kernel(
-    table, rows, widths, headers, results, work, hypers, found_inf, warmup, start, interval, SCHEDULED: tl.constexpr,
+    table, rows, headers, results, work, hypers, found_inf, warmup, start, interval, SCHEDULED: tl.constexpr,
     KEEP: tl.constexpr, KAPPA_MAX: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
     DTYPE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """Between both launches of the split route, a program a row; arguments as gram_kernel's."""
-    index = tl.program_id(0)
-    row, width, p_row, area, header, r, code = entry(table, rows, widths, headers, work, index, RC, WIDE)
+    row, width, p_row, area, header, r, code = entry(table, rows, headers, work, RC, WIDE)
     if active(p_row, found_inf):
         settle(
             p_row, row, area, header, results, hypers, width, r, code, warmup, start, interval, SCHEDULED, KEEP,
@@ -100,16 +99,14 @@ def settle_kernel(
 
 @triton.jit(do_not_specialize=["seed"])
 def update_kernel(
-    table, rows, items, widths, headers, work, hypers, grad_scale, seed, AMSGRAD: tl.constexpr, MASTER: tl.constexpr,
+    table, items, headers, work, hypers, grad_scale, seed, AMSGRAD: tl.constexpr, MASTER: tl.constexpr,
     CARRY: tl.constexpr, SCALED: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr,
     STATE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Last launch of the split route, a program a chunk."""
-    item = tl.program_id(0)
-    index, chunk = tl.load(items + 2 * item), tl.load(items + 2 * item + 1)
-    row, width, p_row, area, header, r, code = entry(table, rows, widths, headers, work, index, RC, WIDE)
+    _, chunk, _, width, p_row, area, header, r, code = part(table, items, headers, work, RC, WIDE)
+    chunks_a, _ = counts(p_row, width)
     if tl.load(header + RUN) != 0:
-        chunks_a, chunks = counts(p_row, width)
         spread(
             p_row, area, header, hypers, unscaling(grad_scale), seed, chunk, chunks_a, width, r, code, AMSGRAD, MASTER,
             CARRY, SCALED, RC, BN, DTYPE, STATE, WIDE, TC, VECTOR,
@@ -118,17 +115,16 @@ def update_kernel(
 
 @triton.jit(do_not_specialize=["warmup", "start", "interval", "seed"])
 def row_kernel(
-    table, rows, widths, headers, results, work, hypers, grad_scale, found_inf, seed, warmup, start, interval,
+    table, rows, headers, results, work, hypers, grad_scale, found_inf, seed, warmup, start, interval,
     SCHEDULED: tl.constexpr, KEEP: tl.constexpr, CARRY: tl.constexpr, CHECK: tl.constexpr, AMSGRAD: tl.constexpr,
     MASTER: tl.constexpr, KAPPA_MAX: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
     BK: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr,
     SCALED: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """The row route: one program does what all launches of the split route do for a row."""
-    index = tl.program_id(0)
-    row, width, p_row, area, header, r, code = entry(table, rows, widths, headers, work, index, RC, WIDE)
+    row, width, p_row, area, header, r, code = entry(table, rows, headers, work, RC, WIDE)
+    chunks_a, chunks = counts(p_row, width)
     if active(p_row, found_inf):
-        chunks_a, chunks = counts(p_row, width)
         for chunk in range(0, chunks):
             gather(
                 p_row, area, header, chunk, chunks_a, width, r, code, CARRY, CHECK, SCALED, RC, BN, DTYPE, WIDE, TC,
@@ -162,26 +158,24 @@ def adamw(plan: Plan, step: "AdamWStep", results: Tensor) -> None:
         if group.step_route(step.precision) == routes.TORCH:
             continue
         if group.step_route(step.precision) == routes.ROW:
-            row_kernel[(len(group.numbers),)](
-                table, group.numbers, group.widths, group.headers, results, group.workspace, hypers, step.grad_scale,
+            row_kernel[(len(group.rows),)](
+                table, group.entries, group.headers, results, group.workspace, hypers, step.grad_scale,
                 step.found_inf, step.seed, step.warmup_steps, step.start, step.interval, **schedule, **storage, **solve,
                 **group.options,
             )  # fmt: skip
             continue
         gram_kernel[(len(group.items),)](
-            table, group.numbers, group.items, group.widths, group.headers, group.arrivals, results, group.workspace,
-            hypers, step.found_inf, step.warmup_steps, step.start, step.interval, APART=group.apart, **schedule,
-            **solve, **group.gram_options,
+            table, group.items, group.headers, group.arrivals, results, group.workspace, hypers, step.found_inf,
+            step.warmup_steps, step.start, step.interval, APART=group.apart, **schedule, **solve, **group.gram_options,
         )  # fmt: skip
         if group.apart:
-            settle_kernel[(len(group.numbers),)](
-                table, group.numbers, group.widths, group.headers, results, group.workspace, hypers, step.found_inf,
+            settle_kernel[(len(group.rows),)](
+                table, group.entries, group.headers, results, group.workspace, hypers, step.found_inf,
                 step.warmup_steps, step.start, step.interval, **taken(settle_kernel, {**schedule, **solve}),
                 **group.options,
             )  # fmt: skip
         own = group.update_options(carry, solve["VECTOR"])
         constants = taken(update_kernel, {**solve, **storage, "BN": own.pop("BN"), "CARRY": carry})
         update_kernel[(len(group.items),)](
-            table, group.numbers, group.items, group.widths, group.headers, group.workspace, hypers, step.grad_scale,
-            step.seed, **constants, **own,
+            table, group.items, group.headers, group.workspace, hypers, step.grad_scale, step.seed, **constants, **own,
         )  # fmt: skip

@@ -16,9 +16,9 @@ from ..plan import Plan
 from . import table as col
 from .adamw import unscaling
 from .balance import step_side
-from .chunks import HEADER, MOVE, ROOT, RUN, TURN, any_bad, counts
+from .chunks import MOVE, ROOT, RUN, TURN, any_bad, counts
 from .dtypes import BFLOAT16, FLOAT16, power_of_two
-from .gather import active, entry
+from .gather import active, part
 from .launch import constants_of, prepare, scalar_constants, taken
 from .pair import column, report
 from .scalar import AFTER, BEFORE, balance_root, look, total_norm
@@ -124,16 +124,14 @@ def settle_scalar(
 
 @triton.jit(do_not_specialize=["seed", "warmup", "start", "interval"])
 def foresee_kernel(
-    table, rows, items, widths, headers, arrivals, results, work, hypers, grad_scale, found_inf, seed, warmup,
+    table, items, headers, arrivals, results, work, hypers, grad_scale, found_inf, seed, warmup,
     start, interval, CHECK: tl.constexpr, AMSGRAD: tl.constexpr, MASTER: tl.constexpr, RC: tl.constexpr,
     BN: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """First launch, a program a chunk; arguments as gram_kernel's."""
-    item = tl.program_id(0)
-    index, chunk = tl.load(items + 2 * item), tl.load(items + 2 * item + 1)
-    row, width, p_row, parts, header, r, code = entry(table, rows, widths, headers, work, index, RC, WIDE)
+    index, chunk, row, width, p_row, parts, header, r, code = part(table, items, headers, work, RC, WIDE)
+    chunks_a, chunks = counts(p_row, width)
     if active(p_row, found_inf):
-        chunks_a, chunks = counts(p_row, width)
         before, after = due(steps_of(p_row), warmup, start, interval)
         unscale, one = unscaling(grad_scale), tl.full((), 1.0, tl.float64)
         if (after | (start != 0)) & (not before):
@@ -158,19 +156,14 @@ def foresee_kernel(
 
 @triton.jit(do_not_specialize=["seed"])
 def turn_kernel(
-    table, rows, items, widths, headers, hypers, grad_scale, seed, AMSGRAD: tl.constexpr, MASTER: tl.constexpr,
+    table, items, headers, hypers, grad_scale, seed, AMSGRAD: tl.constexpr, MASTER: tl.constexpr,
     RC: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr,
     VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Second launch, a program a chunk."""
-    item = tl.program_id(0)
-    index, chunk = tl.load(items + 2 * item), tl.load(items + 2 * item + 1)
-    row, width = tl.load(rows + index), tl.load(widths + index)
-    p_row = table + row.to(tl.int64) * col.COLUMNS
-    header = headers + index.to(tl.int64) * HEADER
-    r, code = column(p_row, col.R).to(tl.int32), column(p_row, col.DTYPE).to(tl.int32)
+    _, chunk, _, width, p_row, _, header, r, code = part(table, items, headers, headers, RC, WIDE)
+    chunks_a, _ = counts(p_row, width)
     if tl.load(header + RUN) != 0:
-        chunks_a, chunks = counts(p_row, width)
         root, move, turn = tl.load(header + ROOT), tl.load(header + MOVE), tl.load(header + TURN)
         step_chunk(
             p_row, header, header, hypers, unscaling(grad_scale), root, move, turn, seed, chunk, chunks_a, width, r,
@@ -187,11 +180,11 @@ def adamw_scalar(plan: Plan, step: "AdamWStep", results: Tensor) -> None:
         own = {**scalar_constants(group), "AMSGRAD": amsgrad, "CHECK": step.check}
         constants = {**constants_of(plan, group, step.precision), **own}
         foresee_kernel[(len(group.items),)](
-            table, group.numbers, group.items, group.widths, group.headers, group.arrivals, results, group.workspace,
+            table, group.items, group.headers, group.arrivals, results, group.workspace,
             hypers, step.grad_scale, step.found_inf, step.seed, step.warmup_steps, step.start, step.interval,
             **taken(foresee_kernel, constants), **group.scalar_options,
         )  # fmt: skip
         turn_kernel[(len(group.items),)](
-            table, group.numbers, group.items, group.widths, group.headers, hypers, step.grad_scale, step.seed,
+            table, group.items, group.headers, hypers, step.grad_scale, step.seed,
             **taken(turn_kernel, constants), **group.scalar_options,
         )  # fmt: skip

@@ -10,7 +10,7 @@ from . import routes
 from . import table as col
 from .chunks import FACTOR_A, FACTOR_B, MATRIX, NUMBER, RUN, counts, span
 from .dtypes import load, store
-from .gather import entry
+from .gather import part
 from .launch import Group, taken
 from .mean import mixer
 from .pair import block_zeros, column, load_columns, offsets
@@ -109,7 +109,7 @@ def apply_side(
 
 @triton.jit
 def apply_kernel(
-    table, rows, items, widths, headers, work, COLUMN: tl.constexpr, MATRICES: tl.constexpr, RC: tl.constexpr,
+    table, items, headers, work, COLUMN: tl.constexpr, MATRICES: tl.constexpr, RC: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr, STORED: tl.constexpr,
     TYPE: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
@@ -117,12 +117,10 @@ def apply_kernel(
 
     Whether a row has matrices (STORED, where `mixer` finds them) or numbers (float64, in its header) RUN says.
     """
-    item = tl.program_id(0)
-    index, chunk = tl.load(items + 2 * item), tl.load(items + 2 * item + 1)
-    _, width, p_row, area, header, r, code = entry(table, rows, widths, headers, work, index, RC, WIDE)
+    _, chunk, _, width, p_row, area, header, r, code = part(table, items, headers, work, RC, WIDE)
+    chunks_a, _ = counts(p_row, width)
     run = tl.load(header + RUN)
     if run != 0:
-        chunks_a, _ = counts(p_row, width)
         if chunk < chunks_a:
             apply_side(
                 p_row, area, header, chunk, width, r, code, run, COLUMN, MATRICES, col.A_SIDE, RC, BN, BK, DTYPE, WIDE,
@@ -140,7 +138,7 @@ def apply_chunks(group: Group, table: Tensor, constants: dict[str, Any], **own: 
     kept = {**constants, **own}
     blocks, options = apply_options(group, kept)
     apply_kernel[(len(group.items),)](
-        table, group.numbers, group.items, group.widths, group.headers, group.workspace,
+        table, group.items, group.headers, group.workspace,
         **taken(apply_kernel, {**kept, **blocks}), **options,
     )  # fmt: skip
 

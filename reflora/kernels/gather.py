@@ -14,16 +14,32 @@ from .settle import refuse, settle
 
 
 @triton.jit
-def entry(table, rows, widths, headers, work, index, RC: tl.constexpr, WIDE: tl.constexpr):
-    """Of entry `index` of a launch: number and address of its row, width of a chunk, workspace, header, rank, storage.
+def entry(table, rows, headers, work, RC: tl.constexpr, WIDE: tl.constexpr):
+    """Of the row of a program: number, columns of a chunk, address, workspace, header, rank, storage.
 
-    rows int32 `[rows]`: their numbers in the table; widths int32 `[rows]`; headers float64 `[rows, HEADER]`.
+    rows: Group.entries; headers float64 `[rows, HEADER]`.
     """
-    row, width = tl.load(rows + index), tl.load(widths + index)
+    index = tl.program_id(0)
+    row, width = tl.load(rows + 2 * index), tl.load(rows + 2 * index + 1)
+    p_row, area, header, r, code = located(table, headers, work, index, row, RC, WIDE)
+    return row, width, p_row, area, header, r, code
+
+
+@triton.jit
+def part(table, items, headers, work, RC: tl.constexpr, WIDE: tl.constexpr):
+    """Of the chunk of a program: place of its row in the launch, number of the chunk, and as `entry`; Group.items."""
+    item = items + 4 * tl.program_id(0)
+    # all that a program reads of its row follows from one read
+    index, chunk, row, width = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
+    p_row, area, header, r, code = located(table, headers, work, index, row, RC, WIDE)
+    return index, chunk, row, width, p_row, area, header, r, code
+
+
+@triton.jit
+def located(table, headers, work, index, row, RC: tl.constexpr, WIDE: tl.constexpr):
     p_row = table + row.to(tl.int64) * col.COLUMNS
     area, header = area_of(work, index, RC, WIDE), headers + index.to(tl.int64) * HEADER
-    r, code = column(p_row, col.R).to(tl.int32), column(p_row, col.DTYPE).to(tl.int32)
-    return row, width, p_row, area, header, r, code
+    return p_row, area, header, column(p_row, col.R).to(tl.int32), column(p_row, col.DTYPE).to(tl.int32)
 
 
 @triton.jit
@@ -75,21 +91,19 @@ def gather(
 
 @triton.jit(do_not_specialize=["warmup", "start", "interval"])
 def gram_kernel(
-    table, rows, items, widths, headers, arrivals, results, work, hypers, found_inf, warmup, start, interval,
-    APART: tl.constexpr, SCHEDULED: tl.constexpr, KEEP: tl.constexpr, CARRY: tl.constexpr, CHECK: tl.constexpr,
-    KAPPA_MAX: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-    DTYPE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr, SCALED: tl.constexpr, VECTOR: tl.constexpr,
+    table, items, headers, arrivals, results, work, hypers, found_inf, warmup, start, interval, APART: tl.constexpr,
+    SCHEDULED: tl.constexpr, KEEP: tl.constexpr, CARRY: tl.constexpr, CHECK: tl.constexpr, KAPPA_MAX: tl.constexpr,
+    RC: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr,
+    TC: tl.constexpr, SCALED: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """A program a chunk: its Gram. The last of a row to arrive settles an AdamW step of it, unless APART.
 
-    items int32 `[programs, 2]`: (entry, chunk); arrivals int32 `[rows]`, zeros before and after; others as in `entry`.
+    items: Group.items; arrivals int32 `[rows]`, zeros before and after; headers as in `entry`.
     results, hypers, arrivals and the schedule are of no use to APART.
     """
-    item = tl.program_id(0)
-    index, chunk = tl.load(items + 2 * item), tl.load(items + 2 * item + 1)
-    row, width, p_row, area, header, r, code = entry(table, rows, widths, headers, work, index, RC, WIDE)
+    index, chunk, row, width, p_row, area, header, r, code = part(table, items, headers, work, RC, WIDE)
+    chunks_a, chunks = counts(p_row, width)
     if active(p_row, found_inf):
-        chunks_a, chunks = counts(p_row, width)
         gather(
             p_row, area, header, chunk, chunks_a, width, r, code, CARRY, CHECK, SCALED, RC, BN, DTYPE, WIDE, TC, VECTOR
         )  # fmt: skip
@@ -113,6 +127,6 @@ def gather_chunks(group: Group, table: Tensor, constants: dict[str, Any], check:
     """The Grams of a group's chunks; check: whether their gradients are finite too."""
     own = {"APART": True, "SCHEDULED": False, "KEEP": False, "CARRY": False, "CHECK": check}
     gram_kernel[(len(group.items),)](
-        table, group.numbers, group.items, group.widths, group.headers, None, None, group.workspace, None, None, 0, 0,
-        1, **taken(gram_kernel, {**constants, **own}), **group.gram_options,
+        table, group.items, group.headers, None, None, group.workspace, None, None, 0, 0, 1,
+        **taken(gram_kernel, {**constants, **own}), **group.gram_options,
     )  # fmt: skip

@@ -29,18 +29,16 @@ LEAST_BLOCKS = 4
 class Group:
     """The rows of a rank class, the longest first, and what their kernels share.
 
-    numbers: int32 row numbers `[rows]` on the plan's device. dtype, state: storage codes of factors and moments, MIXED
-    where rows differ. wide: the type S is applied in. master: whether a row has master weights. rows: numbers, on the
-    host; sizes: `(n_in, n_out)` of each.
+    dtype, state: storage codes of factors and moments, MIXED where rows differ. wide: the type S is applied in. rows:
+    their numbers in the table; sizes: `(n_in, n_out)` of each. master: whether one has master weights.
     """
 
     def __init__(
-        self, rank_class: int, numbers: Tensor, dtype: int, state: int, wide: torch.dtype, master: bool = False,
-        rows: Sequence[int] = (), sizes: Sequence[tuple[int, int]] = (),
+        self, rank_class: int, dtype: int, state: int, wide: torch.dtype, device: torch.device,
+        rows: Sequence[int] = (), sizes: Sequence[tuple[int, int]] = (), master: bool = False,
     ):  # fmt: skip
-        self.rank_class, self.numbers = rank_class, numbers
-        self.dtype, self.state, self.wide, self.master = dtype, state, wide, master
-        self.rows, self.sizes = rows, sizes
+        self.rank_class, self.dtype, self.state, self.wide = rank_class, dtype, state, wide
+        self.device, self.rows, self.sizes, self.master = device, rows, sizes, master
 
     @property
     def route(self) -> Route:
@@ -48,11 +46,11 @@ class Group:
 
     @cached_property
     def capability(self) -> int:
-        return capability(self.numbers.device)
+        return capability(self.device)
 
     @cached_property
     def shared(self) -> int | None:
-        return shared_memory(self.numbers.device)
+        return shared_memory(self.device)
 
     def step_route(self, precision: str) -> str:
         """How a full AdamW step is taken; whatever is not by TORCH has an S here."""
@@ -105,34 +103,34 @@ class Group:
     def workspace(self) -> Tensor:
         elements = self.rank_class * self.rank_class + self.rank_class
         slots = SLOTS_FLOAT64.value if self.wide == torch.float64 else SLOTS_FLOAT32.value
-        return torch.empty(len(self.numbers), slots, elements, dtype=torch.float64, device=self.numbers.device)
+        return torch.empty(len(self.rows), slots, elements, dtype=torch.float64, device=self.device)
 
     @cached_property
     def headers(self) -> Tensor:
-        return torch.zeros(len(self.numbers), HEADER.value, dtype=torch.float64, device=self.numbers.device)
+        return torch.zeros(len(self.rows), HEADER.value, dtype=torch.float64, device=self.device)
 
     @cached_property
     def arrivals(self) -> Tensor:
-        return torch.zeros(len(self.numbers), dtype=torch.int32, device=self.numbers.device)
+        return torch.zeros(len(self.rows), dtype=torch.int32, device=self.device)
 
     @cached_property
     def _widths(self) -> list[int]:
         return [chunk_width(n_a, n_b, self.block_n) for n_a, n_b in self.sizes]
 
     @cached_property
-    def widths(self) -> Tensor:
-        """Columns of a chunk, int32 `[rows]`."""
-        return int_table(self._widths, torch.int32, self.numbers.device)
+    def entries(self) -> Tensor:
+        """Number in the table and columns of a chunk of every row, int32 `[rows, 2]`."""
+        return int_table(list(zip(self.rows, self._widths)), torch.int32, self.device)
 
     @cached_property
     def items(self) -> Tensor:
-        """(entry in numbers, chunk) of every chunk, int32 `[programs, 2]`."""
+        """Place in entries, chunk, and what the entry says, of every chunk: int32 `[chunks, 4]`."""
         items = [
-            (index, chunk)
-            for index, (sizes, width) in enumerate(zip(self.sizes, self._widths))
+            (index, chunk, row, width)
+            for index, (row, width, sizes) in enumerate(zip(self.rows, self._widths, self.sizes))
             for chunk in range(sum(-(-n // width) for n in sizes))
         ]
-        return int_table(items, torch.int32, self.numbers.device)
+        return int_table(items, torch.int32, self.device)
 
 
 def chunk_width(n_a: int, n_b: int, block: int) -> int:
@@ -143,10 +141,12 @@ def chunk_width(n_a: int, n_b: int, block: int) -> int:
     return blocks * block
 
 
-# columns of the table: addresses; the stride between neighbours, which are columns of A and ranks of B; that between
-# lines of these, and how many lines there are; what is a multiple of four where lines are cut into fours
+# columns of the table: addresses; the stride between neighbours, which are columns of A and ranks of B, and the address
+# of what has it; that between lines of these, and how many lines there are; what is a multiple of four where lines are
+# cut into fours
 _ADDRESSES = [side + column for side in (A_SIDE, B_SIDE) for column in (P, G, M, V, X, W)]
 _NEAR = [A_SIDE + P_SN, A_SIDE + G_SN, B_SIDE + P_SR, B_SIDE + G_SR]
+_OF_NEAR = [A_SIDE + P, A_SIDE + G, B_SIDE + P, B_SIDE + G]
 _FAR = [A_SIDE + P_SR, A_SIDE + G_SR, B_SIDE + P_SN, B_SIDE + G_SN]
 _LINES = [R, R, B_SIDE + N, B_SIDE + N]
 _FOURS = [*_FAR, A_SIDE + N, R]
@@ -155,11 +155,12 @@ _FOURS = [*_FAR, A_SIDE + N, R]
 def aligned(table: Tensor, rows: Sequence[int]) -> bool:
     """Whether accesses of these rows may take 16 bytes, and offsets 32 bits.
 
-    In every factor, gradient and moment four neighbours lie together, from a multiple of 16 bytes on: as PEFT's linear
-    layers do where r and n_in are multiples of four. Its experts do not, since ranks of their B are apart.
+    In every factor, gradient and moment that there is four neighbours lie together, from a multiple of 16 bytes on: as
+    PEFT's linear layers do where r and n_in are multiples of four. Its experts do not, ranks of their B being apart.
     """
     own = table.numpy() if len(rows) == len(table) else table.numpy()[rows]
-    whole = (own[:, _NEAR] == 1).all() and not (own[:, _FOURS] & 3).any() and not (own[:, _ADDRESSES] & 15).any()
+    near = (own[:, _NEAR] == 1) | (own[:, _OF_NEAR] == 0)
+    whole = near.all() and not (own[:, _FOURS] & 3).any() and not (own[:, _ADDRESSES] & 15).any()
     return bool(whole and (own[:, _FAR] * own[:, _LINES] < 2**31).all())
 
 
@@ -263,8 +264,8 @@ def _group(plan: Plan, rank_class: int, numbers: list[int]) -> Group:
     wide = torch.float64 if STORAGE_DTYPES.index(torch.float64) in plan.table[numbers, DTYPE] else torch.float32
     master = bool((plan.table[numbers][:, [A_SIDE + W, B_SIDE + W]] != 0).any())
     return Group(
-        rank_class, int_table(longest, torch.int32, plan.device), _code(plan, numbers, DTYPE),
-        _code(plan, numbers, STATE), wide, master, longest, [sizes[n] for n in longest],
+        rank_class, _code(plan, numbers, DTYPE), _code(plan, numbers, STATE), wide, plan.device, longest,
+        [sizes[n] for n in longest], master,
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from .settle import move_saved, refuse, shrink_weight, steps_of
 
 @triton.jit(do_not_specialize=["start"])
 def solve_kernel(
-    table, rows, widths, headers, results, work, start, SAVE: tl.constexpr, KAPPA_MAX: tl.constexpr, RC: tl.constexpr,
+    table, rows, headers, results, work, start, SAVE: tl.constexpr, KAPPA_MAX: tl.constexpr, RC: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr,
     SCALED: tl.constexpr,
 ):  # fmt: skip
@@ -29,8 +29,7 @@ def solve_kernel(
 
     Arguments as gram_kernel's; start as Backend.precondition has it.
     """
-    index = tl.program_id(0)
-    row, width, p_row, area, header, r, code = entry(table, rows, widths, headers, work, index, RC, WIDE)
+    row, width, p_row, area, header, r, code = entry(table, rows, headers, work, RC, WIDE)
     if column(p_row, col.ACTIVE) == 0:
         refuse(row, header, results)
     else:
@@ -54,8 +53,8 @@ def solve_rows(
 ) -> None:  # fmt: skip
     """S and S^-1 of a group's rows; without `save` they are for gradients, which are searched."""
     gather_chunks(group, table, constants, check=not save)
-    solve_kernel[(len(group.numbers),)](
-        table, group.numbers, group.widths, group.headers, results, group.workspace, start, SAVE=save,
+    solve_kernel[(len(group.rows),)](
+        table, group.entries, group.headers, results, group.workspace, start, SAVE=save,
         **taken(solve_kernel, constants), **group.options,
     )  # fmt: skip
 

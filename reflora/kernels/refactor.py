@@ -49,12 +49,11 @@ def form_p(area, r, c, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, TC:
 
 @triton.jit
 def refactor_kernel(
-    table, rows, widths, headers, results, work, KAPPA_MAX: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr,
+    table, rows, headers, results, work, KAPPA_MAX: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr,
     BK: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr, SCALED: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     """P^T and P^-T of a row, a program each; arguments as gram_kernel's. TYPE: of their elements."""
-    index = tl.program_id(0)
-    row, width, p_row, area, header, r, code = entry(table, rows, widths, headers, work, index, RC, WIDE)
+    row, width, p_row, area, header, r, code = entry(table, rows, headers, work, RC, WIDE)
     if column(p_row, col.ACTIVE) == 0:
         refuse(row, header, results)
     else:
@@ -91,8 +90,8 @@ def refactor(plan: Plan, scalar: bool, precision: str, results: Tensor) -> None:
             continue
         else:
             gather_chunks(group, table, constants, check=False)
-            refactor_kernel[(len(group.numbers),)](
-                table, group.numbers, group.widths, group.headers, results, group.workspace, TYPE=TYPE,
+            refactor_kernel[(len(group.rows),)](
+                table, group.entries, group.headers, results, group.workspace, TYPE=TYPE,
                 **taken(refactor_kernel, constants), **group.options,
             )  # fmt: skip
         apply_chunks(group, table, constants, COLUMN=col.P, MATRICES=not scalar, STORED=TYPE, TYPE=TYPE)

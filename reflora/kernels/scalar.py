@@ -12,7 +12,7 @@ from torch import Tensor
 from . import table as col
 from .chunks import FACTOR_A, FACTOR_B, NUMBER, RUN, any_bad, counts, never_finite, span, store_bad
 from .dtypes import BFLOAT16, balanced_fits, exponent_of, load, power_of_two
-from .gather import entry
+from .gather import entry, part
 from .launch import Group, scalar_constants, taken
 from .mean import ratio
 from .pair import block_zeros, column, offsets, report
@@ -106,31 +106,36 @@ def balance_root(norm_a, exponent_a, norm_b, exponent_b, code):
     finite = (norm_a < float("inf")) & (norm_b < float("inf"))
     status = tl.where(finite, tl.where(useful, col.REFACTORED, col.DEGENERATE), col.SKIPPED)
     s = tl.where(useful, s, 1.0)
-    nearest = power_of_two(tl.floor(0.5 * tl.log2(s) + 0.5).to(tl.int64))
-    return status, tl.where(code >= BFLOAT16, nearest, tl.sqrt(s))
+    return status, tl.where(code >= BFLOAT16, power_of_two(nearest_root(s)), tl.sqrt(s))
+
+
+@triton.jit
+def nearest_root(s):
+    """Exponent of the power of two next to sqrt(s) by ratio, the even one of two: by bits, since tl.log2 is inexact."""
+    exponent = exponent_of(s)
+    n = exponent >> 1
+    between = (exponent % 2 == 0) & (s == power_of_two(exponent - 1))
+    return n - tl.where(between & (n % 2 != 0), 1, 0)
 
 
 @triton.jit
 def squares_kernel(
-    table, rows, items, widths, headers, work, CHECK: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr,
+    table, items, headers, work, CHECK: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr,
     DTYPE: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """The squares of a chunk, a program each; arguments as gram_kernel's."""
-    item = tl.program_id(0)
-    index, chunk = tl.load(items + 2 * item), tl.load(items + 2 * item + 1)
-    _, width, p_row, parts, header, r, code = entry(table, rows, widths, headers, work, index, RC, WIDE)
+    _, chunk, _, width, p_row, parts, header, r, code = part(table, items, headers, work, RC, WIDE)
+    chunks_a, _ = counts(p_row, width)
     if column(p_row, col.ACTIVE) != 0:
-        chunks_a, _ = counts(p_row, width)
         look(p_row, parts, header, chunk, chunks_a, width, r, code, CHECK, RC, BN, DTYPE, WIDE, VECTOR)
 
 
 @triton.jit
 def balance_kernel(
-    table, rows, widths, headers, results, work, GRADIENTS: tl.constexpr, RC: tl.constexpr, WIDE: tl.constexpr
+    table, rows, headers, results, work, GRADIENTS: tl.constexpr, RC: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
     """What both sides of a row are multiplied by: the factors, or for GRADIENTS these. A program a row."""
-    index = tl.program_id(0)
-    row, width, p_row, parts, header, r, code = entry(table, rows, widths, headers, work, index, RC, WIDE)
+    row, width, p_row, parts, header, r, code = entry(table, rows, headers, work, RC, WIDE)
     if column(p_row, col.ACTIVE) == 0:
         refuse(row, header, results)
     else:
@@ -157,10 +162,10 @@ def balance_rows(
     """The balance scalars of a group's rows, for its gradients or its factors."""
     kept = {**constants, **scalar_constants(group), "CHECK": gradients, "GRADIENTS": gradients}
     squares_kernel[(len(group.items),)](
-        table, group.numbers, group.items, group.widths, group.headers, group.workspace, **taken(squares_kernel, kept),
+        table, group.items, group.headers, group.workspace, **taken(squares_kernel, kept),
         **group.scalar_options,
     )  # fmt: skip
-    balance_kernel[(len(group.numbers),)](
-        table, group.numbers, group.widths, group.headers, results, group.workspace, **taken(balance_kernel, kept),
+    balance_kernel[(len(group.rows),)](
+        table, group.entries, group.headers, results, group.workspace, **taken(balance_kernel, kept),
         **group.scalar_options,
     )  # fmt: skip

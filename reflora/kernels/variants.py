@@ -30,7 +30,7 @@ Variant = tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]
 
 PAIR = {
     "table": "*i64", "rows": "*i32", "results": "*fp64", "work": "*fp64", "hypers": "*fp64", "items": "*i32",
-    "widths": "*i32", "headers": "*fp64", "arrivals": "*i32", "warmup": "i32", "start": "i32", "interval": "i32",
+    "headers": "*fp64", "arrivals": "*i32", "warmup": "i32", "start": "i32", "interval": "i32",
     "weight_bits": "i64",
 }  # fmt: skip
 PAIR_KERNELS = {
@@ -66,7 +66,7 @@ def variant(
     wide = torch.float64 if storage in ("mixed", "float64") else torch.float32
     code = MIXED.value if storage == "mixed" else STORAGE_DTYPES.index(getattr(torch, storage))
     state = code if state is None else STORAGE_DTYPES.index(getattr(torch, state))
-    group = Group(rank_class, torch.zeros(1, dtype=torch.int32, device="cpu"), code, state, wide)
+    group = Group(rank_class, code, state, wide, torch.device("cpu"))
     kernel = PAIR_KERNELS[name]
     constants = {**PAIR_CONSTANTS, **group.constants, **solve_constants(group, precision, capability)}
     own = scalar_constants(group) if name in SCALAR_KERNELS else state_constants(group, precision)
