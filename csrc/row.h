@@ -98,7 +98,8 @@ struct RowOp {
         result[NORM_A] = g[0].norm, result[NORM_B] = g[1].norm;
         if (!(g[0].norm <= Storage<double>::max && g[1].norm <= Storage<double>::max)) return false;
         result[KAPPA_A] = g[0].kappa, result[KAPPA_B] = g[1].kappa;
-        solve(d, g[0], g[1], job.kappa_max, tiny, top, !weight(), scratch, x);
+        const double of_rank = job.kappa_of_rank * __builtin_sqrt(double(d.r));
+        solve(d, g[0], g[1], of_rank < job.kappa_max ? of_rank : job.kappa_max, tiny, top, !weight(), scratch, x);
         result[STATUS] = x.status, result[SCALE] = x.c, result[BALANCE] = balance(d, g[0], g[1]);
         return true;
     }

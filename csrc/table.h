@@ -22,7 +22,7 @@ enum Function { POLAR, GEOMETRIC_MEAN, SQRTM, INVSQRTM, SVD, INV_ROOT };
 struct Job {
     Kind kind;
     bool scalar;
-    double kappa_max;
+    double kappa_max, kappa_of_rank;  // a factor is degenerate past either, the second times sqrt(r)
     // steps after which a Gram counts half in S, which then comes without its scale c; 0: the paper's S. With `scalar` and
     // a start, an AdamW step balances a row from the step on in which its norms cross
     int64_t start;

@@ -5,6 +5,7 @@ Inner code trusts what has passed here. Errors name what was expected, what came
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,10 @@ STORAGE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 RANK_CLASSES = (16, 32, 64, 128)
 
 # a factor is degenerate past this Frobenius condition estimate ||L||_F ||L^-1||_F of the Cholesky
-# factor of its Gram (at least k, at most r k / 2 + 1); one constant a precision, on every backend
+# factor of its Gram (at least k, at most r k / 2 + 1), and past the second times sqrt(r): the rounding of a singular
+# Gram in float32 reads as 1900 sqrt(r) and more. On every backend
 KAPPA_MAX = {"float64": 1e6, "float32": 1e4}
+KAPPA_OF_RANK = {"float64": math.inf, "float32": 1500.0}
 
 # steps after which a Gram counts half in S by default, see reference.shrink_weight; chosen in benchmarks/NOTES.md
 START_STEPS = 400

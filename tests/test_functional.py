@@ -163,6 +163,16 @@ def test_degenerate_input_is_decided_layer_by_layer(fast_backend, r, dtype, scal
     assert (refactored.status == SKIPPED).sum() == 2
 
 
+def test_rounding_of_a_singular_gram_is_not_taken_for_an_S(backend):
+    """In float32 that of rank r - 1 has a Cholesky factor in every third case, of whatever condition rounding leaves."""
+    pairs = [
+        (torch.randn(r, 100), torch.randn(77, r - 1) @ torch.randn(r - 1, r)) for r in (2, 3, 4, 8) for _ in range(12)
+    ]
+    grads = [(torch.randn_like(A), torch.randn_like(B)) for A, B in pairs]
+    found = precondition_(pairs, grads, precision="float32", backend=backend)
+    assert (found.status == DEGENERATE).all()
+
+
 def test_every_backend_decides_alike():
     pairs = [(A.clone(), B.clone()) for (A, B), _ in degenerate_pairs(8, torch.float32).values()]
     seen = {}

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..contract import KAPPA_MAX, RANK_CLASSES
+from ..contract import KAPPA_MAX, KAPPA_OF_RANK, RANK_CLASSES
 from ..plan import RESULTS, Plan
 from . import AdamWStep, torch_backend
 
@@ -127,7 +127,7 @@ def _run(plan: Plan, precision: str, **job: object) -> Tensor:
     results = torch.empty(len(plan.rows), RESULTS, dtype=torch.float64, device="cpu")
     _C.run(
         table=plan.table.data_ptr(), rows=len(plan.rows), results=results.data_ptr(),
-        kappa_max=KAPPA_MAX[precision], threads=torch.get_num_threads(), **job,
+        kappa_max=KAPPA_MAX[precision], kappa_of_rank=KAPPA_OF_RANK[precision], threads=torch.get_num_threads(), **job,
     )  # fmt: skip
     return results
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..contract import DEGENERATE, KAPPA_MAX, REFACTORED, SKIPPED
+from ..contract import DEGENERATE, KAPPA_MAX, KAPPA_OF_RANK, REFACTORED, SKIPPED
 from ..reference import MEET
 
 # enough for every X that is not degenerate, and more than most need: nothing here asks whether it has converged
@@ -111,7 +111,8 @@ def solve(a: Gram, b: Gram, apply: torch.dtype, precision: str, weight: Tensor |
     """
     eye = torch.eye(a.unit.shape[1], dtype=a.unit.dtype, device=a.unit.device)
     of_A, of_B = cholesky(a, weight), cholesky(b, weight)
-    regular = (of_A.kappa <= KAPPA_MAX[precision]) & (of_B.kappa <= KAPPA_MAX[precision])
+    most = min(KAPPA_MAX[precision], KAPPA_OF_RANK[precision] * a.unit.shape[1] ** 0.5)
+    regular = (of_A.kappa <= most) & (of_B.kappa <= most)
     keep = regular.view(-1, 1, 1)
     La, La_inv, Lb, Lb_inv = (M.where(keep, eye) for M in (of_A.L, of_A.L_inv, of_B.L, of_B.L_inv))
     N = Lb.mT @ La

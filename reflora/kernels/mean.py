@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .. import contract
 from . import table as col
 from .cholesky import factor_all
 from .chunks import any_bad, counts, reduce_chunks
@@ -20,6 +21,7 @@ from .solve import (
     read,
 )
 
+KAPPA_OF_RANK = tl.constexpr(contract.KAPPA_OF_RANK["float32"])
 # the largest that is solved in registers from there on; a larger one would spill
 SMALL = tl.constexpr(16)
 
@@ -70,7 +72,10 @@ def judge(
     kappa_a, kappa_b = tl.sum(tl.where(both == 0, kappa, 0.0), 0), tl.sum(tl.where(both == 1, kappa, 0.0), 0)
     kappa_a = tl.where(column(p_row, col.A_SIDE + col.N) < r, float("inf"), kappa_a)
     kappa_b = tl.where(column(p_row, col.B_SIDE + col.N) < r, float("inf"), kappa_b)
-    regular = useful & (kappa_a <= KAPPA_MAX) & (kappa_b <= KAPPA_MAX)
+    most = tl.full((), KAPPA_MAX, tl.float64)
+    if TC == tl.float32:
+        most = tl.minimum(most, KAPPA_OF_RANK * tl.sqrt(r.to(tl.float64)))
+    regular = useful & (kappa_a <= most) & (kappa_b <= most)
     finite = (norm_a < float("inf")) & (norm_b < float("inf"))
     status = tl.where(finite, tl.where(regular, col.REFACTORED, col.DEGENERATE), col.SKIPPED)
     return status, kappa_a, kappa_b
