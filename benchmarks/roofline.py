@@ -20,7 +20,7 @@ ONE_READ = 4
 FORESEEN = 4 * ONE_READ
 # eliminations of the solve: the Cholesky factors of both Grams, with their inverses
 ELIMINATIONS = 2
-# products of the solve: N and N^-T, two for each of 9 Newton-Schulz steps (in practice 7 to 13), two each for S, S^-1
+# products of the solve: N and N^-T, two for each of 9 Newton-Schulz steps (in practice 4 to 13), two each for S, S^-1
 PRODUCTS = 24
 
 

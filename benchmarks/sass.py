@@ -200,7 +200,7 @@ _TEXT = """# Instructions a round of the r x r solve
 Counted in the machine code that Triton {version} makes for float64, by `python -m benchmarks.sass`, without a GPU;
 nothing here is a time. **A round is one pivot** of an elimination, Cholesky with its inverse (`eliminate`; in the step
 both Grams of a layer in one round) or Gauss-Jordan (`invert_transposed`, only for `linalg.polar`, whose X comes without
-an inverse), **or one Newton-Schulz step** of the polar factor (7 to 13 in all) where X stays in registers (in the step
+an inverse), **or one Newton-Schulz step** of the polar factor (4 to 13 in all) where X stays in registers (in the step
 up to class 64 on tensor cores), **or one round of Jacobi rotations** (`meet`; n rounds are a sweep, 4 to 9 sweeps in
 all) or one Householder reflection (`reflect`) of an eigendecomposition (in class 128 two divisions a round: each counts
 twice). Loops counted are innermost ones that divide; "loop" is the function that most of the instructions come from; a
