@@ -182,15 +182,15 @@ def orthogonalised(x, r, RC: tl.constexpr, TC: tl.constexpr):
     # not x^T x: operands whose inner index is contiguous are read from shared memory without conflicts
     y = product(x, tl.trans(x), TC)
     scale = 1.0 / tl.sqrt(eigenvalue_bound(y))
+    x, y = x * scale, y * (scale * scale)
     low, away = scale, tl.full((), 1.0, TC)
     step = 0
     while (step < SCHULZ_STEPS) & (away > converged(TC)):
-        d = y * (scale * scale) - tl.where((i == j) & (i < r), 1.0, 0.0).to(TC)
+        d = tl.where((i == j) & (i < r), y - 1.0, y)
         away = tl.sum(tl.sum(d * d, 1), 0)
         own, cube, low = schulz(low, away)
-        x = (own * scale) * x - (cube * scale * scale * scale) * product(y, x, TC)
+        x = own * x - cube * product(y, x, TC)
         y = product(x, tl.trans(x), TC)
-        scale = tl.full((), 1.0, TC)
         step += 1
     return x
 
