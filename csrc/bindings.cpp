@@ -10,8 +10,8 @@ template <class T>
 static T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
 static void run(uintptr_t table, int64_t rows, uintptr_t results, int kind, bool scalar, double kappa_max,
-                double kappa_of_rank, int64_t start, int64_t warmup_steps, int64_t interval, uintptr_t hypers, double grad_scale, bool check,
-                bool found_inf, std::optional<uint64_t> seed, uintptr_t kept, int threads) {
+                double kappa_of_rank, int64_t start, int64_t warmup_steps, int64_t interval, uintptr_t hypers,
+                double grad_scale, bool check, bool found_inf, std::optional<uint64_t> seed, uintptr_t kept, int threads) {
     const Job job{Kind(kind), scalar, kappa_max, kappa_of_rank, start, warmup_steps, interval, at<const double>(hypers),
                   grad_scale, check, found_inf, seed.has_value(), seed.value_or(0), at<double>(kept)};
     py::gil_scoped_release release;

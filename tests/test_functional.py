@@ -163,14 +163,19 @@ def test_degenerate_input_is_decided_layer_by_layer(fast_backend, r, dtype, scal
     assert (refactored.status == SKIPPED).sum() == 2
 
 
-def test_rounding_of_a_singular_gram_is_not_taken_for_an_S(backend):
-    """In float32 that of rank r - 1 often has a Cholesky factor, of whatever condition rounding leaves."""
-    pairs = [
-        (torch.randn(r, 100), torch.randn(77, r - 1) @ torch.randn(r - 1, r)) for r in (2, 3, 4, 8) for _ in range(12)
-    ]
+def statuses_of_singular_grams(ranks, n, count, backend):
+    """In float32 precision, of B with rank r - 1: often rounding leaves a Cholesky factor, of whatever condition."""
+    pairs = [(torch.randn(r, 100), torch.randn(n, r - 1) @ torch.randn(r - 1, r)) for r in ranks for _ in range(count)]
     grads = [(torch.randn_like(A), torch.randn_like(B)) for A, B in pairs]
-    found = precondition_(pairs, grads, precision="float32", backend=backend)
-    assert (found.status == DEGENERATE).all()
+    return precondition_(pairs, grads, precision="float32", backend=backend).status
+
+
+def test_rounding_of_a_singular_gram_is_not_taken_for_an_S(backend):
+    assert (statuses_of_singular_grams((2, 3, 4, 8), 77, 12, backend) == DEGENERATE).all()
+
+
+def test_rounding_of_a_long_singular_gram_is_not_taken_for_an_S(fast_backend):
+    assert (statuses_of_singular_grams((2, 4, 8), 11008, 40, fast_backend) == DEGENERATE).all()
 
 
 def test_every_backend_decides_alike():
