@@ -84,16 +84,16 @@ def examine(folder: Path, out: Path | None, png: Path | None) -> int:
     try:
         adapter = doctor.Adapter(folder)
         layers = adapter.layers()
-        print(doctor.table(layers))
-        worst = max(layers, key=lambda one: max(one.condition_A, one.condition_B))
-        print(f"\n{len(layers)} layers; the worst conditioned is {worst.name}")
+        print(doctor.table(layers), end="\n\n")
+        for line in doctor.summary(layers):
+            print(line)
         if said := doctor.advice(layers):
             print(said)
         if out:
-            moved = adapter.write_balanced(out)
-            print(f"wrote {out}: balanced, B A moved by at most {moved:.1e} of its norm")
+            for line in doctor.outcome(adapter.write_balanced(out), out):
+                print(line)
         if png:
-            doctor.draw(layers, png)
+            doctor.draw(doctor.measured(layers), png)
             print(f"wrote {png}")
     except (OSError, ValueError, ImportError) as error:
         raise SystemExit(f"reflora doctor: {error}") from error

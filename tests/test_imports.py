@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 # a module imports its own top-level name and the rows above, nothing beside it or below; imports inside functions
 # count, imports for type checkers alone do not
 LAYERS = (
+    ("overlap",),
     ("reference", "contract", "ambient", "_C", "_ops"),
     ("plan",),
     ("diagnostics",),
@@ -22,7 +23,8 @@ LAYERS = (
     ("backends",),
     ("functional", "linalg"),
     ("optim",),
-    ("integrations", "doctor"),
+    ("integrations",),
+    ("doctor",),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -1,0 +1,174 @@
+"""The balanced copy of `python -m reflora doctor FOLDER --refactor OUT`: what is in it, and whole or absent."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapter_cases import A0, B0, change_config, change_tensors, put, save
+from safetensors.torch import load_file
+from torch import Tensor
+
+from reflora import __main__ as program
+from reflora import doctor
+from reflora.doctor import adapter as adapters
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    return save(tmp_path / "adapter")
+
+
+def test_of_a_training_run_only_the_adapter_is_copied(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = [
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "rng_state_1.pth",
+        "trainer_state.json",
+        "training_args.bin",
+    ]
+    run += ["scaler.pt", "latest", "zero_to_fp32.py", "optimizer.bin", "random_states_0.pkl", "adapter_model.bin"]
+    folders = ["global_step12", "checkpoint-3", "runs", ".git", "pytorch_model_fsdp_0", "optimizer_0"]
+    kept = ["README.md", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
+    kept += ["chat_template.jinja", "vocab.txt", "optimizer-notes.md", "latest.md"]
+    for name in run + kept:
+        (saved / name).write_text(name)
+    for name in folders:
+        (saved / name).mkdir()
+        (saved / name / "file").write_text(name)
+    shutil.copytree(saved, saved / "other", ignore=lambda *_: run + folders)
+    out = tmp_path / "out"
+    program.main(["doctor", str(saved), "--refactor", str(out)])
+    assert {path.name for path in out.iterdir()} == {*kept, "other", doctor.CONFIG, doctor.WEIGHTS}
+    assert (out / "README.md").read_text() == "README.md"
+    assert (out / doctor.CONFIG).read_bytes() == (saved / doctor.CONFIG).read_bytes()
+    printed = capsys.readouterr().out
+    assert "of a training run or of the old factors: .git, adapter_model.bin, checkpoint-3 and 15 more" in printed
+    assert "adapters of their own, copied as they are: other" in printed
+
+
+def test_links_are_followed_and_dead_ones_left(saved: Path, tmp_path: Path) -> None:
+    """A snapshot in the Hub's cache is all links."""
+    snapshot, out = tmp_path / "snapshot", tmp_path / "out"
+    snapshot.mkdir()
+    for path in saved.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    (snapshot / "gone").symlink_to(tmp_path / "nowhere")
+    assert program.main(["doctor", str(snapshot), "--refactor", str(out)]) == 0
+    assert sorted(path.name for path in out.iterdir()) == [doctor.CONFIG, doctor.WEIGHTS]
+    assert not any(path.is_symlink() for path in out.iterdir())
+
+
+def test_what_cannot_be_balanced_stays(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """B = 0, as PEFT starts, and experts of which one has a NaN."""
+
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        tensors[B0].zero_()
+        path = "base_model.model.experts.lora"
+        tensors[f"{path}_A.weight"], tensors[f"{path}_B.weight"] = torch.randn(8, 5), torch.randn(6, 8)
+        tensors[f"{path}_A.weight"][5] = float("nan")  # of the second expert
+
+    change_tensors(spoil)(saved)
+    change_config(target_parameters=["experts.w"])(saved)
+    assert program.main(["doctor", str(saved), "--refactor", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "2 layers balanced" in printed and "\ncopied as they are (degenerate): layers.0.q\n" in printed
+    assert "\ncopied as they are (not finite): experts\n" in printed
+    before, after = load_file(saved / doctor.WEIGHTS), load_file(tmp_path / "out" / doctor.WEIGHTS)
+    for key, factor in before.items():
+        assert torch.equal(factor.nan_to_num(7), after[key].nan_to_num(7)) == ("experts" in key or ".0.q." in key), key
+
+
+PLACES = {
+    "equal": (lambda folder: folder, "expected a folder outside of the adapter's"),
+    "inside": (lambda folder: folder / "balanced", "expected a folder outside of the adapter's"),
+    "inside, by a detour": (lambda folder: folder / ".." / folder.name / "a" / "b", "expected a folder outside"),
+    "taken": (lambda folder: folder.parent / "taken", "expected a name not taken, got a folder that is there"),
+    "a file": (lambda folder: folder / ".." / "file", "expected a name not taken, got a file that is there"),
+    "below a file": (
+        lambda folder: folder.parent / "file" / "out",
+        "expected a folder to write, got a file on the way",
+    ),
+    "unwritable": (lambda folder: Path("/proc/out"), "expected a folder to write"),
+    "too long": (lambda folder: folder.parent / ("long" * 100), "expected a folder to write, got File name too long"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_where_out_cannot_be(place: str, saved: Path) -> None:
+    (saved.parent / "file").write_text("mine")
+    (saved.parent / "taken").mkdir()
+    where, said = PLACES[place]
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    with pytest.raises(SystemExit, match=f"^reflora doctor: --refactor .*{said}") as caught:
+        program.main(["doctor", str(saved), "--refactor", str(where(saved))])
+    assert len(str(caught.value)) < 300
+    assert before == {path.name: path.read_bytes() for path in saved.iterdir()}
+    assert sorted(path.name for path in saved.parent.iterdir()) == ["adapter", "file", "taken"]
+
+
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "^C"])
+def test_out_is_whole_or_absent(
+    failure: BaseException, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise failure
+
+    monkeypatch.setattr("safetensors.torch.save_file", fails)
+    with pytest.raises(KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else SystemExit):
+        program.main(["doctor", str(saved), "--refactor", str(tmp_path / "out")])
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_out_gets_the_usual_permissions(saved: Path, tmp_path: Path) -> None:
+    (saved / doctor.WEIGHTS).chmod(0o644)
+    program.main(["doctor", str(saved), "--refactor", str(tmp_path / "new" / "out")])
+    (tmp_path / "plain").mkdir()
+    assert (tmp_path / "new" / "out" / doctor.WEIGHTS).stat().st_mode & 0o777 == 0o644
+    assert os.stat(tmp_path / "new" / "out").st_mode == os.stat(saved).st_mode == os.stat(tmp_path / "plain").st_mode
+
+
+def test_a_product_that_moves_is_not_written(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check does not lean on what wrote the factors."""
+    refactor_ = adapters.refactor_
+
+    def spoil(pairs: list[Any]) -> Any:
+        report = refactor_(pairs)
+        pairs[1].A[2] *= 1 + 1e-4
+        return report
+
+    monkeypatch.setattr(adapters, "refactor_", spoil)
+    with pytest.raises(SystemExit, match="layers.0.v: expected B A that moves by no more than rounding, got .*e-05"):
+        program.main(["doctor", str(saved), "--refactor", str(tmp_path / "out")])
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 1e2])
+def test_rounding_is_no_move(dtype: torch.dtype, scale: float, saved: Path, tmp_path: Path) -> None:
+    def cast(tensors: dict[str, Tensor]) -> None:
+        tensors.update({key: (scale * factor).to(dtype) for key, factor in tensors.items()})
+
+    change_tensors(cast)(saved)
+    written = doctor.Adapter(saved).write_balanced(tmp_path / "out")
+    assert written.moved < torch.finfo(dtype).eps + 1e-14
+    assert all(one.balance < 4 * torch.finfo(dtype).eps + 1e-12 for one in doctor.Adapter(tmp_path / "out").layers())
+
+
+def test_huge_factors_are_measured(saved: Path) -> None:
+    change_tensors(put(A0, lambda A: A.double() * 1e200))(saved)
+    change_tensors(put(B0, lambda B: B.double() * 1e-200))(saved)
+    layers = {one.name: one for one in doctor.Adapter(saved).layers()}
+    assert layers["layers.0.q"].norm == pytest.approx(float(load_norm(saved)), rel=1e-6)
+
+
+def load_norm(folder: Path) -> float:
+    tensors = load_file(folder / doctor.WEIGHTS)
+    return float(((tensors[B0] * 1e200) @ (tensors[A0] * 1e-200)).norm())
