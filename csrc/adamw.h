@@ -36,17 +36,18 @@ INLINE void update_run(const Update<T>& u, const T* RESTRICT g, int64_t inc, S* 
         if (!PLAIN_STEP) first *= u.first, second = second * u.first * u.first;
         first += (grad - first) * u.one_minus_beta1;
         second = second * u.beta2 + u.one_minus_beta2 * grad * grad;
-        put<PLAIN_STEP>(first, m + o);
-        put<PLAIN_STEP>(second, v + o);
+        // saturated: a moment that was loaded may be NaN or inf
+        narrow_saturated(first, m + o);
+        narrow_saturated(second, v + o);
         if (!PLAIN_STEP && u.amsgrad) {
             const T highest = T(widen(x[o])) * u.first * u.first;
-            second = highest > second ? highest : second;
-            put<PLAIN_STEP>(second, x + o);
+            second = highest != highest ? highest : highest > second ? highest : second;
+            narrow_saturated(second, x + o);
         }
         // eps = 0 and no gradient yet: 0 / 0 is no step. A select on the divisor keeps the loop in vectors
         const T divisor = root(second) * u.correction2 + u.eps + (first == 0 ? T(1) : T(0));
         const T value = weights.template read<T>(p, o) * u.param * u.decay - u.step_size * first / divisor;
-        weights.template write<PLAIN_STEP>(value, p, o, i);
+        weights.write(value, p, o, i);
     }
 }
 

@@ -5,21 +5,14 @@
 namespace reflora {
 namespace REFLORA_ISA {
 
-// what the arithmetic of a plain step cannot take out of the range of float32 and float64 needs no check
-template <bool PLAIN_STEP, class S, class T>
-INLINE void put(T x, S* out) {
-    if (PLAIN_STEP && sizeof(S) >= 4) narrow(x, out);
-    else narrow_saturated(x, out);
-}
-
 // run(o, e, step): the weights of a run that begins at offset o; its elements are number e, e + step, ... of the side,
 // (i, k) being number i + r * k. read, write: the element at offset o of the run, its i-th.
 struct Nearest {
     Nearest run(int64_t, int64_t, int64_t) const { return *this; }
     template <class T, class S>
     MEMBER T read(const S* p, int64_t o) const { return T(widen(p[o])); }
-    template <bool PLAIN_STEP, class T, class S>
-    MEMBER void write(T x, S* p, int64_t o, int64_t) const { put<PLAIN_STEP>(x, p + o); }
+    template <class T, class S>
+    MEMBER void write(T x, S* p, int64_t o, int64_t) const { narrow_saturated(x, p + o); }
 };
 
 struct Master {
@@ -33,7 +26,7 @@ struct Master {
         const float stored = widen(p[o]);
         return widen(rounded) == stored ? w[o] : stored;
     }
-    template <bool PLAIN_STEP, class T, class S>
+    template <class T, class S>
     MEMBER void write(T x, S* p, int64_t o, int64_t) const {
         const float kept = saturated(x, T(Storage<S>::max));
         w[o] = kept;
@@ -60,7 +53,6 @@ struct Stochastic {
     Stochastic run(int64_t, int64_t e, int64_t s) const { return {low, high, uint32_t(e), uint32_t(s)}; }
     template <class T>
     MEMBER T read(const bf16* p, int64_t o) const { return widen(p[o]); }
-    template <bool PLAIN_STEP>
     MEMBER void write(float x, bf16* p, int64_t o, int64_t i) const {
         const uint32_t h = fmix32(fmix32((first + step * uint32_t(i)) ^ low) + high);
         // the largest bfloat16 has no digits below it to carry over into inf

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+
+from .overlap import extent as extent
+from .overlap import overlaps_itself, shared
 
 BACKENDS = ("triton", "cpp", "torch")
 PRECISIONS = ("float64", "float32")
@@ -39,9 +42,16 @@ NO_GRADIENT = (
 
 
 def fail(what: str, expected: object, got: object, remedy: str, error: type[Exception] = ValueError) -> NoReturn:
-    """Raise `error` with the one wording every error of this package has; of a long `got` its beginning."""
+    """Raise `error` with the one wording every error of this package has, in under 300 characters.
+
+    Of a long `what`, the path of a layer, the end is shown, and of a long `got` the beginning.
+    """
+    what = what if len(what) <= 80 else f"...{what[-77:]}"
     shown = str(got)
-    raise error(f"{what}: expected {expected}, got {shown if len(shown) <= 120 else shown[:100] + '...'}. {remedy}")
+    room = min(120, 299 - len(f"{what}: expected {expected}, got . {remedy}"))
+    raise error(
+        f"{what}: expected {expected}, got {shown if len(shown) <= room else f'{shown[: room - 20]}...'}. {remedy}"
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +74,11 @@ class LoRAPair:
     def experts(self) -> int:
         number = self.layout.removeprefix("experts(").removesuffix(")")
         return int(number) if number.isdigit() else 1
+
+    @property
+    def sharded(self) -> bool:
+        """Whether a process holds either factor in part; tensor parallelism cuts one of the two."""
+        return is_sharded(self.A) or is_sharded(self.B)
 
     @property
     def rank(self) -> int:
@@ -110,36 +125,52 @@ def as_pairs(pairs: Iterable[PairLike], sharded: bool = False) -> list[LoRAPair]
     Raises ValueError or TypeError naming the pair: shapes that do not match, a dtype outside
     float32/float64/bfloat16/float16, two devices or dtypes in a pair, overlapping storage.
     """
-    if isinstance(pairs, (LoRAPair, Tensor)) or not isinstance(pairs, Iterable):
+    checked = named_pairs(pairs)
+    for pair in checked:
+        check_pair(pair, sharded)
+    whole = [pair for pair in checked if not pair.sharded]
+    check_disjoint([(f"{pair.name}, {side}", t) for pair in whole for side, t in (("A", pair.A), ("B", pair.B))])
+    return checked
+
+
+def named_pairs(pairs: Iterable[PairLike]) -> list[LoRAPair]:
+    """`(A, B)` tuples become LoRAPairs; each is made of two tensors, a name and a layout."""
+    if isinstance(pairs, (LoRAPair, Tensor, Mapping, str)) or not isinstance(pairs, Iterable):
         fail("pairs", "a list of (A, B) pairs", type(pairs).__name__, "Wrap a single pair in a list.", TypeError)
-    checked = []
+    named = []
     for index, pair in enumerate(pairs):
         if not isinstance(pair, LoRAPair):
             if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-                fail(f"pair {index}", "LoRAPair or (A, B)", repr(type(pair)), "See reflora.find_pairs.", TypeError)
+                got = f"{len(pair)} things" if isinstance(pair, (tuple, list)) else type(pair).__name__
+                fail(f"pair {index}", "LoRAPair or (A, B)", got, "See reflora.find_pairs.", TypeError)
             pair = LoRAPair(f"pair {index}", *pair)
-        check_pair(pair, sharded)
-        checked.append(pair)
-    check_disjoint([pair for pair in checked if not is_sharded(pair.A) and not is_sharded(pair.B)])
-    return checked
+        for what, word in (("name", pair.name), ("layout", pair.layout)):
+            if not isinstance(word, str):
+                fail(f"pair {index}, {what}", "text", type(word).__name__, "See LoRAPair.", TypeError)
+        for side, tensor in (("A", pair.A), ("B", pair.B)):
+            if not isinstance(tensor, Tensor):
+                got = type(tensor).__name__
+                fail(f"{pair.name}, {side}", "a torch.Tensor", got, "Pass the weights themselves.", TypeError)
+        named.append(pair)
+    return named
 
 
 def check_pair(pair: LoRAPair, sharded: bool = False) -> None:
     """Shapes, dtypes, devices and storage of one pair."""
     for side, tensor in (("A", pair.A), ("B", pair.B)):
         what = f"{pair.name}, {side}"
-        if not isinstance(tensor, Tensor):
-            fail(what, "a torch.Tensor", type(tensor).__name__, "Pass the weights themselves.", TypeError)
         if tensor.dtype not in STORAGE_DTYPES:
             remedy = "Quantised base weights are fine, the LoRA factors themselves must be floating point."
             fail(what, "float32, float64, bfloat16 or float16", tensor.dtype, remedy, TypeError)
         if is_sharded(tensor) and not sharded:
-            remedy = "Sharded factors (FSDP2) are served by reflora.create_reflora_optimizer and reflora.Refactorer."
+            remedy = "Use reflora.create_reflora_optimizer or reflora.Refactorer (FSDP2, tensor parallelism)."
             fail(what, "a tensor held whole by this process", type(tensor).__name__, remedy)
-        if tensor.layout != torch.strided or tensor.is_meta:
-            remedy = "Sparse and meta tensors cannot be refactored: materialise the factors first."
-            fail(what, "a dense tensor on a device", f"{type(tensor).__name__} ({tensor.layout})", remedy)
-        check_unexpanded(what, tensor)
+        if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
+            remedy = "Sparse, nested and meta tensors cannot be refactored: materialise the factors first."
+            got = f"{type(tensor).__name__} ({'nested' if tensor.is_nested else tensor.layout})"
+            fail(what, "a dense tensor on a device", got, remedy)
+        if not is_sharded(tensor):
+            check_memory(what, tensor)
     if pair.A.device != pair.B.device:
         remedy = "Move both factors of a pair to one device; different pairs may be on different devices."
         fail(pair.name, f"B on {pair.A.device} like A", pair.B.device, remedy)
@@ -148,9 +179,27 @@ def check_pair(pair: LoRAPair, sharded: bool = False) -> None:
     _check_shapes(pair)
 
 
-def check_unexpanded(what: str, tensor: Tensor) -> None:
-    """What is written in place has memory for each of its elements."""
-    if any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape)):
+def check_memory(what: str, tensor: Tensor) -> None:
+    """What is read and written by its address has memory for each of its elements, which holds their values."""
+    check_plain(what, tensor)
+    try:
+        storage = tensor.untyped_storage()
+        # a fake tensor says that it is on a device, its storage that it is not
+        first, end = extent(tensor) if storage.device == tensor.device else (0, 0)
+        room = storage.nbytes() - tensor.storage_offset() * tensor.element_size()
+        there = tensor.numel() == 0 or (first != 0 and end - first <= room)
+    except (RuntimeError, NotImplementedError):  # no storage at all: inside torch.func, subclasses that wrap others
+        there = False
+    if not there:
+        remedy = "Fake tensors, those inside torch.func and those whose storage was freed have none."
+        fail(what, "a tensor with memory of its own", f"a {type(tensor).__name__} without", remedy)
+
+
+def check_plain(what: str, tensor: Tensor) -> None:
+    """Memory holds the values themselves, each in a place of its own."""
+    if tensor.is_neg():
+        fail(what, "the values themselves in memory", "their negatives (is_neg)", "Call .resolve_neg() first.")
+    if overlaps_itself(tensor):
         fail(what, "a tensor whose elements do not share memory", f"strides {tensor.stride()}", "Call .clone().")
 
 
@@ -177,7 +226,7 @@ def _check_shapes(pair: LoRAPair) -> None:
         fail(pair.name, expected, got, remedy)
     if min(A.numel(), B.numel()) == 0:
         fail(pair.name, "at least one element in A and B", got, "Leave empty factors out of the list.")
-    if layout.startswith("experts") and is_sharded(A):
+    if layout.startswith("experts") and pair.sharded:
         _check_cut(pair)
     try:
         pair.views_A(A), pair.views_B(B)
@@ -193,8 +242,8 @@ def _check_cut(pair: LoRAPair) -> None:
         remedy = "Keep them as A [E * r, n_in] and B [n_out, r * E]."
         fail(pair.name, "sharded expert factors of two dimensions", got, remedy)
     for side, tensor, dim in (("A", pair.A, 0), ("B", pair.B, 1)):
-        if pair.experts > 1 and any(placed.is_shard(dim) for placed in tensor.placements):  # type: ignore[attr-defined]
-            cut: Any = tensor.placements  # type: ignore[attr-defined]
+        cut: Any = tensor.placements if is_sharded(tensor) else ()  # type: ignore[attr-defined]
+        if pair.experts > 1 and any(placed.is_shard(dim) for placed in cut):
             remedy = (
                 "Shard A by columns, fully_shard(..., shard_placement_fn=reflora.shard_placement(model, n)), where n "
                 "divides n_in; leave other layers whole (ignored_params=)."
@@ -210,35 +259,39 @@ def check_unhooked(pairs: Iterable[LoRAPair]) -> None:
             fail(pair.name, "gradients that nothing preconditions yet", "reflora.GradientHooks on the model", remedy)
 
 
-def check_disjoint(pairs: Sequence[LoRAPair]) -> None:
-    """No two factors may share memory: each is written once a step."""
-    spans = []
-    for pair in pairs:
-        for side, t in (("A", pair.A), ("B", pair.B)):
-            spans.append((str(t.device), *extent(t), f"{pair.name}, {side}"))
-    spans.sort()
-    for left, right in zip(spans, spans[1:]):
-        if left[0] == right[0] and right[1] < left[2]:
-            remedy = "Pass a tied or shared adapter once."
-            fail(right[3], "memory of its own", f"memory shared with {left[3]}", remedy)
-
-
-def extent(t: Tensor) -> tuple[int, int]:
-    """Addresses of the first byte of a dense tensor, and past its last."""
-    elements = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride())) if t.numel() else 0
-    return t.data_ptr(), t.data_ptr() + elements * t.element_size()
+def check_disjoint(named: Sequence[tuple[str, Tensor]]) -> None:
+    """No two of these may share memory: each is written once a step."""
+    found = shared([tensor for _, tensor in named])
+    if found:
+        (first, _), (second, _) = named[found[0]], named[found[1]]
+        remedy = "Pass a tied or shared adapter once, and gradients of their own."
+        fail(second, "memory of its own", f"memory shared with {first}", remedy)
 
 
 def check_backend(backend: str | None) -> None:
-    if backend is not None and backend not in BACKENDS:
-        fail(
-            "backend", f"None or one of {', '.join(BACKENDS)}", repr(backend), "None picks the fastest that can serve."
-        )
+    if backend is not None and not (isinstance(backend, str) and backend in BACKENDS):
+        names = f"None or one of {', '.join(BACKENDS)}"
+        fail("backend", names, told(backend, str), "None picks the fastest that can serve.")
 
 
 def check_precision(precision: str) -> None:
-    if precision not in PRECISIONS:
-        fail("precision", " or ".join(map(repr, PRECISIONS)), repr(precision), "float64 is the accurate default.")
+    if not (isinstance(precision, str) and precision in PRECISIONS):
+        names = " or ".join(map(repr, PRECISIONS))
+        fail("precision", names, told(precision, str), "float64 is the accurate default.")
+
+
+def check_scalar(scalar: bool) -> None:
+    if not isinstance(scalar, bool):
+        fail("scalar", "True or False", told(scalar, bool), "True is RefLoRA-S.", TypeError)
+
+
+def told(value: Any, *expected: type) -> str:
+    """How an error shows a value, with its type where that is none of these."""
+    if value is None or isinstance(value, expected):
+        return repr(value)
+    module, kind = type(value).__module__, type(value).__name__
+    kind = kind if module == "builtins" else f"{module}.{kind}"
+    return f"a {kind}" if isinstance(value, Tensor) else f"{str(value)[:60]!r}, of type {kind}"
 
 
 def start_of(warmup_steps: int | None) -> int:
@@ -251,7 +304,10 @@ def check_count(what: str, value: Any, minimum: int, or_none: str = "") -> None:
     expected, remedy = f"an integer >= {minimum}", "It is a count."
     if or_none:
         expected, remedy = f"None or {expected}", f"None, the default, {or_none}."
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+    if not isinstance(value, int) or isinstance(value, bool):
+        # numpy's integers too: they do not go into a kernel, nor come out of a checkpoint
+        fail(what, expected, told(value), f"{remedy} Pass an int." if hasattr(value, "__index__") else remedy)
+    if value < minimum:
         fail(what, expected, repr(value), remedy)
     if value >= 2**31:
         fail(what, f"{expected}, less than 2^31", f"one of {value.bit_length()} bits", "10**9 is never.")

@@ -15,20 +15,39 @@ from .plan import Plan
 class Diagnostics:
     """What a step did, layer by layer. Tensors stay on their devices: reading a property synchronises.
 
-    `names[i]` is the layer of entry i; an experts pair has one entry an expert. Inactive layers have status 3, and NaN
-    for what was not measured.
+    `names[i]` is the layer of entry i; an experts pair has one entry an expert. Measured are the factors before the
+    step, as far as it needed them: everything is NaN for a layer that was skipped or is inactive, and in a step that
+    used the S of an earlier one; RefLoRA-S measures `scale` alone.
     """
 
     # entry i is row order[i] of the concatenated results, columns in reflora/plan.py
 
-    def __init__(self, names: list[str], results: list[Tensor], order: list[int]):
+    def __init__(self, names: list[str], results: list[Tensor], order: list[int], reuses: bool = False):
+        """reuses: S may be of an earlier step, which a backend may have measured for."""
         self.names = names
-        self.tables, self.order = results, order
+        self.tables, self.order, self.reuses = results, order, reuses
 
     def _column(self, column: int) -> Tensor:
+        return self._rows()[:, column]
+
+    def _rows(self) -> Tensor:
+        """The result table on the CPU, with one meaning whichever backend has written it."""
         if not self.tables:
-            return torch.empty(0, dtype=torch.float64, device="cpu")
-        return torch.cat([r[:, column].cpu() for r in self.tables])[self.order]
+            return torch.empty(0, col.REPORTED, dtype=torch.float64, device="cpu")
+        rows = torch.cat([table[:, : col.REPORTED].cpu() for table in self.tables])[self.order]
+        status, kappas = rows[:, col.STATUS], rows[:, col.KAPPA_A : col.KAPPA_B + 1]
+        solved = ~kappas.isnan().any(1)
+        # a zero factor has no condition, though its shrunk Gram may have one
+        zero = rows[:, col.NORM_A : col.NORM_B + 1] == 0
+        kappas.masked_fill_(zero & solved[:, None], torch.inf)
+        # factors so far apart that their squares are not in range
+        balance = rows[:, col.BALANCE]
+        balance.masked_fill_(balance.isnan() & solved, torch.inf)
+        unmeasured = (status == SKIPPED) | (status == PLAIN)
+        if self.reuses:
+            unmeasured |= ~solved
+        rows[:, col.KAPPA_A :].masked_fill_(unmeasured[:, None], torch.nan)
+        return rows
 
     def _count(self, status: int) -> int:
         return int((self._column(col.STATUS) == status).sum())
@@ -62,12 +81,12 @@ class Diagnostics:
 
     @property
     def balance(self) -> Tensor:
-        """`||A A^T - B^T B||_F / ||A A^T||_F` before the step, `[layers]`."""
+        """`||A A^T - B^T B||_F / ||A A^T||_F`, `[layers]`; inf where A is 0."""
         return self._column(col.BALANCE)
 
     @property
     def condition_A(self) -> Tensor:
-        """`||L||_F ||L^-1||_F` of the Cholesky factor of `A A^T`, `[layers]`; inf where numerically singular.
+        """`||L||_F ||L^-1||_F` of the Cholesky factor of `A A^T`, `[layers]`; inf where numerically singular, or A 0.
 
         By default `A A^T` is shrunk towards a multiple of I, the less the longer the layer has trained.
         """
@@ -80,7 +99,10 @@ class Diagnostics:
 
     @property
     def scale(self) -> Tensor:
-        """`||B||_F / ||A||_F`, `[layers]`."""
+        """`||B||_F / ||A||_F`, `[layers]`; 1 where that or its inverse is no normal number.
+
+        RefLoRA-S has 1 also where the balanced factors have no room, and for 16-bit factors the nearest power of four.
+        """
         return self._column(col.SCALE)
 
     @property
@@ -109,13 +131,16 @@ def uniform(pairs: Sequence[LoRAPair], status: int) -> Diagnostics:
 
 
 def diagnose(
-    pairs: Sequence[LoRAPair], indices: list[list[int]], plans: list[Plan], results: list[Tensor]
+    pairs: Sequence[LoRAPair], indices: list[list[int]], plans: list[Plan], results: list[Tensor], reuses: bool = False
 ) -> Diagnostics:
-    """Results of several plans, whose pairs are `pairs[indices]`, as one Diagnostics in the order of `pairs`."""
+    """Results of several plans, whose pairs are `pairs[indices]`, as one Diagnostics in the order of `pairs`.
+
+    reuses: as in Diagnostics.
+    """
     keys = [(indices[k][row.pair], row.expert) for k, plan in enumerate(plans) for row in plan.rows]
     order = sorted(range(len(keys)), key=keys.__getitem__)
     stepped = {index for index, _ in keys}
-    return Diagnostics(row_names([pair for i, pair in enumerate(pairs) if i in stepped]), results, order)
+    return Diagnostics(row_names([pair for i, pair in enumerate(pairs) if i in stepped]), results, order, reuses)
 
 
 def row_names(pairs: Sequence[LoRAPair]) -> list[str]:

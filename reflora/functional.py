@@ -5,7 +5,7 @@ Under torch.compile each is one operator, `torch.ops.reflora.refactor_` and `tor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,19 @@ from torch import Tensor
 from ._ops import add_op_namespace_prefix, ops
 from .ambient import independent
 from .backends import resolve
-from .contract import LoRAPair, PairLike, as_pairs, check_backend, check_precision, check_unexpanded, fail
+from .contract import (
+    LoRAPair,
+    PairLike,
+    as_pairs,
+    check_backend,
+    check_disjoint,
+    check_memory,
+    check_plain,
+    check_precision,
+    check_scalar,
+    fail,
+    named_pairs,
+)
 from .diagnostics import Diagnostics, diagnose, row_names
 from .plan import REPORTED, Plan, by_device
 
@@ -45,13 +57,11 @@ def refactor_(
         ValueError: shapes that do not match, factors that overlap, two devices or dtypes in a pair.
         RuntimeError: the backend cannot serve the device, with the reason.
     """
+    _check_options(scalar, backend, precision)
     if torch.compiler.is_compiling():
-        named, factors, layouts = _flat(pairs)
-        with torch.no_grad():
-            results = ops.refactor_(factors, layouts, scalar, backend or "", precision)
-        return Diagnostics(row_names(named), [results], list(range(len(row_names(named)))))
-    check_backend(backend)
-    check_precision(precision)
+        named = named_pairs(pairs)
+        results = ops.refactor_(*_flat(named), scalar, backend or "", precision) if named else None
+        return _reported(named, results)
     checked = as_pairs(pairs)
 
     def run(plan: Plan) -> Tensor:
@@ -76,8 +86,8 @@ def precondition_(
 
     Args:
         pairs: as in `refactor_`.
-        grads: one `(gA, gB)` a pair, laid out like the factors; default their `.grad`. Pairs where either is None are
-            left alone.
+        grads: one `(gA, gB)` a pair, shaped like the factors; default their `.grad`. Pairs where either is None are
+            left alone. As they are written, they share memory neither with one another nor with a factor.
         scalar: `S = c I` for every pair.
         backend: as in `refactor_`.
         precision: as in `refactor_`.
@@ -86,21 +96,21 @@ def precondition_(
         What was done, layer by layer.
 
     Raises:
-        ValueError: gradients that do not match their factors; and as `refactor_`.
+        TypeError: gradients that are not pairs of tensors, or None; and as `refactor_`.
+        ValueError: gradients that do not match their factors, or share memory; and as `refactor_`.
     """
+    _check_options(scalar, backend, precision)
     if torch.compiler.is_compiling():
-        named, factors, layouts = _flat(pairs)
-        sides = [(pair.A.grad, pair.B.grad) for pair in named] if grads is None else list(grads)
+        named = named_pairs(pairs)
+        sides = grads_of(named, grads)
         both = [index for index, (a, b) in enumerate(sides) if a is not None and b is not None]
-        flat = [g for index in both for g in sides[index]]
-        with torch.no_grad():
-            results = ops.precondition_(factors, flat, both, layouts, scalar, backend or "", precision)
-        return Diagnostics(row_names(named), [results], list(range(len(row_names(named)))))
-    check_backend(backend)
-    check_precision(precision)
+        flat = [g.detach() for index in both for g in sides[index] if g is not None]
+        factors, layouts = _flat(named)
+        results = ops.precondition_(factors, flat, both, layouts, scalar, backend or "", precision) if named else None
+        return _reported(named, results)
     checked = as_pairs(pairs)
-    given = [(pair.A.grad, pair.B.grad) for pair in checked] if grads is None else list(grads)
-    check_grads(checked, given)
+    given = grads_of(checked, grads)
+    check_grads_apart(checked, given)
     by_id = {id(pair): pair_grads for pair, pair_grads in zip(checked, given)}
 
     def run(plan: Plan) -> Tensor:
@@ -112,20 +122,63 @@ def precondition_(
     return over_devices(checked, run)
 
 
+def _check_options(scalar: bool, backend: str | None, precision: str) -> None:
+    check_scalar(scalar)
+    check_backend(backend)
+    check_precision(precision)
+
+
+def grads_of(pairs: Sequence[LoRAPair], grads: Grads | None) -> list[tuple[Tensor | None, Tensor | None]]:
+    """One `(gA, gB)` a pair, tensors that match their factors, or None."""
+    if grads is None:
+        given = [(pair.A.grad, pair.B.grad) for pair in pairs]
+    elif isinstance(grads, (Tensor, Mapping, str)) or not isinstance(grads, Iterable):
+        remedy = "Pass one (gA, gB) a pair, in their order."
+        fail("grads", "a list of (gA, gB)", type(grads).__name__, remedy, TypeError)
+    else:
+        given = list(grads)
+    check_grads(pairs, given)
+    return given
+
+
 def check_grads(pairs: Sequence[LoRAPair], grads: Grads) -> None:
     """Gradients match their factors in number, shape, dtype and device."""
     if len(grads) != len(pairs):
-        fail("grads", f"one (gA, gB) for each of {len(pairs)} pairs", len(grads), "Use None for a missing gradient.")
+        remedy = "Use (None, None) for a pair without gradients."
+        fail("grads", f"one (gA, gB) for each of {len(pairs)} pairs", len(grads), remedy)
     for pair, sides in zip(pairs, grads):
+        if not isinstance(sides, (tuple, list)) or len(sides) != 2:
+            got = f"{len(sides)} things" if isinstance(sides, (tuple, list)) else type(sides).__name__
+            fail(f"{pair.name}, gradients", "(gA, gB)", got, "Use (None, None) for a pair without.", TypeError)
         for factor, grad, side in zip((pair.A, pair.B), sides, "AB"):
-            if grad is None:
-                continue
-            want, got = (factor.shape, factor.dtype, factor.device), (grad.shape, grad.dtype, grad.device)
-            if want != got or grad.layout != torch.strided:
-                fail(
-                    f"{pair.name}, gradient of {side}", str(want), str(got), "Gradients are shaped like their factors."
-                )
-            check_unexpanded(f"{pair.name}, gradient of {side}", grad)
+            if grad is not None:
+                check_grad(f"{pair.name}, gradient of {side}", factor, grad)
+
+
+def check_grad(what: str, factor: Tensor, grad: Tensor) -> None:
+    if not isinstance(grad, Tensor):
+        fail(what, "a torch.Tensor or None", type(grad).__name__, "Pass the gradients themselves.", TypeError)
+    if grad.layout != torch.strided or grad.is_nested:
+        fail(what, "a dense tensor", f"{type(grad).__name__} ({grad.layout})", "Call .to_dense() first.")
+    want, got = (factor.shape, factor.dtype, factor.device), (grad.shape, grad.dtype, grad.device)
+    if want != got:
+        wanted, found = (f"{tuple(shape)} {dtype} on {device}" for shape, dtype, device in (want, got))
+        fail(what, wanted, found, "Gradients are shaped like their factors.")
+    if not torch.compiler.is_compiling():  # in a graph it is the operator that knows
+        check_plain(what, grad)
+
+
+def check_grads_apart(pairs: Sequence[LoRAPair], grads: Grads) -> None:
+    """What is written has memory, which is neither another gradient's nor a factor's."""
+    named: list[tuple[str, Tensor]] = []
+    for pair, (gA, gB) in zip(pairs, grads):
+        named += [(f"{pair.name}, A", pair.A), (f"{pair.name}, B", pair.B)]
+        if gA is not None and gB is not None:
+            given = [(f"{pair.name}, gradient of A", gA), (f"{pair.name}, gradient of B", gB)]
+            for what, grad in given:
+                check_memory(what, grad)
+            named += given
+    check_disjoint(named)
 
 
 @independent()
@@ -141,20 +194,33 @@ def mark_written(tensors: Sequence[Tensor]) -> None:
     torch.autograd.graph.increment_version(tensors)
 
 
-def _flat(pairs: Iterable[PairLike]) -> tuple[list[LoRAPair], list[Tensor], str]:
-    """(pairs, A and B in turns, layouts) as an operator takes them, which does the checking."""
-    named = [p if isinstance(p, LoRAPair) else LoRAPair(f"pair {i}", *p) for i, p in enumerate(pairs)]
-    return named, [t for pair in named for t in (pair.A, pair.B)], ";".join([pair.layout for pair in named])
+def _reported(pairs: list[LoRAPair], results: Tensor | None) -> Diagnostics:
+    names = row_names(pairs)
+    return Diagnostics(names, [] if results is None else [results], list(range(len(names))))
+
+
+def _flat(pairs: list[LoRAPair]) -> tuple[list[Tensor], str]:
+    """(A and B in turns, layouts) as an operator takes them, which does the rest of the checking.
+
+    Detached, not under no_grad: an error that the operator raises in a graph would leave gradients off.
+    """
+    return [t.detach() for pair in pairs for t in (pair.A, pair.B)], ";".join([pair.layout for pair in pairs])
 
 
 def _unflat(factors: list[Tensor], layouts: str) -> list[LoRAPair]:
-    sides = zip(factors[::2], factors[1::2], layouts.split(";"))
+    named = layouts.split(";") if layouts else []
+    if len(factors) != 2 * len(named):
+        remedy = "Pass A and B of each pair in turns, and the layouts of the pairs with ; in between."
+        fail("factors", f"two for each of {len(named)} layouts", len(factors), remedy)
+    sides = zip(factors[::2], factors[1::2], named)
     return [LoRAPair(f"pair {i}", A, B, layout) for i, (A, B, layout) in enumerate(sides)]
 
 
 def _ordered(found: Diagnostics, device: torch.device) -> Tensor:
     """Results in the order of the pairs, on one device; a table of their own, which an operator must return."""
     tables = [table[:, :REPORTED].to(device) for table in found.tables]
+    if not tables:
+        return torch.empty(0, REPORTED, dtype=torch.float64, device=device)
     if len(tables) == 1:
         return tables[0].contiguous()
     rows = [row for table in tables for row in table.unbind()]
@@ -165,7 +231,7 @@ def _ordered(found: Diagnostics, device: torch.device) -> Tensor:
 def _refactor_op(factors: list[Tensor], layouts: str, scalar: bool, backend: str, precision: str) -> Tensor:
     """factors: A and B of each pair in turns. Returns float64 `[rows, REPORTED]` (reflora/plan.py)."""
     found = refactor_(_unflat(factors, layouts), scalar, backend or None, precision)
-    return _ordered(found, factors[0].device)
+    return _ordered(found, _device(factors))
 
 
 @torch.library.custom_op(add_op_namespace_prefix("precondition_"), mutates_args=("grads",), tags=OP_TAGS)
@@ -181,9 +247,16 @@ def _precondition_op(
     """grads: of A and B in turns, of the pairs numbered `both`. Returns as `reflora::refactor_`."""
     pairs = _unflat(factors, layouts)
     given: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(pairs)
+    if len(grads) != 2 * len(both) or sorted({*both} & {*range(len(pairs))}) != sorted(both):
+        expected = f"gA and gB for each of {len(both)} pairs, numbered below {len(pairs)}"
+        fail("grads", expected, f"{len(grads)} for {both}", "Number each pair with gradients once.")
     for place, index in enumerate(both):
         given[index] = (grads[2 * place], grads[2 * place + 1])
-    return _ordered(precondition_(pairs, given, scalar, backend or None, precision), factors[0].device)
+    return _ordered(precondition_(pairs, given, scalar, backend or None, precision), _device(factors))
+
+
+def _device(factors: list[Tensor]) -> torch.device:
+    return factors[0].device if factors else torch.device("cpu")
 
 
 @_refactor_op.register_fake
@@ -191,4 +264,4 @@ def _precondition_op(
 def _(factors: list[Tensor], *args: object) -> Tensor:
     layouts = next(arg for arg in args if isinstance(arg, str))
     rows = sum(pair.experts for pair in _unflat(factors, layouts))
-    return factors[0].new_empty(rows, REPORTED, dtype=torch.float64)
+    return torch.empty(rows, REPORTED, dtype=torch.float64, device=_device(factors))

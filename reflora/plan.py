@@ -88,6 +88,7 @@ class Plan:
         self._pair_of_row = _integers([row.pair for row in self.rows])
         self._expert_of_row = _integers([row.expert for row in self.rows])
         self._strides = list(map(Tensor.stride, self.factors))
+        self._counts = list(map(Tensor.numel, self.factors))
         # where each row begins in its factor, in bytes and in elements
         self._starts, self._offsets = {}, {}
         for side, factors in ((A_SIDE, self.factors[::2]), (B_SIDE, self.factors[1::2])):
@@ -119,13 +120,20 @@ class Plan:
             self.set(ACTIVE, active)
             both = (flag for flag in active for _ in range(2))
             tensors = [t if flag else factor for t, flag, factor in zip(tensors, both, self.factors)]
-        pointers = _pointers(tensors).view(-1, 2)[self._pair_of_row]
+        addresses = list(map(Tensor.data_ptr, tensors))
+        if 0 in addresses:
+            name = self.pairs[addresses.index(0) // 2].name
+            fail(f"{name}, gradient", "a tensor with memory", "one whose storage was freed", "Make the gradients anew.")
+        if list(map(Tensor.numel, tensors)) != self._counts:
+            self._check_shapes(tensors)
+        pointers = _integers(addresses).view(-1, 2)[self._pair_of_row]
         for number, side in enumerate((A_SIDE, B_SIDE)):
             self.tensors[side + G] = tensors[number::2]
             self.table[:, side + G] = pointers[:, number] + self._starts[side]
             self.table[:, side + G_SR : side + G_SN + 1] = self.table[:, side + P_SR : side + P_SN + 1]
         strides = list(map(Tensor.stride, tensors))
         if strides != self._strides:
+            self._check_shapes(tensors)
             for index, (tensor, ours) in enumerate(zip(tensors, self._strides)):
                 if strides[index] != ours:
                     self._bind_strided((A_SIDE, B_SIDE)[index % 2], index // 2, tensor)
@@ -169,6 +177,13 @@ class Plan:
         """Number the rows: those of a pair count up from its entry in `first`."""
         self.set(TAG, first)
         self.table[:, TAG] += self._expert_of_row
+
+    def _check_shapes(self, tensors: Sequence[Tensor]) -> None:
+        """A gradient keeps its shape where `.data` is replaced, its own or its parameter's."""
+        for index, (tensor, factor) in enumerate(zip(tensors, self.factors)):
+            if tensor.shape != factor.shape:
+                what = f"{self.pairs[index // 2].name}, gradient of {'AB'[index % 2]}"
+                fail(what, tuple(factor.shape), tuple(tensor.shape), "Gradients are shaped like their factors.")
 
     def _bind_strided(self, side: int, number: int, tensor: Tensor) -> None:
         pair = self.pairs[number]

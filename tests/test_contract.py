@@ -1,11 +1,12 @@
 """Bad input gets one clear error: what was expected, what came, what to do."""
 
+import numpy
 import pytest
 import torch
 
 import reflora
 from reflora.backends import resolve
-from reflora.contract import LoRAPair, as_pairs
+from reflora.contract import LoRAPair, as_pairs, check_count
 
 
 def pair(r=4, n_in=10, n_out=6, **kw):
@@ -31,6 +32,10 @@ BAD_PAIRS = {
     "not tensors": ([(1, 2)], TypeError, "torch.Tensor"),
     "three things": ([(1, 2, 3)], TypeError, "LoRAPair or"),
     "empty": ([(torch.randn(4, 0), torch.randn(6, 4))], ValueError, "at least one element"),
+    "no list": ({"q": pair()}, TypeError, "a list of .A, B. pairs, got dict"),
+    "a list of tensors": ([torch.randn(2, 4, 4)], TypeError, "LoRAPair or .A, B., got Tensor"),
+    "no layout": ([LoRAPair("x", *pair(), layout=None)], TypeError, "pair 0, layout: expected text, got NoneType"),
+    "no name": ([LoRAPair(7, *pair())], TypeError, "pair 0, name: expected text, got int"),
     "unknown layout": ([LoRAPair("x", *pair(), "experts")], ValueError, "experts"),
     "expert count": ([LoRAPair("x", *pair(), "experts(3)")], ValueError, r"A \[3 \* r, n_in\]"),
 }
@@ -62,6 +67,75 @@ def test_gradients_must_match():
         reflora.precondition_(pairs, [(torch.randn(4, 10), torch.randn(6, 5))])
     with pytest.raises(ValueError, match="gradient of A"):
         reflora.precondition_(pairs, [(torch.randn(4, 10).double(), torch.randn(6, 4))])
+
+
+NO_GRADS = {
+    "one": ([pair()[:1]], r"pair 0, gradients: expected \(gA, gB\), got 1 things"),
+    "three": ([(*pair(), 1)], "got 3 things"),
+    "None for both": ([None], r"got NoneType. Use \(None, None\)"),
+    "one tensor for both": ([torch.randn(2, 4, 10)], "got Tensor"),
+    "numbers": ([(1, 2)], "gradient of A: expected a torch.Tensor or None, got int"),
+    "a dict": ({0: pair()}, "grads: expected a list of .gA, gB., got dict"),
+    "a tensor": (torch.randn(1, 2), "grads: expected a list of .gA, gB., got Tensor"),
+    "text": ("g", "grads: expected a list of .gA, gB., got str"),
+    "a number": (3, "grads: expected a list of .gA, gB., got int"),
+}
+
+
+@pytest.mark.parametrize("case", NO_GRADS)
+def test_what_is_no_list_of_gradients(case):
+    grads, message = NO_GRADS[case]
+    with pytest.raises(TypeError, match=message) as told:
+        reflora.precondition_([pair()], grads)
+    assert len(str(told.value)) < 300
+
+
+def test_gradients_of_an_iterator():
+    pairs = [pair(), pair()]
+    assert reflora.precondition_(iter(pairs), (pair() for _ in range(2))).refactored == 2
+
+
+@pytest.mark.parametrize("value", ["no", 1, 0, None, numpy.True_, torch.tensor(True)], ids=repr)
+def test_scalar_is_true_or_false(fast_backend, value):
+    for call in (reflora.refactor_, lambda pairs, **options: reflora.precondition_(pairs, pairs, **options)):
+        with pytest.raises(TypeError, match="scalar: expected True or False, got .*None|type|Tensor") as told:
+            call([pair()], scalar=value, backend=fast_backend)
+        assert len(str(told.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "value", [3, True, numpy.array(["cpp", "torch"]), torch.randn(3), ["cpp"], "x" * 10_000], ids=type
+)
+def test_backend_and_precision_are_words(value):
+    for name in ("backend", "precision"):
+        with pytest.raises(ValueError, match=f"{name}: expected .*, got ") as told:
+            reflora.refactor_([pair()], **{name: value})
+        assert len(str(told.value)) < 300
+    with pytest.raises(ValueError, match="precision: expected 'float64' or 'float32', got None"):
+        reflora.refactor_([pair()], precision=None)
+
+
+@pytest.mark.parametrize("value", [numpy.int64(3), numpy.uint8(3), torch.tensor(3), True, 3.0, "3", None], ids=repr)
+def test_counts_are_ints(value):
+    """numpy's integers have no place in a kernel or a checkpoint."""
+    with pytest.raises(ValueError, match="n: expected an integer >= 1, got .*(type|None|Tensor)") as told:
+        check_count("n", value, 1)
+    assert ("Pass an int." in str(told.value)) == hasattr(value, "__index__")
+    for right in (1, 3, 2**31 - 1):
+        check_count("n", right, 1)
+
+
+def test_errors_are_as_short_for_any_model():
+    many = [pair() for _ in range(3000)]
+    wrong = [
+        lambda: reflora.precondition_(many, [pair()] * 2999), lambda: reflora.refactor_([*many, many[0]]),
+        lambda: reflora.precondition_(many, [tuple(torch.randn_like(t) for t in one) for one in many[1:]] + [many[0]]),
+        lambda: reflora.refactor_({i: one for i, one in enumerate(many)}),
+    ]  # fmt: skip
+    for call in wrong:
+        with pytest.raises((ValueError, TypeError)) as told:
+            call()
+        assert len(str(told.value)) < 300
 
 
 def test_backends_and_precisions():

@@ -182,7 +182,8 @@ class GroupStep:
         status = solution.status.where(own | (solution.status == SKIPPED), other)
         if self.step.found_inf is not None:
             status = status.where(self.step.found_inf.to(self.device) == 0, PLAIN)
-        return solution._replace(status=status, balance=solution.balance.where(own, torch.nan))
+        names = ("balance", "kappa_A", "kappa_B")
+        return solution._replace(status=status, **{n: getattr(solution, n).where(own, torch.nan) for n in names})
 
     def _change_phase(self, changes: Tensor, identity: Tensor, solution: Solution) -> None:
         """Rows with `changes` use S = I or not from here on, and their moments are in units of that."""

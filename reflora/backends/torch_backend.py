@@ -31,15 +31,9 @@ def refactor(plan: Plan, scalar: bool, precision: str, rows: Sequence[int] | Non
         solution = group.solve(a, b, precision, scalar)
         if not scalar:
             solution = solution._replace(status=solution.status.where(fits(a, b, group.dtype), SKIPPED))
-        done = solution.status < SKIPPED
-        if scalar:
-            done &= solution.status == REFACTORED
-            root = solution.scale.sqrt().view(-1, 1, 1)
-            left, right = root * group.eye, group.eye / root
-        else:
-            left, right = solution.P.mT, solution.P_inv_T.mT
-        group.write(A_SIDE, col.P, left @ group.stack(A_SIDE, col.P).double(), done)
-        group.write(B_SIDE, col.P, right @ group.stack(B_SIDE, col.P).double(), done)
+        done = solution.status == REFACTORED if scalar else solution.status < SKIPPED
+        group.write(A_SIDE, col.P, solution.P.mT @ group.stack(A_SIDE, col.P).double(), done)
+        group.write(B_SIDE, col.P, solution.P_inv_T.mT @ group.stack(B_SIDE, col.P).double(), done)
         record(results, group, a, b, solution)
     return chosen(results, rows)
 

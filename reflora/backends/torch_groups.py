@@ -89,8 +89,9 @@ class Group:
 
     def solve(self, a: Gram, b: Gram, precision: str, scalar: bool, weight: Tensor | None = None) -> Solution:
         """weight: of the Grams `[b]`, as in torch_solve.solve."""
-        solution = solve(a, b, self.apply, precision, weight)
-        return balance(a, b, solution, self.dtype, self.apply) if scalar else solution
+        if scalar:
+            return balance(a, b, self.dtype, self.apply)
+        return solve(a, b, self.apply, precision, weight)
 
 
 def groups(plan: Plan, rows: Sequence[int] | None) -> Iterator[Group]:
