@@ -83,22 +83,22 @@ struct RowOp {
         for (size_t i = 0; i < size; ++i) first[i] = second[i] = 0;
         Arena scratch = arena;
         double* panel = scratch.take<double>(size_t(d.rp * CHUNK));
-        const double share = weight().value_or(1);
         Gram g[2];
         for (Gram& one : g) one.unit = scratch.take<double>(size), one.U = scratch.take<double>(size), one.E = scratch.take<double>(size);
         if (kept && *kept) {
             for (int side = 0; side < 2; ++side)
                 for (size_t i = 0; i < size; ++i) g[side].unit[i] = sums(side)[i];
-            finish_gram(d, a.n, 1, share, g[0]);
-            finish_gram(d, b.n, 1, share, g[1]);
+            finish_gram(d, 1, g[0]);
+            finish_gram(d, 1, g[1]);
         } else {
-            gram(d, a, share, panel, g[0]);
-            gram(d, b, share, panel, g[1]);
+            gram(d, a, panel, g[0]);
+            gram(d, b, panel, g[1]);
         }
         result[NORM_A] = g[0].norm, result[NORM_B] = g[1].norm;
         if (!(g[0].norm <= Storage<double>::max && g[1].norm <= Storage<double>::max)) return false;
+        const int64_t rank = factor_grams(d, a.n, b.n, weight().value_or(1), g[0], g[1]);
         result[KAPPA_A] = g[0].kappa, result[KAPPA_B] = g[1].kappa;
-        const double of_rank = job.kappa_of_rank * __builtin_sqrt(double(d.r));
+        const double of_rank = job.kappa_of_rank * __builtin_sqrt(double(rank));
         solve(d, g[0], g[1], of_rank < job.kappa_max ? of_rank : job.kappa_max, tiny, top, !weight(), scratch, x);
         result[STATUS] = x.status, result[SCALE] = x.c, result[BALANCE] = balance(d, g[0], g[1]);
         return true;
@@ -181,7 +181,7 @@ struct RowOp {
     // what A's moments are to be multiplied by; RefLoRA-S leaves a layer that it balances one
     double change_phase(bool identity, double c) {
         float* phase = reinterpret_cast<float*>(row[PHASE]);
-        const bool was_identity = *phase != REFACTORED_UNITS;
+        const bool was_identity = *phase != float(REFACTORED_UNITS);
         if (!(job.scalar && was_identity)) *phase = identity ? 0.0f : float(REFACTORED_UNITS);
         return was_identity == identity ? 1 : identity ? c : 1 / c;
     }
@@ -189,7 +189,7 @@ struct RowOp {
     // the same where S is I from here on; c is not rounded as sqrt(s) is for 16-bit factors
     double enter_identity() {
         double s = 0;
-        if (*reinterpret_cast<float*>(row[PHASE]) == REFACTORED_UNITS) scalar_norms(s);
+        if (*reinterpret_cast<float*>(row[PHASE]) == float(REFACTORED_UNITS)) scalar_norms(s);
         return change_phase(true, s != 0 ? result[NORM_B] / result[NORM_A] : 1);
     }
 
@@ -253,8 +253,13 @@ struct RowOp {
         const double old_a = result[NORM_A], old_b = result[NORM_B];
         update(0, nullptr, scale / by, by, back / by, nullptr);
         update(SIDE, nullptr, scale * by, 1 / by, by / back, nullptr);
-        if (!(after || job.start) || !scalar_norms(s)) return true;
-        if (job.start && !(begun(old_a, old_b) && after)) return result[STATUS] = PLAIN, true;
+        if (!(after || job.start)) return true;
+        const double old_s = result[SCALE];
+        const bool finite = scalar_norms(s), balances = !job.start || (finite && begun(old_a, old_b) && after);
+        // what is reported is of the factors that the step has found
+        result[SCALE] = old_s, result[NORM_A] = old_a, result[NORM_B] = old_b;
+        if (!finite) return true;
+        if (!balances) return result[STATUS] = PLAIN, true;
         if (s == 0) return true;
         scale_side(0, root(s));
         scale_side(SIDE, 1 / root(s));
@@ -266,8 +271,8 @@ struct RowOp {
         const double new_a = result[NORM_A], new_b = result[NORM_B];
         const bool equal = old_a < old_b ? old_a >= meet * old_b : old_b >= meet * old_a;
         float* phase = reinterpret_cast<float*>(row[PHASE]);
-        if (equal || (old_b <= old_a && new_b >= new_a) || (old_b >= old_a && new_b <= new_a)) *phase = BALANCED;
-        return *phase == BALANCED;
+        if (equal || (old_b <= old_a && new_b >= new_a) || (old_b >= old_a && new_b <= new_a)) *phase = float(BALANCED);
+        return *phase == float(BALANCED);
     }
 
     void scale_side(int side, double by) {

@@ -24,6 +24,7 @@ INLINE int exponent_of(double x) {  // x normal, > 0: x = m 2^e, 1 <= m < 2, cla
 struct Gram {
     double norm;    // Frobenius norm of the factor; 0, inf or nan if that is what it is
     double kappa;   // ||L||_F ||L^-1||_F, inf where the Gram is numerically singular
+    bool usable;    // finite, and not 0
     double *unit, *U, *E;  // Gram over its trace; L^T; L^-1
 };
 
@@ -83,29 +84,58 @@ static double factor_norm(const Factor<S>& f) {
     return root(sum) / scale;
 }
 
-// from the sums over all blocks in out.unit, of a factor of n columns times `scale`; what is factored is the Gram over its
-// trace, shrunk towards I / r (reference.shrink_weight)
-INLINE void finish_gram(const Dense& d, int64_t n, double scale, double weight, Gram& out) {
+// from the sums over all blocks in out.unit, of a factor times `scale`: its norm, and the Gram over its trace
+INLINE void finish_gram(const Dense& d, double scale, Gram& out) {
     out.kappa = __builtin_inf();
     d.mirror(out.unit);
     double trace = 0;
     for (int64_t i = 0; i < d.r; ++i) trace += out.unit[i * d.rp + i];
-    out.norm = root(trace) / scale;
-    if (!(trace > 0) || !(trace < d.huge)) return;
-    for (int64_t i = 0; i < d.r * d.rp; ++i) out.unit[i] /= trace, out.U[i] = weight * out.unit[i];
-    for (int64_t i = 0; i < d.r; ++i) out.U[i * d.rp + i] += (1 - weight) / double(d.r);
-    if (n < d.r) return;
-    if (d.cholesky(out.U, out.E)) out.kappa = d.norm(out.U) * d.norm(out.E);
+    out.norm = root(trace) / scale, out.usable = trace > 0 && trace < d.huge;
+    if (!out.usable) return;
+    for (int64_t i = 0; i < d.r * d.rp; ++i) out.unit[i] /= trace;
+}
+
+INLINE bool absent(const Dense& d, const Gram& a, const Gram& b, int64_t i) {
+    return a.unit[i * d.rp + i] == 0 && b.unit[i * d.rp + i] == 0;
+}
+
+// Of the r ranks those that are not 0 in both factors.
+INLINE int64_t present(const Dense& d, const Gram& a, const Gram& b) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < d.r; ++i) count += !absent(d, a, b, i);
+    return count;
+}
+
+// Cholesky factors and condition of a Gram of n columns, which is shrunk towards I / rank (reference.shrink_weight). Ranks
+// that are absent have that diagonal, and no part in kappa.
+INLINE void factor_gram(const Dense& d, const Gram& a, const Gram& b, int64_t n, int64_t rank, double weight, Gram& out) {
+    for (int64_t i = 0; i < d.r * d.rp; ++i) out.U[i] = weight * out.unit[i];
+    const double each = 1 / double(rank), count = double(d.r - rank);
+    for (int64_t i = 0; i < d.r; ++i) {
+        double& diagonal = out.U[i * d.rp + i];
+        diagonal = rank < d.r && absent(d, a, b, i) ? each : diagonal + (1 - weight) * each;
+    }
+    if (n < rank || !d.cholesky(out.U, out.E)) return;
+    out.kappa = d.norm(out.U) * d.norm(out.E);
+    if (count > 0) out.kappa = root(out.kappa * out.kappa / (1 + count * each) - count * double(rank));
     if (out.kappa != out.kappa) out.kappa = __builtin_inf();
 }
 
+// After gram() of both sides, of na and nb columns. Returns the ranks that are not absent.
+INLINE int64_t factor_grams(const Dense& d, int64_t na, int64_t nb, double weight, Gram& a, Gram& b) {
+    const int64_t rank = a.usable && b.usable ? present(d, a, b) : d.r;
+    if (a.usable) factor_gram(d, a, b, na, rank, weight, a);
+    if (b.usable) factor_gram(d, a, b, nb, rank, weight, b);
+    return rank;
+}
+
 template <class S>
-static void gram(const Dense& d, const Factor<S>& f, double weight, double* panel, Gram& out) {
+static void gram(const Dense& d, const Factor<S>& f, double* panel, Gram& out) {
     double scale = 1;
     for (int64_t i = 0; i < d.rp * d.rp; ++i) out.unit[i] = 0;
     if (sizeof(S) == 8) {  // products of narrower types are exact in double and cannot leave its range
         const double top = largest(f);
-        out.norm = top, out.kappa = __builtin_inf();
+        out.norm = top, out.kappa = __builtin_inf(), out.usable = false;
         if (!(top > 0) || top > Storage<S>::max) return;
         scale = power_of_two(-exponent_of(top < 1e-300 ? 1e-300 : top));
     }
@@ -114,7 +144,7 @@ static void gram(const Dense& d, const Factor<S>& f, double weight, double* pane
         pack(f, k, count, d.rp, scale, panel);
         d.gram_add(panel, count, out.unit);
     }
-    finish_gram(d, f.n, scale, weight, out);
+    finish_gram(d, scale, out);
 }
 
 // Whether products and sums of these values and of the same values over the power of two of the largest have the same

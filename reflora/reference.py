@@ -126,6 +126,11 @@ def condition(A: Tensor) -> Tensor:
     return scaled.norm() * (1 / scaled).norm()
 
 
+def present(A: Tensor, B: Tensor) -> Tensor:
+    """Which of the r ranks are not 0 in both factors, `[r]` bool: what is padded with zeros gets no gradient either."""
+    return A.ne(0).any(1) | B.ne(0).any(0)
+
+
 def choose(A: Tensor, B: Tensor, kappa_max: float = 1e6, weight: float | None = None) -> tuple[Tensor, Tensor, str]:
     """The S a step uses, its inverse, and why: "refactored", "degenerate" or "skipped".
 
@@ -133,20 +138,25 @@ def choose(A: Tensor, B: Tensor, kappa_max: float = 1e6, weight: float | None = 
     scalar: Adam, which divides a constant away, would take its growth from B = 0 on for a trend of the gradient.
 
     A degenerate layer (a condition estimate past `kappa_max`, or n < r) uses `S = s I` with the balance scalar,
-    `S = I` where a norm is zero. A layer with a non-finite factor is skipped (docs/mathematics.md).
+    `S = I` where a norm is zero. A layer with a non-finite factor is skipped. Ranks that are not `present` have that
+    multiple of I, and the others the S of the layer without them (docs/mathematics.md).
     """
     eye = torch.eye(A.shape[0], dtype=torch.float64)
     if not (A.isfinite().all() and B.isfinite().all()):
         return eye, eye, "skipped"
-    wide = A.shape[0] <= min(A.shape[1], B.shape[0])
-    own = (A, B) if weight is None else shrunk(A, B, weight)
+    s = eye[0, 0] if weight is not None or _norm(A) == 0 or _norm(B) == 0 else balance_scalar(A, B)
+    there = present(A, B)
+    a, b = A[there], B[:, there]
+    wide = len(a) <= min(A.shape[1], B.shape[0])
+    own = (a, b) if weight is None else shrunk(a, b, weight)
     if wide and min(_norm(A), _norm(B)) > 0 and max(condition(own[0]), condition(own[1].mT)) <= kappa_max:
         result = refactoring(*own)
         scale = 1.0 if weight is None else balance_scalar(A, B)
-        return result.S / scale, result.S_inv * scale, "refactored"
-    if weight is not None or _norm(A) == 0 or _norm(B) == 0:
-        return eye, eye, "degenerate"
-    s = balance_scalar(A, B)
+        S, S_inv = s * eye, eye / s
+        S[there[:, None] & there], S_inv[there[:, None] & there] = (
+            (result.S / scale).flatten(), (result.S_inv * scale).flatten()
+        )  # fmt: skip
+        return S, S_inv, "refactored"
     return s * eye, eye / s, "degenerate"
 
 
@@ -155,8 +165,11 @@ def refactor(A: Tensor, B: Tensor, scalar: bool = False) -> tuple[Tensor, Tensor
     if scalar:
         root = balance_scalar(A, B).sqrt()
         return root * A.double(), B.double() / root
-    result = refactoring(A, B)
-    return result.P.mT @ A.double(), B.double() @ result.P_inv_T
+    there = present(A, B)
+    result = refactoring(A[there], B[:, there])
+    new_A, new_B = A.double().clone(), B.double().clone()
+    new_A[there], new_B[:, there] = result.P.mT @ new_A[there], new_B[:, there] @ result.P_inv_T
+    return new_A, new_B
 
 
 def precondition(

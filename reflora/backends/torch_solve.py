@@ -20,12 +20,13 @@ SCHULZ_STEPS = 22
 class Gram(NamedTuple):
     """Gram of factors `[b, r, n]` over its trace, that of a zero or non-finite factor replaced by I.
 
-    norm: Frobenius norms `[b]`, float64. sound: whether the factor is finite, not zero, and n >= r.
+    norm: Frobenius norms `[b]`, float64. usable: whether the factor is finite and not zero. n: its other side.
     """
 
     unit: Tensor
     norm: Tensor
-    sound: Tensor
+    usable: Tensor
+    n: int
 
 
 class Cholesky(NamedTuple):
@@ -40,7 +41,7 @@ class Cholesky(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """S and its inverse `[b, r, r]` in the apply type; status, SCALE (c), BALANCE and kappas `[b]` in float64."""
+    """S and its inverse `[b, r, r]` in the apply type, P and P^-T (`S = P P^T`) in float64; what is reported `[b]`."""
 
     S: Tensor
     S_inv: Tensor
@@ -64,23 +65,34 @@ def gram(X: Tensor, compute: torch.dtype) -> Gram:
     norm = torch.ldexp(trace.double().sqrt(), exponent).where(usable, top)
     eye = torch.eye(X.shape[1], dtype=compute, device=X.device)
     unit = (G / trace.view(-1, 1, 1)).where(usable.view(-1, 1, 1), eye)
-    return Gram(unit, norm, usable & (X.shape[1] <= X.shape[2]))
+    return Gram(unit, norm, usable, X.shape[2])
 
 
-def cholesky(G: Gram, weight: Tensor | None) -> Cholesky:
-    """Of Grams that are shrunk with the weights `[b]`, None for 1 (reference.shrink_weight)."""
+def absent(a: Gram, b: Gram) -> Tensor:
+    """Which ranks are 0 in both factors, `[b, r]`."""
+    return (a.unit.diagonal(dim1=1, dim2=2) == 0) & (b.unit.diagonal(dim1=1, dim2=2) == 0)
+
+
+def cholesky(G: Gram, weight: Tensor | None, missing: Tensor) -> Cholesky:
+    """Of Grams that are shrunk with the weights `[b]`, None for 1 (reference.shrink_weight).
+
+    missing: of `absent`. These ranks have the diagonal of I over the number of the others, and no part in kappa.
+    """
     r, dtype = G.unit.shape[1], G.unit.dtype
     eye = torch.eye(r, dtype=dtype, device=G.unit.device)
-    unit = G.unit
+    count = missing.sum(1).double()
+    rank = r - count
+    unit = G.unit + torch.diag_embed(missing / rank[:, None]).to(dtype)
     if weight is not None:
-        own, other = weight.view(-1, 1, 1).to(dtype), ((1 - weight) / r).view(-1, 1, 1).to(dtype)
+        own, other = weight.view(-1, 1, 1).to(dtype), ((1 - weight) / rank).view(-1, 1, 1).to(dtype)
         unit = own * unit + other * eye
     L, broke = torch.linalg.cholesky_ex(unit)
-    sound = ((broke == 0) & G.sound).view(-1, 1, 1)
+    sound = ((broke == 0) & G.usable & (rank <= G.n)).view(-1, 1, 1)
     L = L.tril().where(sound, eye)
     L_inv = torch.linalg.solve_triangular(L, eye.expand_as(L), upper=False)
-    kappa = (_frobenius(L) * _frobenius(L_inv)).double().where(sound, torch.inf)
-    return Cholesky(L, L_inv, kappa.view(-1))
+    whole = (_frobenius(L) * _frobenius(L_inv)).double().view(-1)
+    kappa = (whole.square() / (1 + count / rank) - count * rank).sqrt()
+    return Cholesky(L, L_inv, torch.where(count > 0, kappa, whole).where(sound.view(-1), torch.inf))
 
 
 def polar_factor(X: Tensor, X_inv_T: Tensor, steps: int = SCHULZ_STEPS) -> Tensor:
@@ -110,8 +122,10 @@ def solve(a: Gram, b: Gram, apply: torch.dtype, precision: str, weight: Tensor |
     weight: None for the paper's S; else Grams are shrunk with it, and S and S^-1 come without c.
     """
     eye = torch.eye(a.unit.shape[1], dtype=a.unit.dtype, device=a.unit.device)
-    of_A, of_B = cholesky(a, weight), cholesky(b, weight)
-    most = min(KAPPA_MAX[precision], KAPPA_OF_RANK[precision] * a.unit.shape[1] ** 0.5)
+    missing = absent(a, b)
+    rank = a.unit.shape[1] - missing.sum(1).double()
+    of_A, of_B = cholesky(a, weight, missing), cholesky(b, weight, missing)
+    most = (KAPPA_OF_RANK[precision] * rank.sqrt()).clamp(max=KAPPA_MAX[precision])
     regular = (of_A.kappa <= most) & (of_B.kappa <= most)
     keep = regular.view(-1, 1, 1)
     La, La_inv, Lb, Lb_inv = (M.where(keep, eye) for M in (of_A.L, of_A.L_inv, of_B.L, of_B.L_inv))
@@ -120,8 +134,7 @@ def solve(a: Gram, b: Gram, apply: torch.dtype, precision: str, weight: Tensor |
     C, broke = torch.linalg.cholesky_ex(_symmetric(Q.mT @ N))
 
     c = b.norm / a.norm
-    tiny, huge = torch.finfo(apply).tiny, torch.finfo(apply).max
-    useful = (c >= tiny) & (c <= huge) & (1 / c >= tiny) & (1 / c <= huge)
+    useful, huge = usable(c, apply), torch.finfo(apply).max
     c = c.where(useful, 1.0)
     scale = c if weight is None else torch.ones_like(c)
     c_col = scale.view(-1, 1, 1)
@@ -148,19 +161,28 @@ def solve(a: Gram, b: Gram, apply: torch.dtype, precision: str, weight: Tensor |
     )  # fmt: skip
 
 
-def balance(a: Gram, b: Gram, solution: Solution, storage: torch.dtype, apply: torch.dtype) -> Solution:
-    """`solution` with S = s I, `s = ||B||_F / ||A||_F` (RefLoRA-S); degenerate where s is of no use.
+def balance(a: Gram, b: Gram, storage: torch.dtype, apply: torch.dtype) -> Solution:
+    """S = s I, `s = ||B||_F / ||A||_F` (RefLoRA-S); degenerate where s is of no use. Nothing else is measured.
 
     For factors of 16 bits sqrt(s) is a power of two: multiplying them by it rounds nothing.
     """
     s = b.norm / a.norm
+    useful = usable(s, apply) & fits(a, b, storage)
     if storage in (torch.bfloat16, torch.float16):
         s = torch.exp2(2 * (s.log2() / 2).round())
-    useful = (s >= torch.finfo(apply).tiny) & (s <= torch.finfo(apply).max) & fits(a, b, storage)
     s = s.where(useful, 1.0)
-    status = torch.full_like(s, REFACTORED).where(useful, DEGENERATE).where(solution.status != SKIPPED, SKIPPED)
+    finite = a.norm.isfinite() & b.norm.isfinite()
+    status = torch.full_like(s, REFACTORED).where(useful, DEGENERATE).where(finite, SKIPPED)
     column, eye = s.view(-1, 1, 1), torch.eye(a.unit.shape[1], dtype=torch.float64, device=s.device)
-    return solution._replace(S=(column * eye).to(apply), S_inv=(eye / column).to(apply), status=status, scale=s)
+    root, none = column.sqrt(), torch.full_like(s, torch.nan)
+    S, S_inv = (column * eye).to(apply), (eye / column).to(apply)
+    return Solution(S, S_inv, root * eye, eye / root, status, s, none, none, none)
+
+
+def usable(c: Tensor, apply: torch.dtype) -> Tensor:
+    """Whether c and 1 / c are normal numbers of the type that S is applied in."""
+    tiny, huge = torch.finfo(apply).tiny, torch.finfo(apply).max
+    return (c >= tiny) & (c <= huge) & (1 / c >= tiny) & (1 / c <= huge)
 
 
 def met(old_A: Tensor, old_B: Tensor, norm_A: Tensor, norm_B: Tensor, equal: float = MEET) -> Tensor:

@@ -59,26 +59,57 @@ def judge(
 ):  # fmt: skip
     """From the Grams in SLOT_A and SLOT_B, which are factored in place: (status, kappa_a, kappa_b).
 
-    weight: of the Grams, which are shrunk towards I / r (reference.shrink_weight), float64; None for 1.
+    weight: of the Grams, which are shrunk towards I / rank (reference.shrink_weight), float64; None for 1.
     """
     p_a = slot(area, SLOT_A, RC, TC)
+    rank = fill_absent(area, r, scale_a, scale_b, (norm_a > 0) & (norm_b > 0), RC, TC)
     shift = None
     if weight is not None:
-        shift = ((1.0 - weight) / r).to(TC)
+        shift = ((1.0 - weight) / rank).to(TC)
         scale_a, scale_b = scale_a * weight.to(TC), scale_b * weight.to(TC)
     both = tl.arange(0, 2)
     apart = (RC * RC + RC) * (8 // (TC.primitive_bitwidth // 8))
     kappa = factor_all(p_a, apart, tl.where(both == 0, scale_a, scale_b), shift, r, RC, 2)
     kappa_a, kappa_b = tl.sum(tl.where(both == 0, kappa, 0.0), 0), tl.sum(tl.where(both == 1, kappa, 0.0), 0)
-    kappa_a = tl.where(column(p_row, col.A_SIDE + col.N) < r, float("inf"), kappa_a)
-    kappa_b = tl.where(column(p_row, col.B_SIDE + col.N) < r, float("inf"), kappa_b)
+    if rank < r:
+        kappa_a, kappa_b = of_present(kappa_a, r, rank), of_present(kappa_b, r, rank)
+    kappa_a = tl.where(column(p_row, col.A_SIDE + col.N) < rank, float("inf"), kappa_a)
+    kappa_b = tl.where(column(p_row, col.B_SIDE + col.N) < rank, float("inf"), kappa_b)
     most = tl.full((), KAPPA_MAX, tl.float64)
     if TC == tl.float32:
-        most = tl.minimum(most, KAPPA_OF_RANK * tl.sqrt(r.to(tl.float64)))
+        most = tl.minimum(most, KAPPA_OF_RANK * tl.sqrt(rank.to(tl.float64)))
     regular = useful & (kappa_a <= most) & (kappa_b <= most)
     finite = (norm_a < float("inf")) & (norm_b < float("inf"))
     status = tl.where(finite, tl.where(regular, col.REFACTORED, col.DEGENERATE), col.SKIPPED)
     return status, kappa_a, kappa_b
+
+
+@triton.jit
+def fill_absent(area, r, scale_a, scale_b, usable, RC: tl.constexpr, TC: tl.constexpr):
+    """Number of a pair's ranks that are not 0 in both factors. In both Grams the others get the diagonal of I over it.
+
+    usable: whether neither factor is 0.
+    """
+    p_a, p_b = slot(area, SLOT_A, RC, TC), slot(area, SLOT_B, RC, TC)
+    i = tl.arange(0, RC)
+    o = i * (RC + 1)
+    absent = (i < r) & (tl.load(p_a + o) == 0) & (tl.load(p_b + o) == 0)
+    rank = tl.where(usable, r - tl.sum(tl.where(absent, 1, 0), 0), r)
+    if rank < r:
+        # read by all before any of it is overwritten
+        tl.debug_barrier()
+        each = 1.0 / rank.to(TC)
+        tl.store(p_a + o, tl.zeros([RC], TC) + each / scale_a, mask=absent)
+        tl.store(p_b + o, tl.zeros([RC], TC) + each / scale_b, mask=absent)
+        tl.debug_barrier()
+    return rank
+
+
+@triton.jit
+def of_present(kappa, r, rank):
+    """A condition estimate without the part of absent ranks."""
+    count, others = (r - rank).to(tl.float64), rank.to(tl.float64)
+    return tl.sqrt(kappa * kappa / (1.0 + count / others) - count * others)
 
 
 @triton.jit
