@@ -107,8 +107,8 @@ def test_a_wrapped_warm_up_is_reported_as_plain():
 @pytest.mark.parametrize("option", ["warmup_steps", "interval", "scalar"])
 def test_an_option_of_the_whole_optimizer_in_a_group_is_refused(option):
     pairs = leaf_pairs([(4, 30, 21)])
-    groups = [{"params": factors(pairs)}, {"params": [torch.zeros(3, requires_grad=True)], option: 1}]
-    with pytest.raises(ValueError, match=f"parameter group 1: expected no '{option}', got 1"):
+    groups = [{"params": factors(pairs)}, {"params": [torch.zeros(3, requires_grad=True)], option: 2}]
+    with pytest.raises(ValueError, match=f"parameter group 1: expected no '{option}', got 2"):
         reflora.wrap(torch.optim.AdamW)(groups, pairs=pairs, lr=1e-2)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterable
 from itertools import accumulate, chain
@@ -19,9 +20,10 @@ from ..diagnostics import Diagnostics, diagnose, row_names
 from ..plan import by_device
 from . import state as keys
 from .binding import Binding, Slot, capturing
-from .groups import flatten, hyper_table, lr_on_host
-from .options import check_flags, check_groups, check_hypers, check_options, check_storage
-from .plain import amp_scalar, step_plain, step_stray, watched
+from .groups import check_group, flatten, hyper_table, lr_on_host
+from .membership import HALVED, LONE, check_single, check_whole, further_pairs, halved, say_plain
+from .options import check_flags, check_group_options, check_hypers, check_options, check_owned, check_storage
+from .plain import amp_scalar, prepare_plain, step_plain, step_stray, watched
 from .state import LIKE_TORCH, Storage, adopt
 from .traced import TracedStep
 
@@ -65,18 +67,19 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
             through `.data`, raw memory or torch's own fused optimizers, call `invalidate()`. Never used while a CUDA
             graph is captured, nor after.
         check_grads: Skip a layer whose gradient is not finite, which costs one more read of it. With False, and under
-            a GradScaler, which has looked already, what is NaN in a preconditioned gradient counts as 0, and what is
-            infinite as the largest number that can be squared.
+            a GradScaler, which has looked already, a NaN or inf may take its column along (the r entries that S mixes):
+            what is NaN after that counts as 0, what is infinite as the largest number that can be squared.
         state_dtype: torch.float32 keeps the moments of 16-bit factors in float32; None, like torch, in the factor's
             dtype.
         master_weights: float32 copies of 16-bit factors (state "master"), with moments in float32.
         stochastic_rounding: bfloat16 factors of pairs are rounded up or down with the probability that makes the mean
             exact; reproducible, the seed is drawn from torch's generator here and kept in the param_groups.
-        foreach: Taken for torch's sake and ignored: the step is always fused.
-        fused: As foreach.
-        capturable: Taken for torch's sake: with Triton and r <= 128 a step can be captured in a CUDA graph, after one
-            that was not (two with carry_grams). Capture again after load_state_dict, add_param_group or moving the
-            model.
+        foreach: Accepted for compatibility with torch; ignored.
+        fused: The step is always fused. False, as in torch, has a GradScaler unscale the gradients before the step,
+            which Lightning's clipping under fp16 asks for.
+        capturable: Accepted for compatibility with torch. With Triton and r <= 128 a step can be captured in a CUDA
+            graph, after one that was not (two with carry_grams). Capture again after load_state_dict, add_param_group
+            or moving the model.
         differentiable: Refused where True.
 
     Raises:
@@ -84,6 +87,8 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
         TypeError: The same, of a wrong type.
         RuntimeError: The backend cannot serve the device, with the reason.
     """
+
+    _built = False
 
     def __init__(
         self,
@@ -111,11 +116,20 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
         capturable: bool = False,
         differentiable: bool = False,
     ):
+        check_single(type(self))
         check_hypers(lr_on_host(lr), betas, eps, weight_decay)
-        flags = {"scalar": scalar, "carry_grams": carry_grams, "check_grads": check_grads}
-        check_flags({**flags, "master_weights": master_weights, "stochastic_rounding": stochastic_rounding})
+        check_flags({
+            "amsgrad": amsgrad, "maximize": maximize, "scalar": scalar, "carry_grams": carry_grams,
+            "check_grads": check_grads, "master_weights": master_weights, "stochastic_rounding": stochastic_rounding,
+        })  # fmt: skip
         check_options(interval, warmup_steps, backend, precision, differentiable)
         check_storage(state_dtype, master_weights, stochastic_rounding, carry_grams and scalar)
+        own = {
+            "scalar": scalar, "interval": interval, "warmup_steps": warmup_steps, "backend": backend,
+            "precision": precision, "carry_grams": carry_grams, "check_grads": check_grads,
+            "state_dtype": state_dtype, "master_weights": master_weights, "stochastic_rounding": stochastic_rounding,
+            "pairs": pairs,
+        }  # fmt: skip
         params, pairs = flatten(params, pairs)
         self.pairs = as_pairs(pairs)
         check_unhooked(self.pairs)
@@ -124,26 +138,48 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
         self.carry_grams, self.check_grads = carry_grams, check_grads
         self.stochastic_rounding = stochastic_rounding
         self.storage = Storage(state_dtype is not None or master_weights, master_weights)
+        self._told: set[str] = set()
         self._bindings: list[Binding] = []
         self._key: list[tuple[int, ...]] | None = None
         self._slots: list[Slot | None] = []
         self._plain: list[list[Tensor]] = []
         defaults = {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
-            "amsgrad": amsgrad, "maximize": maximize,
+            **_like_torch(), "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad,
+            "maximize": maximize, "foreach": foreach, "capturable": capturable, "fused": fused,
         }  # fmt: skip
         if stochastic_rounding:
             defaults[SEED] = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
         Optimizer.__init__(self, params, defaults)  # an AdamW to whoever asks; nothing of torch's runs
-        check_groups(self.param_groups, self.pairs)
+        check_group_options(self.param_groups, own)
+        for group in self.param_groups:
+            check_group(group)
+        check_owned(self.param_groups, self.pairs)
         for pair in self.pairs:
             resolve(backend, pair.A.device)
         self._register()
+        self._again, self._built = getattr(pairs, "again", None), True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's, for parameters added later. LoRA pairs among them are stepped as RefLoRA where `pairs=` came from
+        `find_pairs`, which looks at the model again; those of another list go into the group's entry "pairs".
+        """
+        if not self._built:  # torch's own constructor
+            return super().add_param_group(param_group)
+        given = param_group.pop("pairs", ())
+        check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        further = further_pairs(self, given)
+        if further:
+            for pair in further:
+                resolve(self.backend, pair.A.device)
+            self.pairs = [*self.pairs, *further]
+            self._bindings, self._key = [], None
+            self._traced_results, self.traced_twin = None, ([], None)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:  # type: ignore[override]
-        """Whether a GradScaler hands over its scale and its verdict, which spares a wait for the device."""
-        return not watched(self)
+        """Whether a GradScaler hands over its scale and found_inf, which avoids a wait for the device."""
+        return not watched(self) and all(group.get("fused") is not False for group in self.param_groups)
 
     @property
     def backends(self) -> dict[str, str]:
@@ -152,13 +188,14 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
 
     def diagnostics(self) -> Diagnostics:
         """What the last step did, layer by layer; reading its properties synchronises with the device."""
+        reuses = self.interval > 1 and not self.scalar
         if self.last_was_traced and self._traced_results is not None:
             names = row_names(self.traced_pairs())
-            return Diagnostics(names, [self._traced_results], list(range(len(names))))
+            return Diagnostics(names, [self._traced_results], list(range(len(names))), reuses)
         done = [(b, b.results) for b in self._bindings if b.results is not None]
-        return diagnose(self.pairs, [b.chosen for b, _ in done], [b.plan for b, _ in done], [r for _, r in done])
+        plans, results = [b.plan for b, _ in done], [r for _, r in done]
+        return diagnose(self.pairs, [b.chosen for b, _ in done], plans, results, reuses)
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step. Returns the closure's value, if there is a closure."""
         loss = None
@@ -169,7 +206,7 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
             self._step_traced()
         else:
             self.last_was_traced = False
-            with independent(), outside_inference(self.param_groups[0]["params"][:1]):
+            with torch.no_grad(), independent(), outside_inference(self.param_groups[0]["params"][:1]):
                 self._step_eagerly()
         return loss
 
@@ -187,6 +224,8 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
         strays = self._bind_pairs(slots)
         if not strays and not any(binding.written for binding in bindings):
             warnings.warn(NO_GRADIENT, stacklevel=4)
+        for number, group in enumerate(self.param_groups):
+            prepare_plain(self, self._plain[number], group["amsgrad"])
         self._step_pairs(tables)
         for number, group in enumerate(self.param_groups):
             step_plain(self, [(p, LIKE_TORCH) for p in self._plain[number]], group)
@@ -221,9 +260,14 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
         keep_S = self.interval > 1 and not self.scalar
         strays: dict[int, list[Tensor]] = {}
         for binding in self._bindings:
-            binding.bind_state(self.state, [slots[i] for i in binding.chosen], amsgrad, keep_S)
-            for factor, group in binding.bind_grads(self.state, list(map(_GRAD, binding.plan.factors))):
+            grads = list(map(_GRAD, binding.plan.factors))
+            binding.bind_state(self.state, [slots[i] for i in binding.chosen], grads, amsgrad, keep_S)
+            for factor, group in binding.bind_grads(self.state, grads):
                 strays.setdefault(group, []).append(factor)
+        if strays and LONE not in self._told:
+            self._told.add(LONE)
+            lone = {id(factor) for factors in strays.values() for factor in factors}
+            say_plain([p.name for p in self.pairs if {id(p.A), id(p.B)} & lone], LONE, stacklevel=6)
         return strays
 
     def _step_pairs(self, tables: list[tuple[Tensor, tuple[Tensor | None, ...]]]) -> None:
@@ -261,9 +305,14 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
             self._slots = [
                 (group_of[p.A], group_of[p.B]) if p.A in group_of and p.B in group_of else None for p in self.pairs
             ]
+            halves = halved(self.pairs, group_of)
             if self.pairs and not any(self._slots):
+                check_whole(halves)
                 what = "the factors of the pairs among them"
                 fail("param_groups", what, "none of them", REPLACED, RuntimeError)
+            if halves and HALVED not in self._told:
+                self._told.add(HALVED)
+                say_plain(halves, HALVED, stacklevel=6)
             paired = {t for pair, slot in zip(self.pairs, self._slots) if slot for t in (pair.A, pair.B)}
             self._plain = [[p for p in group["params"] if p not in paired] for group in self.param_groups]
             self._key = key
@@ -308,4 +357,11 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
         self._bindings, self._key = [], None
+        self._told, self._again, self._built = set(), None, True
         self._register()
+
+
+@functools.cache
+def _like_torch() -> dict[str, Any]:
+    """What torch's AdamW has in its groups, which checkpoints are matched to key by key."""
+    return torch.optim.AdamW([torch.zeros(1, dtype=torch.float32, device="cpu")]).defaults

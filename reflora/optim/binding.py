@@ -39,6 +39,8 @@ class Binding:
         self._owner: Any = None
         self._bound: list[Tensor] = []
         self._owned: list[list[Tensor]] = [[], []]
+        # owned pairs, by number, without state: they have had no gradient
+        self._idle: set[int] = set()
         self._options: tuple[Any, ...] = ()
         self._written: list[Tensor] = []
         self._versions: list[int] = []
@@ -47,9 +49,13 @@ class Binding:
         self.stepped = False
 
     def bind_state(
-        self, state: MutableMapping[Tensor, Any], slots: list[Slot | None], amsgrad: bool, keep_S: bool
-    ) -> None:
-        """Point at moments, step counts and what else the step reads; slots: the groups of each pair's A and B."""
+        self, state: MutableMapping[Tensor, Any], slots: list[Slot | None], grads: Sequence[Tensor | None],
+        amsgrad: bool, keep_S: bool,
+    ) -> None:  # fmt: skip
+        """Point at moments, step counts and what else the step reads; slots: the groups of each pair's A and B.
+
+        grads: of A and B in turns. As in torch, a pair has no state before its first gradient.
+        """
         if self.plan.moved():
             as_pairs(self.pairs)
             self.plan.rebuild()
@@ -57,20 +63,26 @@ class Binding:
         masters = all(map(self.storage.has_master, self.plan.factors))
         names = (*MOMENTS[: 3 if amsgrad else 2], "step", *([MASTER] if masters else []))
         options = (slots, names, keep_S)
-        if self._owner is state and self._options == options:
+        wakes = [i for i in self._idle if grads[2 * i] is not None or grads[2 * i + 1] is not None]
+        if self._owner is state and self._options == options and not wakes:
             now = self._now(state)
             if now and len(now) == len(self._bound) and all(map(is_, now, self._bound)):
                 return
+        if wakes and capturing(self.plan.device):
+            remedy = "Take a step with gradients of all pairs outside the graph first."
+            fail("CUDA graph capture", "pairs that have been stepped", self.pairs[wakes[0]].name, remedy, RuntimeError)
         self._options, self._versions = options, []
+        self._idle = self._without_state(state, slots, grads)
+        kept = [slot is not None and i not in self._idle for i, slot in enumerate(slots)]
         self._owned = [
-            [factor for factor, slot in zip(factors, slots) if slot]
+            [factor for factor, keep in zip(factors, kept) if keep]
             for factors in (self.plan.factors[::2], self.plan.factors[1::2])
         ]
         sides: tuple[list[Any], list[Any]] = ([], [])
-        for pair, slot in zip(self.pairs, slots):
+        for pair, keep in zip(self.pairs, kept):
             for factor, states in zip((pair.A, pair.B), sides):
-                # a pair that this optimizer does not own is never active: its row points at the factor, harmlessly
-                entries = state[factor] if slot else dict.fromkeys(MOMENTS, factor)
+                # a pair without state is not active: its row points at the factor, harmlessly
+                entries = state[factor] if keep else dict.fromkeys(MOMENTS, factor)
                 init_param(entries, factor, amsgrad, pair.experts, self.storage)
                 fit(entries, factor, pair.experts, self.storage)
                 states.append(entries)
@@ -86,6 +98,16 @@ class Binding:
         for column, name in ((col.PHASE, PHASE), (col.COUNT, STEPS), *([(col.SAVED, SAVED)] if keep_S else [])):
             self.plan.bind_once(column, [entries[name] for entries in sides[0]])
         self._owner, self._bound = state, self._now(state)
+
+    def _without_state(
+        self, state: MutableMapping[Tensor, Any], slots: list[Slot | None], grads: Sequence[Tensor | None]
+    ) -> set[int]:
+        found = set()
+        for index, (pair, slot) in enumerate(zip(self.pairs, slots)):
+            graded = grads[2 * index] is not None or grads[2 * index + 1] is not None
+            if slot is not None and not graded and not state.get(pair.A) and not state.get(pair.B):
+                found.add(index)
+        return found
 
     def _now(self, state: MutableMapping[Tensor, Any]) -> list[Tensor]:
         """The state tensors of every owned pair, to see whether one has been replaced; none if one is missing."""
@@ -132,7 +154,10 @@ class Binding:
         return strays
 
     def _check(self, factors: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-        """Gradients are dense and of their factors' type."""
+        """Gradients are dense, of their factors' type, and no lazy negatives of what lies in memory."""
+        if any(map(Tensor.is_neg, grads)):
+            remedy = "Call .resolve_neg() first."
+            fail("a gradient", "the values themselves in memory", "their negatives (is_neg)", remedy)
         if list(map(_DTYPE, factors)) == list(map(_DTYPE, grads)) and {*map(_LAYOUT, grads)} <= {torch.strided}:
             return
         for factor, grad in zip(factors, grads):

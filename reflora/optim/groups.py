@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..contract import LoRAPair, PairLike, fail
 from ..plan import HYPERS, LR, LR_AT, LR_DTYPE
-from .options import check_hypers
+from .options import check_flags, check_hypers, check_number
 
 LR_DTYPES = (torch.float32, torch.float64)
 
@@ -36,10 +36,16 @@ def _on_device(lr: Any, device: torch.device) -> Tensor | None:
     return lr.to(device)
 
 
+def check_group(group: dict[str, Any]) -> None:
+    """Raises TypeError or ValueError for a hyperparameter that cannot be stepped with."""
+    _row(group)
+
+
 def _row(group: dict[str, Any]) -> list[float]:
     eps, decay, betas = group["eps"], group["weight_decay"], group["betas"]
     lr = lr_on_host(group["lr"])
     check_hypers(lr, betas, eps, decay)
+    check_flags({name: group[name] for name in ("amsgrad", "maximize")})
     row = [0.0] * HYPERS
     row[: LR_AT - LR] = [lr, *map(float, betas), eps, decay, float(group["amsgrad"]), float(group["maximize"])]
     return row
@@ -47,6 +53,7 @@ def _row(group: dict[str, Any]) -> list[float]:
 
 def lr_on_host(lr: Any) -> float:
     """The learning rate, 0 for one on a device: reading it would wait for the device."""
+    check_number("lr", lr)
     return 0.0 if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr)
 
 
@@ -63,5 +70,5 @@ def flatten(params: Iterable[Any], pairs: Iterable[PairLike] | None) -> tuple[An
         return [t for p in params for t in ((p.A, p.B) if isinstance(p, LoRAPair) else p)], params
     if pairs is None:
         remedy = "Pass pairs=reflora.find_pairs(model), or use reflora.create_reflora_optimizer(model, lr=...)."
-        raise ValueError(f"pairs: expected the LoRA pairs among the parameters, got None. {remedy}")
+        fail("pairs", "the LoRA pairs among the parameters", "None", remedy)
     return params, pairs

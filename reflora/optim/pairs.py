@@ -21,7 +21,6 @@ from ..contract import (
     as_pairs,
     check_backend,
     check_precision,
-    is_sharded,
 )
 from ..diagnostics import Diagnostics, diagnose
 from ..functional import check_grads, mark_written
@@ -70,7 +69,7 @@ class Outcome(NamedTuple):
 
 def ops_of(pairs: Sequence[LoRAPair], backend: str | None = None, precision: str = "float64") -> PairOps | ShardedOps:
     """The operations on these pairs, whether a process holds them whole or in part."""
-    if any(is_sharded(factor) for pair in pairs for factor in (pair.A, pair.B)):
+    if any(pair.sharded for pair in pairs):
         from .sharded import ShardedOps  # torch.distributed.tensor takes its time to load
 
         return ShardedOps(pairs, backend, precision)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from ..functional import mark_written
-from .state import MASTER, MOMENTS, Storage, fit, init_param
+from .state import LIKE_TORCH, MASTER, MOMENTS, Storage, fit, init_param
 
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
@@ -30,6 +30,14 @@ def step_stray(optimizer: Any, param: Tensor, storage: Storage, group: dict[str,
     step_plain(optimizer, [(param, storage)], group, found_inf)
 
 
+def prepare_plain(optimizer: Any, params: Sequence[Tensor], amsgrad: bool, storage: Storage = LIKE_TORCH) -> None:
+    """Make or fit the state of those with a gradient, in front of everything that writes: it is what may fail."""
+    for p in params:
+        if p.grad is not None:
+            init_param(optimizer.state[p], p, amsgrad, 1, storage)
+            fit(optimizer.state[p], p, 1, storage)
+
+
 def step_plain(
     optimizer: Any, params: Sequence[tuple[Tensor, Storage]], group: dict[str, Any], found_inf: Tensor | None = None
 ) -> None:
@@ -39,8 +47,7 @@ def step_plain(
     """
     stepped = [(p, storage) for p, storage in params if p.grad is not None]
     for p, storage in stepped:
-        init_param(optimizer.state[p], p, group["amsgrad"], 1, storage)
-        fit(optimizer.state[p], p, 1, storage)
+        prepare_plain(optimizer, [p], group["amsgrad"], storage)
     for device in {p.device for p, _ in stepped}:
         found = amp_scalar(optimizer, "found_inf", device) if found_inf is None else found_inf
         _step_device(optimizer, [p for p, _ in stepped if p.device == device], device, group, found)
@@ -62,7 +69,7 @@ def _step_device(
         grad_scale=amp_scalar(optimizer, "grad_scale", device),
         found_inf=found_inf, has_complex=has_complex,
         amsgrad=group["amsgrad"], maximize=group["maximize"], beta1=group["betas"][0], beta2=group["betas"][1],
-        lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
+        lr=group["lr"] if fused else float(group["lr"]), weight_decay=group["weight_decay"], eps=group["eps"],
     )  # fmt: skip
     for p, w in zip(params, wide):
         if w.data_ptr() != p.data_ptr():

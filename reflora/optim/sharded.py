@@ -117,19 +117,20 @@ class ShardedOps:
         """The active pairs whose gradients are finite in every process; waits for the device."""
         found = []
         for pair, on in zip(self.pairs, active):
-            grads = [local(t.grad) for t in (pair.A, pair.B) if on and t.grad is not None]
-            bad = torch.zeros(1, dtype=torch.float64, device=local(pair.A).device)
-            for grad in grads:
-                bad = bad.maximum((~grad.isfinite().all()).to(bad))
-            found.append((pair, 1, bad))
+            for side, factor in ((1, pair.A), (0, pair.B)):
+                bad = torch.zeros(1, dtype=torch.float64, device=local(factor).device)
+                if on and factor.grad is not None:
+                    bad = bad.maximum((~local(factor.grad).isfinite().all()).to(bad))
+                found.append((pair, side, bad))
         bads = torch.cat(_summed(found)).tolist() if found else []
-        return [on and not bad for on, bad in zip(active, bads)]
+        return [on and not (of_A or of_B) for on, of_A, of_B in zip(active, bads[::2], bads[1::2])]
 
     def agree(self, finite: bool, moving: bool) -> tuple[bool, bool]:
         """Whether it is finite in every process that holds a part of the pairs, and moving in any."""
         votes: tuple[float, ...] = float(finite), float(not moving)
         # in the order of the pairs, which all processes share
-        for mesh in dict.fromkeys(pair.A.device_mesh for pair in self.pairs if isinstance(pair.A, DTensor)):
+        sharded = (factor for pair in self.pairs for factor in (pair.A, pair.B) if isinstance(factor, DTensor))
+        for mesh in dict.fromkeys(factor.device_mesh for factor in sharded):
             for dim in range(mesh.ndim):
                 vote = torch.tensor(votes, dtype=torch.float32, device=mesh.device_type)
                 dist.all_reduce(vote, dist.ReduceOp.MIN, group=mesh.get_group(dim))

@@ -68,7 +68,10 @@ class TracedStep:
     last_was_traced: bool
 
     def _step_traced(self) -> None:
-        """The whole step as one operator in the traced graph."""
+        """The whole step as one operator in the traced graph.
+
+        It works on detached tensors: a graph would not leave `no_grad` where the operator fails.
+        """
         self._init_group()
         params = [p for group in self.param_groups for p in group["params"]]
         graded = [index for index, p in enumerate(params) if p.grad is not None]
@@ -84,7 +87,8 @@ class TracedStep:
             hypers += [float(group["amsgrad"]), float(group["maximize"])]
         state = [self.state[p][name] for p, own in zip(params, self.traced_names) for name in own]
         ops.adamw_(
-            params, [params[index].grad for index in graded], graded, state, self._traced_results, hypers, lrs,
+            [p.detach() for p in params], [params[index].grad.detach() for index in graded], graded, state,
+            self._traced_results, hypers, lrs,
             lr_groups, getattr(self, "grad_scale", None), getattr(self, "found_inf", None), self._handle,
         )  # fmt: skip
 

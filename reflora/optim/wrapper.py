@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -19,39 +18,40 @@ from ..contract import (
     NO_GRADIENT,
     PLAIN,
     SKIPPED,
-    LoRAPair,
     PairLike,
     as_pairs,
     check_backend,
     check_precision,
     check_unhooked,
-    fail,
     local,
 )  # fmt: skip
 from ..diagnostics import Diagnostics, uniform
 from ..plan import BALANCED
 from ..reference import meet
-from .options import check_group_options, check_schedule
+from .base_class import check_base, check_kept, evaluated, separate, takes_closure
+from .membership import check_single
+from .options import check_flags, check_group_options, check_like_defaults, check_schedule
 from .pairs import finite_and_moving, ops_of
 from .plain import watched
 from .state import PHASE, SAVED, STEPS, compare_shapes, shapes_of_pair
 from .transport import StateMove, check_movable, proportional
 from .units import UNIT, Units
+from .wrapped_pairs import SKIPS, OwnPairs
 
 if TYPE_CHECKING:
     from .pairs import Counts, PairOps
     from .sharded import ShardedOps
 
-SKIPS = "reflora_skipped"
-FLATTENED = (
-    "Wrappers that flatten or replace parameters (DeepSpeed, FSDP1) leave none to precondition: use DDP or FSDP2, or "
-    "for ZeRO-1 and 2 reflora.GradientHooks."
-)
 # what is kept of a pair in the state of its A, and in which type
 DTYPES = {SAVED: None, PHASE: torch.float32, STEPS: torch.float32, UNIT: torch.float64}
-GROUPLESS = ("pairs", "scalar", "interval", "warmup_steps", "backend", "precision")
-OPTIONS = (*GROUPLESS, "_places")
+DEFAULTS = {"scalar": False, "interval": 1, "warmup_steps": None, "backend": None, "precision": "float64"}
+OPTIONS = ("pairs", *DEFAULTS, "_places")
 
+REEVALUATED = (
+    "{} has replaced the gradients inside its step: what it steps with there is not RefLoRA's. Use a class that takes "
+    "them as they are, or put RefLoRA inside of it."
+)
+Written = list[tuple[Tensor, int]]
 
 _classes: dict[type[Optimizer], type[Wrapped]] = {}
 
@@ -59,27 +59,21 @@ _classes: dict[type[Optimizer], type[Wrapped]] = {}
 def reflora_class(base: type[Optimizer]) -> type[Wrapped]:
     """The subclass of `base` that steps with RefLoRA; the same one for every call.
 
-    Raises TypeError for what is no optimizer class, ValueError for one whose `step` needs a closure.
+    Raises as `check_base`.
     """
     if base in _classes:
         return _classes[base]
-    if not (isinstance(base, type) and issubclass(base, Optimizer)):
-        fail("optimizer_cls", "a subclass of torch.optim.Optimizer", repr(base), "Pass the class itself.", TypeError)
-    arguments = list(inspect.signature(base.step).parameters.values())[1:]
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    needed = [a.name for a in arguments if a.default is inspect.Parameter.empty and a.kind not in variadic]
-    if needed:
-        remedy = "It would see another preconditioner at each evaluation: use AdamW, SGD or the like."
-        fail("optimizer_cls", "step(closure=None)", f"{base.__name__}, which requires a {', '.join(needed)}", remedy)
+    check_base(base)
     members = {"base": base, "__doc__": f"{base.__name__} with RefLoRA.", "__module__": __name__}
     _classes[base] = type(f"Wrapped{base.__name__}", (Wrapped, base), members)
     return _classes[base]
 
 
-class Wrapped(Optimizer):
+class Wrapped(OwnPairs):
     """Mixed into an optimizer class by `reflora_class`.
 
-    pairs, scalar, interval, warmup_steps, backend, precision: as in RefLoRAAdamW; other arguments go to the base class.
+    pairs, scalar, interval, warmup_steps, backend, precision: as in RefLoRAAdamW; other arguments go to the base class,
+    and so does `base_options`, for those of its options that have one of these names.
 
     A step evaluates the closure, if any, then preconditions once, then takes the base class's step. Hooks run once.
     A step in which a pair has a non-finite gradient, or the gradient scaler found one, is skipped whole: no parameter,
@@ -95,7 +89,11 @@ class Wrapped(Optimizer):
     and interval in those of the optimizer.
     """
 
-    base: type[Optimizer]
+    scalar: bool
+    interval: int
+    warmup_steps: int | None
+    backend: str | None
+    precision: str
 
     def __init__(
         self,
@@ -107,26 +105,41 @@ class Wrapped(Optimizer):
         warmup_steps: int | None = None,
         backend: str | None = None,
         precision: str = "float64",
+        base_options: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ):
+        check_single(type(self))
+        check_flags({"scalar": scalar})
         check_schedule(interval, warmup_steps)
         check_backend(backend)
         check_precision(precision)
+        own = {
+            "scalar": scalar, "interval": interval, "warmup_steps": warmup_steps, "backend": backend,
+            "precision": precision,
+        }  # fmt: skip
+        given = {name: value for name, value in own.items() if value != DEFAULTS[name]}
+        kwargs.update(separate(self.base, given, base_options))
+        check_like_defaults(self.base, kwargs)
         if scalar:
             check_movable(self.base)
         self.pairs = as_pairs(pairs, sharded=True)
-        self.scalar, self.interval, self.warmup_steps = scalar, interval, warmup_steps
-        self.backend, self.precision = backend, precision
+        vars(self).update(own)
+        # after a step of the base class that failed: gradients that are preconditioned, and what is to be kept of them
+        self._pending: tuple[Written, dict[Tensor, dict[str, Tensor]]] | None = None
+        self._told: set[str] = set()
         self._balanced: set[int] = set()  # pairs of RefLoRA-S whose norms have met, by number
         self._skip: Diagnostics | None = None
         check_unhooked(self.pairs)
         super().__init__(params, **kwargs)
-        check_group_options(self.param_groups, [name for name in GROUPLESS if name not in self.defaults])
+        check_kept(self, own)
+        ours = {"pairs": pairs, **own}
+        check_group_options(self.param_groups, {name: ours[name] for name in ours if name not in self.defaults})
         for group in self.param_groups:
             group[STEPS], group[SKIPS] = 0, 0
         place = {param: number for number, param in enumerate(self._params())}
         self._places = [(place.get(pair.A), place.get(pair.B)) for pair in self.pairs]
         assert self._ops  # now, for what it refuses
+        self._again, self._built = getattr(pairs, "again", None), True
 
     @property
     def _gentle(self) -> bool:
@@ -167,10 +180,12 @@ class Wrapped(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step. Returns the closure's value, if there is a closure."""
-        loss = None
+        loss: Any = None
+        given: tuple[Any, ...] = ()
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+            given = (loss,)
         if scaler_found_inf(self):
             return loss
         active = self._active()
@@ -182,15 +197,17 @@ class Wrapped(Optimizer):
             return loss
         if not grads:
             warnings.warn(NO_GRADIENT, stacklevel=4)
+        self._say_plain(active)
         self._skip = None
         steps, fresh = self.param_groups[0].get(STEPS, 0), not self.state
         if steps == 0:
             check_unhooked(self.pairs)
         if self.scalar:
-            self._scalar_step(active, steps, moving)
+            self._scalar_step(active, steps, moving, *given)
         else:
-            kept = self._precondition(active, steps)
-            _unhooked_step(self.base)(self)
+            kept = self._preconditioned(active, steps)
+            self._base_step(*given)
+            self._pending = None
             # only now: many optimizers take an empty state for the sign of a first step
             for param, entries in kept.items():
                 self.state[param].update(entries)
@@ -203,31 +220,25 @@ class Wrapped(Optimizer):
                 torch._foreach_add_(counts, 1)
         return loss
 
-    def _active(self) -> list[bool]:
-        """Pairs with both gradients whose factors this optimizer steps."""
-        params = self._params()
-        owned = set(params)
-        if not all(p.A in owned and p.B in owned for p in self.pairs):
-            self._follow(params, owned)
-            owned = set(params)
-        return [p.A.grad is not None and p.B.grad is not None and p.A in owned and p.B in owned for p in self.pairs]
+    def _base_step(self, *loss: Any) -> None:
+        """The base class's own; loss: what the closure gave, if there was one."""
+        step, params = _unhooked_step(self.base), self._params()
+        grads, before = [p.grad for p in params], _versions(params)
+        if loss and takes_closure(self.base):
+            step(self, evaluated(loss[0], lambda: _same(_versions(params), before)))
+        else:
+            step(self)
+        if REEVALUATED not in self._told and any(map(_replaced, params, grads)):
+            self._told.add(REEVALUATED)
+            warnings.warn(REEVALUATED.format(self.base.__name__), stacklevel=5)
 
-    def _follow(self, params: list[Tensor], owned: set[Tensor]) -> None:
-        """Take what stands where the factors stood: accelerate shards a model, and swaps the parameters one by one."""
-        pairs = []
-        for pair, places in zip(self.pairs, self._places):
-            now = [params[place] for place in places if place is not None and place < len(params)]
-            swapped = len(now) == 2 and [t.shape for t in now] == [pair.A.shape, pair.B.shape]
-            gone = pair.A not in owned and pair.B not in owned
-            pairs.append(LoRAPair(pair.name, now[0], now[1], pair.layout) if swapped and gone else pair)
-        if not any(pair.A in owned for pair in pairs):
-            fail("param_groups", "the factors of the pairs among them", "none of them", FLATTENED, RuntimeError)
-        if any(new is not old for new, old in zip(pairs, self.pairs)):
-            self.pairs = as_pairs(pairs, sharded=True)
-            self.__dict__.pop("_ops", None)
-
-    def _params(self) -> list[Tensor]:
-        return [param for group in self.param_groups for param in group["params"]]
+    def _preconditioned(self, active: list[bool], steps: int) -> dict[Tensor, dict[str, Tensor]]:
+        """As `_precondition`, but not again after a step of the base class that failed: its gradients still are."""
+        if self._pending is None or not _same(self._pending[0], _versions(self._params())):
+            self._pending = None
+            kept = self._precondition(active, steps)
+            self._pending = _versions(self._params()), kept
+        return self._pending[1]
 
     @independent()
     def _precondition(self, active: list[bool], steps: int) -> dict[Tensor, dict[str, Tensor]]:
@@ -289,7 +300,7 @@ class Wrapped(Optimizer):
             started = self._ops.started()
             torch._foreach_mul_(list(counts.values()), [started[i] for i in counts])
 
-    def _scalar_step(self, active: list[bool], steps: int, moving: bool) -> None:
+    def _scalar_step(self, active: list[bool], steps: int, moving: bool, *loss: Any) -> None:
         """RefLoRA-S. `moving` False is a step that only makes state, as loaders take one."""
         gentle = self._gentle
         self._units.return_to_identity(i for i, on in enumerate(active) if on)
@@ -298,7 +309,7 @@ class Wrapped(Optimizer):
         waiting = [i for i, on in enumerate(active) if on and gentle and i not in self._balanced]
         StateMove(self, [self.pairs[i] for i in waiting])  # refuses now what it would refuse once a pair begins
         before = self._ops.norms(waiting)
-        _unhooked_step(self.base)(self)
+        self._base_step(*loss)
         if waiting:
             self._look(before, self._ops.norms(waiting))
             self._hold_places()
@@ -361,7 +372,8 @@ class Wrapped(Optimizer):
         return {**super().__getstate__(), **{name: getattr(self, name) for name in OPTIONS}}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _blank, (self.base,), {**self.__getstate__(), "_balanced": set(), "_skip": None}
+        fresh = {"_skip": None, "_pending": None, "_again": None, "_built": True}
+        return _blank, (self.base,), {**self.__getstate__(), "_balanced": set(), "_told": set(), **fresh}
 
 
 def _entries(optimizer: Optimizer, state_dict: dict[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
@@ -375,6 +387,19 @@ def scaler_found_inf(optimizer: Optimizer) -> bool:
     """Whether a gradient scaler handed a base class that supports it a step to be skipped; reads it from the device."""
     found_inf = getattr(optimizer, "found_inf", None)
     return found_inf is not None and bool(found_inf)
+
+
+def _versions(params: Iterable[Tensor]) -> Written:
+    """The gradients as they were last written."""
+    return [(p.grad, p.grad._version) for p in params if p.grad is not None]
+
+
+def _replaced(param: Tensor, grad: Tensor | None) -> bool:
+    return param.grad is not None and grad is not None and param.grad is not grad
+
+
+def _same(one: Written, other: Written) -> bool:
+    return len(one) == len(other) and all(a is b and v == w for (a, v), (b, w) in zip(one, other))
 
 
 def _unhooked_step(base: type[Optimizer]) -> Callable[..., Any]:

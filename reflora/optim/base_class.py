@@ -1,0 +1,94 @@
+"""What an optimizer class must be like to be wrapped, and which of its options have names of ours."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch.optim import Optimizer
+
+from ..contract import fail
+from .membership import check_single
+
+# raises where no closure is given, whatever its signature says
+_WANTS_CLOSURE = re.compile(r"if closure is None:\s*raise\b|assert closure\b")
+
+# AdaHessian, SophiaH
+_SECOND_ORDER = re.compile(r"hutchinson|autograd\.grad\(|\.get_trace\(")
+
+
+def check_base(base: Any) -> None:
+    """Raises TypeError for what is no optimizer class or preconditions by itself, ValueError if it needs a closure."""
+    if not (isinstance(base, type) and issubclass(base, Optimizer)):
+        fail("optimizer_cls", "a subclass of torch.optim.Optimizer", repr(base), "Pass the class itself.", TypeError)
+    check_single(base)
+    if _needs_closure(base):
+        remedy = (
+            "Use one that takes the gradients as they are, such as AdamW or SGD. SAM takes RefLoRA inside: "
+            "SAM(params, reflora.RefLoRAAdamW, pairs=pairs)."
+        )
+        fail("optimizer_cls", "step(closure=None)", f"{base.__name__}, which requires a closure", remedy)
+    if _SECOND_ORDER.search(_source(base.step)):
+        remedy = "Use one that takes the gradients as they are, such as AdamW or SGD."
+        fail("optimizer_cls", "a first-order optimizer", f"{base.__name__}, which differentiates gradients", remedy)
+
+
+def _needs_closure(base: type[Optimizer]) -> bool:
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    for argument in list(inspect.signature(base.step).parameters.values())[1:]:
+        if argument.default is inspect.Parameter.empty and argument.kind not in variadic:
+            return True
+    return _WANTS_CLOSURE.search(_source(base.step)) is not None
+
+
+def _source(function: Any) -> str:
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):  # compiled, say
+        return ""
+
+
+def takes_closure(base: type[Optimizer]) -> bool:
+    return "closure" in inspect.signature(base.step).parameters
+
+
+def separate(base: type[Optimizer], ours: Mapping[str, Any], base_options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The options of the base class among names that it shares with RefLoRA.
+
+    ours: what was given for RefLoRA and is not the default. Raises TypeError where a name could mean either.
+    """
+    named = dict(base_options or {})
+    shared = [name for name in ours if name in inspect.signature(base).parameters and name not in named]
+    if shared:
+        name = shared[0]
+        default = inspect.signature(base).parameters[name].default
+        remedy = (
+            f"Pass base_options={{{name!r}: ...}} for {base.__name__}'s (default {default}); {name}= is then RefLoRA's."
+        )
+        fail(name, "an option of one of the two", f"one that {base.__name__} has as well", remedy, TypeError)
+    return named
+
+
+def check_kept(optimizer: Optimizer, ours: Mapping[str, Any]) -> None:
+    """Raises TypeError where the base class's constructor has taken an attribute of ours for its own."""
+    for name, value in ours.items():
+        if getattr(optimizer, name) is not value:
+            base = optimizer.base.__name__  # type: ignore[attr-defined]
+            remedy = "Use reflora.GradientHooks in front of the class itself."
+            fail("optimizer_cls", f"a class without an attribute {name!r}", base, remedy, TypeError)
+
+
+def evaluated(loss: Any, unchanged: Callable[[], bool]) -> Callable[[], Any]:
+    """A closure for the base class, which has been evaluated: it may ask for the loss, not for other gradients."""
+    asked: list[bool] = []
+
+    def closure() -> Any:
+        if asked or not unchanged():
+            remedy = "Its gradients would not be RefLoRA's: use an optimizer that evaluates the model once a step."
+            fail("closure", "one evaluation a step", "another", remedy, RuntimeError)
+        asked.append(True)
+        return loss
+
+    return closure

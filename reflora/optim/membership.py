@@ -1,0 +1,83 @@
+"""Which of an optimizer's parameters make up pairs, and a word on LoRA that is stepped without RefLoRA."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Container, Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..contract import LoRAPair, as_pairs, check_unhooked, fail
+
+PARTED = "ZeroRedundancyOptimizer parts them: use reflora.GradientHooks and a plain optimizer class"
+HALVED = f"only one factor of each is among the optimizer's parameters. Pass both; {PARTED}"
+LONE = "only one factor of each has a gradient. Train both, or leave these pairs out"
+# classes that precondition LoRA's gradients themselves, all of PEFT's
+PRECONDITION = ("RiemannianPreconditionedOptimizer", "LoraFAOptimizer")
+
+
+class FoundPairs(list[LoRAPair]):
+    """The pairs of a model, and how to look for them again once it has more; copies and pickles are plain lists."""
+
+    def __init__(self, pairs: Iterable[LoRAPair], again: Callable[[], list[LoRAPair]]):
+        super().__init__(pairs)
+        self.again = again
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return list, (list(self),)
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """The first of the names, shortened: layers of deep models have long ones."""
+    shown = [name if len(name) <= 40 else f"...{name[-37:]}" for name in names[:most]]
+    return ", ".join(shown) + (", ..." if len(names) > most else "")
+
+
+def say_plain(names: Sequence[str], why: str, stacklevel: int) -> None:
+    """Warn that these pairs take plain steps."""
+    warnings.warn(
+        f"{len(names)} LoRA pair(s) are stepped without RefLoRA ({listed(names)}): {why}.", stacklevel=stacklevel
+    )
+
+
+def halved(pairs: Sequence[LoRAPair], owned: Container[Tensor]) -> list[str]:
+    """Names of the pairs of which one factor alone is among the parameters."""
+    return [pair.name for pair in pairs if (pair.A in owned) != (pair.B in owned)]
+
+
+def check_whole(halves: Sequence[str]) -> None:
+    """Raises RuntimeError where there are such pairs; for an optimizer that has no other."""
+    if halves:
+        fail("param_groups", "both factors of each pair", f"one, of {listed(halves)}", f"{PARTED}.", RuntimeError)
+
+
+def further_pairs(optimizer: Any, given: Iterable[Any], sharded: bool = False) -> list[LoRAPair]:
+    """Pairs that the optimizer lacks, after a group was added to it: those given, and those of its model whose factors
+    are both among its parameters now. Where they are refused, so is the group.
+    """
+    pairs: list[LoRAPair] = optimizer.pairs
+    owned = {param for group in optimizer.param_groups for param in group["params"]}
+    known = {id(factor) for pair in pairs for factor in (pair.A, pair.B)}
+    try:
+        found = [pair for pair in as_pairs(given, sharded) if id(pair.A) not in known]
+        if others := [pair.name for pair in found if pair.A not in owned or pair.B not in owned]:
+            what = "factors among the optimizer's parameters"
+            fail("pairs", what, f"others, of {listed(others)}", "Add the factors with the pairs.")
+        known.update(id(pair.A) for pair in found)
+        if optimizer._again is not None:
+            found += [p for p in optimizer._again() if id(p.A) not in known and p.A in owned and p.B in owned]
+        as_pairs([*pairs, *found], sharded)
+        check_unhooked(found)
+    except BaseException:
+        optimizer.param_groups.pop()
+        raise
+    return found
+
+
+def check_single(cls: type) -> None:
+    """Raises TypeError for an optimizer class that preconditions the gradients of LoRA by itself."""
+    for name in (parent.__name__ for parent in cls.__mro__):
+        if name in PRECONDITION:
+            remedy = "Use one of the two: the gradients would be preconditioned twice."
+            fail("optimizer class", "one that leaves LoRA's gradients alone", f"PEFT's {name}", remedy, TypeError)

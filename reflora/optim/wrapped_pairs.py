@@ -1,0 +1,88 @@
+"""The pairs that a wrapped optimizer steps, also those added later or with other parameters, and a word on the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..contract import LoRAPair, as_pairs, fail
+from .membership import HALVED, LONE, check_whole, further_pairs, halved, say_plain
+from .options import check_like_defaults
+from .state import STEPS
+
+SKIPS = "reflora_skipped"
+FLATTENED = (
+    "Wrappers that flatten or replace parameters (DeepSpeed, FSDP1) leave none to precondition: use DDP or FSDP2, or "
+    "for ZeRO-1 and 2 reflora.GradientHooks."
+)
+
+
+class OwnPairs(Optimizer):
+    """What Wrapped knows of its pairs and parameters."""
+
+    base: type[Optimizer]
+    pairs: list[LoRAPair]
+    _places: list[tuple[int | None, int | None]]
+    _told: set[str]
+    _again: Callable[[], list[LoRAPair]] | None
+    _built = False
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As RefLoRAAdamW's."""
+        if not self._built:  # the base class's own constructor
+            return super().add_param_group(param_group)
+        given = param_group.pop("pairs", ())
+        check_like_defaults(self.base, {key: value for key, value in param_group.items() if key != "params"})
+        super().add_param_group(param_group)
+        group, params = self.param_groups[-1], self._params()
+        for key in (STEPS, SKIPS):
+            group[key] = self.param_groups[0].get(key, 0)
+        further = further_pairs(self, given, sharded=True)
+        if further:
+            self.pairs = [*self.pairs, *further]
+            place = {param: number for number, param in enumerate(params)}
+            self._places = [(place.get(pair.A), place.get(pair.B)) for pair in self.pairs]
+            self.__dict__.pop("_ops", None)
+
+    def _say_plain(self, active: list[bool]) -> None:
+        """Warn once of pairs of which one factor alone is stepped, and of those of which one alone has a gradient."""
+        if all(active) or self._told >= {HALVED, LONE}:
+            return
+        owned = set(self._params())
+        halves = halved(self.pairs, owned)
+        graded = {t for pair in self.pairs for t in (pair.A, pair.B) if t in owned and t.grad is not None}
+        lone = [name for name in halved(self.pairs, graded) if name not in halves]
+        for why, names in ((HALVED, halves), (LONE, lone)):
+            if names and why not in self._told:
+                self._told.add(why)
+                say_plain(names, why, stacklevel=5)
+
+    def _active(self) -> list[bool]:
+        """Pairs with both gradients whose factors this optimizer steps."""
+        params = self._params()
+        owned = set(params)
+        if not all(p.A in owned and p.B in owned for p in self.pairs):
+            self._follow(params, owned)
+            owned = set(params)
+        return [p.A.grad is not None and p.B.grad is not None and p.A in owned and p.B in owned for p in self.pairs]
+
+    def _follow(self, params: list[Tensor], owned: set[Tensor]) -> None:
+        """Take what stands where the factors stood: accelerate shards a model, and swaps the parameters one by one."""
+        pairs = []
+        for pair, places in zip(self.pairs, self._places):
+            now = [params[place] for place in places if place is not None and place < len(params)]
+            swapped = len(now) == 2 and [t.shape for t in now] == [pair.A.shape, pair.B.shape]
+            gone = pair.A not in owned and pair.B not in owned
+            pairs.append(LoRAPair(pair.name, now[0], now[1], pair.layout) if swapped and gone else pair)
+        if not any(pair.A in owned and pair.B in owned for pair in pairs):
+            check_whole(halved(pairs, owned))
+            fail("param_groups", "the factors of the pairs among them", "none of them", FLATTENED, RuntimeError)
+        if any(new is not old for new, old in zip(pairs, self.pairs)):
+            self.pairs = as_pairs(pairs, sharded=True)
+            self.__dict__.pop("_ops", None)
+
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]

@@ -1,0 +1,149 @@
+"""A wrong type is refused with its name, at construction and where a scheduler writes it; a step is all or nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import SGD, Adam, AdamW, NAdam
+from toys import backward, factors, leaf_pairs, targets
+
+import reflora
+
+WRONG = {
+    "lr": ["1e-4", None, True, [1e-4], torch.zeros(2)],
+    "eps": ["1e-8", None],
+    "weight_decay": ["0", False],
+    "betas": [("0.9", 0.999), (0.9, None), 0.9, "ab", (0.9,)],
+    "amsgrad": [1, 0, "false", None],
+    "maximize": [0, "no"],
+    "scalar": ["false", 0, None],
+    "check_grads": [1],
+    "carry_grams": ["true"],
+    "master_weights": [1],
+    "stochastic_rounding": [1],
+    "interval": ["2", 1.5, True],
+    "warmup_steps": ["100", 2.0, True],
+}
+CASES = [(name, value) for name, values in WRONG.items() for value in values]
+
+
+@pytest.mark.parametrize("name, value", CASES, ids=str)
+def test_reflora_adamw(name: str, value: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: expected .*got ") as caught:
+        reflora.RefLoRAAdamW(leaf_pairs([(4, 30, 21)]), **{name: value})
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("name", ["lr", "eps", "weight_decay", "betas", "amsgrad", "maximize"])
+def test_a_group(name: str) -> None:
+    pairs = leaf_pairs([(4, 30, 21)])
+    with pytest.raises(TypeError, match=f"^{name}: expected "):
+        reflora.RefLoRAAdamW([{"params": factors(pairs), name: WRONG[name][0]}], pairs=pairs)
+
+
+WRAPPED = [
+    (NAdam, "scalar", "false"), (NAdam, "lr", "1e-4"), (NAdam, "betas", ("0.9", 0.999)), (NAdam, "eps", "1e-8"),
+    (NAdam, "momentum_decay", "4e-3"), (NAdam, "decoupled_weight_decay", 1), (AdamW, "amsgrad", 1),
+    (AdamW, "maximize", 0), (Adam, "amsgrad", "no"), (SGD, "nesterov", 1), (SGD, "momentum", "0.9"), (SGD, "lr", True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("cls, name, value", WRAPPED, ids=str)
+def test_a_wrapped_optimizer(cls: Any, name: str, value: Any) -> None:
+    pairs = leaf_pairs([(4, 30, 21)])
+    with pytest.raises(TypeError, match=f"^{name}: expected "):
+        reflora.wrap(cls)(factors(pairs), pairs=pairs, **{"lr": 1e-3, name: value})
+    optimizer: Any = reflora.wrap(cls)(factors(pairs), pairs=pairs, lr=1e-3)
+    if name != "scalar":
+        with pytest.raises(TypeError, match=f"^{name}: expected "):
+            optimizer.add_param_group({"params": [torch.zeros(3, requires_grad=True)], name: value})
+
+
+def test_what_counts_as_a_number() -> None:
+    import numpy
+
+    for lr in (1, 1e-3, numpy.float32(1e-3), torch.tensor(1e-3), torch.tensor([1e-3])):
+        reflora.RefLoRAAdamW(leaf_pairs([(4, 30, 21)]), lr=lr, betas=[0.9, numpy.float64(0.99)])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["lr", "eps", "weight_decay", "betas", "amsgrad", "maximize"])
+def test_what_a_scheduler_writes_is_refused_before_anything_moves(name: str, fast_backend: str) -> None:
+    pairs = leaf_pairs([(4, 30, 21)])
+    other = torch.randn(5, requires_grad=True)
+    optimizer = reflora.RefLoRAAdamW([*factors(pairs), other], pairs=pairs, lr=1e-2, backend=fast_backend)
+    backward(pairs, targets(pairs))
+    other.grad = torch.ones(5)
+    optimizer.step()
+    before = [p.detach().clone() for p in (*factors(pairs), other)]
+    state = {p: {k: v.clone() for k, v in own.items()} for p, own in optimizer.state.items()}
+    optimizer.param_groups[0][name] = WRONG[name][0]
+    with pytest.raises(TypeError, match=f"^{name}: expected "):
+        optimizer.step()
+    assert all(map(torch.equal, before, (*factors(pairs), other)))
+    for param, entries in state.items():
+        assert all(torch.equal(optimizer.state[param][key], value) for key, value in entries.items())
+
+
+def test_a_state_that_does_not_fit_a_plain_parameter_is_refused_before_the_pairs_move(fast_backend: str) -> None:
+    pairs = leaf_pairs([(4, 30, 21)])
+    other = torch.randn(5, requires_grad=True)
+    optimizer = reflora.RefLoRAAdamW([*factors(pairs), other], pairs=pairs, lr=1e-2, backend=fast_backend)
+    goals = targets(pairs)
+    backward(pairs, goals)
+    other.grad = torch.ones(5)
+    optimizer.step()
+    optimizer.state[other]["exp_avg"] = torch.zeros(7)
+    before = [p.detach().clone() for p in factors(pairs)]
+    backward(pairs, goals)
+    with pytest.raises(ValueError, match="state 'exp_avg': expected .5,., got .7,."):
+        optimizer.step()
+    assert all(map(torch.equal, before, factors(pairs)))
+
+
+def test_a_base_step_that_fails_does_not_have_its_gradients_preconditioned_twice() -> None:
+    class Fails(SGD):
+        broken = True
+
+        def step(self, closure=None):  # type: ignore[no-untyped-def]
+            if self.broken:
+                raise MemoryError
+            return super().step(closure)
+
+    pairs, twins = leaf_pairs([(4, 30, 21), (5, 12, 9)]), leaf_pairs([(4, 30, 21), (5, 12, 9)])
+    for mine, other in zip(factors(pairs), factors(twins)):
+        other.data.copy_(mine.data)
+    goals = targets(pairs)
+    fails = reflora.wrap(Fails)(factors(pairs), pairs=pairs, lr=1e-2, interval=2)
+    plain = reflora.wrap(SGD)(factors(twins), pairs=twins, lr=1e-2, interval=2)
+    for broken in (True, False, True):
+        backward(pairs, goals)
+        fails.broken = broken  # type: ignore[attr-defined]
+        if broken:
+            with pytest.raises(MemoryError):
+                fails.step()
+            fails.broken = False  # type: ignore[attr-defined]
+        fails.step()
+        backward(twins, goals)
+        plain.step()
+    assert all(map(torch.equal, factors(pairs), factors(twins)))
+
+
+def test_fused_false_is_the_switch_of_who_unscales() -> None:
+    pairs = leaf_pairs([(4, 30, 21)])
+    ways = {fused: reflora.RefLoRAAdamW(pairs, fused=fused)._step_supports_amp_scaling for fused in (None, True, False)}
+    assert ways == {None: True, True: True, False: False}
+
+
+@pytest.mark.parametrize("make", [reflora.RefLoRAAdamW, reflora.wrap(AdamW)], ids=["RefLoRAAdamW", "over AdamW"])
+def test_options_that_other_optimizers_leave_in_the_groups_are_taken_out(make: Any) -> None:
+    """SAM and ZeroRedundancyOptimizer keep what they hand on in the groups that they share with it."""
+    pairs = leaf_pairs([(4, 30, 21)])
+    options = {"pairs": pairs, "interval": 500, "scalar": False}
+    groups = [{"params": factors(pairs), **options}]
+    optimizer = make(groups, lr=1e-2, **options)
+    assert not {"pairs", "interval", "scalar"} & optimizer.param_groups[0].keys()
+    with pytest.raises(ValueError, match="parameter group 0: expected no 'pairs', got a list") as caught:
+        make([{"params": factors(pairs), "pairs": leaf_pairs([(4, 30, 21)] * 40)}], lr=1e-2, pairs=pairs)
+    assert len(str(caught.value)) < 300

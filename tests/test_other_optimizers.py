@@ -1,0 +1,186 @@
+"""Optimizers of other packages: in front of them, inside of them, and which are refused."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import SGD, AdamW, Optimizer
+from wrapping import (
+    assert_same,
+    backward,
+    factors,
+    make_pairs,
+    precondition_by_reference,
+    targets,
+    twins,
+    wrap,
+)
+
+import reflora
+
+schedulefree = pytest.importorskip("schedulefree")
+prodigyopt = pytest.importorskip("prodigyopt")
+pytorch_optimizer = pytest.importorskip("pytorch_optimizer")
+
+STEPPED = {
+    "schedule-free AdamW": (schedulefree.AdamWScheduleFree, {}, {"base_options": {"warmup_steps": 3}}),
+    "schedule-free SGD": (schedulefree.SGDScheduleFree, {}, {"base_options": {"warmup_steps": 0}}),
+    "Prodigy": (prodigyopt.Prodigy, {"d0": 1e-3}, {}),
+    "AdaGC": (pytorch_optimizer.AdaGC, {}, {"base_options": {"warmup_steps": 2}, "warmup_steps": 0}),
+    "Lion": (pytorch_optimizer.Lion, {}, {}),
+}
+
+
+@pytest.mark.parametrize("name", STEPPED)
+def test_a_step_is_the_base_step_of_preconditioned_gradients(name: str) -> None:
+    cls, kwargs, ours = STEPPED[name]
+    mine, optimizer, plain, base, goals = twins(cls, kwargs, ours)
+    for group in base.param_groups:
+        group.update(ours.get("base_options", {}))
+    for one in (optimizer, base):
+        getattr(one, "train", bool)()
+    for _ in range(6):
+        backward(mine, goals)
+        optimizer.step()
+        backward(plain, goals)
+        precondition_by_reference(plain)
+        base.step()
+    assert_same(factors(mine), factors(plain), 1e-9)
+    assert optimizer.diagnostics().refactored == 8
+    before = [factor.detach().clone() for factor in factors(mine)]
+    getattr(optimizer, "eval", bool)()
+    assert name[:8] != "schedule" or not all(map(torch.equal, factors(mine), before))  # its average
+
+
+@pytest.mark.parametrize("given", [{"warmup_steps": 5}, {"warmup_steps": 0}])
+def test_a_name_that_two_have_is_refused_until_both_are_said(given: dict[str, int]) -> None:
+    with pytest.raises(TypeError, match="base_options=.'warmup_steps'.*AdaGC's .default 100"):
+        wrap(pytorch_optimizer.AdaGC, make_pairs(), **given)
+    optimizer = wrap(pytorch_optimizer.AdaGC, make_pairs(), **given, base_options={"warmup_steps": 7})
+    assert optimizer.warmup_steps == given["warmup_steps"] and optimizer.param_groups[0]["warmup_steps"] == 7
+
+
+def test_the_default_of_the_base_class_stands_where_neither_is_given() -> None:
+    pairs = make_pairs()
+    optimizer: Any = reflora.wrap(pytorch_optimizer.AdaGC)(factors(pairs), pairs, lr=1e-2)
+    assert optimizer.warmup_steps is None and optimizer.param_groups[0]["warmup_steps"] == 100
+
+
+def test_a_base_class_that_keeps_an_attribute_of_ours_is_refused() -> None:
+    with pytest.raises(TypeError, match="without an attribute 'warmup_steps', got ApolloDQN"):
+        reflora.wrap(pytorch_optimizer.ApolloDQN)(factors(pairs := make_pairs()), pairs, lr=1e-2)
+
+
+@pytest.mark.parametrize("name", ["SAM", "WSAM", "BSAM", "LookSAM", "FriendlySAM", "AliG"])
+def test_optimizers_that_need_their_closure_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}, which requires a closure.*reflora.RefLoRAAdamW"):
+        reflora.wrap(getattr(pytorch_optimizer, name))
+
+
+def test_optimizers_that_differentiate_gradients_are_refused() -> None:
+    with pytest.raises(ValueError, match="first-order optimizer, got AdaHessian"):
+        reflora.wrap(pytorch_optimizer.AdaHessian)
+
+
+@pytest.mark.parametrize(
+    "inner", [reflora.RefLoRAAdamW, reflora.wrap(AdamW), reflora.wrap(SGD)], ids=lambda c: c.__name__
+)
+def test_sam_around_reflora(inner: type[Optimizer]) -> None:
+    """The gradients of the perturbed weights, preconditioned by those that are stepped."""
+    ours, plain = make_pairs(), make_pairs()
+    for mine, other in zip(factors(ours), factors(plain)):
+        other.data.copy_(mine.data)
+    goals, rho = targets(ours), 0.05
+    optimizer = pytorch_optimizer.SAM(factors(ours), inner, rho=rho, lr=1e-2, pairs=ours, warmup_steps=0)
+    assert "pairs" not in optimizer.param_groups[0]
+    step: Any = inner(factors(plain), pairs=plain, lr=1e-2, warmup_steps=0)  # type: ignore[call-arg]
+    for _ in range(4):
+        backward(ours, goals)
+        optimizer.step(lambda: backward(ours, goals))
+        backward(plain, goals)
+        old = [factor.detach().clone() for factor in factors(plain)]
+        norm = torch.stack([factor.grad.norm() for factor in factors(plain)]).norm()
+        for factor in factors(plain):
+            factor.data += rho * factor.grad / (norm + 1e-12)
+        backward(plain, goals)
+        for factor, before in zip(factors(plain), old):
+            factor.data.copy_(before)
+        step.step()
+    assert_same(factors(ours), factors(plain), 1e-9)
+    assert optimizer.base_optimizer.diagnostics().refactored == 8
+
+
+def test_lookahead_around_reflora() -> None:
+    ours = make_pairs()
+    inner = reflora.RefLoRAAdamW(factors(ours), pairs=ours, lr=1e-2)
+    optimizer = pytorch_optimizer.Lookahead(inner, k=2)
+    goals = targets(ours)
+    for _ in range(4):
+        backward(ours, goals)
+        optimizer.step()
+    assert inner.diagnostics().refactored == 8
+
+
+class Asks(SGD):
+    """Evaluates the closure after it has changed the gradients."""
+
+    def step(self, closure=None):  # type: ignore[no-untyped-def]
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.grad = None
+        return None if closure is None else closure()
+
+
+class Reevaluates(SGD):
+    """Has its own way to the gradients."""
+
+    def step(self, closure=None):  # type: ignore[no-untyped-def]
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.grad = torch.ones_like(param)
+        return super().step()
+
+
+def test_another_evaluation_is_an_error_and_other_gradients_are_warned_of() -> None:
+    pairs = make_pairs()
+    goals = targets(pairs)
+    optimizer = wrap(Asks, pairs)
+    with pytest.raises(RuntimeError, match="closure: expected one evaluation a step"):
+        optimizer.step(lambda: backward(pairs, goals))
+    optimizer = wrap(Reevaluates, pairs)
+    backward(pairs, goals)
+    with pytest.warns(UserWarning, match="Reevaluates has replaced the gradients"):
+        optimizer.step()
+    backward(pairs, goals)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()  # once is enough
+
+
+def test_the_loss_of_a_closure_reaches_the_base_class() -> None:
+    class Keeps(SGD):
+        def step(self, closure=None):  # type: ignore[no-untyped-def]
+            self.seen = closure()
+            return super().step()
+
+    pairs = make_pairs()
+    goals = targets(pairs)
+    optimizer = wrap(Keeps, pairs)
+    loss = optimizer.step(lambda: backward(pairs, goals))
+    assert optimizer.seen is loss
+
+
+def test_peft_optimizers_that_precondition_are_refused() -> None:
+    from peft import LoraConfig, get_peft_model
+    from peft.optimizers import create_riemannian_optimizer
+
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), LoraConfig(r=2, target_modules=["0"]))
+    for cls in (reflora.RefLoRAAdamW, reflora.wrap(SGD)):
+        with pytest.raises(TypeError, match="got PEFT's RiemannianPreconditionedOptimizer.*twice"):
+            create_riemannian_optimizer(model, cls, lr=1e-2, pairs=reflora.find_pairs(model))
+    inner = type(create_riemannian_optimizer(model, AdamW, lr=1e-2))
+    with pytest.raises(TypeError, match="got PEFT's RiemannianPreconditionedOptimizer.*twice"):
+        reflora.create_reflora_optimizer(model, inner, lr=1e-2)
