@@ -146,7 +146,7 @@ def test_grouped_convolutions_are_left_out_with_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = get_peft_model(base, LoraConfig(r=4, target_modules=["0", "1"]))
-    with pytest.warns(UserWarning, match=r"grouped convolution\): base_model.model.0.default"):
+    with pytest.warns(UserWarning, match=r"base_model.model.0.default\): grouped convolution"):
         pairs = reflora.find_pairs(model)
     assert [pair.name for pair in pairs] == ["base_model.model.1.default"]
 

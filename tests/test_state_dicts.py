@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_model_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from wrapping import backward, make_pairs, targets
 
 import reflora
@@ -88,3 +94,26 @@ def test_a_first_step_at_learning_rate_zero_is_a_step(kind: str) -> None:
     goals = targets(pairs)
     backward(pairs, goals), optimizer.step()
     assert optimizer.diagnostics().refactored > 0
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["full", "sharded"])
+@pytest.mark.parametrize("source", [{}, {"fused": True}, {"foreach": False}, {"amsgrad": True}], ids=str)
+@pytest.mark.parametrize("kind", ["RefLoRAAdamW", "RefLoRAAdamW, scalar", "AdamW"])
+def test_a_state_of_torchs_adamw_is_loaded(kind: str, source: dict[str, Any], full: bool) -> None:
+    """Key by key: its groups have options of torch's that a fused step has no use for."""
+    cls, more = KINDS[kind]
+    model, pairs = build()
+    plain = torch.optim.AdamW(model.parameters(), lr=1e-2, **source)
+    goals = targets(pairs)
+    for _ in range(2):
+        backward(pairs, goals), plain.step()
+    options = StateDictOptions(full_state_dict=full, cpu_offload=full)
+    saved = get_optimizer_state_dict(model, plain, options=options)
+    again, others = build()
+    optimizer = cls(again.parameters(), pairs=others, lr=1e-2, amsgrad=source.get("amsgrad", False), **more)
+    set_optimizer_state_dict(again, optimizer, saved, options=options)
+    for mine, wanted in zip(again.parameters(), model.parameters()):
+        for name in ("exp_avg", "exp_avg_sq", "step"):
+            assert torch.equal(optimizer.state[mine][name].max(), plain.state[wanted][name].max())
+    backward(others, goals), optimizer.step()
+    assert optimizer.diagnostics().skipped == 0

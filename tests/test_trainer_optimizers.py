@@ -142,12 +142,14 @@ def test_callback_reports_to_history_and_reporters(way: str, tmp_path: Path) -> 
     RefLoRACallback().install(trainer)
     trainer.train()
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert len(steps) == 6 and all(entry.keys() >= KEYS for entry in steps)
-    assert all(entry.keys() >= KEYS for entry in reporter.seen if "loss" in entry)
-    # B = 0 at first; then both layers have their S
+    assert len(steps) == 6 and all(entry.keys() >= KEYS for entry in steps[1:])
+    assert all(entry.keys() >= KEYS for entry in [entry for entry in reporter.seen if "loss" in entry][1:])
+    # B = 0 at first, which has neither; then both layers have their S
+    assert KEYS - steps[0].keys() == {"reflora/balance", "reflora/condition"}
     assert steps[0]["reflora/degenerate"] == 2 and steps[-1]["reflora/degenerate"] == 0
     assert steps[-1]["reflora/skipped"] == 0 and 1 <= steps[-1]["reflora/condition"] < 1e6
-    assert json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
+    written = (tmp_path / "checkpoint-6" / "trainer_state.json").read_text()
+    assert json.loads(written, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))["log_history"]
 
 
 @pytest.mark.parametrize("way, skipped", [("factory", 2), ("over NAdam", 2 * 2)])
@@ -274,7 +276,7 @@ def test_sft_trainer(tmp_path: Path) -> None:
         RefLoRACallback().install(trainer)
         trainer.train()
         steps = [entry for entry in trainer.state.log_history if "loss" in entry]
-        assert len(steps) == 4 and all(entry.keys() >= KEYS for entry in steps)
+        assert len(steps) == 4 and all(entry.keys() >= KEYS for entry in steps[1:])
         return trainer.model
 
     one = trained(optimizer_cls_and_kwargs=(OptimizerFactory, {"lr": 1e-2}))

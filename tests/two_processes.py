@@ -1,8 +1,9 @@
-"""Runs cases of distributed_cases.py in two processes, forked of `two_processes.py FOLDER NAMES...`."""
+"""Runs cases in two processes, forked of `two_processes.py FOLDER MODULE.CASE...`."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import messages
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -28,7 +30,7 @@ def together(cases: Sequence[Case]) -> dict[str, list[Any]]:
 
     A case that raises in both is its error; the later ones go on. Both are forked of one that has imported everything.
     """
-    names = [case.__name__ for case in cases]
+    names = [f"{case.__module__}.{case.__name__}" for case in cases]
     with tempfile.TemporaryDirectory() as folder:
         paths = [str(Path(reflora.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         done = subprocess.run(
@@ -37,7 +39,7 @@ def together(cases: Sequence[Case]) -> dict[str, list[Any]]:
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         results = [torch.load(Path(folder) / f"result{rank}.pt", weights_only=False) for rank in range(WORLD)]
-    return {name: [result[name] for result in results] for name in names}
+    return {case.__name__: [result[case.__name__] for result in results] for case in cases}
 
 
 def _enter(rank: int, cases: Sequence[Case], folder: str) -> None:
@@ -64,10 +66,9 @@ def _enter(rank: int, cases: Sequence[Case], folder: str) -> None:
 
 if __name__ == "__main__":
     os.environ["DS_ACCELERATOR"] = "cpu"
+    messages.install()
     with contextlib.suppress(ImportError):
         import accelerate  # noqa: F401
         import deepspeed as _  # noqa: F401
-    import distributed_cases
-
-    chosen = [getattr(distributed_cases, name) for name in sys.argv[2:]]
+    chosen = [getattr(importlib.import_module(module), name) for module, name in (n.split(".") for n in sys.argv[2:])]
     mp.start_processes(_enter, (chosen, sys.argv[1]), WORLD, start_method="fork")

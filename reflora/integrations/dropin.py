@@ -13,9 +13,12 @@ from ..ambient import independent
 from ..contract import check_count, check_unhooked, fail
 from ..diagnostics import Diagnostics
 from ..optim.adamw import RefLoRAAdamW
+from ..optim.membership import listed
 from ..optim.pairs import ops_of
 from ..optim.transport import StateMove
-from ..optim.wrapper import FLATTENED, Wrapped, scaler_found_inf
+from ..optim.wrapped_pairs import FLATTENED
+from ..optim.wrapper import Wrapped, scaler_found_inf
+from ..overlap import extent
 from .peft import Site, find_sites
 
 SKIP_STEPS = "reflora_skip_steps"
@@ -32,7 +35,7 @@ class Refactorer:
         model: A PEFT model.
         warmup_steps: Steps before the first refactoring. From B = 0 the published scripts take 100 or 200; fewer are
             safe, but B A then stays near rank one for long.
-        re_init: Draw A and B anew and take the difference out of the base weights.
+        re_init: Draw A and B anew and take the difference out of the base weights, which no other layer may share.
         interval: Refactor every that many steps; the steps between are plain ones.
         use_scalar: RefLoRA-S, which refactors in `integrate_into_optimizer` and after each step, and moves the state.
     """
@@ -60,8 +63,10 @@ class Refactorer:
         self._written: list[tuple[int, int]] = []
         self._first: list[tuple[Tensor, Tensor, Tensor]] = []
         if re_init:
-            for site in sites:
-                _draw_anew(site)
+            weights = [_base_weight(site) for site in sites]
+            _check_unshared(model, sites, weights)
+            for site, weight in zip(sites, weights):
+                _draw_anew(site, weight)
 
     @property
     def skip_steps(self) -> int:
@@ -100,8 +105,9 @@ class Refactorer:
 
         use_scalar without a warm-up refactors at once. A state_dict loaded before the first step takes that back, since
         it belongs to the factors as they were saved. Raises RuntimeError for an optimizer that steps none of the pairs,
-        ValueError for one that does all this by itself.
+        ValueError for one that does all this by itself. Of accelerate's wrapper it is the optimizer inside.
         """
+        optimizer = _inside(optimizer)
         for handle in self._handles:
             handle.remove()
         self._optimizer = optimizer
@@ -126,7 +132,7 @@ class Refactorer:
         return self._ops.diagnostics()
 
     def integrated_into(self, optimizer: Optimizer) -> bool:
-        return self._optimizer is optimizer
+        return self._optimizer is _inside(optimizer)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # torch runs hooks for a class and again for its parent's step: a nested run finds the gradients written
@@ -176,10 +182,18 @@ class Refactorer:
             fail("optimizer", "the model's LoRA factors among its parameters", "none of them", FLATTENED, RuntimeError)
 
 
-@torch.no_grad()
-@independent()
-def _draw_anew(site: Site) -> None:
-    """A and B random, and the base weight less by what that changes of their product."""
+def _inside(optimizer: Any) -> Any:
+    """The optimizer whose hooks run in a step: accelerate's wrapper has none."""
+    while not hasattr(optimizer, "register_step_pre_hook") or "_optimizer_step_pre_hooks" not in vars(optimizer):
+        if not isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+            remedy = "Pass the torch optimizer itself."
+            fail("optimizer", "a torch.optim.Optimizer", type(optimizer).__name__, remedy, TypeError)
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _base_weight(site: Site) -> Tensor:
+    """What the layer adds its B A to. Raises ValueError where the difference cannot be taken out of it."""
     module: Any = site.module
     if hasattr(module, "get_param"):
         weight = module.get_param()
@@ -190,6 +204,37 @@ def _draw_anew(site: Site) -> None:
     if not weight.is_floating_point():
         remedy = "Pass re_init=False: it is not needed, training starts from B = 0 as well."
         fail(f"re_init of {site.pair.name}", "a floating point base weight", weight.dtype, remedy)
+    if site.adapter in getattr(module, "merged_adapters", ()):
+        remedy = "Call model.unmerge_adapter() first."
+        fail(f"re_init of {site.pair.name}", "an adapter that is not merged", "a merged one", remedy)
+    return weight
+
+
+def _check_unshared(model: nn.Module, sites: list[Site], weights: list[Tensor]) -> None:
+    """Nothing else reads a base weight: it would see another one, and no adapter that makes up for it."""
+    spans = []
+    for path, module in model.named_modules():
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if tensor.numel() and not tensor.is_meta:
+                spans.append((str(tensor.device), *extent(tensor), f"{path}.{name}"))
+    spans.sort()
+    shared: dict[tuple[str, int], list[str]] = {}
+    for left, right in zip(spans, spans[1:]):
+        if left[0] == right[0] and right[1] < left[2]:
+            for device, first, _, _ in (left, right):
+                shared[device, first] = [left[3], right[3]]
+    for site, weight in zip(sites, weights):
+        found = shared.get((str(weight.device), extent(weight)[0]))
+        if found:
+            remedy = "Pass re_init=False: it is not needed, training starts from B = 0 as well."
+            fail(f"re_init of {listed([site.pair.name])}", "a base weight of its own", listed(found), remedy)
+
+
+@torch.no_grad()
+@independent()
+def _draw_anew(site: Site, weight: Tensor) -> None:
+    """A and B random, and the base weight less by what that changes of their product."""
+    module: Any = site.module
     before = module.get_delta_weight(site.adapter).float()
     for factor in (site.pair.A, site.pair.B):
         nn.init.kaiming_uniform_(factor, a=math.sqrt(5))

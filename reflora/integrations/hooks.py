@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
-from itertools import chain, islice
+import warnings
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..ambient import independent, outside_inference
-from ..contract import LoRAPair, check_unhooked, fail, is_sharded
+from ..contract import LoRAPair, check_unhooked, fail
 from ..diagnostics import Diagnostics
+from ..optim.binding import capturing
+from ..optim.membership import listed
 from ..optim.options import check_schedule
-from ..optim.pairs import Outcome, PairOps, apply_dtype, multiply, new_units
+from ..optim.pairs import Outcome, PairOps, multiply, new_units
+from .hook_groups import Group, grouped, kind_of, sides
 from .peft import find_pairs
+
+STALE = (
+    "GradientHooks: the weights have moved since refresh(), and S is still that of the old ones. Call refresh() once "
+    "after every step of the optimizer."
+)
 
 
 class GradientHooks:
@@ -53,8 +60,8 @@ class GradientHooks:
         self.pairs = find_pairs(model)
         self.warmup_steps, self.follow = warmup_steps, follow
         for pair in self.pairs:
-            if is_sharded(pair.A):
-                remedy = "FSDP2 is served by reflora.create_reflora_optimizer."
+            if pair.sharded:
+                remedy = "FSDP2 and tensor parallelism are served by reflora.create_reflora_optimizer."
                 fail(pair.name, "factors that this process holds whole", "DTensor", remedy)
         check_unhooked(self.pairs)
         self._ops = PairOps(self.pairs, backend, precision)
@@ -64,6 +71,8 @@ class GradientHooks:
         self._went_backward: set[int] = set()
         self._in_other_units = False  # a loaded state may be: its gradients are
         self._matrices: dict[int, Tensor] = {}
+        self._witness: _Witness | None = None
+        self._told = False
         self.refresh()
         self._handles = [
             factor.register_hook(_Multiply(self, index, side))
@@ -96,13 +105,26 @@ class GradientHooks:
             units, group.units[rows] = (
                 self._return_to_identity(kept, found.scale) if gentle else self._leave_identity(kept, found)
             )
-            group.matrices[rows] *= _sides(units).to(group.matrices)
+            group.matrices[rows] *= sides(units).to(group.matrices)
             if gentle:  # from a factor that is 0 the start is still to come
                 group.counts[rows] *= found.started
         # all at once: what fails before leaves the last S, its units and its counts
         self._groups, self._matrices, self._went_backward = groups, matrices, set()
+        self._witness = None
 
-    def _plain(self, groups: Sequence[_Group], indices: Set[int]) -> dict[int, Tensor]:
+    def _note(self, index: int, side: int) -> None:
+        """A backward pass through a pair; of the first to have one its B is kept, to see whether it moves."""
+        self._went_backward.add(index)
+        B = self.pairs[index].B
+        if side or self._told or capturing(B.device):
+            return
+        if self._witness is None:
+            self._witness = _Witness(index, B.detach().clone())
+        elif self._witness.index == index and self._witness.moved(B):
+            self._told = True
+            warnings.warn(STALE, stacklevel=2)
+
+    def _plain(self, groups: Sequence[Group], indices: Set[int]) -> dict[int, Tensor]:
         """S = I; where a loaded state is in other units the matrices that keep gradients in them."""
         norms = self._ops.norms(indices) if self._in_other_units else {}
         found: dict[int, Tensor] = {}
@@ -114,7 +136,7 @@ class GradientHooks:
                 norm_A, norm_B = torch.cat([norms[i] for i in chosen], 1)
                 units, group.units[rows] = self._return_to_identity(group.units[rows], norm_B / norm_A)
                 eye = torch.eye(group.matrices.shape[-1], dtype=group.matrices.dtype, device=units.device)
-                group.matrices[rows] = eye * _sides(units).to(eye)
+                group.matrices[rows] = eye * sides(units).to(eye)
                 found.update((i, room) for i, room in group.split(group.matrices) if i in indices)
         return found
 
@@ -137,17 +159,17 @@ class GradientHooks:
         settled = kept[:, 2:].maximum(found.left[:, None])
         return units.where(units > 0, 1.0), torch.cat([units, settled], 1)
 
-    def _next_groups(self) -> list[_Group]:
+    def _next_groups(self) -> list[Group]:
         """The groups after the backward passes so far, in tensors of their own; factors may have moved since."""
         if any(group.moved(self.pairs) for group in self._groups):
             return self._grouped(self._state())
         return [group.after(self._went_backward) for group in self._groups]
 
-    def _grouped(self, state: Mapping[int, Tensor]) -> list[_Group]:
+    def _grouped(self, state: Mapping[int, Tensor]) -> list[Group]:
         alike: dict[tuple[Any, ...], list[int]] = {}
         for index, pair in enumerate(self.pairs):
-            alike.setdefault(_kind(pair), []).append(index)
-        return [_group(kind, own, state, host=self.warmup_steps is not None) for kind, own in alike.items()]
+            alike.setdefault(kind_of(pair), []).append(index)
+        return [grouped(kind, own, state, host=self.warmup_steps is not None) for kind, own in alike.items()]
 
     def _state(self) -> dict[int, Tensor]:
         """By pair `[experts, 4]`: its units, and the steps with those whose refresh is still to come."""
@@ -174,96 +196,47 @@ class GradientHooks:
         return {pair.name: state[index].clone() for index, pair in enumerate(self.pairs)}
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        """Raises ValueError for the state of other layers."""
-        names = [pair.name for pair in self.pairs]
-        if set(state_dict) != set(names):
-            fail(
-                "state_dict",
-                f"the layers {', '.join(names[:3])}, ...",
-                sorted(state_dict)[:3],
-                "Load the same model's.",
-            )
-        for pair in self.pairs:
-            rows, columns = state_dict[pair.name].shape
-            if rows != pair.experts or columns not in (3, 4):
-                fail(pair.name, f"[{pair.experts}, 4]", [rows, columns], "Load the same model's.")
-        # earlier states have no fourth column
-        state = [
-            torch.cat([own, own.new_zeros(len(own), 4 - own.shape[1])], 1)
-            for own in (state_dict[name] for name in names)
-        ]
+        """Raises ValueError or TypeError for the state of other layers. Nothing has changed then."""
+        state = [self._entry(state_dict, pair) for pair in self.pairs]
+        before = self._groups, self._went_backward, self._in_other_units
         self._in_other_units = any(bool((own[:, :3] != own.new_tensor([1, 1, 0])).any()) for own in state)
         self._groups, self._went_backward = self._grouped(dict(enumerate(state))), set()
-        self.refresh()
+        try:
+            self.refresh()
+        except BaseException:
+            self._groups, self._went_backward, self._in_other_units = before
+            raise
+
+    def _entry(self, state_dict: Any, pair: LoRAPair) -> Tensor:
+        """What a loaded state has of a pair, `[experts, 4]`; earlier states have no fourth column."""
+        remedy = "Load what state_dict() of GradientHooks over the same model gave."
+        if not isinstance(state_dict, Mapping):
+            fail("state_dict", "a dictionary of layers", type(state_dict).__name__, remedy, TypeError)
+        names = [one.name for one in self.pairs]
+        if set(state_dict) != set(names):
+            missing = listed([name for name in names if name not in state_dict]) or "none"
+            others = listed([str(name) for name in state_dict if name not in set(names)]) or "none"
+            fail("state_dict", f"the model's {len(names)} layers", f"missing {missing}; others {others}", remedy)
+        own = state_dict[pair.name]
+        if not isinstance(own, Tensor):
+            fail(pair.name, f"a tensor [{pair.experts}, 4]", type(own).__name__, remedy, TypeError)
+        if own.dim() != 2 or len(own) != pair.experts or own.shape[1] not in (3, 4):
+            fail(pair.name, f"[{pair.experts}, 4]", list(own.shape), remedy)
+        if not own.isfinite().all():
+            fail(pair.name, "finite numbers", "inf or nan", remedy)
+        return torch.cat([own, own.new_zeros(len(own), 4 - own.shape[1])], 1)
 
 
-@dataclass
-class _Group:
-    """Layers of one rank and type on a device, and what is kept of them, a row an expert.
+class _Witness:
+    """B of one pair as it was at its first backward pass since a refresh."""
 
-    units float64 `[rows, 3]`: of A and B as new_units has them, and whether S has been other than I. counts float32
-    `[rows]`, on the host for a schedule that is looked up there: steps that the pair has taken part in. matrices
-    `[rows, 2, r, r]`: S and S^-1 over their units.
-    """
+    def __init__(self, index: int, B: Tensor):
+        self.index, self.B, self.passes = index, B, 1
 
-    indices: list[int]
-    experts: list[int]
-    units: Tensor
-    counts: Tensor
-    matrices: Tensor
-
-    def moved(self, pairs: Sequence[LoRAPair]) -> bool:
-        return any(
-            _kind(pairs[i]) != (self.units.device, *self.matrices.shape[-1:], self.matrices.dtype) for i in self.indices
-        )
-
-    def split(self, tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Rows by pair, as views."""
-        return zip(self.indices, tensor.split(self.experts))
-
-    def rows_of(self, indices: Container[int]) -> tuple[list[int], Any]:
-        """Those of the pairs that are among `indices`, and what indexes their rows."""
-        chosen = [i for i in self.indices if i in indices]
-        if not chosen or chosen == self.indices:
-            return chosen, slice(None)
-        numbers = [[i in indices] * experts for i, experts in zip(self.indices, self.experts)]
-        rows = torch.tensor(list(chain.from_iterable(numbers)), dtype=torch.bool, device="cpu").nonzero()[:, 0]
-        return chosen, rows.to(self.units.device, non_blocking=True)
-
-    def after(self, backward: Container[int]) -> _Group:
-        """With a step of the pairs that have had a backward pass, and room for other matrices."""
-        if all(i in backward for i in self.indices):
-            counts = self.counts + 1
-        else:
-            steps = [[float(i in backward)] * experts for i, experts in zip(self.indices, self.experts)]
-            own = torch.tensor(list(chain.from_iterable(steps)), dtype=torch.float32, device="cpu")
-            counts = self.counts + own.to(self.counts.device, non_blocking=True)
-        return replace(self, units=self.units.clone(), counts=counts, matrices=torch.empty_like(self.matrices))
-
-    def below(self, steps: int) -> list[int]:
-        """The pairs that have taken part in fewer; of counts on the host."""
-        taken = iter(self.counts.tolist())
-        most = (max(islice(taken, experts)) for experts in self.experts)
-        return [i for i, top in zip(self.indices, most) if top < steps]
-
-
-def _kind(pair: LoRAPair) -> tuple[Any, ...]:
-    return pair.A.device, pair.rank, apply_dtype(pair)
-
-
-def _group(kind: tuple[Any, ...], indices: list[int], state: Mapping[int, Tensor], host: bool) -> _Group:
-    """host: counts are kept there."""
-    device, rank, dtype = kind
-    whole = torch.cat([state[i].to(device, torch.float64) for i in indices])
-    counts = whole[:, 3].to("cpu" if host else device, torch.float32)
-    matrices = torch.empty(len(whole), 2, rank, rank, dtype=dtype, device=device)
-    return _Group(indices, [len(state[i]) for i in indices], whole[:, :3].clone(), counts, matrices)
-
-
-def _sides(units: Tensor) -> Tensor:
-    """`[rows, 2, 1, 1]`: what S, of B's gradients, and S^-1, of A's, are multiplied by."""
-    of_A, of_B = units.unbind(1)
-    return torch.stack([1 / of_B, of_A], 1)[..., None, None]
+    def moved(self, B: Tensor) -> bool:
+        """Looked at in backward passes 2, 4, 8, ...: accumulating gradients costs few waits for the device."""
+        self.passes += 1
+        return self.passes & (self.passes - 1) == 0 and not torch.equal(self.B, B.detach().to(self.B))
 
 
 class _Multiply:
@@ -278,7 +251,7 @@ class _Multiply:
         pair = self.owner.pairs[self.index]
         if not (pair.A.requires_grad and pair.B.requires_grad):
             return grad  # one of them was frozen since: a plain step
-        self.owner._went_backward.add(self.index)
+        self.owner._note(self.index, self.side)
         if self.index not in self.owner._matrices:
             return grad
         made = grad.detach().clone()

@@ -10,13 +10,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..contract import fail, is_sharded
+from ..contract import fail
 from ..optim.adamw import RefLoRAAdamW
 from ..optim.wrapper import Wrapped, reflora_class
 from .peft import find_pairs
 
-# how torch's own AdamW computes, not what: RefLoRAAdamW is one fused call whatever they say
-_IMPLEMENTATIONS = ("fused", "foreach")
 OWN_OPTIONS = ("carry_grams", "check_grads", "state_dtype", "master_weights", "stochastic_rounding")
 
 
@@ -34,39 +32,43 @@ def create_reflora_optimizer(
 ) -> Optimizer:
     """An optimizer over the trainable parameters of `model` that steps its LoRA pairs as RefLoRA does.
 
-    Parameters in no pair take plain steps. A model that is sharded by FSDP2 takes a subclass of torch.optim.AdamW that
-    preconditions inside `step`: its pairs are DTensors, and one all-reduce of their Grams a step gives every process
-    the same S.
+    Parameters in no pair take plain steps. A model that is sharded by FSDP2 or by tensor parallelism takes a subclass
+    of torch.optim.AdamW that preconditions inside `step`: its pairs are DTensors, and one all-reduce of their Grams a
+    step gives every process the same S.
 
     Args:
         model: A PEFT model, or any with PEFT's LoRA layers in it.
         optimizer_cls: None and torch.optim.AdamW both give RefLoRAAdamW, which is AdamW with the preconditioning fused
-            in (torch's `fused` and `foreach` are accepted and change nothing). Any other class gives a subclass of it
-            that preconditions inside `step`, with one host synchronisation a step on a GPU, or two while a pair of
-            RefLoRA-S waits for its norms.
+            in (torch's `foreach` changes nothing, `fused=False` who unscales for a GradScaler). Any other class gives a
+            subclass of it that preconditions inside `step`, with one host synchronisation a step on a GPU, or two while
+            a pair of RefLoRA-S waits for its norms.
         lr: Learning rate.
         scalar: RefLoRA-S, as in RefLoRAAdamW.
         interval: Recompute S every that many steps.
         warmup_steps: None enters S gradually; a number takes that many first steps with S = I, as published.
         backend: None, "triton", "cpp" or "torch".
         precision: "float64" or "float32".
-        **kwargs: For the optimizer, such as betas, weight_decay or momentum.
+        **kwargs: For the optimizer, such as betas, weight_decay or momentum. Options of another class that have a name
+            of RefLoRA's (schedule-free's warmup_steps) go into `base_options`, a dictionary.
 
     Raises:
         ValueError: No LoRA pair is found; a class whose closure is required or, with scalar=True, whose state cannot
             be moved.
-        TypeError: No optimizer class, or RefLoRAAdamW's own options where the model is sharded.
+        TypeError: No optimizer class, or one of PEFT's that preconditions by itself; RefLoRAAdamW's own options where
+            the model is sharded; an option that two have.
     """
     pairs = find_pairs(model)
-    if any(is_sharded(pair.A) for pair in pairs) or _will_be_sharded():
+    if any(pair.sharded for pair in pairs) or _will_be_sharded():
         optimizer_cls = optimizer_cls or torch.optim.AdamW
         own = sorted(set(OWN_OPTIONS) & kwargs.keys())
         if own:
-            remedy = "FSDP2 is stepped by torch's AdamW with the preconditioning in front: leave them out."
+            remedy = "DTensors are stepped by torch's AdamW with the preconditioning in front: leave them out."
             fail("a sharded model", "none of RefLoRAAdamW's own options", ", ".join(own), remedy, TypeError)
     elif optimizer_cls is None or optimizer_cls is torch.optim.AdamW:
         optimizer_cls = RefLoRAAdamW
-        kwargs = {name: value for name, value in kwargs.items() if name not in _IMPLEMENTATIONS}
+        if "base_options" in kwargs:
+            remedy = "RefLoRAAdamW has no options of the same names: pass all of them as they are."
+            fail("base_options", "another optimizer_cls", "RefLoRAAdamW", remedy, TypeError)
     is_ours = isinstance(optimizer_cls, type) and issubclass(optimizer_cls, (RefLoRAAdamW, Wrapped))
     cls: Any = optimizer_cls if is_ours else reflora_class(optimizer_cls)
     params = [param for param in model.parameters() if param.requires_grad]
@@ -112,10 +114,11 @@ def wrap(optimizer_cls: type[Optimizer]) -> type[Optimizer]:
     RefLoRAAdamW, which cannot follow parameters that are replaced after it was built (FSDP2 by hand): that is what
     `wrap(torch.optim.AdamW)` is for.
     Its constructor takes `pairs=` and RefLoRAAdamW's scalar, interval, warmup_steps, backend and precision on top of
-    the class's own arguments.
+    the class's own arguments. Where the class has an option of one of these names, as schedule-free has warmup_steps,
+    `base_options={"warmup_steps": 100}` is for the class, and `warmup_steps=` for RefLoRA.
 
     Raises:
-        TypeError: No optimizer class.
+        TypeError: No optimizer class, or one of PEFT's that preconditions by itself.
         ValueError: A class that needs a closure.
     """
     return reflora_class(optimizer_cls)

@@ -6,7 +6,7 @@ dictionaries keyed by adapter, which holds for PEFT 0.14 to 0.21 and for every b
 
 from __future__ import annotations
 
-import warnings
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..contract import LoRAPair, as_pairs, fail, is_sharded
+from ..optim.membership import FoundPairs, listed, say_plain
 
 PLAIN_FACTORS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 # what torch.compile, activation checkpointing and FSDP put between a module and its name
@@ -37,8 +38,10 @@ def find_pairs(model: nn.Module, adapter: str | None = None) -> list[LoRAPair]:
 
     Serves PEFT LoRA on linear (DoRA's magnitude is left alone), Conv1D, embedding, convolution and attention layers,
     on quantised base layers and on `target_parameters` (layout "experts(E)"); DDP, PeftModel and torch.compile
-    wrappers are looked through. Layers whose factors are tied to an earlier layer's, grouped convolutions and layers
-    with a scaling between B and A (AdaLoRA, KaSA) are no pairs: a warning names them, and they take plain steps.
+    wrappers are looked through. Layers whose factors are tied to an earlier layer's, grouped convolutions, layers with
+    a scaling between B and A (AdaLoRA, KaSA) and those of which one factor is frozen (LoRA-FA) are no pairs: a warning
+    names them, and they take plain steps. An optimizer that is given this list looks at the model again whenever it is
+    given further parameters.
 
     Args:
         model: The model, wrapped or not.
@@ -48,37 +51,48 @@ def find_pairs(model: nn.Module, adapter: str | None = None) -> list[LoRAPair]:
     Raises:
         ValueError: Nothing is left; factors that were flattened, or that cannot be served for another reason.
     """
-    return [site.pair for site in find_sites(model, adapter)]
+    pairs = [site.pair for site in find_sites(model, adapter)]
+    seen = weakref.ref(model)
+
+    def again() -> list[LoRAPair]:
+        still = seen()
+        return [] if still is None else [site.pair for site in _scan(still, adapter)[0]]
+
+    return FoundPairs(pairs, again)
 
 
 def find_sites(model: nn.Module, adapter: str | None = None) -> list[Site]:
     """As `find_pairs`, with the module and the adapter of each pair."""
     if not isinstance(model, nn.Module):
         fail("model", "a torch.nn.Module", type(model).__name__, "Pass the model, not its parameters.", TypeError)
+    sites, left_out, others = _scan(model, adapter)
+    if not sites:
+        _fail_empty(model, adapter, left_out, others)
+    for reason in sorted(set(left_out.values())):
+        say_plain([name for name, why in left_out.items() if why == reason], reason, stacklevel=4)
+    as_pairs([site.pair for site in sites], sharded=True)
+    return sites
+
+
+def _scan(model: nn.Module, adapter: str | None) -> tuple[list[Site], dict[str, str], set[str]]:
+    """(what can be served, why each other layer cannot, adapters that were not asked for)."""
     sites: list[Site] = []
     owners: dict[int, str] = {}
     left_out: dict[str, str] = {}
     others: set[str] = set()
     for site in _sites(model):
         pair = site.pair
-        trainable = pair.A.requires_grad and pair.B.requires_grad
-        if not (trainable if adapter is None else site.adapter == adapter):
+        trained = [side for side, factor in (("A", pair.A), ("B", pair.B)) if factor.requires_grad]
+        if not (trained if adapter is None else site.adapter == adapter):
             others.add(site.adapter)
             continue
-        reason = _unfit(site, owners)
+        reason = f"only {trained[0]} is trained" if adapter is None and len(trained) == 1 else _unfit(site, owners)
         if reason is not None:
             left_out[pair.name] = reason
             continue
         owners.update({_address(t): pair.name for t in (pair.A, pair.B)})
         sites.append(site)
-    if not sites:
-        _fail_empty(model, adapter, left_out, others)
-    for reason in sorted(set(left_out.values())):
-        names = [name for name, why in left_out.items() if why == reason]
-        listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        warnings.warn(f"{len(names)} LoRA layer(s) are stepped without RefLoRA ({reason}): {listed}", stacklevel=3)
-    as_pairs([site.pair for site in sites], sharded=True)
-    return sites
+    return sites, left_out, others
 
 
 def _sites(model: nn.Module) -> Iterator[Site]:
@@ -147,13 +161,13 @@ def _fail_empty(model: nn.Module, adapter: str | None, left_out: Mapping[str, st
     remedy = "Use peft.get_peft_model(model, LoraConfig(...)) first, or pass pairs=[(A, B), ...] to RefLoRAAdamW."
     if left_out:
         name, reason = next(iter(left_out.items()))
-        got = f"{len(left_out)} that cannot be served ({name}: {reason})"
-        remedy = "Use plain LoRA on at least one layer."
+        got = f"{len(left_out)} that cannot be served ({listed([name])}: {reason})"
+        remedy = "Train both factors of plain LoRA in at least one layer; torch.optim.AdamW trains the others."
     elif others and adapter is None:
-        got = f"only frozen ones (adapters {', '.join(sorted(others))})"
+        got = f"only frozen ones (adapters {listed(sorted(others))})"
         remedy = "Load with is_trainable=True or call model.set_adapter(name); adapter=name finds frozen pairs too."
     elif others:
-        got = f"none of adapter {adapter!r} (adapters {', '.join(sorted(others))})"
+        got = f"none of adapter {adapter!r} (adapters {listed(sorted(others))})"
         remedy = "Name one of the adapters there are."
     wanted = "lora_A/lora_B parameter pairs" + (", both trainable" if adapter is None else "")
     fail("model", wanted, got, remedy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -35,7 +36,8 @@ class RefLoRACallback(TrainerCallback):
     `RefLoRACallback().install(trainer)` puts it in front of the reporters (TensorBoard, W&B), which then see the
     figures; `callbacks=[RefLoRACallback()]` puts it behind them, and the figures in `state.log_history` alone.
     Keys: "reflora/balance", "reflora/condition", "reflora/degenerate" of the last step, "reflora/skipped" layers since
-    the last log: all of them for a step that was skipped whole. Nothing is read from the device between logs.
+    the last log: all of them for a step that was skipped whole. Nothing is read from the device between logs. What is
+    not finite, as the condition number of B = 0, is left out: JSON has no word for it.
 
     Args:
         source: What has `diagnostics()`; by default the trainer's optimizer. A RefTrainer's Refactorer is found by
@@ -79,6 +81,7 @@ class RefLoRACallback(TrainerCallback):
             "reflora/degenerate": report.degenerate,
             "reflora/skipped": sum(map(int, self._skipped)),
         }
+        found = {name: value for name, value in found.items() if math.isfinite(value)}
         self._skipped = []
         for place in (logs, state.log_history[-1] if state.log_history else None):
             if place is not None:

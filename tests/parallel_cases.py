@@ -1,0 +1,119 @@
+"""Tensor parallelism and ZeroRedundancyOptimizer in two processes; run as distributed_cases.py is."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from distributed_cases import build, train, trained
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from two_processes import WORLD
+
+import reflora
+
+TOKENS = torch.arange(24).view(2, 12)
+
+
+def causal(folder: Path | None = None, **loading: Any) -> nn.Module:
+    """PEFT's LoRA on a LLaMA of two small layers, both factors random."""
+    import transformers
+
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**size, vocab_size=64, num_key_value_heads=2)
+    base = transformers.LlamaForCausalLM(config)
+    if folder is not None:
+        if dist.get_rank() == 0:
+            base.save_pretrained(str(folder))
+        dist.barrier()
+        base = transformers.LlamaForCausalLM.from_pretrained(str(folder), **loading)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                _set(parameter, torch.randn(parameter.shape, generator=generator) / 10)
+    return model
+
+
+def _set(parameter: Tensor, value: Tensor) -> None:
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if isinstance(parameter, DTensor):
+        value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    parameter.copy_(value)
+
+
+def train_causal(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 4) -> dict[str, Tensor]:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+        optimizer.step()
+    return trained(model)
+
+
+def refused(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except (ValueError, TypeError, RuntimeError) as error:
+        return str(error)
+    return ""
+
+
+def tensor_parallel(rank: int, folder: Path) -> dict[str, Any]:
+    """transformers' own, `tp_plan="auto"`."""
+    _environment(rank, 29513)
+    found: dict[str, Any] = {}
+    for name, cls, options in (
+        ("AdamW", None, {}), ("NAdam", torch.optim.NAdam, {}), ("scalar", None, {"scalar": True, "warmup_steps": 0}),
+    ):  # fmt: skip
+        model = causal(folder, tp_plan="auto")
+        found["placements"] = {pair.name: pair.sharded for pair in reflora.find_pairs(model)}
+        found[name] = train_causal(model, reflora.create_reflora_optimizer(model, cls, lr=1e-2, **options))
+    model = causal(folder, tp_plan="auto")
+    found["refused"] = {
+        "GradientHooks": refused(lambda: reflora.GradientHooks(model)),
+        "RefLoRAAdamW": refused(lambda: reflora.RefLoRAAdamW(model.parameters(), pairs=reflora.find_pairs(model))),
+    }
+    optimizer = reflora.create_reflora_optimizer(model, lr=1e-2)
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    before, pair = trained(model), next(p for p in reflora.find_pairs(model) if "q_proj" in p.name)
+    if rank == 1:
+        pair.B.grad.to_local()[0, 0] = torch.nan  # type: ignore[union-attr]
+    optimizer.step()
+    found["skipped"] = optimizer.skipped_steps, all(torch.equal(before[n], t) for n, t in trained(model).items())  # type: ignore[attr-defined]
+    return found
+
+
+def zero_redundancy(rank: int, folder: Path) -> dict[str, Any]:
+    """torch's ZeroRedundancyOptimizer: GradientHooks serve it; around a RefLoRA optimizer it parts the pairs."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = nn.parallel.DistributedDataParallel(build("gaussian"))
+    hooks = reflora.GradientHooks(model, warmup_steps=0)
+    params = [p for p in model.parameters() if p.requires_grad]
+    zero = ZeroRedundancyOptimizer(params, torch.optim.AdamW, lr=1e-2)
+    for step in range(6):
+        train(model, zero, range(step, step + 1), rank, WORLD)
+        hooks.refresh()
+    found: dict[str, Any] = {"hooks": trained(model)}
+    for name, cls in (("wrap", reflora.wrap(torch.optim.AdamW)), ("RefLoRAAdamW", reflora.RefLoRAAdamW)):
+        model = nn.parallel.DistributedDataParallel(build("gaussian"))
+        params, pairs = [p for p in model.parameters() if p.requires_grad], reflora.find_pairs(model)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            zero = ZeroRedundancyOptimizer(params, cls, lr=1e-2, pairs=pairs)
+            error = refused(lambda zero=zero, model=model: train(model, zero, range(1), rank, WORLD))  # type: ignore[misc]
+        found[name] = [error, *(str(one.message) for one in caught if "LoRA" in str(one.message))]
+    return found
+
+
+def _environment(rank: int, port: int) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = str(port)
