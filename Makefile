@@ -11,6 +11,7 @@ WORKERS ?= 2
 CAPABILITIES ?= 80,86,89,90,100
 CAPABILITY ?= 90
 ORDER ?= forward random
+MESSAGES := build/messages
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -q
@@ -19,22 +20,26 @@ export PYTHONDONTWRITEBYTECODE :=
 DEPS := $(VENV)/.deps
 BUILT := $(VENV)/.built
 
-.PHONY: help test pytest emulate soak sanitize mutants audit lint format docs wheel hub build bench compare memory steps scaling eigh paper language gpu predict compile-table clean
+.PHONY: help test pytest emulate messages soak sanitize mutants audit lint format docs wheel hub build bench compare memory steps scaling eigh paper language gpu predict compile-table clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-test: lint pytest emulate  ## lint and every test that needs no GPU
+test: lint pytest emulate messages  ## lint and every test that needs no GPU
 
 pytest: $(BUILT)  ## the tests but for those of kernels; ARGS= for pytest
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+	rm -rf $(MESSAGES)
+	MESSAGES=$(MESSAGES) OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 emulate: $(BUILT)  ## the tests of kernels, on what Triton compiles for a GPU; CAPABILITY=80|90, ORDER= forward, reverse, random
 	PYTHONPATH=tools/ptxsim OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -q tools/ptxsim/tests
 	for order in $(ORDER); do \
-		PYTHONPATH=tools/ptxsim:tests PTXSIM_CACHE=build/ptxsim PTXSIM_CAPABILITY=$(CAPABILITY) PTXSIM_ORDER=$$order \
+		MESSAGES=$(MESSAGES) PYTHONPATH=tools/ptxsim:tests PTXSIM_CACHE=build/ptxsim PTXSIM_CAPABILITY=$(CAPABILITY) PTXSIM_ORDER=$$order \
 		OMP_NUM_THREADS=1 $(PY) -m pytest -p ptxsim.plugin -m kernels -n $(WORKERS) --dist loadfile $(ARGS) || exit 1; \
 	done
+
+messages:  ## every error and warning that the tests have provoked, on one page to be read: build/messages.md
+	$(PY) tests/messages.py $(MESSAGES) build/messages.md
 
 soak: $(BUILT)  ## 20 000 steps a variant: drift, memory, host time; soak.csv under OUT
 	SOAK_OUT=$(OUT) OMP_NUM_THREADS=1 $(PY) -m pytest -m soak $(ARGS) tests/test_soak.py

@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 
+import messages
 import pytest
 import torch
 
@@ -27,6 +28,9 @@ FLOAT32_TOLERANCE = 5e-3
 RANKS = (1, 2, 4, 8, 12, 16, 32, 48, 64, 128)
 # of kernels, which are compiled by rank class
 KERNEL_RANKS = (1, 4, 12, 33)
+
+
+messages.install()
 
 
 def served(name: str) -> bool:

@@ -14,9 +14,9 @@ CELL = re.compile(r"`(test_\w+\.py)::(test_\w+)`( \(GPU\))?")
 NAMED = [cell for text in PAGES.values() for cell in CELL.findall(text)]
 
 
-@pytest.mark.parametrize("page, tables, least", [("integrations", 4, 30), ("reliability", 2, 18)])
+@pytest.mark.parametrize("page, tables, least", [("integrations", 5, 45), ("reliability", 3, 50)])
 def test_every_row_names_a_test(page: str, tables: int, least: int) -> None:
-    rows = [line for line in PAGES[page].splitlines() if line.startswith("| ")]
+    rows = [line for line in PAGES[page].splitlines() if line.startswith("| ") and not line.startswith("| **")]
     headings = [line for line in rows if line.rstrip(" |").endswith("test")]
     assert len(headings) == tables and len(rows) - len(headings) == len(CELL.findall(PAGES[page])) > least
 
