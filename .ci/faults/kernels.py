@@ -1,0 +1,160 @@
+"""Faults in the Triton kernels. Compiled code alone shows most: barriers, orders of memory, masks, rounding."""
+
+from __future__ import annotations
+
+from .fault import ABSENT, COUNTS, SLOT_BARRIER, START, triton
+
+FAULTS = (
+    triton(
+        "AdamW adds its step", "update.py", "tl.fma(-step_size, m / denominator", "tl.fma(step_size, m / denominator"
+    ),
+    triton(
+        "no mask at the ragged edge",
+        "pair.py",
+        "m = (i < r)[:, None] & (k < n)[None, :]\n        if VECTOR",
+        "m = (i < r)[:, None] & (k < n + 1)[None, :]\n        if VECTOR",
+    ),
+    triton(
+        "inner blocks are read past r",
+        "apply.py",
+        "offsets(start, sr, sn, r - inner, end",
+        "offsets(start, sr, sn, RC, end",
+        "tests/test_kernels.py",
+    ),
+    triton(
+        "gradients do not saturate",
+        "update.py",
+        "bounded(mixed, limit), m_factor",
+        "mixed, m_factor",
+        "tests/test_kernels_routes.py",
+    ),
+    triton(
+        "a Gram is read before it is whole",
+        "chunks.py",
+        f"+ i * RC + j, b.to(TC))\n{SLOT_BARRIER}",
+        "+ i * RC + j, b.to(TC))\n",
+    ),
+    triton("arrivals order no memory", "gather.py", 'sem="acq_rel"', 'sem="relaxed"'),
+    triton("RefLoRA-S: arrivals order no memory", "adamw_scalar.py", 'sem="acq_rel"', 'sem="relaxed"'),
+    triton(
+        "RefLoRA-S: counts are written while others read them",
+        "adamw_scalar.py",
+        "written\n        tl.debug_barrier()",
+        "written",
+    ),
+    triton(
+        "chunk Grams are overwritten while they are read",
+        "chunks.py",
+        f"{SLOT_BARRIER}    tl.store(slot(area, SLOT_A",
+        "    tl.store(slot(area, SLOT_A",
+    ),
+    triton(
+        "a diagonal block is read before it is reduced",
+        "cholesky.py",
+        f"first, r, RC)\n        {SLOT_BARRIER}",
+        "first, r, RC)\n",
+    ),
+    triton(
+        "Newton-Schulz begins out of its range",
+        "solve.py",
+        "scale = 1.0 / tl.sqrt(eigenvalue_bound(y))",
+        "scale = 2.0 / tl.sqrt(eigenvalue_bound(y))",
+    ),
+    triton(
+        "Newton-Schulz reads a slot that is being written",
+        "solve.py",
+        "newton_update(p_x, p_y, z, RC, BM, TC)\n    tl.debug_barrier()",
+        "newton_update(p_x, p_y, z, RC, BM, TC)",
+    ),
+    triton(
+        "masked lanes read what others overwrite", "chunks.py", "o, mask, chunks_a, chunks", "o, None, chunks_a, chunks"
+    ),
+    triton(
+        "no mask on wide accesses",
+        "pair.py",
+        "m = tl.max_constancy(m, [1, 4])",
+        "m = tl.max_constancy(m | (o >= 0), [1, 4])",
+        "tests/test_kernels_storages.py",
+    ),
+    triton(
+        "wide accesses anywhere", "launch.py", "_ADDRESSES] & 15", "_ADDRESSES] & 3", "tests/test_kernels_storages.py"
+    ),
+    triton(
+        "wide accesses past the last column",
+        "launch.py",
+        "[*_FAR, A_SIDE + N, R]",
+        "[*_FAR, R]",
+        "tests/test_kernels_storages.py",
+    ),
+    triton("the next block is the same again", "update.py", "offsets(start + BN, sr", "offsets(start, sr"),
+    triton("a subnormal v counts as 0", "dtypes.py", "tl.sqrt_rn(x)", "tl.sqrt(x)", "tests/test_kernels_adamw.py"),
+    triton(
+        "NaN becomes a number",
+        "dtypes.py",
+        "tl.where(x == x, tl.minimum(tl.maximum(x, -limit), limit), x)",
+        "tl.minimum(tl.maximum(x, -limit), limit)",
+        "tests/test_kernels_adamw.py",
+    ),
+    triton("moments move the wrong way", "settle.py", "1.0 / used, 1.0)", "used, 1.0)"),
+    triton("a NaN is no reason to skip", "chunks.py", "if CHECK:\n            bad", "if False:\n            bad"),
+    triton(
+        "the first block of a chunk is left out of its Gram",
+        "chunks.py",
+        "acc += block_gram(x, SIDE",
+        "acc += block_gram(y.to(TC), SIDE",
+    ),
+    triton(
+        "traces are not made 1",
+        "chunks.py",
+        "tl.where(usable, 1.0 / tl.where(usable, trace, 1.0), 0.0), norm",
+        "tl.where(usable, 1.0, 0.0), norm",
+    ),
+    triton(
+        "RefLoRA-S forgets what the first update comes to",
+        "adamw_scalar.py",
+        "if (before & after) | returns:",
+        "if False:",
+    ),
+    triton(
+        "squares keep an older exponent",
+        "scalar.py",
+        "acc *= power_of_two(tl.maximum(2 * (exponent - larger), -1000))",
+        "acc *= 1.0",
+        "tests/test_kernels_routes.py",
+    ),
+    triton("RefLoRA-S multiplies gradients the wrong way", "scalar.py", "= 1.0 / s, s", "= s, 1.0 / s"),
+    triton("S of a skipped row is what was there", "precondition.py", "if status == col.SKIPPED:", "if status < 0:"),
+    triton("P^T and P^-T change places", "refactor.py", "p_x, root, largest", "p_y, 1.0 / root, largest"),
+    triton("v moves as m does", "update.py", "1.0 / turn, 1.0 / (turn * turn)", "1.0 / turn, 1.0 / turn"),
+    triton("a saved S is not taken back", "settle.py", "elif saved == 1:", "elif saved == 2:"),
+    triton("shrunk Grams of another trace", "mean.py", "((1.0 - weight) / rank)", "(1.0 - weight)", START),
+    triton(
+        "S of the start has its scale",
+        "settle.py",
+        "used = tl.where(useful & (start == 0), c, 1.0)",
+        "used = tl.where(useful, c, 1.0)",
+        START,
+    ),
+    triton(
+        "RefLoRA-S forgets that it has begun",
+        "adamw_scalar.py",
+        "tl.where(phase == col.REFACTORED_UNITS, 0.0, phase)",
+        "0.0 * phase",
+        START,
+    ),
+    triton(
+        "an idle expert's start goes on",
+        "settle.py",
+        "taken = tl.where((start != 0) & ((norm_a == 0) | (norm_b == 0)), 0, steps)",
+        "taken = steps",
+        COUNTS,
+    ),
+    triton("ranks that are 0 count", "mean.py", "if rank < r:\n        # read", "if rank < 0:\n        # read", ABSENT),
+    triton(
+        "absent ranks are filled before all have looked",
+        "mean.py",
+        "overwritten\n        tl.debug_barrier()\n        each",
+        "overwritten\n        each",
+        ABSENT,
+    ),
+)

@@ -1,0 +1,156 @@
+"""Faults in the package's Python."""
+
+from __future__ import annotations
+
+from .fault import HOOKS, MEMBERS, OPTIONS, START, STEPS, python
+
+FAULTS = (
+    python(
+        "S and S^-1 change places",
+        "backends/torch_solve.py",
+        "S = c_col * _symmetric(La_inv.mT @ Q.mT @ Lb.mT)",
+        "S = 1 / c_col * _symmetric(La_inv.mT @ Q.mT @ Lb.mT)",
+        STEPS,
+        "torch",
+    ),
+    python(
+        "the guard on S looks at S alone",
+        "backends/torch_solve.py",
+        " & (S_inv.abs().amax((1, 2)) <= huge)",
+        "",
+        "tests/test_adversarial.py tests/test_functional.py",
+        "torch",
+    ),
+    python(
+        "a loaded S is rounded to the type of its factors",
+        "optim/state.py",
+        "MASTER, PHASE, STEPS, SAVED):\n        if",
+        "MASTER, PHASE, STEPS):\n        if",
+        "tests/test_adamw_loading.py tests/test_adamw_storage.py",
+    ),
+    python(
+        "a sharded pair that is singular is not finite",
+        "optim/sharded.py",
+        "values.clamp(min=0).sqrt()",
+        "values.sqrt() / (values > 0)",
+        "tests/test_sharded_ops.py",
+    ),
+    python(
+        "the start counts as a number of plain steps",
+        "backends/torch_groups.py",
+        "return square / (square + start**2)",
+        "return (square >= start**2).double()",
+        START,
+        "torch",
+    ),
+    python(
+        "a wrapper's start stands still",
+        "optim/wrapper.py",
+        "torch._foreach_add_(counts, 1)",
+        "torch._foreach_add_(counts, 0)",
+        START,
+    ),
+    python(
+        "a wrapper leaves moments in units of c S",
+        "optim/units.py",
+        "move.apply([1 / unit for unit in units])",
+        "move.apply([unit / unit for unit in units])",
+        START,
+    ),
+    python(
+        "hooks count no steps",
+        "integrations/hook_groups.py",
+        "counts = self.counts + 1",
+        "counts = self.counts + 0",
+        HOOKS,
+    ),
+    python("a wrapper steps over NaN", "optim/wrapper.py", "if not finite:", "if False:", "tests/test_wrapper.py"),
+    python(
+        "hooks use S on the wrong side",
+        "integrations/hooks.py",
+        "for side, factor in ((1, pair.A), (0, pair.B))",
+        "for side, factor in ((0, pair.A), (1, pair.B))",
+        "tests/test_hooks.py",
+    ),
+    python(
+        "an adapter added later is left out", "optim/membership.py", "optimizer._again is not None", "False", MEMBERS
+    ),
+    python("a frozen factor is not told of", "integrations/peft.py", "and len(trained) == 1", "and False", MEMBERS),
+    python(
+        "a pair in half is not told of",
+        "optim/wrapped_pairs.py",
+        "for why, names in (",
+        "for why, names in () and (",
+        MEMBERS,
+    ),
+    python(
+        "state for pairs without a gradient",
+        "optim/binding.py",
+        "if slot is not None and not graded and",
+        "if False and",
+        MEMBERS,
+    ),
+    python(
+        "one factor alone is asked whether it is sharded",
+        "contract.py",
+        "return is_sharded(self.A) or is_sharded(self.B)",
+        "return is_sharded(self.A)",
+        "tests/test_parallel.py",
+    ),
+    python(
+        "text counts as a number",
+        "optim/options.py",
+        "or (isinstance(value, Real)",
+        "or (isinstance(value, (Real, str))",
+        OPTIONS,
+    ),
+    python(
+        "S is applied again after a failure",
+        "optim/wrapper.py",
+        "if self._pending is None or not _same(",
+        "if True or not _same(",
+        OPTIONS,
+    ),
+    python(
+        "a name of two is the first's",
+        "optim/base_class.py",
+        "if shared:",
+        "if False:",
+        "tests/test_other_optimizers.py",
+    ),
+    python(
+        "a closure is evaluated again",
+        "optim/base_class.py",
+        "if asked or not unchanged():",
+        "if False:",
+        "tests/test_other_optimizers.py",
+    ),
+    python(
+        "hooks that nobody refreshes",
+        "integrations/hooks.py",
+        "self._witness.moved(B)",
+        "False",
+        "tests/test_hooks_state.py",
+    ),
+    python(
+        "re_init of shared weights",
+        "integrations/dropin.py",
+        "        if found:\n",
+        "        if False:\n",
+        "tests/test_re_init.py",
+    ),
+    python(
+        "doctor knows one rank",
+        "doctor/rules.py",
+        "if pattern.match(key)), self.default_rank)",
+        "if False), self.default_rank)",
+        "tests/test_adapter_kinds.py",
+    ),
+    python(
+        "a copy that moves is written",
+        "doctor/adapter.py",
+        "if not apart <= allowed(",
+        "if 0 > allowed(",
+        "tests/test_adapter_copies.py",
+    ),
+)
