@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import TOLERANCE, spectrum_pair
+from conftest import BACKENDS, TOLERANCE, spectrum_pair
 from torch import Tensor
 
 import reflora
 from reflora import reference
 from reflora.contract import DEGENERATE, REFACTORED
+from reflora.optim.sharded import ShardedOps
 
 # which of r ranks are there
 PLACES = {
     "trailing": [1, 1, 1, 0, 0], "leading": [0, 1, 1], "between": [1, 0, 1, 0, 0, 1, 0], "one": [0, 1, 0, 0],
     "most": [1] * 15 + [0] * 2, "class 32": [1, 0] * 12, "class 64": [1] * 30 + [0] * 10,
 }  # fmt: skip
+# as compiled: one that is solved in registers and one that is not
+COMPILED = ("between", "class 64")
 places = pytest.mark.parametrize("there", PLACES.values(), ids=PLACES)
+each = pytest.mark.parametrize(
+    "there, backend",
+    [
+        pytest.param(there, backend, id=f"{name}-{backend}", marks=pytest.mark.kernels if backend == "triton" else ())
+        for name, there in PLACES.items() for backend in BACKENDS if backend != "triton" or name in COMPILED
+    ],
+)  # fmt: skip
 
 
 def padded(there: list[int], k: float, dtype: torch.dtype, n_in: int = 70, n_out: int = 45) -> tuple[Tensor, ...]:
@@ -28,7 +38,7 @@ def padded(there: list[int], k: float, dtype: torch.dtype, n_in: int = 70, n_out
     return A, B, a, b, mask
 
 
-@places
+@each
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_padded_layer_is_the_layer_without_its_padding(there: list[int], dtype: torch.dtype, backend: str) -> None:
     k = 10.0
@@ -46,7 +56,7 @@ def test_a_padded_layer_is_the_layer_without_its_padding(there: list[int], dtype
         torch.testing.assert_close(column[0], column[1], rtol=1e-4, atol=0)
 
 
-@places
+@each
 def test_refactor(there: list[int], backend: str) -> None:
     A, B, *_, mask = padded(there, 10.0, torch.float64)
     product = B @ A
@@ -57,10 +67,12 @@ def test_refactor(there: list[int], backend: str) -> None:
     assert not A[~mask].any() and not B[:, ~mask].any()
 
 
-@places
+@each
 @pytest.mark.parametrize("options", [{}, {"warmup_steps": 0}, {"interval": 2}, {"precision": "float32"}], ids=str)
 def test_adamw(there: list[int], options: dict[str, object], backend: str) -> None:
     """Trained beside the layer without its padding; what is 0 stays 0, and the layer is never degenerate."""
+    if backend == "triton" and options.keys() & {"warmup_steps", "interval"}:
+        pytest.skip("the same kernels")
     A, B, a, b, mask = padded(there, 3.0, torch.float32)
     pairs = [tuple(t.requires_grad_() for t in both) for both in ((A, B), (a.contiguous(), b.contiguous()))]
     optimizer = reflora.RefLoRAAdamW(pairs, lr=1e-2, backend=backend, **options)  # type: ignore[arg-type]
@@ -92,6 +104,15 @@ def test_ranks_that_are_0_in_one_factor_alone_are_there(backend: str) -> None:
     B[:, 3] = 1.0
     report = reflora.precondition_([(A, B)], [(A.clone(), B.clone())], backend=backend)
     assert report.status.tolist() == [DEGENERATE] and report.condition_A.isinf().all()
+
+
+@places
+def test_sharded(there: list[int]) -> None:
+    """By way of the Grams alone."""
+    A, B, *_, mask = padded(there, 3.0, torch.float64)
+    S, S_inv = ShardedOps([reflora.LoRAPair("layer", A, B)]).solve([0])[0][0]
+    wanted, wanted_inv, _ = reference.choose(A, B)
+    torch.testing.assert_close((S, S_inv), (wanted, wanted_inv))
 
 
 def test_experts_of_unlike_ranks(backend: str) -> None:

@@ -172,6 +172,8 @@ def _roots(grams: Sequence[Tensor], factors: Sequence[Tensor]) -> list[Tensor]:
         values, vectors = linalg.eigh(torch.cat([grams[number] for number in numbers]))
         whole = vectors * values.clamp(min=0).sqrt()[:, None, :]
         for number, root in zip(numbers, whole.split([len(grams[number]) for number in numbers])):
+            # rows that are 0 stay 0: ranks that are so in both factors are absent
+            root = root * (grams[number].diagonal(dim1=1, dim2=2) != 0)[:, :, None]
             n = factors[number].numel() // root.shape[:2].numel()
             found[number] = root[:, :, -n:].contiguous()
     return found
