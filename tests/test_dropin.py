@@ -201,10 +201,10 @@ def test_scalar_with_every_implementation_of_adam(options):
 def test_scalar_over_unknown_state():
     model = Layers(2)
     optimizer = RMSprop(model.parameters(), lr=1e-2)
-    Refactorer(model, use_scalar=True).integrate_into_optimizer(optimizer)
-    model.backward()
-    with pytest.raises(ValueError, match="layers.0.default, state of RMSprop.*square_avg.*scalar=False"):
-        optimizer.step()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match="RefLoRA-S over RMSprop.*scalar=False"):
+        Refactorer(model, use_scalar=True).integrate_into_optimizer(optimizer)
+    assert not optimizer._optimizer_step_pre_hooks and all(map(torch.equal, before, model.parameters()))
 
 
 def test_full_variant_over_any_state():

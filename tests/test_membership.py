@@ -232,3 +232,50 @@ def test_a_model_that_is_gone_is_not_looked_at(cls: Callable[..., Any]) -> None:
     del model
     optimizer.add_param_group({"params": [torch.zeros(3, requires_grad=True)]})
     assert len(optimizer.pairs) == 2
+
+
+@by_class
+@pytest.mark.parametrize("how", ["unfrozen", "another adapter"])
+def test_pairs_whose_first_gradient_comes_later_are_stepped(cls: Callable[..., Any], how: str) -> None:
+    """Their parameters were there from the start, and in no pair: they were frozen when the pairs were looked for."""
+    model = build("first", "second")
+    if how == "unfrozen":
+        late = [p for key, p in model.named_parameters() if "0.lora" in key]
+        for parameter in late:
+            parameter.requires_grad_(False)
+    else:
+        model.base_model.set_adapter("first")
+    optimizer = cls(
+        [p for key, p in model.named_parameters() if "lora" in key],
+        pairs=reflora.find_pairs(model),
+        lr=1e-2,
+        warmup_steps=0,
+    )
+    assert len(optimizer.pairs) == 2
+    backward(model)
+    optimizer.step()
+    if how == "unfrozen":
+        for parameter in late:
+            parameter.requires_grad_()
+    else:
+        model.base_model.set_adapter(["first", "second"])
+    backward(model)
+    assert told(optimizer.step) == []
+    assert len(optimizer.pairs) == 4 and optimizer.diagnostics().refactored == 4
+
+
+@by_class
+def test_pairs_of_another_model_are_named(cls: Callable[..., Any]) -> None:
+    model, other = build(), build()
+    pairs = [*reflora.find_pairs(model)[:1], *reflora.find_pairs(other)[1:]]
+    optimizer = cls(trainable(model), pairs=pairs, lr=1e-2)
+    backward(model)
+    said = told(optimizer.step)
+    assert any(pairs[1].name in one and "neither factor" in one for one in said)
+
+
+@by_class
+def test_factors_in_the_wrong_order_are_named(cls: Callable[..., Any]) -> None:
+    pairs = [(torch.randn(16, 4, requires_grad=True), torch.randn(4, 16, requires_grad=True))]
+    said = told(lambda: cls([t for pair in pairs for t in pair], pairs=pairs, lr=1e-2))
+    assert len(said) == 1 and "Is B given before A?" in said[0]

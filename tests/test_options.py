@@ -23,6 +23,9 @@ WRONG = {
     "carry_grams": ["true"],
     "master_weights": [1],
     "stochastic_rounding": [1],
+    "fused": ["False", 0],
+    "foreach": ["no"],
+    "capturable": [1],
     "interval": ["2", 1.5, True],
     "warmup_steps": ["100", 2.0, True],
 }
@@ -147,3 +150,91 @@ def test_options_that_other_optimizers_leave_in_the_groups_are_taken_out(make: A
     with pytest.raises(ValueError, match="parameter group 0: expected no 'pairs', got a list") as caught:
         make([{"params": factors(pairs), "pairs": leaf_pairs([(4, 30, 21)] * 40)}], lr=1e-2, pairs=pairs)
     assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "name, value", [("lr", "1e-2"), ("lr", float("nan")), ("lr", -1.0), ("momentum", "0.9"), ("maximize", "no")]
+)
+def test_what_a_scheduler_writes_for_a_wrapped_class_is_refused(name: str, value: Any) -> None:
+    pairs = leaf_pairs([(4, 30, 21), (5, 12, 9)])
+    groups = [{"params": factors(pairs[:1])}, {"params": factors(pairs[1:])}]
+    optimizer: Any = reflora.wrap(SGD)(groups, pairs=pairs, lr=1e-2)
+    backward(pairs, targets(pairs))
+    before = [p.detach().clone() for p in factors(pairs)]
+    grads = [p.grad.clone() for p in factors(pairs)]
+    optimizer.param_groups[1][name] = value
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: expected "):
+        optimizer.step()
+    assert all(map(torch.equal, before, factors(pairs)))
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(factors(pairs), grads))
+
+
+@pytest.mark.parametrize("make", [reflora.RefLoRAAdamW, reflora.wrap(AdamW)], ids=["RefLoRAAdamW", "over AdamW"])
+@pytest.mark.parametrize("name, value", [("scalar", True), ("interval", 2), ("warmup_steps", 3), ("backend", "torch")])
+def test_an_option_of_the_whole_optimizer_in_an_added_group_is_refused(make: Any, name: str, value: Any) -> None:
+    pairs = leaf_pairs([(4, 30, 21)])
+    optimizer = make(factors(pairs), pairs=pairs, lr=1e-2)
+    group = {"params": [torch.zeros(3, requires_grad=True)], name: value, "pairs": []}
+    with pytest.raises(ValueError, match=f"add_param_group: expected no '{name}'"):
+        optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == 1 and "pairs" in group
+
+
+def test_base_options_that_are_none() -> None:
+    pairs = leaf_pairs([(4, 30, 21)])
+    with pytest.raises(TypeError, match="base_options: expected a dictionary, got str"):
+        reflora.wrap(SGD)(factors(pairs), pairs=pairs, lr=1e-2, base_options="momentum")
+    with pytest.raises(TypeError, match="base_options: expected 'momentum' once"):
+        reflora.wrap(SGD)(factors(pairs), pairs=pairs, lr=1e-2, momentum=0.5, base_options={"momentum": 0.9})
+
+
+def test_classes_with_reflora_in_them() -> None:
+    cls = reflora.wrap(SGD)
+    assert reflora.wrap(cls) is cls
+    with pytest.raises(TypeError, match="a class without RefLoRA, got RefLoRAAdamW"):
+        reflora.wrap(reflora.RefLoRAAdamW)
+    pytorch_optimizer = pytest.importorskip("pytorch_optimizer")
+    for name in ("Lookahead", "TRAC", "OrthoGrad"):
+        with pytest.raises(TypeError, match=f"{name}, which wraps optimizers. Put RefLoRA inside"):
+            reflora.wrap(getattr(pytorch_optimizer, name))
+
+
+def test_a_bad_gradient_outside_the_pairs_skips_a_wrapped_step() -> None:
+    pairs = leaf_pairs([(4, 30, 21)])
+    head = torch.randn(5, requires_grad=True)
+    optimizer: Any = reflora.wrap(SGD)([*factors(pairs), head], pairs=pairs, lr=1e-2)
+    backward(pairs, targets(pairs))
+    head.grad = torch.full((5,), torch.nan)
+    before = [p.detach().clone() for p in (*factors(pairs), head)]
+    optimizer.step()
+    assert optimizer.skipped_steps == 1 and all(map(torch.equal, before, (*factors(pairs), head)))
+
+
+OTHER_STATES = {
+    "SGD": lambda params: SGD(params, lr=0.5, momentum=0.9),
+    "RMSprop": lambda params: torch.optim.RMSprop(params, lr=1e-2),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_STATES)
+def test_a_state_of_another_optimizer_is_refused(name: str) -> None:
+    pairs = leaf_pairs([(4, 30, 21)])
+    other = OTHER_STATES[name](factors(pairs))
+    backward(pairs, targets(pairs))
+    other.step()
+    optimizer = reflora.RefLoRAAdamW(pairs, lr=1e-2)
+    with pytest.raises(ValueError, match="loaded state: expected step, exp_avg and exp_avg_sq"):
+        optimizer.load_state_dict(other.state_dict())
+    assert optimizer.param_groups[0]["lr"] == 1e-2 and not optimizer.state
+
+
+@pytest.mark.parametrize("step", ["3", torch.tensor(float("nan")), -1])
+def test_a_count_that_is_none_is_refused(step: Any) -> None:
+    pairs = leaf_pairs([(4, 30, 21)])
+    optimizer = reflora.RefLoRAAdamW(pairs, lr=1e-2)
+    backward(pairs, targets(pairs))
+    optimizer.step()
+    state = optimizer.state_dict()
+    state["state"][0]["step"] = step
+    with pytest.raises(ValueError, match="loaded state 'step': expected a count"):
+        optimizer.load_state_dict(state)

@@ -56,7 +56,7 @@ def test_layer_replication_is_refused() -> None:
 def test_a_merged_adapter_is_refused() -> None:
     model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(r=3, target_modules=["0"]))
     model.merge_adapter()
-    with pytest.raises(ValueError, match=r"not merged.*unmerge_adapter\(\)"):
+    with pytest.raises(ValueError, match=r"without merged adapters.*unmerge_adapter\(\)"):
         reflora.Refactorer(model, re_init=True)
 
 
@@ -88,3 +88,74 @@ def test_accelerates_wrapper_is_looked_into() -> None:
     assert refactorer.diagnostics().refactored == 1
     with pytest.raises(TypeError, match="optimizer: expected a torch.optim.Optimizer, got object"):
         refactorer.integrate_into_optimizer(object())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_layer_with_another_adapter_is_refused(merged: bool) -> None:
+    """Its outputs would follow the base weights."""
+    config = LoraConfig(r=3, target_modules=["0"], init_lora_weights=False)
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), config)
+    model.add_adapter("other", config)
+    if merged:
+        model.merge_adapter(["other"])
+    with pytest.raises(
+        ValueError, match="without merged adapters" if merged else "no other adapter on the layer, got other"
+    ):
+        reflora.Refactorer(model, re_init=True)
+
+
+@pytest.mark.parametrize("how", ["positional", "keyword"])
+@pytest.mark.parametrize("use_scalar", [False, True])
+def test_a_closure_has_its_gradients_preconditioned(how: str, use_scalar: bool) -> None:
+    """Lightning steps with one."""
+
+    def trained(closure: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+        model = get_peft_model(net, LoraConfig(r=3, target_modules=["0", "2"], init_lora_weights=False))
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        reflora.Refactorer(model, warmup_steps=1, interval=2, use_scalar=use_scalar).integrate_into_optimizer(optimizer)
+        x = torch.randn(5, 8)
+
+        def evaluate() -> Tensor:
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            return loss
+
+        for _ in range(6):
+            if not closure:
+                evaluate()
+                optimizer.step()
+            elif how == "keyword":
+                assert optimizer.step(closure=evaluate) > 0
+            else:
+                assert optimizer.step(evaluate) > 0
+        return [p.detach() for p in model.parameters() if p.requires_grad]
+
+    assert all(map(torch.equal, trained(True), trained(False)))
+
+
+@pytest.mark.parametrize("name", ["re_init", "use_scalar"])
+@pytest.mark.parametrize("value", ["False", 1, None])
+def test_flags_are_flags(name: str, value: Any) -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(r=3, target_modules=["0"]))
+    with pytest.raises(TypeError, match=f"^{name}: expected True or False"):
+        reflora.Refactorer(model, **{name: value})
+    with pytest.raises(TypeError, match="^follow: expected True or False"):
+        reflora.GradientHooks(model, follow=value)
+
+
+def test_an_optimizer_around_one_is_looked_into() -> None:
+    pytorch_optimizer = pytest.importorskip("pytorch_optimizer")
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(8, 8)), LoraConfig(r=3, target_modules=["0"], init_lora_weights=False)
+    )
+    params = [p for p in model.parameters() if p.requires_grad]
+    refactorer = reflora.Refactorer(model)
+    inner = torch.optim.SGD(params, lr=1e-2)
+    refactorer.integrate_into_optimizer(pytorch_optimizer.Lookahead(inner))
+    assert refactorer.integrated_into(inner)
+    ours = reflora.RefLoRAAdamW(params, pairs=reflora.find_pairs(model), lr=1e-2)
+    with pytest.raises(ValueError, match="does not refactor by itself"):
+        refactorer.integrate_into_optimizer(pytorch_optimizer.Lookahead(ours))

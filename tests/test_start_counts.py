@@ -119,7 +119,7 @@ def test_experts_of_which_one_factor_alone_trains_are_loaded():
     first, second = (reflora.wrap(torch.optim.SGD)(factors_of, pairs=pairs, lr=1e-2, warmup_steps=1) for _ in range(2))
     random_grads(factors_of, torch.Generator().manual_seed(0))
     pairs[0].B.grad = None
-    with pytest.warns(UserWarning, match="nothing is trained"):
+    with pytest.warns(UserWarning, match="none is trained"):
         first.step()
     first._hold_places()
     second.load_state_dict(first.state_dict())

@@ -109,7 +109,7 @@ def test_a_step_without_any_gradient_is_told_of():
     """As of an optimizer whose parameters are no longer the model's."""
     pairs = make_pairs()
     for optimizer in (reflora.RefLoRAAdamW(factors(pairs), pairs=pairs), wrap(torch.optim.SGD, pairs)):
-        with pytest.warns(UserWarning, match="no LoRA pair has a gradient"):
+        with pytest.warns(UserWarning, match="no LoRA pair of the optimizer has a gradient"):
             optimizer.step()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,16 +11,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..ambient import independent
-from ..contract import check_count, check_unhooked, fail
+from ..contract import HOOKED, LoRAPair, check_count, check_unhooked, check_unhooked_since, fail
 from ..diagnostics import Diagnostics
 from ..optim.adamw import RefLoRAAdamW
-from ..optim.membership import listed
+from ..optim.membership import HALVED, Unserved, halved, listed, say_plain
+from ..optim.options import check_flags
 from ..optim.pairs import ops_of
-from ..optim.transport import StateMove
+from ..optim.transport import StateMove, check_movable
 from ..optim.wrapped_pairs import FLATTENED
 from ..optim.wrapper import Wrapped, scaler_found_inf
 from ..overlap import extent
-from .peft import Site, find_sites
+from .peft import Site, find_sites, found_in
 
 SKIP_STEPS = "reflora_skip_steps"
 
@@ -35,7 +37,8 @@ class Refactorer:
         model: A PEFT model.
         warmup_steps: Steps before the first refactoring. From B = 0 the published scripts take 100 or 200; fewer are
             safe, but B A then stays near rank one for long.
-        re_init: Draw A and B anew and take the difference out of the base weights, which no other layer may share.
+        re_init: Draw A and B anew and take the difference out of the base weights, which no other layer and no other
+            adapter may share. With the adapter disabled the model is another one afterwards.
         interval: Refactor every that many steps; the steps between are plain ones.
         use_scalar: RefLoRA-S, which refactors in `integrate_into_optimizer` and after each step, and moves the state.
     """
@@ -48,11 +51,15 @@ class Refactorer:
         interval: int = 1,
         use_scalar: bool = False,
     ) -> None:
+        check_flags({"re_init": re_init, "use_scalar": use_scalar})
         check_count("warmup_steps", warmup_steps, 0)
         check_count("interval", interval, 1)
         self.warmup_steps, self.interval, self.use_scalar = warmup_steps, interval, use_scalar
         sites = find_sites(model)
-        self.pairs = [site.pair for site in sites]
+        self.pairs: list[LoRAPair] = [site.pair for site in sites]
+        self._unserved = Unserved(found_in(model, self.pairs), "the Refactorer was made without them. Make a new one")
+        self._told: set[str] = set()
+        self._hooked = HOOKED[0]
         self.lora_weights = [(pair.A, pair.B) for pair in self.pairs]
         check_unhooked(self.pairs)
         self._ops = ops_of(self.pairs)
@@ -60,10 +67,12 @@ class Refactorer:
         self._skip_steps = warmup_steps
         self._handles: list[Any] = []
         self._depth = 0
+        self._closure: Callable[[], Any] | None = None
         self._written: list[tuple[int, int]] = []
         self._first: list[tuple[Tensor, Tensor, Tensor]] = []
         if re_init:
             weights = [_base_weight(site) for site in sites]
+            _check_no_others(sites)
             _check_unshared(model, sites, weights)
             for site, weight in zip(sites, weights):
                 _draw_anew(site, weight)
@@ -85,6 +94,10 @@ class Refactorer:
         """Precondition the gradients in place: the same step as that of refactored factors, which are not touched."""
         if not self._due():
             return
+        self._precondition()
+
+    def _precondition(self) -> None:
+        self._hooked = check_unhooked_since(self.pairs, self._hooked)
         active = [pair.A.grad is not None and pair.B.grad is not None for pair in self.pairs]
         self._ops.precondition(self._ops.with_finite_grads(active), scalar=self.use_scalar)
 
@@ -108,6 +121,7 @@ class Refactorer:
         ValueError for one that does all this by itself. Of accelerate's wrapper it is the optimizer inside.
         """
         optimizer = _inside(optimizer)
+        self._check_alone(optimizer)
         for handle in self._handles:
             handle.remove()
         self._optimizer = optimizer
@@ -115,6 +129,8 @@ class Refactorer:
         if isinstance(optimizer, (RefLoRAAdamW, Wrapped)):
             remedy = "It needs no Refactorer, and a Refactorer wants a plain one, such as torch.optim.AdamW."
             fail("optimizer", "one that does not refactor by itself", type(optimizer).__name__, remedy)
+        if self.use_scalar:
+            check_movable(type(optimizer))
         self.skip_steps = self.warmup_steps
         self._depth, self._written = 0, []
         self._handles = [
@@ -134,16 +150,35 @@ class Refactorer:
     def integrated_into(self, optimizer: Optimizer) -> bool:
         return self._optimizer is _inside(optimizer)
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         # torch runs hooks for a class and again for its parent's step: a nested run finds the gradients written
-        if self._depth and self._written == self._versions():
+        if self._depth and (self._written == self._versions() if closure is None else closure is self._closure):
             self._depth += 1
-            return
-        self._depth = 1
+            return None
+        self._depth, self._closure = 1, closure
         self._check_members(optimizer)
-        if not self.use_scalar and not scaler_found_inf(optimizer):
+        if self.use_scalar or scaler_found_inf(optimizer):
+            return None
+        if closure is not None and self._due():
+            # the gradients to be preconditioned are those that it makes
+            self._closure = self._after(closure)
+            if "closure" in kwargs:
+                return args, {**kwargs, "closure": self._closure}
+            return (args[0], self._closure, *args[2:]), kwargs
+        if closure is None:
             self.dummy_step()
         self._written = self._versions()
+        return None
+
+    def _after(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def preconditioned() -> Any:
+            loss = closure()
+            with torch.no_grad():
+                self._precondition()
+            return loss
+
+        return preconditioned
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._depth -= 1
@@ -166,9 +201,18 @@ class Refactorer:
         self._first = []
 
     def _due(self) -> bool:
+        self._unserved.look(stacklevel=6)
         waiting = self.skip_steps > 0
         self.skip_steps = self.skip_steps - 1 if waiting else self.interval - 1
         return not waiting
+
+    def _check_alone(self, optimizer: Any) -> None:
+        """No other Refactorer is on it: S would be applied twice."""
+        for hook in optimizer._optimizer_step_pre_hooks.values():
+            other = getattr(hook, "__self__", None)
+            if isinstance(other, Refactorer) and other is not self:
+                remedy = "Make a new optimizer, or go on with the first Refactorer."
+                fail("optimizer", "one without a Refactorer", "one that has another", remedy)
 
     def _factors(self) -> list[Tensor]:
         return [factor for pair in self.pairs for factor in (pair.A, pair.B)]
@@ -178,13 +222,20 @@ class Refactorer:
 
     def _check_members(self, optimizer: Optimizer) -> None:
         owned = {param for group in optimizer.param_groups for param in group["params"]}
+        halves = halved(self.pairs, owned)
+        if halves and HALVED not in self._told:
+            self._told.add(HALVED)
+            say_plain(halves, HALVED, stacklevel=5)
         if owned.isdisjoint(self._factors()):
             fail("optimizer", "the model's LoRA factors among its parameters", "none of them", FLATTENED, RuntimeError)
 
 
 def _inside(optimizer: Any) -> Any:
     """The optimizer whose hooks run in a step: accelerate's wrapper has none."""
-    while not hasattr(optimizer, "register_step_pre_hook") or "_optimizer_step_pre_hooks" not in vars(optimizer):
+    while (
+        not {"_optimizer_step_pre_hooks", "_optimizer_load_state_dict_post_hooks"}
+        <= getattr(optimizer, "__dict__", {}).keys()
+    ):
         if not isinstance(getattr(optimizer, "optimizer", None), Optimizer):
             remedy = "Pass the torch optimizer itself."
             fail("optimizer", "a torch.optim.Optimizer", type(optimizer).__name__, remedy, TypeError)
@@ -204,10 +255,20 @@ def _base_weight(site: Site) -> Tensor:
     if not weight.is_floating_point():
         remedy = "Pass re_init=False: it is not needed, training starts from B = 0 as well."
         fail(f"re_init of {site.pair.name}", "a floating point base weight", weight.dtype, remedy)
-    if site.adapter in getattr(module, "merged_adapters", ()):
+    if getattr(module, "merged_adapters", ()):
         remedy = "Call model.unmerge_adapter() first."
-        fail(f"re_init of {site.pair.name}", "an adapter that is not merged", "a merged one", remedy)
+        fail(f"re_init of {listed([site.pair.name])}", "a layer without merged adapters", "a merged one", remedy)
     return weight
+
+
+def _check_no_others(sites: list[Site]) -> None:
+    """Every adapter of these layers is drawn anew: another one would find other base weights below it."""
+    drawn = {(id(site.module), site.adapter) for site in sites}
+    for site in sites:
+        names = (*getattr(site.module, "lora_A", ()), *getattr(site.module, "lora_embedding_A", ()))
+        if others := sorted({name for name in names if (id(site.module), name) not in drawn}):
+            remedy = "Its outputs would change with the base weights: pass re_init=False, or delete it first."
+            fail(f"re_init of {listed([site.pair.name])}", "no other adapter on the layer", listed(others), remedy)
 
 
 def _check_unshared(model: nn.Module, sites: list[Site], weights: list[Tensor]) -> None:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..ambient import independent, outside_inference
-from ..contract import LoRAPair, check_unhooked, fail
+from ..contract import HOOKED, LoRAPair, check_unhooked, fail
 from ..diagnostics import Diagnostics
 from ..optim.binding import capturing
-from ..optim.membership import listed
-from ..optim.options import check_schedule
+from ..optim.membership import LONE, Unserved, listed, say_plain
+from ..optim.options import check_flags, check_schedule
 from ..optim.pairs import Outcome, PairOps, multiply, new_units
 from .hook_groups import Group, grouped, kind_of, sides
 from .peft import find_pairs
@@ -57,7 +57,9 @@ class GradientHooks:
         warmup_steps: int | None = None, follow: bool = True,
     ):  # fmt: skip
         check_schedule(1, warmup_steps)
+        check_flags({"follow": follow})
         self.pairs = find_pairs(model)
+        self._unserved = Unserved(self.pairs, "GradientHooks were made without them. remove() these and make new ones")
         self.warmup_steps, self.follow = warmup_steps, follow
         for pair in self.pairs:
             if pair.sharded:
@@ -72,8 +74,9 @@ class GradientHooks:
         self._in_other_units = False  # a loaded state may be: its gradients are
         self._matrices: dict[int, Tensor] = {}
         self._witness: _Witness | None = None
-        self._told = False
+        self._told: set[str] = set()
         self.refresh()
+        HOOKED[0] += 1
         self._handles = [
             factor.register_hook(_Multiply(self, index, side))
             for index, pair in enumerate(self.pairs)
@@ -86,6 +89,7 @@ class GradientHooks:
         """Take S of the factors as they are now, in a number of launches that does not grow with the model."""
         with outside_inference([pair.A for pair in self.pairs]):
             self._refresh()
+        self._unserved.look(stacklevel=5)
 
     def _refresh(self) -> None:
         groups = self._next_groups()
@@ -116,13 +120,19 @@ class GradientHooks:
         """A backward pass through a pair; of the first to have one its B is kept, to see whether it moves."""
         self._went_backward.add(index)
         B = self.pairs[index].B
-        if side or self._told or capturing(B.device):
+        if side or STALE in self._told or capturing(B.device):
             return
         if self._witness is None:
             self._witness = _Witness(index, B.detach().clone())
         elif self._witness.index == index and self._witness.moved(B):
-            self._told = True
+            self._told.add(STALE)
             warnings.warn(STALE, stacklevel=2)
+
+    def _say_lone(self, pair: LoRAPair) -> None:
+        """One of its factors was frozen since: a plain step."""
+        if LONE not in self._told:
+            self._told.add(LONE)
+            say_plain([pair.name], LONE, stacklevel=3)
 
     def _plain(self, groups: Sequence[Group], indices: Set[int]) -> dict[int, Tensor]:
         """S = I; where a loaded state is in other units the matrices that keep gradients in them."""
@@ -250,7 +260,8 @@ class _Multiply:
     def __call__(self, grad: Tensor) -> Tensor:
         pair = self.owner.pairs[self.index]
         if not (pair.A.requires_grad and pair.B.requires_grad):
-            return grad  # one of them was frozen since: a plain step
+            self.owner._say_lone(pair)
+            return grad
         self.owner._note(self.index, self.side)
         if self.index not in self.owner._matrices:
             return grad

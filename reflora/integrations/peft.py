@@ -51,7 +51,11 @@ def find_pairs(model: nn.Module, adapter: str | None = None) -> list[LoRAPair]:
     Raises:
         ValueError: Nothing is left; factors that were flattened, or that cannot be served for another reason.
     """
-    pairs = [site.pair for site in find_sites(model, adapter)]
+    return found_in(model, [site.pair for site in find_sites(model, adapter)], adapter)
+
+
+def found_in(model: nn.Module, pairs: list[LoRAPair], adapter: str | None = None) -> FoundPairs:
+    """These pairs of the model, which can be looked for again while it lives."""
     seen = weakref.ref(model)
 
     def again() -> list[LoRAPair]:

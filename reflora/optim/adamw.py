@@ -15,14 +15,44 @@ from torch.optim import Optimizer
 
 from ..ambient import independent, outside_inference
 from ..backends import AdamWStep, resolve
-from ..contract import NO_GRADIENT, PairLike, as_pairs, check_unhooked, fail, start_of
+from ..contract import (
+    NO_GRADIENT,
+    LoRAPair,
+    PairLike,
+    as_pairs,
+    check_unhooked,
+    check_unhooked_since,
+    fail,
+    start_of,
+)
 from ..diagnostics import Diagnostics, diagnose, row_names
 from ..plan import by_device
 from . import state as keys
 from .binding import Binding, Slot, capturing
 from .groups import check_group, flatten, hyper_table, lr_on_host
-from .membership import HALVED, LONE, check_single, check_whole, further_pairs, halved, say_plain
-from .options import check_flags, check_group_options, check_hypers, check_options, check_owned, check_storage
+from .membership import (
+    HALVED,
+    LONE,
+    NOWHERE,
+    REVERSED,
+    check_single,
+    check_whole,
+    halved,
+    nowhere,
+    pairs_of_added,
+    pairs_of_unseen,
+    reversed_,
+    say_plain,
+)
+from .options import (
+    check_added,
+    check_flags,
+    check_group_options,
+    check_hypers,
+    check_options,
+    check_owned,
+    check_storage,
+)
 from .plain import amp_scalar, prepare_plain, step_plain, step_stray, watched
 from .state import LIKE_TORCH, Storage, adopt
 from .traced import TracedStep
@@ -122,6 +152,7 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
             "amsgrad": amsgrad, "maximize": maximize, "scalar": scalar, "carry_grams": carry_grams,
             "check_grads": check_grads, "master_weights": master_weights, "stochastic_rounding": stochastic_rounding,
         })  # fmt: skip
+        check_flags({"foreach": foreach, "fused": fused, "capturable": capturable}, or_none=True)
         check_options(interval, warmup_steps, backend, precision, differentiable)
         check_storage(state_dtype, master_weights, stochastic_rounding, carry_grams and scalar)
         own = {
@@ -139,6 +170,8 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
         self.stochastic_rounding = stochastic_rounding
         self.storage = Storage(state_dtype is not None or master_weights, master_weights)
         self._told: set[str] = set()
+        self._seen: set[int] = set()
+        self._hooked = -1
         self._bindings: list[Binding] = []
         self._key: list[tuple[int, ...]] | None = None
         self._slots: list[Slot | None] = []
@@ -157,7 +190,10 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
         for pair in self.pairs:
             resolve(backend, pair.A.device)
         self._register()
+        self._own = tuple(name for name in own if name != "pairs")
         self._again, self._built = getattr(pairs, "again", None), True
+        if names := reversed_(self.pairs):
+            say_plain(names, REVERSED, stacklevel=3)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's, for parameters added later. LoRA pairs among them are stepped as RefLoRA where `pairs=` came from
@@ -165,10 +201,14 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
         """
         if not self._built:  # torch's own constructor
             return super().add_param_group(param_group)
+        param_group = dict(param_group)
         given = param_group.pop("pairs", ())
+        check_added(param_group, self._own)
         check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        further = further_pairs(self, given)
+        self._take_in(pairs_of_added(self, given))
+
+    def _take_in(self, further: list[LoRAPair]) -> None:
         if further:
             for pair in further:
                 resolve(self.backend, pair.A.device)
@@ -211,6 +251,8 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
         return loss
 
     def _step_eagerly(self) -> None:
+        self._hooked = check_unhooked_since(self.pairs, self._hooked)
+        self._take_in(pairs_of_unseen(self))
         slots = self._membership()
         self._check()
         bindings = self._ready_bindings()
@@ -222,7 +264,7 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
             return
         tables = [hyper_table(self.param_groups, binding.plan.device) for binding in bindings]
         strays = self._bind_pairs(slots)
-        if not strays and not any(binding.written for binding in bindings):
+        if self.pairs and not strays and not any(binding.written for binding in bindings):
             warnings.warn(NO_GRADIENT, stacklevel=4)
         for number, group in enumerate(self.param_groups):
             prepare_plain(self, self._plain[number], group["amsgrad"])
@@ -287,7 +329,6 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
         if any({*map(attrgetter("device"), b.plan.factors)} != {b.plan.device} for b in self._bindings):
             self._bindings = []
         if not self._bindings:
-            check_unhooked(self.pairs)
             first_rows = [0, *accumulate(pair.experts for pair in self.pairs)]
             self._bindings = [
                 Binding(
@@ -310,9 +351,10 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
                 check_whole(halves)
                 what = "the factors of the pairs among them"
                 fail("param_groups", what, "none of them", REPLACED, RuntimeError)
-            if halves and HALVED not in self._told:
-                self._told.add(HALVED)
-                say_plain(halves, HALVED, stacklevel=6)
+            for why, names in ((HALVED, halves), (NOWHERE, nowhere(self.pairs, group_of))):
+                if names and why not in self._told:
+                    self._told.add(why)
+                    say_plain(names, why, stacklevel=6)
             paired = {t for pair, slot in zip(self.pairs, self._slots) if slot for t in (pair.A, pair.B)}
             self._plain = [[p for p in group["params"] if p not in paired] for group in self.param_groups]
             self._key = key
@@ -347,7 +389,7 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
     def __getstate__(self) -> dict[str, Any]:
         kept = (
             "pairs", "scalar", "interval", "warmup_steps", "backend", "precision", "carry_grams", "check_grads",
-            "storage", "stochastic_rounding",
+            "storage", "stochastic_rounding", "_own",
         )  # fmt: skip
         return {**Optimizer.__getstate__(self), **{name: getattr(self, name) for name in kept}}
 
@@ -357,7 +399,7 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
         self._bindings, self._key = [], None
-        self._told, self._again, self._built = set(), None, True
+        self._told, self._seen, self._hooked, self._again, self._built = set(), set(), -1, None, True
         self._register()
 
 

@@ -24,6 +24,12 @@ def check_base(base: Any) -> None:
     if not (isinstance(base, type) and issubclass(base, Optimizer)):
         fail("optimizer_cls", "a subclass of torch.optim.Optimizer", repr(base), "Pass the class itself.", TypeError)
     check_single(base)
+    if any(parent.__name__ == "RefLoRAAdamW" for parent in base.__mro__):
+        remedy = "Build it as it is; wrap(torch.optim.AdamW) gives an AdamW with the preconditioning in front."
+        fail("optimizer_cls", "a class without RefLoRA", base.__name__, remedy, TypeError)
+    if _takes_optimizer(base):
+        remedy = f"Put RefLoRA inside: {base.__name__}(reflora.create_reflora_optimizer(model, lr=...), ...)."
+        fail("optimizer_cls", "a class over parameters", f"{base.__name__}, which wraps optimizers", remedy, TypeError)
     if _needs_closure(base):
         remedy = (
             "Use one that takes the gradients as they are, such as AdamW or SGD. SAM takes RefLoRA inside: "
@@ -33,6 +39,12 @@ def check_base(base: Any) -> None:
     if _SECOND_ORDER.search(_source(base.step)):
         remedy = "Use one that takes the gradients as they are, such as AdamW or SGD."
         fail("optimizer_cls", "a first-order optimizer", f"{base.__name__}, which differentiates gradients", remedy)
+
+
+def _takes_optimizer(base: type[Optimizer]) -> bool:
+    """Whether it is made of an optimizer in place of parameters: Lookahead, TRAC."""
+    first = next(iter(inspect.signature(base).parameters), "")
+    return first in ("optimizer", "base_optimizer")
 
 
 def _needs_closure(base: type[Optimizer]) -> bool:
@@ -54,12 +66,19 @@ def takes_closure(base: type[Optimizer]) -> bool:
     return "closure" in inspect.signature(base.step).parameters
 
 
-def separate(base: type[Optimizer], ours: Mapping[str, Any], base_options: Mapping[str, Any] | None) -> dict[str, Any]:
+def separate(
+    base: type[Optimizer], ours: Mapping[str, Any], base_options: Mapping[str, Any] | None, kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
     """The options of the base class among names that it shares with RefLoRA.
 
-    ours: what was given for RefLoRA and is not the default. Raises TypeError where a name could mean either.
+    ours: what was given for RefLoRA and is not the default; kwargs: other keywords. Raises TypeError where a name could
+    mean either, or is given twice.
     """
+    if not isinstance(base_options, (Mapping, type(None))):
+        fail("base_options", "a dictionary", type(base_options).__name__, "Name the options.", TypeError)
     named = dict(base_options or {})
+    if twice := [name for name in named if name in kwargs]:
+        fail("base_options", f"{twice[0]!r} once", "it as a keyword as well", "Leave out one of them.", TypeError)
     shared = [name for name in ours if name in inspect.signature(base).parameters and name not in named]
     if shared:
         name = shared[0]

@@ -12,6 +12,8 @@ from ..contract import LoRAPair, as_pairs, check_unhooked, fail
 
 PARTED = "ZeroRedundancyOptimizer parts them: use reflora.GradientHooks and a plain optimizer class"
 HALVED = f"only one factor of each is among the optimizer's parameters. Pass both; {PARTED}"
+NOWHERE = "neither factor is among the optimizer's parameters. Take the pairs from the model that it trains"
+REVERSED = "r is larger than both n_in and n_out, so S does not exist. Is B given before A? A is [r, n_in]"
 LONE = "only one factor of each has a gradient. Train both, or leave these pairs out"
 # classes that precondition LoRA's gradients themselves, all of PEFT's
 PRECONDITION = ("RiemannianPreconditionedOptimizer", "LoraFAOptimizer")
@@ -46,33 +48,79 @@ def halved(pairs: Sequence[LoRAPair], owned: Container[Tensor]) -> list[str]:
     return [pair.name for pair in pairs if (pair.A in owned) != (pair.B in owned)]
 
 
+def nowhere(pairs: Sequence[LoRAPair], owned: Container[Tensor]) -> list[str]:
+    """Names of the pairs of which neither factor is among the parameters."""
+    return [pair.name for pair in pairs if pair.A not in owned and pair.B not in owned]
+
+
+def reversed_(pairs: Sequence[LoRAPair]) -> list[str]:
+    """Names of the pairs whose factors seem to be in the wrong order."""
+
+    def suspect(pair: LoRAPair) -> bool:
+        A, B = pair.views_A(pair.A)[0], pair.views_B(pair.B)[0]
+        return pair.layout == "linear" and A.shape[0] > max(A.shape[1], B.shape[0])
+
+    return [pair.name for pair in pairs if not pair.sharded and suspect(pair)]
+
+
 def check_whole(halves: Sequence[str]) -> None:
     """Raises RuntimeError where there are such pairs; for an optimizer that has no other."""
     if halves:
         fail("param_groups", "both factors of each pair", f"one, of {listed(halves)}", f"{PARTED}.", RuntimeError)
 
 
-def further_pairs(optimizer: Any, given: Iterable[Any], sharded: bool = False) -> list[LoRAPair]:
-    """Pairs that the optimizer lacks, after a group was added to it: those given, and those of its model whose factors
-    are both among its parameters now. Where they are refused, so is the group.
-    """
+def further_pairs(optimizer: Any, given: Iterable[Any] = (), sharded: bool = False) -> list[LoRAPair]:
+    """Pairs that the optimizer lacks: those given, and those of its model of which it has both factors."""
     pairs: list[LoRAPair] = optimizer.pairs
     owned = {param for group in optimizer.param_groups for param in group["params"]}
     known = {id(factor) for pair in pairs for factor in (pair.A, pair.B)}
-    try:
-        found = [pair for pair in as_pairs(given, sharded) if id(pair.A) not in known]
-        if others := [pair.name for pair in found if pair.A not in owned or pair.B not in owned]:
-            what = "factors among the optimizer's parameters"
-            fail("pairs", what, f"others, of {listed(others)}", "Add the factors with the pairs.")
-        known.update(id(pair.A) for pair in found)
-        if optimizer._again is not None:
-            found += [p for p in optimizer._again() if id(p.A) not in known and p.A in owned and p.B in owned]
+    found = [pair for pair in as_pairs(given or (), sharded) if id(pair.A) not in known]
+    if others := [pair.name for pair in found if pair.A not in owned or pair.B not in owned]:
+        what = "factors among the optimizer's parameters"
+        fail("pairs", what, f"others, of {listed(others)}", "Add the factors with the pairs.")
+    known.update(id(pair.A) for pair in found)
+    if optimizer._again is not None:
+        found += [p for p in optimizer._again() if id(p.A) not in known and p.A in owned and p.B in owned]
+    if found:
         as_pairs([*pairs, *found], sharded)
         check_unhooked(found)
+    return found
+
+
+def pairs_of_added(optimizer: Any, given: Iterable[Any], sharded: bool = False) -> list[LoRAPair]:
+    """`further_pairs` after a group was added. Where they are refused, so is the group."""
+    try:
+        return further_pairs(optimizer, given, sharded)
     except BaseException:
         optimizer.param_groups.pop()
         raise
-    return found
+
+
+def pairs_of_unseen(optimizer: Any, sharded: bool = False) -> list[LoRAPair]:
+    """`further_pairs` where a parameter in no pair has its first gradient: it was frozen, or of an idle adapter."""
+    seen: set[int] = optimizer._seen
+    if not seen:
+        seen.update(id(factor) for pair in optimizer.pairs for factor in (pair.A, pair.B))
+    params = (param for group in optimizer.param_groups for param in group["params"])
+    unseen = [param for param in params if id(param) not in seen and param.grad is not None]
+    seen.update(map(id, unseen))
+    return further_pairs(optimizer, (), sharded) if unseen and optimizer._again is not None else []
+
+
+class Unserved:
+    """Says once which pairs of a model GradientHooks or a Refactorer do not have; looks in calls 2, 4, 8, ..."""
+
+    def __init__(self, found: Sequence[LoRAPair], remedy: str):
+        self.again, self.remedy, self.calls = getattr(found, "again", None), remedy, 0
+        self.known = {id(factor) for pair in found for factor in (pair.A, pair.B)}
+
+    def look(self, stacklevel: int) -> None:
+        self.calls += 1
+        if self.again is None or self.calls < 2 or self.calls & (self.calls - 1):
+            return
+        if others := [pair.name for pair in self.again() if id(pair.A) not in self.known]:
+            self.again = None
+            say_plain(others, self.remedy, stacklevel + 1)
 
 
 def check_single(cls: type) -> None:

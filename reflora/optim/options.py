@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -18,8 +19,8 @@ def check_hypers(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
     """At construction and before every step, since schedulers write param_groups; nan fails too."""
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
         check_number(name, value)
-    if not (0 <= lr < math.inf and eps >= 0 and weight_decay >= 0):
-        fail("lr, eps, weight_decay", "numbers >= 0", (lr, eps, weight_decay), "Use maximize=True for ascent.")
+    if not (0 <= lr < math.inf and 0 <= eps < math.inf and 0 <= weight_decay < math.inf):
+        fail("lr, eps, weight_decay", "finite numbers >= 0", (lr, eps, weight_decay), "Use maximize=True for ascent.")
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         fail("betas", "two numbers in [0, 1)", typed(betas), "The defaults are (0.9, 0.999).", TypeError)
     for beta in betas:
@@ -32,8 +33,9 @@ def check_number(name: str, value: Any) -> None:
     """A number, or a tensor of one; text out of a YAML file is none."""
     if type(value) is float or (isinstance(value, Real) and not isinstance(value, bool)):
         return
-    if not (isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()):
-        fail(name, "a number", typed(value), "YAML reads 1e-4 as text and 1.0e-4 as a number.", TypeError)
+    if not (isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point()):
+        remedy = "YAML reads 1e-4 as text and 1.0e-4 as a number." if isinstance(value, str) else "Pass a float."
+        fail(name, "a number", typed(value), remedy, TypeError)
 
 
 def typed(value: object) -> str:
@@ -48,17 +50,32 @@ def short(value: object) -> str:
 
 def check_like_defaults(cls: type, options: Mapping[str, Any]) -> None:
     """Options of another optimizer class have the types of its defaults, where these are numbers or flags."""
-    parameters = inspect.signature(cls).parameters
+    defaults = _defaults_of(cls)
     for name, value in options.items():
-        default = parameters[name].default if name in parameters else None
+        default = defaults.get(name)
         if isinstance(default, bool):
             check_flags({name: value})
-        elif (name == "lr" or isinstance(default, Real)) and value is not None:
+        elif isinstance(default, Real) or (name == "lr" and (value is not None or name not in defaults)):
             check_number(name, value)
-        elif isinstance(default, tuple) and isinstance(value, (tuple, list)):
+        elif isinstance(default, tuple):
+            if not isinstance(value, (tuple, list)) or len(value) != len(default):
+                fail(name, f"{len(default)} values", typed(value), f"The defaults are {default}.", TypeError)
             for entry, like in zip(value, default):
                 if isinstance(like, Real) and entry is not None:
                     check_number(name, entry)
+        if name == "lr" and on_host(value) and not 0 <= float(value) < math.inf:
+            fail("lr", "a finite number >= 0", value, "Use maximize=True for ascent.")
+
+
+def on_host(value: Any) -> bool:
+    """Whether it is a number that can be read without a wait for a device."""
+    return isinstance(value, Real) or (isinstance(value, Tensor) and value.device.type == "cpu")
+
+
+@functools.cache
+def _defaults_of(cls: type) -> dict[str, Any]:
+    parameters = inspect.signature(cls).parameters.values()
+    return {one.name: one.default for one in parameters if one.default is not inspect.Parameter.empty}
 
 
 def check_options(
@@ -68,7 +85,7 @@ def check_options(
     check_backend(backend)
     check_precision(precision)
     if differentiable:
-        fail("differentiable", "False", True, "The fused step has no derivative.")
+        fail("differentiable", "False", repr(differentiable), "The fused step has no derivative.")
 
 
 def check_schedule(interval: int, warmup_steps: int | None) -> None:
@@ -81,17 +98,20 @@ def check_storage(
     state_dtype: torch.dtype | None, master_weights: bool, stochastic_rounding: bool, carry_scalar: bool
 ) -> None:
     if state_dtype not in (None, torch.float32):
-        fail("state_dtype", "None or torch.float32", state_dtype, "None keeps the moments in the factors' dtype.")
+        fail(
+            "state_dtype", "None or torch.float32", typed(state_dtype), "None keeps the moments in the factors' dtype."
+        )
     if master_weights and stochastic_rounding:
         fail("stochastic_rounding", "False with master_weights=True", True, "Master weights lose nothing to rounding.")
     if carry_scalar:
         fail("carry_grams", "False with scalar=True", True, "RefLoRA-S needs no Grams.")
 
 
-def check_flags(flags: dict[str, Any]) -> None:
+def check_flags(flags: dict[str, Any], or_none: bool = False) -> None:
     for name, value in flags.items():
-        if not isinstance(value, bool):
-            fail(name, "True or False", typed(value), "Text and numbers are no flags.", TypeError)
+        if not isinstance(value, bool) and not (or_none and value is None):
+            expected = "True, False or None" if or_none else "True or False"
+            fail(name, expected, typed(value), "Text and numbers are no flags.", TypeError)
 
 
 def check_group_options(groups: Sequence[dict[str, Any]], own: Mapping[str, Any]) -> None:
@@ -107,6 +127,14 @@ def check_group_options(groups: Sequence[dict[str, Any]], own: Mapping[str, Any]
     for group in groups:
         for name in own:
             group.pop(name, None)
+
+
+def check_added(group: Mapping[str, Any], names: Iterable[str]) -> None:
+    """A group that is added later holds none of these options of the whole optimizer."""
+    for name in names:
+        if name in group:
+            remedy = "It is the whole optimizer's: pass it to the constructor."
+            fail("add_param_group", f"no {name!r}", short(group[name]), remedy)
 
 
 def check_owned(groups: Sequence[dict[str, Any]], pairs: Sequence[LoRAPair]) -> None:

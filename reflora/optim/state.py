@@ -112,7 +112,13 @@ def init_pair(state: dict[str, Any], pair: LoRAPair, keep_S: bool) -> None:
 
 
 def check_shapes(entries: dict[str, Any], param: Tensor, pair: LoRAPair | None) -> None:
-    """Raises ValueError for an entry whose shape is not that of its parameter, or of its pair."""
+    """Raises ValueError for the state of another optimizer, or an entry of a shape not its parameter's or its pair's."""
+    remedy = "The state belongs to another optimizer: load one of AdamW's."
+    if entries and (missing := [name for name in ("step", *MOMENTS[:2]) if name not in entries]):
+        fail("loaded state", "step, exp_avg and exp_avg_sq", f"one without {', '.join(missing)}", remedy)
+    step = entries.get("step", 0)
+    if not isinstance(step, (int, float, Tensor)) or not bool((torch.as_tensor(step) >= 0).all()):
+        fail("loaded state 'step'", "a count", repr(step), remedy)
     wanted = {name: tuple(param.shape) for name in (*MOMENTS, MASTER)}
     if pair is not None:
         wanted.update(shapes_of_pair(pair))

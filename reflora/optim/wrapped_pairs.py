@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..contract import LoRAPair, as_pairs, fail
-from .membership import HALVED, LONE, check_whole, further_pairs, halved, say_plain
-from .options import check_like_defaults
+from .membership import HALVED, LONE, NOWHERE, check_whole, halved, nowhere, pairs_of_added, say_plain
+from .options import check_added, check_like_defaults
 from .state import STEPS
 
 SKIPS = "reflora_skipped"
+DEFAULTS = {"scalar": False, "interval": 1, "warmup_steps": None, "backend": None, "precision": "float64"}
 FLATTENED = (
     "Wrappers that flatten or replace parameters (DeepSpeed, FSDP1) leave none to precondition: use DDP or FSDP2, or "
     "for ZeRO-1 and 2 reflora.GradientHooks."
@@ -34,28 +35,31 @@ class OwnPairs(Optimizer):
         """As RefLoRAAdamW's."""
         if not self._built:  # the base class's own constructor
             return super().add_param_group(param_group)
+        param_group = dict(param_group)
         given = param_group.pop("pairs", ())
+        check_added(param_group, (name for name in DEFAULTS if name not in self.defaults))
         check_like_defaults(self.base, {key: value for key, value in param_group.items() if key != "params"})
         super().add_param_group(param_group)
-        group, params = self.param_groups[-1], self._params()
         for key in (STEPS, SKIPS):
-            group[key] = self.param_groups[0].get(key, 0)
-        further = further_pairs(self, given, sharded=True)
+            self.param_groups[-1][key] = self.param_groups[0].get(key, 0)
+        self._take_in(pairs_of_added(self, given, sharded=True))
+
+    def _take_in(self, further: list[LoRAPair]) -> None:
         if further:
             self.pairs = [*self.pairs, *further]
-            place = {param: number for number, param in enumerate(params)}
+            place = {param: number for number, param in enumerate(self._params())}
             self._places = [(place.get(pair.A), place.get(pair.B)) for pair in self.pairs]
             self.__dict__.pop("_ops", None)
 
     def _say_plain(self, active: list[bool]) -> None:
         """Warn once of pairs of which one factor alone is stepped, and of those of which one alone has a gradient."""
-        if all(active) or self._told >= {HALVED, LONE}:
+        if all(active) or self._told >= {HALVED, LONE, NOWHERE}:
             return
         owned = set(self._params())
         halves = halved(self.pairs, owned)
         graded = {t for pair in self.pairs for t in (pair.A, pair.B) if t in owned and t.grad is not None}
         lone = [name for name in halved(self.pairs, graded) if name not in halves]
-        for why, names in ((HALVED, halves), (LONE, lone)):
+        for why, names in ((HALVED, halves), (LONE, lone), (NOWHERE, nowhere(self.pairs, owned))):
             if names and why not in self._told:
                 self._told.add(why)
                 say_plain(names, why, stacklevel=5)

@@ -23,20 +23,21 @@ from ..contract import (
     check_backend,
     check_precision,
     check_unhooked,
+    check_unhooked_since,
     local,
 )  # fmt: skip
 from ..diagnostics import Diagnostics, uniform
 from ..plan import BALANCED
 from ..reference import meet
 from .base_class import check_base, check_kept, evaluated, separate, takes_closure
-from .membership import check_single
+from .membership import REVERSED, check_single, pairs_of_unseen, reversed_, say_plain
 from .options import check_flags, check_group_options, check_like_defaults, check_schedule
 from .pairs import finite_and_moving, ops_of
 from .plain import watched
 from .state import PHASE, SAVED, STEPS, compare_shapes, shapes_of_pair
 from .transport import StateMove, check_movable, proportional
 from .units import UNIT, Units
-from .wrapped_pairs import SKIPS, OwnPairs
+from .wrapped_pairs import DEFAULTS, SKIPS, OwnPairs
 
 if TYPE_CHECKING:
     from .pairs import Counts, PairOps
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 
 # what is kept of a pair in the state of its A, and in which type
 DTYPES = {SAVED: None, PHASE: torch.float32, STEPS: torch.float32, UNIT: torch.float64}
-DEFAULTS = {"scalar": False, "interval": 1, "warmup_steps": None, "backend": None, "precision": "float64"}
 OPTIONS = ("pairs", *DEFAULTS, "_places")
 
 REEVALUATED = (
@@ -63,6 +63,8 @@ def reflora_class(base: type[Optimizer]) -> type[Wrapped]:
     """
     if base in _classes:
         return _classes[base]
+    if isinstance(base, type) and issubclass(base, Wrapped):
+        return base
     check_base(base)
     members = {"base": base, "__doc__": f"{base.__name__} with RefLoRA.", "__module__": __name__}
     _classes[base] = type(f"Wrapped{base.__name__}", (Wrapped, base), members)
@@ -76,7 +78,7 @@ class Wrapped(OwnPairs):
     and so does `base_options`, for those of its options that have one of these names.
 
     A step evaluates the closure, if any, then preconditions once, then takes the base class's step. Hooks run once.
-    A step in which a pair has a non-finite gradient, or the gradient scaler found one, is skipped whole: no parameter,
+    A step in which a gradient is not finite, or the gradient scaler found one, is skipped whole: no parameter,
     state or counter changes. On a GPU that check is one read of the gradients and one host synchronisation a step;
     RefLoRAAdamW skips single layers without either.
     By default S comes without its scale, and the gradients stay in the units of S = I. In front of SGD, whose steps
@@ -118,7 +120,7 @@ class Wrapped(OwnPairs):
             "precision": precision,
         }  # fmt: skip
         given = {name: value for name, value in own.items() if value != DEFAULTS[name]}
-        kwargs.update(separate(self.base, given, base_options))
+        kwargs.update(separate(self.base, given, base_options, kwargs))
         check_like_defaults(self.base, kwargs)
         if scalar:
             check_movable(self.base)
@@ -127,6 +129,8 @@ class Wrapped(OwnPairs):
         # after a step of the base class that failed: gradients that are preconditioned, and what is to be kept of them
         self._pending: tuple[Written, dict[Tensor, dict[str, Tensor]]] | None = None
         self._told: set[str] = set()
+        self._seen: set[int] = set()
+        self._hooked = -1
         self._balanced: set[int] = set()  # pairs of RefLoRA-S whose norms have met, by number
         self._skip: Diagnostics | None = None
         check_unhooked(self.pairs)
@@ -140,6 +144,8 @@ class Wrapped(OwnPairs):
         self._places = [(place.get(pair.A), place.get(pair.B)) for pair in self.pairs]
         assert self._ops  # now, for what it refuses
         self._again, self._built = getattr(pairs, "again", None), True
+        if names := reversed_(self.pairs):
+            say_plain(names, REVERSED, stacklevel=3)
 
     @property
     def _gentle(self) -> bool:
@@ -188,20 +194,23 @@ class Wrapped(OwnPairs):
             given = (loss,)
         if scaler_found_inf(self):
             return loss
+        for group in self.param_groups:
+            check_like_defaults(self.base, {name: group[name] for name in self.defaults if name in group})
+        self._take_in(pairs_of_unseen(self, sharded=True))
         active = self._active()
         grads = [local(t.grad) for p, on in zip(self.pairs, active) if on for t in (p.A, p.B) if t.grad is not None]
-        finite, moving = self._ops.agree(*finite_and_moving(grads))
+        every = [local(p.grad) for p in self._params() if p.grad is not None and not p.grad.is_sparse]
+        finite, moving = self._ops.agree(*finite_and_moving(every))
         if not finite:
             self._count(SKIPS)
             self._skip = uniform(self.pairs, SKIPPED)
             return loss
-        if not grads:
+        if self.pairs and not grads:
             warnings.warn(NO_GRADIENT, stacklevel=4)
         self._say_plain(active)
         self._skip = None
         steps, fresh = self.param_groups[0].get(STEPS, 0), not self.state
-        if steps == 0:
-            check_unhooked(self.pairs)
+        self._hooked = check_unhooked_since(self.pairs, self._hooked)
         if self.scalar:
             self._scalar_step(active, steps, moving, *given)
         else:
@@ -372,8 +381,12 @@ class Wrapped(OwnPairs):
         return {**super().__getstate__(), **{name: getattr(self, name) for name in OPTIONS}}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        fresh = {"_skip": None, "_pending": None, "_again": None, "_built": True}
-        return _blank, (self.base,), {**self.__getstate__(), "_balanced": set(), "_told": set(), **fresh}
+        fresh = {"_hooked": -1, "_skip": None, "_pending": None, "_again": None, "_built": True}
+        return (
+            _blank,
+            (self.base,),
+            {**self.__getstate__(), "_balanced": set(), "_told": set(), "_seen": set(), **fresh},
+        )
 
 
 def _entries(optimizer: Optimizer, state_dict: dict[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
