@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import sys
 import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -22,6 +24,8 @@ TOLERANCE = 1e-3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show is no failure
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(prog="python -m reflora", description=__doc__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     examined = commands.add_parser("doctor", help="condition, balance and effective rank of a saved PEFT adapter")
@@ -82,6 +86,7 @@ def self_test(backend: str, device: torch.device) -> tuple[float, float]:
 
 def examine(folder: Path, out: Path | None, png: Path | None) -> int:
     try:
+        picture = doctor.picture_path(png) if png else None
         adapter = doctor.Adapter(folder)
         layers = adapter.layers()
         print(doctor.table(layers), end="\n\n")
@@ -92,9 +97,8 @@ def examine(folder: Path, out: Path | None, png: Path | None) -> int:
         if out:
             for line in doctor.outcome(adapter.write_balanced(out), out):
                 print(line)
-        if png:
-            doctor.draw(doctor.measured(layers), png)
-            print(f"wrote {png}")
+        if picture:
+            print(f"wrote {doctor.shown(doctor.draw(doctor.measured(layers), picture))}")
     except (OSError, ValueError, ImportError) as error:
         raise SystemExit(f"reflora doctor: {error}") from error
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +56,19 @@ def test_of_a_training_run_only_the_adapter_is_copied(
 
 
 def test_links_are_followed_and_dead_ones_left(saved: Path, tmp_path: Path) -> None:
-    """A snapshot in the Hub's cache is all links."""
+    """A snapshot in the Hub's cache is all relative links."""
     snapshot, out = tmp_path / "snapshot", tmp_path / "out"
     snapshot.mkdir()
+    (saved / "inner").mkdir()
+    (saved / "inner" / "notes.md").write_text("notes")
     for path in saved.iterdir():
-        (snapshot / path.name).symlink_to(path)
+        (snapshot / path.name).symlink_to(Path("..", saved.name, path.name))
     (snapshot / "gone").symlink_to(tmp_path / "nowhere")
+    (snapshot / "itself").symlink_to("itself")
     assert program.main(["doctor", str(snapshot), "--refactor", str(out)]) == 0
-    assert sorted(path.name for path in out.iterdir()) == [doctor.CONFIG, doctor.WEIGHTS]
-    assert not any(path.is_symlink() for path in out.iterdir())
+    assert sorted(path.name for path in out.iterdir()) == [doctor.CONFIG, doctor.WEIGHTS, "inner"]
+    assert (out / "inner" / "notes.md").read_text() == "notes"
+    assert not any(path.is_symlink() for path in out.rglob("*"))
 
 
 def test_what_cannot_be_balanced_stays(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,6 +91,102 @@ def test_what_cannot_be_balanced_stays(saved: Path, tmp_path: Path, capsys: pyte
         assert torch.equal(factor.nan_to_num(7), after[key].nan_to_num(7)) == ("experts" in key or ".0.q." in key), key
 
 
+def one_row_twice(tensors: dict[str, Tensor]) -> None:
+    tensors[A0][1] = tensors[A0][0]
+
+
+def nearly_cancelled(tensors: dict[str, Tensor]) -> None:
+    """B A is a thousandth of what its halves are: any rounding of these factors would move it."""
+    A, B = tensors[A0][:2], tensors[B0][:, :2]
+    tensors[A0] = torch.cat([A, A])
+    tensors[B0] = torch.cat([B, -(B + 1e-3 * torch.randn(10, 2))], dim=1)
+
+
+@pytest.mark.parametrize("spoil", [one_row_twice, nearly_cancelled], ids=lambda case: case.__name__)
+def test_a_degenerate_layer_is_copied_bit_for_bit(
+    spoil: Callable[[dict[str, Tensor]], None], saved: Path, tmp_path: Path
+) -> None:
+    change_tensors(spoil)(saved)
+    written = doctor.Adapter(saved).write_balanced(tmp_path / "out")
+    assert written.kept == {"degenerate": ["layers.0.q"]} and written.balanced == 2
+    assert 0 < written.moved < 1e-6
+    before, after = load_file(saved / doctor.WEIGHTS), load_file(tmp_path / "out" / doctor.WEIGHTS)
+    assert [key for key in before if torch.equal(before[key], after[key])] == [A0, B0]
+
+
+def test_ranks_above_a_layer_s_width_leave_all_as_it_is(saved: Path, tmp_path: Path) -> None:
+    def widen(tensors: dict[str, Tensor]) -> None:
+        for key, factor in tensors.items():
+            tensors[key] = torch.randn(14, 12) if "lora_A" in key else torch.randn(10, 14).to(factor.dtype)
+
+    change_tensors(widen)(saved)
+    change_config(r=14)(saved)
+    written = doctor.Adapter(saved).write_balanced(tmp_path / "out")
+    assert written.kept == {"degenerate": ["layers.0.q", "layers.0.v", "layers.1.q"]}
+    assert (written.balanced, written.moved) == (0, 0.0)
+    before, after = load_file(saved / doctor.WEIGHTS), load_file(tmp_path / "out" / doctor.WEIGHTS)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_degenerate_expert_stays_and_the_others_are_balanced(dtype: torch.dtype, saved: Path, tmp_path: Path) -> None:
+    path = "base_model.model.experts.lora"
+
+    def add(tensors: dict[str, Tensor]) -> None:
+        A, B = torch.randn(12, 9), 0.1 * torch.randn(7, 12)
+        A[5] = A[4]  # rows 4 to 7 are of the second expert, and columns 1, 4, 7, 10
+        tensors[f"{path}_A.weight"], tensors[f"{path}_B.weight"] = A.to(dtype), B.to(dtype)
+
+    change_tensors(add)(saved)
+    change_config(target_parameters=["experts.w"])(saved)
+    written = doctor.Adapter(saved).write_balanced(tmp_path / "out")
+    assert written.kept == {"degenerate": ["experts[1]"]} and written.balanced == 5
+    before, after = load_file(saved / doctor.WEIGHTS), load_file(tmp_path / "out" / doctor.WEIGHTS)
+    old_A, new_A = (tensors[f"{path}_A.weight"].unflatten(0, (3, 4)) for tensors in (before, after))
+    old_B, new_B = (tensors[f"{path}_B.weight"].unflatten(1, (4, 3)) for tensors in (before, after))
+    assert [torch.equal(old_A[e], new_A[e]) for e in range(3)] == [False, True, False]
+    assert [torch.equal(old_B[..., e], new_B[..., e]) for e in range(3)] == [False, True, False]
+    balance = {one.name: one.balance for one in doctor.Adapter(tmp_path / "out").layers()}
+    assert max(balance["experts[0]"], balance["experts[2]"]) < 4 * torch.finfo(dtype).eps < 0.1 < balance["experts[1]"]
+
+
+def link_to_itself(folder: Path) -> None:
+    (folder / "inner").mkdir()
+    (folder / "inner" / "loop").symlink_to(folder)
+
+
+UNCOPIED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a pipe": (lambda folder: os.mkfifo(folder / "pipe"), "pipe: expected a file or a folder, got a named pipe. Move"),
+    "a device": (lambda folder: (folder / "null").symlink_to("/dev/null"), "null: .* got a socket or device. Move"),
+    "a loop": (link_to_itself, "loop: .* got a link to a folder it lies in. Remove the link"),
+    "to be listed": (lambda folder: (folder / "locked").mkdir(), "locked: .* read, got Permission denied. Check"),
+    "a name": (lambda folder: (folder / "link").symlink_to("x" * 300), "link: .* read, got File name too long. Check"),
+    # opens, and fails when it is read, for root too
+    "at reading": (lambda folder: (folder / "README.md").symlink_to("/proc/self/mem"), "README.md: .* read, got .*Che"),
+}
+
+
+@pytest.mark.parametrize("case", UNCOPIED)
+def test_what_cannot_be_copied_is_named(
+    case: str, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listdir = os.listdir
+
+    def locked(path: Path) -> list[str]:
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied")
+        return listdir(path)
+
+    change, said = UNCOPIED[case]
+    change(saved)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+        patch.setattr(os, "listdir", locked)
+        program.main(["doctor", str(saved), "--refactor", str(tmp_path / "out")])
+    caught.match(f"^reflora doctor: .*adapter/.*{said}")
+    assert "--refactor" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
 PLACES = {
     "equal": (lambda folder: folder, "expected a folder outside of the adapter's"),
     "inside": (lambda folder: folder / "balanced", "expected a folder outside of the adapter's"),
@@ -94,6 +195,10 @@ PLACES = {
     "a file": (lambda folder: folder / ".." / "file", "expected a name not taken, got a file that is there"),
     "below a file": (
         lambda folder: folder.parent / "file" / "out",
+        "expected a folder to write, got a file on the way",
+    ),
+    "a loop on the way": (
+        lambda folder: folder / ".." / "loop" / "out",
         "expected a folder to write, got a file on the way",
     ),
     "unwritable": (lambda folder: Path("/proc/out"), "expected a folder to write"),
@@ -105,13 +210,14 @@ PLACES = {
 def test_where_out_cannot_be(place: str, saved: Path) -> None:
     (saved.parent / "file").write_text("mine")
     (saved.parent / "taken").mkdir()
+    (saved.parent / "loop").symlink_to("loop")
     where, said = PLACES[place]
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     with pytest.raises(SystemExit, match=f"^reflora doctor: --refactor .*{said}") as caught:
         program.main(["doctor", str(saved), "--refactor", str(where(saved))])
     assert len(str(caught.value)) < 300
     assert before == {path.name: path.read_bytes() for path in saved.iterdir()}
-    assert sorted(path.name for path in saved.parent.iterdir()) == ["adapter", "file", "taken"]
+    assert sorted(path.name for path in saved.parent.iterdir()) == ["adapter", "file", "loop", "taken"]
 
 
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "^C"])

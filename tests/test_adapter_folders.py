@@ -48,6 +48,10 @@ def without_r(folder: Path) -> None:
     (folder / doctor.CONFIG).write_text(json.dumps({k: v for k, v in CONFIG.items() if k != "r"}))
 
 
+def spelt_twice(key: str) -> Callable[[dict[str, Tensor]], None]:
+    return lambda tensors: tensors.update({key.removeprefix("base_model.model."): torch.ones_like(tensors[key])})
+
+
 def grouped(tensors: dict[str, Tensor]) -> None:
     for key in tensors:
         tensors[key] = torch.ones(4, 12, 3) if "lora_A" in key else torch.ones(10, 2, 1)
@@ -83,6 +87,8 @@ UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a kind to come": (change_config(peft_type="NEXT"), "peft_type: expected 'LORA', got 'NEXT'"),
     "a variant to come": (change_config(next_config={"x": 1}), "next_config: expected null, .* reflora knows nothing"),
     "a start to come": (change_config(init_lora_weights="next"), "init_lora_weights: expected a start"),
+    "A spelt twice": (change_tensors(spelt_twice(A0)), "layers.0.q, lora_A: expected one tensor, got two, .* save it"),
+    "B spelt twice": (change_tensors(spelt_twice(B0)), "layers.0.q, lora_B: expected one tensor, got two, .* save it"),
     "all grouped": (change_tensors(grouped), r"got none of 3 \(layers.0.q: grouped convolution\)"),
 }
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -131,6 +134,65 @@ def test_a_picture_without_matplotlib(saved: Path, tmp_path: Path, monkeypatch: 
     with pytest.raises(SystemExit, match="pip install matplotlib"):
         program.main(["doctor", str(saved), "--refactor", str(out), "--png", str(tmp_path / "adapter.png")])
     assert (out / "adapter_model.safetensors").exists()  # what needs no picture is done
+
+
+@pytest.mark.parametrize(("name", "written"), [("pic", "pic.png"), ("pic.PNG", "pic.PNG"), ("a\tb", "a\tb.png")])
+def test_a_picture_is_where_the_doctor_says(
+    name: str, written: str, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "p"
+    program.main(["doctor", str(saved), "--png", str(folder / name)])
+    assert [path.name for path in folder.iterdir()] == [written]
+    assert (folder / written).read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.splitlines()[-1] == f"wrote {doctor.shown(folder / written)}"
+
+
+NO_PICTURE: dict[str, tuple[Callable[[Path], str], str]] = {
+    "empty": (lambda _: "", r" \.: expected a file to write, got a folder"),
+    "a folder": (lambda place: f"{place}/dir.png", "dir.png: expected a file to write, got a folder that is there"),
+    "a folder with .png": (lambda place: f"{place}/dir", "dir: expected a file to write, got a folder that is there"),
+    "a pipe": (lambda place: f"{place}/pipe.png", "expected a file to write, got a pipe or device"),
+    "another kind": (
+        lambda place: f"{place}/pic.xyz",
+        "expected a name that ends in .png, got .xyz. Pass another FILE",
+    ),
+    "below a file": (lambda place: f"{place}/file/pic.png", "expected a file to write, got a file on the way"),
+}
+
+
+@pytest.mark.parametrize("case", NO_PICTURE)
+def test_a_picture_that_cannot_be_is_refused_first(
+    case: str, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "dir.png").mkdir()
+    (tmp_path / "file").write_text("mine")
+    os.mkfifo(tmp_path / "pipe.png")
+    where, said = NO_PICTURE[case]
+    arguments = ["doctor", str(saved), "--refactor", str(tmp_path / "out"), "--png", where(tmp_path)]
+    with pytest.raises(SystemExit, match=f"^reflora doctor: --png.*{said}"):
+        program.main(arguments)
+    assert capsys.readouterr().out == "" and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["/proc/pic.png", f"{'long' * 100}.png"], ids=["unwritable", "too long"])
+def test_a_picture_that_cannot_be_written(place: str, saved: Path) -> None:
+    with pytest.raises(SystemExit, match="^reflora doctor: --png .*: expected a file to write, got [A-Z].* FILE.$"):
+        program.main(["doctor", str(saved), "--png", place])
+
+
+def test_names_that_the_terminal_cannot_show(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {
+        key.replace("first", "pr\u0435mier"): factor for key, factor in load_file(saved / doctor.WEIGHTS).items()
+    }
+    save_file(tensors, saved / doctor.WEIGHTS, {"format": "pt"})
+    out, written = tmp_path / "\u4e2d", io.BytesIO()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252"))
+        assert program.main(["doctor", str(saved), "--refactor", str(out)]) == 0
+        sys.stdout.flush()
+        printed = written.getvalue().decode("cp1252")
+    assert (out / doctor.WEIGHTS).exists()
+    assert "\npr\\u0435mier " in printed and "\\u4e2d: 3 layers balanced" in printed
 
 
 def test_what_serves(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

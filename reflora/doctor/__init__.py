@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from math import isnan
 from pathlib import Path
 
-from ..contract import KAPPA_MAX, fail
 from .adapter import Adapter, Layer, Written
 from .folder import WEIGHTS
+from .picture import draw, picture_path
 from .rules import CONFIG, shown
 
-__all__ = ["CONFIG", "WEIGHTS", "Adapter", "Layer", "Written", "advice", "draw", "measured", "outcome", "summary"]
-__all__ += ["table"]
+__all__ = ["CONFIG", "WEIGHTS", "Adapter", "Layer", "Written", "advice", "draw", "measured", "outcome", "picture_path"]
+__all__ += ["shown", "summary", "table"]
 
 # a median stable rank up to this, of layers of at least this rank, is a collapse: of tuned trainings it is 1.5 to 10
 COLLAPSED, COLLAPSED_OF = 1.1, 4
@@ -93,38 +93,3 @@ def advice(layers: Sequence[Layer]) -> str:
         f"stable rank {median:.2f} in the median: nearly all of B A is one direction. The learning rate was low or the "
         "training short; with RefLoRA, warmup_steps=0 does this from B = 0 under Adam, and the default does not."
     )
-
-
-def draw(layers: Sequence[Layer], path: Path) -> None:
-    """Condition numbers, balance and effective rank over the layers, as a picture.
-
-    Raises ImportError without matplotlib and ValueError without layers.
-    """
-    if not layers:
-        fail(f"--png {shown(path)}", "layers with finite factors", "none", "There is nothing to draw.")
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("a picture needs matplotlib: pip install matplotlib") from error
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (top, middle, bottom) = pyplot.subplots(3, 1, sharex=True, figsize=(9, 6.5), layout="constrained")
-    place = range(len(layers))
-    top.semilogy(place, [one.condition_A for one in layers], ".", label="A", color="tab:blue")
-    top.semilogy(place, [one.condition_B for one in layers], ".", label="B", color="tab:orange")
-    top.axhline(KAPPA_MAX["float64"], color="grey", lw=0.8, ls="--", label="degenerate past this")
-    top.set(ylabel="condition number")
-    top.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
-    middle.semilogy(place, [one.balance for one in layers], ".", color="tab:green")
-    low, high = middle.get_ylim()
-    middle.set_ylim(min(low, 1e-2), max(high, 2.0))
-    middle.set(ylabel=r"$\|AA^\top - B^\top B\|\,/\,\|AA^\top\|$")
-    bottom.bar(place, [one.rank for one in layers], color="0.85", width=1.0, label="r")
-    bottom.bar(place, [one.effective_rank for one in layers], color="tab:blue", width=0.7, label="effective rank of BA")
-    bottom.set(xlabel="layer", ylabel="rank", xlim=(-0.7, len(layers) - 0.3))
-    bottom.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)

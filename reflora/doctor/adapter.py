@@ -13,7 +13,7 @@ from torch import Tensor
 from ..contract import DEGENERATE, REFACTORED, SKIPPED, LoRAPair, fail
 from ..functional import refactor_
 from .effect import allowed, moved
-from .folder import WEIGHTS, adapters_in, check_folder, check_place, read_tensors, write_copy
+from .folder import WEIGHTS, adapters_in, check_folder, check_place, contents, read_tensors, write_copy
 from .rules import CONFIG, read_config, read_rules, shown
 from .stored import Stored, read_stored
 
@@ -103,10 +103,11 @@ class Adapter:
     def write_balanced(self, out: Path) -> Written:
         """The folder again, with `A A^T = B^T B` in every layer that can be refactored, and the same B A.
 
-        Raises FileExistsError where `out` is there, and ValueError, with nothing written, where a layer would move by
-        more than the rounding of the stored type.
+        Raises FileExistsError where `out` is there, and ValueError, with nothing written, where the folder has what
+        cannot be copied, or a layer would move by more than the rounding of the stored type.
         """
         check_place(self.folder, out)
+        contents(self.folder)  # what cannot be copied is told of before the work
         copies = [_copy(pair) for pair in self.pairs]
         report = refactor_(copies)
         statuses = iter(zip(report.names, report.status.tolist()))
@@ -120,11 +121,14 @@ class Adapter:
             if any(status == SKIPPED for _, status in own):  # of experts all of them
                 kept[STATUS[SKIPPED]].append(one.name)
                 continue
-            for name, status in own:
-                if status != REFACTORED:
+            sound = sum(status == REFACTORED for _, status in own)
+            for (name, status), factors, old in zip(own, _factors(new), _factors(one.pair)):
+                if status != REFACTORED:  # refactor_ has scaled it by a number
                     kept[STATUS[int(status)]].append(name)
-            balanced += sum(status == REFACTORED for _, status in own)
-            worst = max(worst, self._replace(tensors, one, new))
+                    factors[0].copy_(old[0])
+                    factors[1].copy_(old[1])
+            balanced += sound
+            worst = max(worst, self._replace(tensors, one, new) if sound else 0.0)
         left_out = write_copy(self.folder, out, tensors, self.metadata)
         others = [name for name in adapters_in(self.folder) if name not in left_out]
         return Written(balanced, worst, dict(kept), left_out, others)

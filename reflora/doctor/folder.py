@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import NoReturn
 
 from torch import Tensor
 
@@ -77,14 +80,62 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
 
 def check_place(folder: Path, out: Path) -> None:
     """Raises FileExistsError where `out` is taken, ValueError where it lies in `folder`."""
-    inside = folder.resolve()
-    if inside in (out.resolve(), *out.resolve().parents):
+    inside, real = (Path(os.path.realpath(path)) for path in (folder, out))
+    if inside in (real, *real.parents):
         fail(f"--refactor {shown(out)}", "a folder outside of the adapter's", "one in it", "Pass another OUT.")
     if os.path.lexists(out):
         got = "a folder that is there" if out.is_dir() else "a file that is there"
         fail(f"--refactor {shown(out)}", "a name not taken", got, "Remove it or pass another OUT.", FileExistsError)
-    if not next((parent for parent in out.parents if parent.exists()), Path()).is_dir():
+    if below_a_file(out):
         fail(f"--refactor {shown(out)}", "a folder to write", "a file on the way", "Pass another OUT.")
+
+
+def below_a_file(path: Path) -> bool:
+    return not os.path.isdir(next(filter(os.path.lexists, path.parents), "."))
+
+
+def contents(folder: Path) -> tuple[list[Path], list[str]]:
+    """Folders and files beside the weights, a folder before what is in it, and the names of what is left out.
+
+    Links are followed, dead ones left. Raises ValueError for what cannot be copied.
+    """
+    names = _names(folder)
+    left_out = [name for name in names if any(fnmatch(name, one) for one in RUN + ELSEWHERE)]
+    above = (Path(os.path.realpath(folder)),)
+    return list(_below(folder, [name for name in names if name not in (*left_out, WEIGHTS)], above)), left_out
+
+
+def _below(place: Path, names: list[str], above: tuple[Path, ...]) -> Iterator[Path]:
+    for path in (place / name for name in names):
+        try:
+            mode = path.stat().st_mode
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ELOOP):
+                continue
+            _unreadable(path, error)
+        if stat.S_ISDIR(mode):
+            real = Path(os.path.realpath(path))
+            if any(one.is_relative_to(real) for one in above):
+                fail(shown(path), "a folder that ends", "a link to a folder it lies in", "Remove the link.")
+            yield path
+            yield from _below(path, _names(path), (*above, real))
+        elif stat.S_ISREG(mode):
+            yield path
+        else:
+            kind = "a named pipe" if stat.S_ISFIFO(mode) else "a socket or device"
+            fail(shown(path), "a file or a folder", kind, "Move it out of the adapter's folder.")
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        _unreadable(folder, error)
+
+
+def _unreadable(path: Path, error: OSError) -> NoReturn:
+    remedy = "Check its permissions, or move it out of the adapter's folder."
+    fail(shown(path), "what can be read", error.strerror, remedy)
 
 
 def write_copy(folder: Path, out: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> list[str]:
@@ -96,23 +147,40 @@ def write_copy(folder: Path, out: Path, tensors: Mapping[str, Tensor], metadata:
     from safetensors.torch import save_file
 
     check_place(folder, out)
-    left_out = sorted(p.name for p in folder.iterdir() if any(fnmatch(p.name, one) for one in RUN + ELSEWHERE))
+    paths, left_out = contents(folder)
     part = out.parent / f".{out.name[:100]}.{os.getpid()}.part"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        skipped = {*left_out, WEIGHTS}
-
-        def skip(place: str, names: list[str]) -> set[str]:
-            return skipped.intersection(names) if Path(place) == folder else set()
-
-        shutil.copytree(folder, part, ignore=skip, ignore_dangling_symlinks=True)
+        part.mkdir()
+        for path in paths:
+            _copy(path, part / path.relative_to(folder))
         save_file(dict(tensors), str(part / WEIGHTS), dict(metadata) if metadata else None)
         shutil.copymode(folder / WEIGHTS, part / WEIGHTS)  # safetensors writes for the owner alone
         part.rename(out)
     except (OSError, SafetensorError) as error:
-        reason = error.args[0][0][2] if isinstance(error, shutil.Error) else getattr(error, "strerror", None) or error
+        reason = getattr(error, "strerror", None) or error
         remedy = "Pass an OUT that can be written, with room for the adapter."
         fail(f"--refactor {shown(out)}", "a folder to write", shown(reason, 90), remedy, OSError)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return left_out
+
+
+def _copy(path: Path, copy: Path) -> None:
+    """Raises ValueError where `path` cannot be read, and OSError where `copy` cannot be written."""
+    if path.is_dir():
+        copy.mkdir()
+        return
+    with copy.open("wb") as file:
+        for chunk in _chunks(path):
+            file.write(chunk)
+    shutil.copystat(path, copy)
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                yield chunk
+    except OSError as error:
+        _unreadable(path, error)

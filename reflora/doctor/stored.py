@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..contract import STORAGE_DTYPES, LoRAPair
+from ..contract import STORAGE_DTYPES, LoRAPair, fail
 from ..integrations.peft import SCALED_INSIDE
 from .rules import Rules, shown
 
+PREFIX = "base_model.model."
 FACTORS = {"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}
 # tensors that need no change when A and B do: DoRA's magnitude, VeLoRA's projection of inputs
 BESIDE = ("lora_magnitude_vector", "lora_velora_embed")
@@ -29,7 +30,10 @@ class Stored:
 
 
 def read_stored(tensors: Mapping[str, Tensor], rules: Rules) -> list[Stored]:
-    """Every layer with an A or a B, by name, numbers in it as numbers."""
+    """Every layer with an A or a B, by name, numbers in it as numbers.
+
+    Raises ValueError where a factor is there twice, with PEFT's prefix and without it.
+    """
     found: dict[tuple[str, bool, str], list[str]] = defaultdict(lambda: ["", ""])
     unfit: dict[str, str] = {}
     for key in tensors:
@@ -39,11 +43,16 @@ def read_stored(tensors: Mapping[str, Tensor], rules: Rules) -> list[Stored]:
         if not marks:
             continue
         name, mark, tail = ".".join(parts[: marks[-1]]), parts[marks[-1]], parts[marks[-1] + 1 :]
-        name = name.removeprefix("base_model.model.")
+        name = name.removeprefix(PREFIX)
         embedding, weight = "embedding" in mark, tail[-1:] == ["weight"]
         adapter = tail[:-1] if weight else tail  # PEFT takes its name out
         if mark in FACTORS and weight != embedding and len(adapter) <= 1:
-            found[name, embedding, ".".join(adapter)][FACTORS[mark]] = key
+            factors, side = found[name, embedding, ".".join(adapter)], FACTORS[mark]
+            if factors[side]:
+                got = f"two, with {PREFIX} before the name and without it"
+                remedy = "PEFT reads the first: load the adapter with PeftModel.from_pretrained and save it again."
+                fail(f"{shown(name)}, {mark}", "one tensor", got, remedy)
+            factors[side] = key
         elif mark in SCALED_INSIDE:
             unfit[name] = f"{mark} stands between B and A"
         elif mark not in BESIDE and (mark, tail[-1:]) != ("lora_B", ["bias"]):
