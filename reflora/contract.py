@@ -36,8 +36,9 @@ REFACTORED, DEGENERATE, SKIPPED, PLAIN = 0, 1, 2, 3
 
 
 NO_GRADIENT = (
-    "no LoRA pair has a gradient in this step: nothing is trained. Was the model sharded, or its parameters replaced, "
-    "after the optimizer was made? Does a checkpointed block get inputs without one (enable_input_require_grads)?"
+    "no LoRA pair of the optimizer has a gradient in this step: none is trained. Is another adapter active? Was the "
+    "model sharded, or its parameters replaced, after the optimizer was made? Does a checkpointed block get inputs "
+    "without one (enable_input_require_grads)?"
 )
 
 
@@ -73,7 +74,7 @@ class LoRAPair:
     @property
     def experts(self) -> int:
         number = self.layout.removeprefix("experts(").removesuffix(")")
-        return int(number) if number.isdigit() else 1
+        return int(number) if number.isdecimal() and len(number) < 10 else 1
 
     @property
     def sharded(self) -> bool:
@@ -151,6 +152,7 @@ def named_pairs(pairs: Iterable[PairLike]) -> list[LoRAPair]:
             if not isinstance(tensor, Tensor):
                 got = type(tensor).__name__
                 fail(f"{pair.name}, {side}", "a torch.Tensor", got, "Pass the weights themselves.", TypeError)
+            check_shaped(f"{pair.name}, {side}", tensor)
         named.append(pair)
     return named
 
@@ -179,9 +181,20 @@ def check_pair(pair: LoRAPair, sharded: bool = False) -> None:
     _check_shapes(pair)
 
 
+def check_shaped(what: str, tensor: Tensor) -> None:
+    """A parameter of a lazy module has neither shape nor values before its first call."""
+    if isinstance(tensor, (torch.nn.UninitializedParameter, torch.nn.UninitializedBuffer)):
+        fail(what, "a tensor with a shape", type(tensor).__name__, "Call the model once: its modules are lazy.")
+
+
 def check_memory(what: str, tensor: Tensor) -> None:
     """What is read and written by its address has memory for each of its elements, which holds their values."""
     check_plain(what, tensor)
+    check_there(what, tensor)
+
+
+def check_there(what: str, tensor: Tensor) -> None:
+    """There is memory at every address of its elements."""
     try:
         storage = tensor.untyped_storage()
         # a fake tensor says that it is on a device, its storage that it is not
@@ -199,8 +212,20 @@ def check_plain(what: str, tensor: Tensor) -> None:
     """Memory holds the values themselves, each in a place of its own."""
     if tensor.is_neg():
         fail(what, "the values themselves in memory", "their negatives (is_neg)", "Call .resolve_neg() first.")
+    check_places(what, tensor)
+
+
+def check_places(what: str, tensor: Tensor) -> None:
+    """Each element has a place of its own."""
     if overlaps_itself(tensor):
         fail(what, "a tensor whose elements do not share memory", f"strides {tensor.stride()}", "Call .clone().")
+
+
+def check_writable(what: str, tensor: Tensor) -> None:
+    """torch writes what was made in inference mode nowhere else."""
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        remedy = "Call under torch.inference_mode(), or pass a clone() made outside of it."
+        fail(what, "a tensor that can be written here", "one made in inference mode", remedy, RuntimeError)
 
 
 def _check_shapes(pair: LoRAPair) -> None:
@@ -214,7 +239,7 @@ def _check_shapes(pair: LoRAPair) -> None:
     elif layout == "conv":
         ok = A.dim() > 2 and B.dim() > 2 and A.shape[0] == B.shape[1] and B.shape[2:].numel() == 1
         expected = "A [r, in, *kernel] and B [n_out, r, 1, ...]"
-    elif re.fullmatch(r"experts\([1-9]\d*\)", layout):
+    elif re.fullmatch(r"experts\([1-9]\d{0,8}\)", layout):
         E = pair.experts
         ok = A.dim() in (2, 3) and B.dim() in (2, 3) and (A.shape[0] == E if A.dim() == 3 else A.shape[0] % E == 0)
         r = A.shape[1] if A.dim() == 3 else A.shape[0] // E
@@ -251,6 +276,17 @@ def _check_cut(pair: LoRAPair) -> None:
             fail(f"{pair.name}, {side}", "expert factors that are not cut across experts", cut, remedy)
 
 
+# how many GradientHooks have been made, in a list so that all read the same
+HOOKED = [0]
+
+
+def check_unhooked_since(pairs: Iterable[LoRAPair], seen: int) -> int:
+    """As `check_unhooked`, where more of them have been made than were `seen`. Returns how many there are."""
+    if HOOKED[0] != seen:
+        check_unhooked(pairs)
+    return HOOKED[0]
+
+
 def check_unhooked(pairs: Iterable[LoRAPair]) -> None:
     """Raises ValueError where GradientHooks precondition already: S would be applied twice."""
     for pair in pairs:
@@ -259,13 +295,13 @@ def check_unhooked(pairs: Iterable[LoRAPair]) -> None:
             fail(pair.name, "gradients that nothing preconditions yet", "reflora.GradientHooks on the model", remedy)
 
 
-def check_disjoint(named: Sequence[tuple[str, Tensor]]) -> None:
+def check_disjoint(named: Sequence[tuple[str, Tensor]], error: type[Exception] = ValueError) -> None:
     """No two of these may share memory: each is written once a step."""
     found = shared([tensor for _, tensor in named])
     if found:
         (first, _), (second, _) = named[found[0]], named[found[1]]
         remedy = "Pass a tied or shared adapter once, and gradients of their own."
-        fail(second, "memory of its own", f"memory shared with {first}", remedy)
+        fail(second, "memory of its own", f"memory shared with {first}", remedy, error)
 
 
 def check_backend(backend: str | None) -> None:

@@ -23,6 +23,8 @@ from .contract import (
     check_plain,
     check_precision,
     check_scalar,
+    check_shaped,
+    check_writable,
     fail,
     named_pairs,
 )
@@ -55,21 +57,36 @@ def refactor_(
     Raises:
         TypeError: no tensors, an unsupported dtype.
         ValueError: shapes that do not match, factors that overlap, two devices or dtypes in a pair.
-        RuntimeError: the backend cannot serve the device, with the reason.
+        RuntimeError: the backend cannot serve the device, with the reason; factors made in inference mode, outside it.
     """
     _check_options(scalar, backend, precision)
     if torch.compiler.is_compiling():
         named = named_pairs(pairs)
-        results = ops.refactor_(*_flat(named), scalar, backend or "", precision) if named else None
-        return _reported(named, results)
+        if not named:
+            return _reported(named, None)
+        factors, layouts = _flat(named)
+        checked = ops.checked(factors, [], None, layouts)
+        return _reported(named, ops.refactor_(factors, layouts, scalar, backend or "", precision, checked))
+    return _refactor(_writable_pairs(pairs), scalar, backend, precision)
+
+
+def _writable_pairs(pairs: Iterable[PairLike]) -> list[LoRAPair]:
     checked = as_pairs(pairs)
+    for pair in checked:
+        check_writable(f"{pair.name}, A", pair.A)
+        check_writable(f"{pair.name}, B", pair.B)
+    return checked
+
+
+def _refactor(pairs: list[LoRAPair], scalar: bool, backend: str | None, precision: str) -> Diagnostics:
+    """Of pairs that have been checked."""
 
     def run(plan: Plan) -> Tensor:
         results = resolve(backend, plan.device).refactor(plan, scalar, precision)
         mark_written([t for pair in plan.pairs for t in (pair.A, pair.B)])
         return results
 
-    return over_devices(checked, run)
+    return over_devices(pairs, run)
 
 
 def precondition_(
@@ -105,13 +122,23 @@ def precondition_(
         sides = grads_of(named, grads)
         both = [index for index, (a, b) in enumerate(sides) if a is not None and b is not None]
         flat = [g.detach() for index in both for g in sides[index] if g is not None]
+        if not named:
+            return _reported(named, None)
         factors, layouts = _flat(named)
-        results = ops.precondition_(factors, flat, both, layouts, scalar, backend or "", precision) if named else None
+        done = ops.checked(factors, flat, both, layouts)
+        results = ops.precondition_(factors, flat, both, layouts, scalar, backend or "", precision, done)
         return _reported(named, results)
     checked = as_pairs(pairs)
     given = grads_of(checked, grads)
     check_grads_apart(checked, given)
-    by_id = {id(pair): pair_grads for pair, pair_grads in zip(checked, given)}
+    return _precondition(checked, given, scalar, backend, precision)
+
+
+def _precondition(
+    pairs: list[LoRAPair], grads: Grads, scalar: bool, backend: str | None, precision: str
+) -> Diagnostics:
+    """Of pairs and gradients that have been checked."""
+    by_id = {id(pair): pair_grads for pair, pair_grads in zip(pairs, grads)}
 
     def run(plan: Plan) -> Tensor:
         plan.bind_grads([by_id[id(pair)] for pair in plan.pairs])
@@ -119,7 +146,7 @@ def precondition_(
         mark_written([g for pair in plan.pairs for g in by_id[id(pair)] if g is not None])
         return results
 
-    return over_devices(checked, run)
+    return over_devices(pairs, run)
 
 
 def _check_options(scalar: bool, backend: str | None, precision: str) -> None:
@@ -158,6 +185,7 @@ def check_grads(pairs: Sequence[LoRAPair], grads: Grads) -> None:
 def check_grad(what: str, factor: Tensor, grad: Tensor) -> None:
     if not isinstance(grad, Tensor):
         fail(what, "a torch.Tensor or None", type(grad).__name__, "Pass the gradients themselves.", TypeError)
+    check_shaped(what, grad)
     if grad.layout != torch.strided or grad.is_nested:
         fail(what, "a dense tensor", f"{type(grad).__name__} ({grad.layout})", "Call .to_dense() first.")
     want, got = (factor.shape, factor.dtype, factor.device), (grad.shape, grad.dtype, grad.device)
@@ -177,6 +205,7 @@ def check_grads_apart(pairs: Sequence[LoRAPair], grads: Grads) -> None:
             given = [(f"{pair.name}, gradient of A", gA), (f"{pair.name}, gradient of B", gB)]
             for what, grad in given:
                 check_memory(what, grad)
+                check_writable(what, grad)
             named += given
     check_disjoint(named)
 
@@ -227,11 +256,45 @@ def _ordered(found: Diagnostics, device: torch.device) -> Tensor:
     return torch.stack([rows[number] for number in found.order])
 
 
+def _given(pairs: list[LoRAPair], grads: list[Tensor], both: list[int]) -> Grads:
+    """Gradients of the pairs numbered `both`, in turns, as one `(gA, gB)` a pair."""
+    given: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(pairs)
+    if len(grads) != 2 * len(both) or sorted({*both} & {*range(len(pairs))}) != sorted(both):
+        expected = f"gA and gB for each of {len(both)} pairs, numbered below {len(pairs)}"
+        fail("grads", expected, f"{len(grads)} for {both}", "Number each pair with gradients once.")
+    for place, index in enumerate(both):
+        given[index] = (grads[2 * place], grads[2 * place + 1])
+    return given
+
+
+@torch.library.custom_op(add_op_namespace_prefix("checked"), mutates_args=(), tags=OP_TAGS)
+def _checked_op(factors: list[Tensor], grads: list[Tensor], both: list[int] | None, layouts: str) -> Tensor:
+    """What the operators below would check: a graph may hand them copies, which share no memory.
+
+    both: None where it is the factors that are written. The result is empty. They take it, so that a graph keeps this
+    call and has it come first.
+    """
+    if both is None:
+        _writable_pairs(_unflat(factors, layouts))
+    else:
+        pairs = as_pairs(_unflat(factors, layouts))
+        given = _given(pairs, grads, both)
+        check_grads(pairs, given)
+        check_grads_apart(pairs, given)
+    return torch.empty(0, dtype=torch.float32, device=_device(factors))
+
+
 @torch.library.custom_op(add_op_namespace_prefix("refactor_"), mutates_args=("factors",), tags=OP_TAGS)
-def _refactor_op(factors: list[Tensor], layouts: str, scalar: bool, backend: str, precision: str) -> Tensor:
-    """factors: A and B of each pair in turns. Returns float64 `[rows, REPORTED]` (reflora/plan.py)."""
-    found = refactor_(_unflat(factors, layouts), scalar, backend or None, precision)
-    return _ordered(found, _device(factors))
+def _refactor_op(
+    factors: list[Tensor], layouts: str, scalar: bool, backend: str, precision: str, checked: Tensor | None = None
+) -> Tensor:
+    """factors: A and B of each pair in turns. Returns float64 `[rows, REPORTED]` (reflora/plan.py).
+
+    checked: of the operator of that name; None: not yet.
+    """
+    pairs = _unflat(factors, layouts)
+    run = refactor_ if checked is None else _refactor
+    return _ordered(run(pairs, scalar, backend or None, precision), _device(factors))
 
 
 @torch.library.custom_op(add_op_namespace_prefix("precondition_"), mutates_args=("grads",), tags=OP_TAGS)
@@ -243,25 +306,42 @@ def _precondition_op(
     scalar: bool,
     backend: str,
     precision: str,
+    checked: Tensor | None = None,
 ) -> Tensor:
     """grads: of A and B in turns, of the pairs numbered `both`. Returns as `reflora::refactor_`."""
     pairs = _unflat(factors, layouts)
-    given: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(pairs)
-    if len(grads) != 2 * len(both) or sorted({*both} & {*range(len(pairs))}) != sorted(both):
-        expected = f"gA and gB for each of {len(both)} pairs, numbered below {len(pairs)}"
-        fail("grads", expected, f"{len(grads)} for {both}", "Number each pair with gradients once.")
-    for place, index in enumerate(both):
-        given[index] = (grads[2 * place], grads[2 * place + 1])
-    return _ordered(precondition_(pairs, given, scalar, backend or None, precision), _device(factors))
+    run = precondition_ if checked is None else _precondition
+    return _ordered(run(pairs, _given(pairs, grads, both), scalar, backend or None, precision), _device(factors))
 
 
 def _device(factors: list[Tensor]) -> torch.device:
     return factors[0].device if factors else torch.device("cpu")
 
 
+@_checked_op.register_fake
+def _(factors: list[Tensor], grads: list[Tensor], both: list[int] | None, layouts: str) -> Tensor:
+    _break_where_shared(factors, grads)
+    return torch.empty(0, dtype=torch.float32, device=_device(factors))
+
+
 @_refactor_op.register_fake
+def _(factors: list[Tensor], layouts: str, *_: object) -> Tensor:
+    _break_where_shared(factors, [])
+    return _table(factors, layouts)
+
+
 @_precondition_op.register_fake
-def _(factors: list[Tensor], *args: object) -> Tensor:
-    layouts = next(arg for arg in args if isinstance(arg, str))
+def _(factors: list[Tensor], grads: list[Tensor], both: list[int], layouts: str, *_: object) -> Tensor:
+    _break_where_shared(factors, grads)
+    return _table(factors, layouts)
+
+
+def _break_where_shared(factors: list[Tensor], grads: list[Tensor]) -> None:
+    """NotImplementedError of a fake implementation breaks the graph, and the error comes as it does eagerly."""
+    named = [(f"pair {place // 2}, {'AB'[place % 2]}", t) for place, t in enumerate(factors)]
+    check_disjoint([*named, *((f"gradient {place}", t) for place, t in enumerate(grads))], NotImplementedError)
+
+
+def _table(factors: list[Tensor], layouts: str) -> Tensor:
     rows = sum(pair.experts for pair in _unflat(factors, layouts))
     return torch.empty(rows, REPORTED, dtype=torch.float64, device=_device(factors))

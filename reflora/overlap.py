@@ -7,6 +7,7 @@ from math import gcd
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 # so many numbers are tried for one question; what is not settled by then counts as shared
 TRIES = 20_000
@@ -15,8 +16,8 @@ Term = tuple[int, int]
 
 
 def extent(t: Tensor) -> tuple[int, int]:
-    """Addresses of the first byte of a dense tensor, and past its last."""
-    first = t.data_ptr()
+    """Addresses of the first byte of a dense tensor, and past its last; of a fake one, within its storage."""
+    first = int(t.storage_offset()) * t.element_size() if isinstance(t, FakeTensor) else t.data_ptr()
     if t.is_contiguous():
         return first, first + t.nbytes
     elements = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride())) if t.numel() else 0
@@ -37,15 +38,22 @@ def overlaps_itself(t: Tensor) -> bool:
 
 
 def shared(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
-    """Numbers of two tensors that share memory; None where each has its own. None of them overlaps itself."""
-    spans: dict[torch.device, list[tuple[int, int, int]]] = {}
+    """Numbers of two tensors that share memory; None where each has its own. None of them overlaps itself.
+
+    Fake tensors, those of a graph as it is traced, share a storage where the real ones do.
+    """
+    places: dict[torch.device | int, list[int]] = {}
     for number, t in enumerate(tensors):
-        spans.setdefault(t.device, []).append((*extent(t), number))
-    for found in spans.values():
-        for cluster in _clusters(sorted(found)):
-            for i, j in _candidates(tensors, cluster):
-                if _meet(tensors[i], tensors[j]):
-                    return min(i, j), max(i, j)
+        place = t.untyped_storage()._cdata if isinstance(t, FakeTensor) else t.device
+        places.setdefault(place, []).append(number)
+    for numbers in places.values():
+        if len(numbers) == 1:  # the size of a fake one may be unknown
+            continue
+        for cluster in _clusters(sorted((*extent(tensors[number]), number) for number in numbers)):
+            for family in _families(tensors, cluster):
+                for i, j in _candidates(tensors, family):
+                    if _meet(tensors[i], tensors[j]):
+                        return min(i, j), max(i, j)
     return None
 
 
@@ -60,6 +68,19 @@ def _clusters(spans: list[tuple[int, int, int]]) -> Iterator[list[tuple[int, int
         top = max(top, end)
     if len(spans) - first > 1:
         yield spans[first:]
+
+
+def _families(tensors: Sequence[Tensor], cluster: list[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:
+    """The cluster in parts that cannot meet: by addresses modulo what divides every stride, elements stay in place."""
+    own = [tensors[number] for _, _, number in cluster]
+    common = gcd(*(s * t.element_size() for t in own for s, n in zip(t.stride(), t.shape) if n > 1))
+    inside = [(begin % common, begin % common + t.element_size()) for t, (begin, _, _) in zip(own, cluster) if common]
+    if not inside or max(end for _, end in inside) > common:
+        yield cluster
+        return
+    numbered = sorted((begin, end, place) for place, (begin, end) in enumerate(inside))
+    for family in _clusters(numbered):
+        yield from _clusters([cluster[place] for place in sorted(place for _, _, place in family)])
 
 
 def _candidates(tensors: Sequence[Tensor], cluster: list[tuple[int, int, int]]) -> Iterator[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import needs_compiler
 
 import reflora
 from reflora.contract import PLAIN, LoRAPair
@@ -114,6 +115,76 @@ def test_one_gradient_of_two():
     before = lone[0][0].clone()
     found = torch.compile(precondition([pair(), pair()], lone), backend="eager", fullgraph=True)()
     assert found.status.tolist() == [PLAIN, 0] and torch.equal(lone[0][0], before)
+
+
+def refactor_two(a, b, c, d):
+    return reflora.refactor_([(a, b), (c, d)]).status
+
+
+def made_inside(t, b, d):
+    x = 2 * t
+    return refactor_two(x[:40].view(4, 10), b, x[39:79].view(4, 10), d)
+
+
+def precondition_two(a, b, c, d, *grads):
+    return reflora.precondition_([(a, b), (c, d)], [grads[:2], grads[2:]]).status
+
+
+BUFFER, SQUARE, GRADS = torch.randn(100), torch.randn(4, 4), like(ONE[0])
+# name: (function, its tensors)
+SHARED = {
+    "A of two pairs": (lambda a, b, c: refactor_two(a, b, a, c), (A, B, B + 1)),
+    "views that meet": (refactor_two, (BUFFER[:40].view(4, 10), B, BUFFER[39:79].view(4, 10), B + 1)),
+    "a square twice": (lambda a, b: reflora.refactor_([(a, b)]).status, (SQUARE, SQUARE)),
+    "made in the graph": (made_inside, (BUFFER, B, B + 1)),
+    "its own factor": (precondition_two, (A, B, *pair(), A, GRADS[1], *like(ONE[0]))),
+    "gradients of two pairs": (precondition_two, (A, B, *pair(), *GRADS, *GRADS)),
+}
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=needs_compiler)])
+@pytest.mark.parametrize("case", SHARED)
+def test_shared_memory_is_seen_past_the_copies_of_a_graph(case, backend):
+    """Functionalisation hands an operator copies of what it writes, which share nothing any more."""
+    function, given = SHARED[case]
+    before = [t.clone() for t in given]
+    for call in (function, torch.compile(function, backend=backend)):
+        with pytest.raises(ValueError, match="expected memory of its own, got memory shared with pair 0") as told:
+            call(*given)
+        assert str(told.value).startswith("pair ") and all(map(torch.equal, given, before))
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="memory shared with pair 0|memory shared with gradient"):
+        torch.compile(function, backend=backend, fullgraph=True)(*given)
+    assert all(map(torch.equal, given, before))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "eager"])
+def test_views_that_meet_in_a_graph_made_for_others(backend):
+    call = torch.compile(refactor_two, backend=backend, fullgraph=True)
+    call(*pair(), *pair())
+    before = BUFFER.clone()
+    with pytest.raises(ValueError, match="pair 1, A: expected memory of its own, got memory shared with pair 0, A"):
+        call(BUFFER[:40].view(4, 10), B.clone(), BUFFER[39:79].view(4, 10), B.clone())
+    assert torch.equal(BUFFER, before)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "eager"])
+def test_slices_of_one_buffer_are_one_graph(backend):
+    """Column slices side by side and in turns."""
+    ends = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        of_A, of_B = torch.randn(4, 20), torch.randn(6, 8)
+        call = lambda x, y: reflora.refactor_([(x[:, :10], y[:, ::2]), (x[:, 10:], y[:, 1::2])]).status  # noqa: E731
+        (torch.compile(call, backend=backend, fullgraph=True) if compiled else call)(of_A, of_B)
+        ends.append((of_A, of_B))
+    assert all(map(torch.equal, *ends))
+
+
+def test_operators_by_hand_break_a_graph_as_well():
+    call = torch.compile(lambda a, b: torch.ops.reflora.refactor_([a, b, a, b], "linear;linear", False, "", "float64"))
+    with pytest.raises(ValueError, match="memory shared with pair 0"):
+        call(A, B)
 
 
 OPERATOR_CALLS = {

@@ -37,6 +37,8 @@ BAD_PAIRS = {
     "no layout": ([LoRAPair("x", *pair(), layout=None)], TypeError, "pair 0, layout: expected text, got NoneType"),
     "no name": ([LoRAPair(7, *pair())], TypeError, "pair 0, name: expected text, got int"),
     "unknown layout": ([LoRAPair("x", *pair(), "experts")], ValueError, "experts"),
+    "too many experts": ([LoRAPair("x", *pair(), f"experts({'9' * 5000})")], ValueError, r"got 'experts\(999"),
+    "experts that are no number": ([LoRAPair("x", *pair(), "experts(\u00b2)")], ValueError, "layout 'linear'"),
     "expert count": ([LoRAPair("x", *pair(), "experts(3)")], ValueError, r"A \[3 \* r, n_in\]"),
 }
 

@@ -178,6 +178,19 @@ def test_rounding_of_a_long_singular_gram_is_not_taken_for_an_S(fast_backend):
     assert (statuses_of_singular_grams((2, 4, 8), 11008, 40, fast_backend) == DEGENERATE).all()
 
 
+def test_a_rank_that_is_tiny_is_there(fast_backend):
+    """Its squares are too small for float32, of which the Grams may be; the layer is no smaller one."""
+    A, B = spectrum_pair(6, 40, 30, 2.0, 2.0)
+    A[2] *= 1e-24
+    B[:, 2] *= 1e-24
+    grads = [(torch.randn_like(A), torch.randn_like(B))]
+    found = precondition_([(A, B)], grads, precision="float32", backend=fast_backend)
+    assert found.status.tolist() == [DEGENERATE] and float(found.condition_A[0]) > 1e4
+    A[2], B[:, 2] = 0, 0
+    found = precondition_([(A, B)], grads, precision="float32", backend=fast_backend)
+    assert found.status.tolist() == [REFACTORED] and float(found.condition_A[0]) < 100
+
+
 def test_every_backend_decides_alike():
     pairs = [(A.clone(), B.clone()) for (A, B), _ in degenerate_pairs(8, torch.float32).values()]
     seen = {}

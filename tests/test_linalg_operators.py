@@ -62,6 +62,8 @@ def test_bad_out():
     w, V = torch.empty(2, 3, dtype=DOUBLE), torch.empty(2, 3, 3, dtype=DOUBLE)
     with pytest.raises(TypeError, match="eigh, out: expected 2 tensors"):
         linalg.eigh(X, out=w)
+    with pytest.raises(TypeError, match="svd, out: expected 3 tensors, got 1"):
+        linalg.svd(X, out=(V,))
     with pytest.raises(ValueError, match=r"out\[0\]: expected \(2, 3\)"):
         linalg.eigh(X, out=(V, V))
     with pytest.raises(ValueError, match=r"out\[1\]: expected .* torch.float64"):

@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import reflora
-from reflora import RefLoRAAdamW
+from reflora import RefLoRAAdamW, linalg
 from reflora.contract import LoRAPair
 from reflora.plan import Plan
 
@@ -117,6 +117,113 @@ def test_a_step_whose_factor_was_freed(fast_backend):
     factors[0].untyped_storage().resize_(0)
     with pytest.raises(ValueError, match="memory of its own"):
         optimizer.step()
+
+
+LINALG = {
+    "eigh": (linalg.eigh, (None, "", "float64")), "eigvalsh": (linalg.eigvalsh, ("", "float64")),
+    "svd": (linalg.svd, ("", "float64")), "polar": (linalg.polar, ("", "float64")),
+    "geometric_mean": (lambda X, **options: linalg.geometric_mean(X, torch.eye(4), **options), None),
+    "sqrtm": (linalg.sqrtm, (False, "", "float64")), "invsqrtm": (linalg.invsqrtm, None),
+    "inv_root": (lambda X, **options: linalg.inv_root(X, 4, eps=1e-3, **options), (4.0, 1e-3, "", "float64")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LINALG)
+def test_linalg_reads_and_writes_no_memory_that_is_not_there(fast_backend, name):
+    function, arguments = LINALG[name]
+    results = function(torch.eye(4), backend=fast_backend)
+    whole = isinstance(results, torch.Tensor)
+    for left in (0, 8):
+        X = freed(4, 4, left=left)
+        half = torch.randn(4, 4).half()
+        half.untyped_storage().resize_(left)
+        calls = [lambda X=X: function(X, backend=fast_backend), lambda X=half: function(X.requires_grad_())]
+        if arguments:
+            calls.append(lambda X=X: getattr(torch.ops.reflora, name)(X, *arguments))
+        for place in range(1 if whole else len(results)):
+            out = [torch.full_like(t, 7.0) for t in ((results,) if whole else results)]
+            out[place].untyped_storage().resize_(left)
+            calls.append(lambda out=out: function(torch.eye(4), out=out[0] if whole else out, backend=fast_backend))
+        for call in calls:
+            with pytest.raises(ValueError, match=f"{name}.*: expected a tensor with memory of its own"):
+                call()
+    with pytest.raises(ValueError, match="elements do not share memory"):
+        out = [t.flatten()[0].expand(t.shape) for t in ((results,) if whole else results)]
+        function(torch.eye(4), out=out[0] if whole else out, backend=fast_backend)
+
+
+def test_second_matrices_of_linalg():
+    calls = {
+        "V0": lambda V: linalg.eigh(torch.eye(4), V0=V), "Y": lambda Y: linalg.geometric_mean(torch.eye(4), Y),
+    }  # fmt: skip
+    ops = torch.ops.reflora
+    calls["V0 "] = lambda V: ops.eigh(torch.eye(4), V, "", "float64")
+    calls["Y "] = lambda Y: ops.geometric_mean(torch.eye(4), Y, "", "float64")
+    for name, call in calls.items():
+        for left in (0, 8):
+            with pytest.raises(ValueError, match=f"{name.strip()}: expected a tensor with memory"):
+                call(freed(4, 4, left=left))
+        if not name.endswith(" "):
+            with pytest.raises(ValueError, match=f"{name}: expected a dense tensor"):
+                call(torch.eye(4).to_sparse())
+
+
+def test_linalg_reads_what_is_expanded_or_negated(fast_backend):
+    X = torch.eye(3) + 1
+    wanted = linalg.sqrtm(X, backend=fast_backend)
+    assert torch.equal(linalg.sqrtm(X.expand(5, 3, 3), backend=fast_backend)[4], wanted)
+    lie = torch.complex(X, -X).conj().imag
+    assert lie.is_neg() and torch.equal(linalg.sqrtm(lie, backend=fast_backend), wanted)
+
+
+def inference(*shape):
+    with torch.inference_mode():
+        return torch.randn(*shape)
+
+
+def test_inference_tensors_are_written_in_inference_mode_alone(backend):
+    ends = {}
+    kinds = {"outside": torch.randn, "inside": inference}
+    for kind, make in kinds.items():
+        torch.manual_seed(0)
+        pairs = [(torch.randn(4, 10), torch.randn(6, 4)), (make(4, 10), make(6, 4))]
+        grads = [(torch.randn(4, 10), torch.randn(6, 4)), (make(4, 10), make(6, 4))]
+        out = make(3, 3)
+        told = [t for both in (*pairs, *grads) for t in both]
+        before = [t.clone() for t in told]
+        calls = [
+            lambda: reflora.refactor_(pairs, backend=backend),  # noqa: B023
+            lambda: reflora.precondition_(pairs, grads, backend=backend),  # noqa: B023
+            lambda: linalg.sqrtm(2 * torch.eye(3), out=out, backend=backend),  # noqa: B023
+        ]
+        if kind == "inside":
+            for call in calls:
+                with pytest.raises(RuntimeError, match="made in inference mode. Call under torch.inference_mode"):
+                    call()
+            assert all(map(torch.equal, told, before))
+        with torch.inference_mode(kind == "inside"):
+            for call in calls:
+                call()
+        ends[kind] = [*told, out]
+    assert all(map(torch.equal, *ends.values()))
+
+
+def test_inference_factors_may_be_read_anywhere(fast_backend):
+    pair, grads = (inference(4, 10), inference(6, 4)), (torch.randn(4, 10), torch.randn(6, 4))
+    assert reflora.precondition_([pair], [grads], backend=fast_backend).refactored == 1
+
+
+def test_parameters_of_lazy_modules():
+    lazy, A, B = torch.nn.UninitializedParameter(), torch.randn(4, 10), torch.randn(6, 4)
+    calls = [
+        lambda: reflora.refactor_([(lazy, B)]), lambda: reflora.refactor_([(A, lazy)]),
+        lambda: reflora.precondition_([(A, B)], [(lazy, B.clone())]), lambda: linalg.eigh(lazy),
+        lambda: linalg.geometric_mean(torch.eye(3), lazy), lambda: linalg.sqrtm(torch.eye(3), out=lazy),
+        lambda: torch.compile(lambda: reflora.refactor_([(lazy, B)]), backend="eager")(),
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(ValueError, match="expected a tensor with a shape, got UninitializedParameter"):
+            call()
 
 
 def test_the_table_takes_no_null():

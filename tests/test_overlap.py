@@ -122,13 +122,16 @@ def test_a_lone_gradient_may_lie_anywhere(fast_backend):
     assert reflora.precondition_([(A, B)], [(A, None)], backend=fast_backend).inactive == 1
 
 
-@pytest.mark.parametrize("of", ["their own", "columns of one buffer", "rows in turns"])
+@pytest.mark.parametrize("of", ["their own", "columns of one buffer", "rows in turns", "columns in turns"])
 def test_thousands_are_checked_in_no_time(of):
     if of == "their own":
         tensors = [torch.empty(8, 16) for _ in range(2000)]
     elif of == "rows in turns":
         buffer = torch.empty(8 * 2000, 16)
         tensors = [buffer[i::2000] for i in range(2000)]
+    elif of == "columns in turns":
+        buffer = torch.empty(8, 16 * 2000)
+        tensors = [buffer[:, i::2000] for i in range(2000)]
     else:
         tensors = list(torch.empty(8, 16 * 2000).split(16, 1))
     took = []

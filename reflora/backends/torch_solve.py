@@ -21,12 +21,14 @@ class Gram(NamedTuple):
     """Gram of factors `[b, r, n]` over its trace, that of a zero or non-finite factor replaced by I.
 
     norm: Frobenius norms `[b]`, float64. usable: whether the factor is finite and not zero. n: its other side.
+    empty: which rows of a usable factor are 0 `[b, r]`; squares of others may be too small for the compute type.
     """
 
     unit: Tensor
     norm: Tensor
     usable: Tensor
     n: int
+    empty: Tensor
 
 
 class Cholesky(NamedTuple):
@@ -56,7 +58,8 @@ class Solution(NamedTuple):
 
 def gram(X: Tensor, compute: torch.dtype) -> Gram:
     """X `[b, r, n]` of any storage type. Powers of two keep its squares inside the range of the compute type."""
-    top = X.abs().amax((1, 2)).double()
+    tops = X.abs().amax(2)
+    top = tops.amax(1).double()
     usable = top.isfinite() & (top > 0)
     exponent = torch.frexp(top.where(usable, torch.ones_like(top))).exponent.clamp(-1000, 1000)
     scaled = torch.ldexp(X.double(), -exponent.view(-1, 1, 1)).to(compute)
@@ -65,12 +68,12 @@ def gram(X: Tensor, compute: torch.dtype) -> Gram:
     norm = torch.ldexp(trace.double().sqrt(), exponent).where(usable, top)
     eye = torch.eye(X.shape[1], dtype=compute, device=X.device)
     unit = (G / trace.view(-1, 1, 1)).where(usable.view(-1, 1, 1), eye)
-    return Gram(unit, norm, usable, X.shape[2])
+    return Gram(unit, norm, usable, X.shape[2], (tops == 0) & usable[:, None])
 
 
 def absent(a: Gram, b: Gram) -> Tensor:
     """Which ranks are 0 in both factors, `[b, r]`."""
-    return (a.unit.diagonal(dim1=1, dim2=2) == 0) & (b.unit.diagonal(dim1=1, dim2=2) == 0)
+    return a.empty & b.empty
 
 
 def cholesky(G: Gram, weight: Tensor | None, missing: Tensor) -> Cholesky:

@@ -10,7 +10,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..contract import STORAGE_DTYPES, check_backend, check_precision, extent, fail
+from ..contract import (
+    STORAGE_DTYPES,
+    check_backend,
+    check_places,
+    check_precision,
+    check_shaped,
+    check_there,
+    check_writable,
+    extent,
+    fail,
+)
 from . import direct, operators
 from .direct import MATRIX, VECTOR
 
@@ -194,11 +204,15 @@ def _check(
     """kinds: how many of the last dimensions of X each result has."""
     check_backend(backend)
     check_precision(precision)
+    if isinstance(X, Tensor):
+        check_shaped(what, X)
     if not isinstance(X, Tensor) or X.dtype not in STORAGE_DTYPES or X.layout != torch.strided or X.is_nested:
         got = f"{X.dtype} ({X.layout})" if isinstance(X, Tensor) else type(X).__name__
         fail(what, "a dense floating-point tensor", got, "Cast it to float32 or float64.", TypeError)
     if X.dim() < 2 or X.shape[-1] != X.shape[-2] or X.shape[-1] == 0:
         fail(what, "square matrices [..., n, n], n >= 1", tuple(X.shape), "Only square matrices have this function.")
+    if not _traced(X):
+        check_there(what, X)
     if out is not None:
         _check_out(f"{what}, out", X, kinds, out)
 
@@ -210,14 +224,20 @@ def _like(what: str, Y: Tensor, X: Tensor) -> None:
 def _match(what: str, Y: Tensor, shape: torch.Size, X: Tensor, why: str, remedy: str) -> None:
     if not isinstance(Y, Tensor):
         fail(what, f"a tensor {why}", type(Y).__name__, remedy, TypeError)
+    check_shaped(what, Y)
     if (Y.shape, Y.dtype, Y.device) != (shape, X.dtype, X.device):
         got = f"{tuple(Y.shape)} {Y.dtype} on {Y.device}"
         fail(what, f"{tuple(shape)} {X.dtype} on {X.device} {why}", got, remedy)
+    if Y.layout != torch.strided or Y.is_nested:
+        fail(what, f"a dense tensor {why}", f"{type(Y).__name__} ({Y.layout})", "Call .to_dense() first.")
+    if not _traced(X, Y):
+        check_there(what, Y)
 
 
 def _check_out(what: str, X: Tensor, kinds: Sequence[int], out: Sequence[Tensor]) -> None:
     if not isinstance(out, (tuple, list)) or len(out) != len(kinds):
-        fail(what, f"{len(kinds)} tensors", type(out).__name__, "Pass a tuple, one a result.", TypeError)
+        got = f"{len(out)}" if isinstance(out, (tuple, list)) else type(out).__name__
+        fail(what, f"{len(kinds)} tensors", got, "Pass a tuple, one a result.", TypeError)
     if _needs_grad(X):
         fail(what, "an X that does not require grad", "one that does", "Detach it, or leave out= away.", RuntimeError)
     for place, (given, kind) in enumerate(zip(out, kinds)):
@@ -226,8 +246,11 @@ def _check_out(what: str, X: Tensor, kinds: Sequence[int], out: Sequence[Tensor]
         if _needs_grad(given):
             remedy = "Detach it, or call under torch.no_grad."
             fail(f"{what}[{place}]", "a tensor that does not require grad", "one that does", remedy, RuntimeError)
-        if not _traced(*out) and any(_overlap(given, other) for other in out[:place]):
-            fail(f"{what}[{place}]", "memory of its own", "that of another result", "Pass a tensor for each.")
+        if not _traced(X, *out):
+            check_places(f"{what}[{place}]", given)
+            check_writable(f"{what}[{place}]", given)
+            if any(_overlap(given, other) for other in out[:place]):
+                fail(f"{what}[{place}]", "memory of its own", "that of another result", "Pass a tensor for each.")
 
 
 def _overlap(one: Tensor, other: Tensor) -> bool:

@@ -12,45 +12,53 @@ from torch import Tensor
 
 from .._ops import add_op_namespace_prefix, ops
 from ..ambient import independent
+from ..contract import check_there
 from . import direct
+
+
+def _there(what: str, X: Tensor) -> Tensor:
+    check_there(what, X)
+    return X
 
 
 @torch.library.custom_op(add_op_namespace_prefix("eigh"), mutates_args=())
 def eigh(X: Tensor, V0: Tensor | None, backend: str, precision: str) -> tuple[Tensor, Tensor]:
-    w, V = direct.eigh(X, V0, backend or None, precision)
+    w, V = direct.eigh(_there("eigh", X), V0 if V0 is None else _there("eigh, V0", V0), backend or None, precision)
     return w, V
 
 
 @torch.library.custom_op(add_op_namespace_prefix("eigvalsh"), mutates_args=())
 def eigvalsh(X: Tensor, backend: str, precision: str) -> Tensor:
-    return direct.eigvalsh(X, backend or None, precision)[0]
+    return direct.eigvalsh(_there("eigvalsh", X), backend or None, precision)[0]
 
 
 @torch.library.custom_op(add_op_namespace_prefix("svd"), mutates_args=())
 def svd(X: Tensor, backend: str, precision: str) -> tuple[Tensor, Tensor, Tensor]:
-    U, S, Vh = direct.svd(X, backend or None, precision)
+    U, S, Vh = direct.svd(_there("svd", X), backend or None, precision)
     return U, S, Vh
 
 
 @torch.library.custom_op(add_op_namespace_prefix("polar"), mutates_args=())
 def polar(X: Tensor, backend: str, precision: str) -> tuple[Tensor, Tensor]:
-    Q, H = direct.polar(X, backend or None, precision)
+    Q, H = direct.polar(_there("polar", X), backend or None, precision)
     return Q, H
 
 
 @torch.library.custom_op(add_op_namespace_prefix("geometric_mean"), mutates_args=())
 def geometric_mean(X: Tensor, Y: Tensor, backend: str, precision: str) -> Tensor:
-    return direct.geometric_mean(X, Y, backend or None, precision)[0]
+    return direct.geometric_mean(
+        _there("geometric_mean", X), _there("geometric_mean, Y", Y), backend or None, precision
+    )[0]
 
 
 @torch.library.custom_op(add_op_namespace_prefix("sqrtm"), mutates_args=())
 def sqrtm(X: Tensor, inverse: bool, backend: str, precision: str) -> Tensor:
-    return direct.sqrtm(X, inverse, backend or None, precision)[0]
+    return direct.sqrtm(_there("sqrtm", X), inverse, backend or None, precision)[0]
 
 
 @torch.library.custom_op(add_op_namespace_prefix("inv_root"), mutates_args=())
 def inv_root(X: Tensor, p: float, eps: float, backend: str, precision: str) -> Tensor:
-    return direct.inv_root(X, p, eps, backend or None, precision)[0]
+    return direct.inv_root(_there("inv_root", X), p, eps, backend or None, precision)[0]
 
 
 # ---- shapes

@@ -112,7 +112,7 @@ def init_pair(state: dict[str, Any], pair: LoRAPair, keep_S: bool) -> None:
 
 
 def check_shapes(entries: dict[str, Any], param: Tensor, pair: LoRAPair | None) -> None:
-    """Raises ValueError for the state of another optimizer, or an entry of a shape not its parameter's or its pair's."""
+    """Raises ValueError for the state of another optimizer, and for an entry of another shape than it should have."""
     remedy = "The state belongs to another optimizer: load one of AdamW's."
     if entries and (missing := [name for name in ("step", *MOMENTS[:2]) if name not in entries]):
         fail("loaded state", "step, exp_avg and exp_avg_sq", f"one without {', '.join(missing)}", remedy)
