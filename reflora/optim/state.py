@@ -117,7 +117,8 @@ def check_shapes(entries: dict[str, Any], param: Tensor, pair: LoRAPair | None) 
     if entries and (missing := [name for name in ("step", *MOMENTS[:2]) if name not in entries]):
         fail("loaded state", "step, exp_avg and exp_avg_sq", f"one without {', '.join(missing)}", remedy)
     step = entries.get("step", 0)
-    if not isinstance(step, (int, float, Tensor)) or not bool((torch.as_tensor(step) >= 0).all()):
+    counted = bool((step >= 0).all()) if isinstance(step, Tensor) else isinstance(step, (int, float)) and step >= 0
+    if not counted:
         fail("loaded state 'step'", "a count", repr(step), remedy)
     wanted = {name: tuple(param.shape) for name in (*MOMENTS, MASTER)}
     if pair is not None:
