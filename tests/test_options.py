@@ -47,7 +47,8 @@ def test_a_group(name: str) -> None:
 
 
 WRAPPED = [
-    (NAdam, "scalar", "false"), (NAdam, "lr", "1e-4"), (NAdam, "betas", ("0.9", 0.999)), (NAdam, "eps", "1e-8"),
+    (NAdam, "scalar", "false"), (NAdam, "lr", "1e-4"), (NAdam, "betas", ("0.9", 0.999)), (Adam, "betas", (0.9,)),
+    (NAdam, "eps", "1e-8"),
     (NAdam, "momentum_decay", "4e-3"), (NAdam, "decoupled_weight_decay", 1), (AdamW, "amsgrad", 1),
     (AdamW, "maximize", 0), (Adam, "amsgrad", "no"), (SGD, "nesterov", 1), (SGD, "momentum", "0.9"), (SGD, "lr", True),
 ]  # fmt: skip

@@ -79,3 +79,11 @@ def test_hooks_refuse_a_preconditioning_beside_them() -> None:
     backward(model)
     with pytest.raises(ValueError, match="reflora.GradientHooks on the model"):
         optimizer.step()
+
+
+def test_a_refactorer_on_an_optimizer_with_one_factor_of_each_says_so() -> None:
+    model = build()
+    refactorer = reflora.Refactorer(model)
+    optimizer = torch.optim.AdamW([pair.B for pair in refactorer.pairs], lr=1e-2)
+    said = told(lambda: refactorer.integrate_into_optimizer(optimizer))
+    assert len(said) == 1 and "2 LoRA pair(s) are stepped without RefLoRA" in said[0]
