@@ -17,7 +17,6 @@ from ..ambient import independent, outside_inference
 from ..backends import AdamWStep, resolve
 from ..contract import (
     NO_GRADIENT,
-    LoRAPair,
     PairLike,
     as_pairs,
     check_unhooked,
@@ -29,23 +28,17 @@ from ..diagnostics import Diagnostics, diagnose, row_names
 from ..plan import by_device
 from . import state as keys
 from .binding import Binding, Slot, capturing
+from .grouped_pairs import GroupedPairs
 from .groups import check_group, flatten, hyper_table, lr_on_host
 from .membership import (
-    HALVED,
     LONE,
-    NOWHERE,
     REVERSED,
     check_single,
-    check_whole,
-    halved,
-    nowhere,
-    pairs_of_added,
     pairs_of_unseen,
     reversed_,
     say_plain,
 )
 from .options import (
-    check_added,
     check_flags,
     check_group_options,
     check_hypers,
@@ -58,14 +51,10 @@ from .state import LIKE_TORCH, Storage, adopt
 from .traced import TracedStep
 
 SEED = "reflora_seed"
-REPLACED = (
-    "Something has replaced the parameters. FSDP2: reflora.wrap(torch.optim.AdamW) as optimizer_cls follows them. "
-    "DeepSpeed: reflora.GradientHooks. FSDP1 and ZeRO-3 hold no factor whole: use FSDP2 or DDP."
-)
 _GRAD = attrgetter("grad")
 
 
-class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
+class RefLoRAAdamW(TracedStep, GroupedPairs, torch.optim.AdamW):  # type: ignore[misc]
     """AdamW (decoupled weight decay) with RefLoRA preconditioning of LoRA pairs (arXiv 2505.18877).
 
     A layer with a non-finite gradient or factor is skipped, its state untouched, and counted in `diagnostics()`.
@@ -117,8 +106,6 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
         TypeError: The same, of a wrong type.
         RuntimeError: The backend cannot serve the device, with the reason.
     """
-
-    _built = False
 
     def __init__(
         self,
@@ -194,27 +181,6 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
         self._again, self._built = getattr(pairs, "again", None), True
         if names := reversed_(self.pairs):
             say_plain(names, REVERSED, stacklevel=3)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's, for parameters added later. LoRA pairs among them are stepped as RefLoRA where `pairs=` came from
-        `find_pairs`, which looks at the model again; those of another list go into the group's entry "pairs".
-        """
-        if not self._built:  # torch's own constructor
-            return super().add_param_group(param_group)
-        param_group = dict(param_group)
-        given = param_group.pop("pairs", ())
-        check_added(param_group, self._own)
-        check_group({**self.defaults, **param_group})
-        super().add_param_group(param_group)
-        self._take_in(pairs_of_added(self, given))
-
-    def _take_in(self, further: list[LoRAPair]) -> None:
-        if further:
-            for pair in further:
-                resolve(self.backend, pair.A.device)
-            self.pairs = [*self.pairs, *further]
-            self._bindings, self._key = [], None
-            self._traced_results, self.traced_twin = None, ([], None)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:  # type: ignore[override]
@@ -337,28 +303,6 @@ class RefLoRAAdamW(TracedStep, torch.optim.AdamW):  # type: ignore[misc]
                 ) for device, chosen in by_device(self.pairs).items()
             ]  # fmt: skip
         return self._bindings
-
-    def _membership(self) -> list[Slot | None]:
-        """The groups of each pair's A and B (None if either is in no group); kept until the groups change."""
-        key = [tuple(map(id, group["params"])) for group in self.param_groups]
-        if key != self._key:
-            group_of = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
-            self._slots = [
-                (group_of[p.A], group_of[p.B]) if p.A in group_of and p.B in group_of else None for p in self.pairs
-            ]
-            halves = halved(self.pairs, group_of)
-            if self.pairs and not any(self._slots):
-                check_whole(halves)
-                what = "the factors of the pairs among them"
-                fail("param_groups", what, "none of them", REPLACED, RuntimeError)
-            for why, names in ((HALVED, halves), (NOWHERE, nowhere(self.pairs, group_of))):
-                if names and why not in self._told:
-                    self._told.add(why)
-                    say_plain(names, why, stacklevel=6)
-            paired = {t for pair, slot in zip(self.pairs, self._slots) if slot for t in (pair.A, pair.B)}
-            self._plain = [[p for p in group["params"] if p not in paired] for group in self.param_groups]
-            self._key = key
-        return self._slots
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what state_dict() gave, or the state of a torch.optim.AdamW over the same parameters.

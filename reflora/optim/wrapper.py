@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..ambient import independent
-from ..backends.torch_solve import met
 from ..contract import (
     NO_GRADIENT,
     PLAIN,
@@ -27,17 +26,16 @@ from ..contract import (
     local,
 )  # fmt: skip
 from ..diagnostics import Diagnostics, uniform
-from ..plan import BALANCED
-from ..reference import meet
 from .base_class import check_base, check_kept, evaluated, separate, takes_closure
 from .membership import REVERSED, check_single, pairs_of_unseen, reversed_, say_plain
 from .options import check_flags, check_group_options, check_like_defaults, check_schedule
 from .pairs import finite_and_moving, ops_of
 from .plain import watched
 from .state import PHASE, SAVED, STEPS, compare_shapes, shapes_of_pair
-from .transport import StateMove, check_movable, proportional
+from .transport import check_movable, proportional
 from .units import UNIT, Units
 from .wrapped_pairs import DEFAULTS, SKIPS, OwnPairs
+from .wrapped_scalar import ScalarStep
 
 if TYPE_CHECKING:
     from .pairs import Counts, PairOps
@@ -71,7 +69,7 @@ def reflora_class(base: type[Optimizer]) -> type[Wrapped]:
     return _classes[base]
 
 
-class Wrapped(OwnPairs):
+class Wrapped(ScalarStep, OwnPairs):
     """Mixed into an optimizer class by `reflora_class`.
 
     pairs, scalar, interval, warmup_steps, backend, precision: as in RefLoRAAdamW; other arguments go to the base class,
@@ -198,14 +196,13 @@ class Wrapped(OwnPairs):
             check_like_defaults(self.base, {name: group[name] for name in self.defaults if name in group})
         self._take_in(pairs_of_unseen(self, sharded=True))
         active = self._active()
-        grads = [local(t.grad) for p, on in zip(self.pairs, active) if on for t in (p.A, p.B) if t.grad is not None]
-        every = [local(p.grad) for p in self._params() if p.grad is not None and not p.grad.is_sparse]
-        finite, moving = self._ops.agree(*finite_and_moving(every))
+        grads = [local(p.grad) for p in self._params() if p.grad is not None and not p.grad.is_sparse]
+        finite, moving = self._ops.agree(*finite_and_moving(grads))
         if not finite:
             self._count(SKIPS)
             self._skip = uniform(self.pairs, SKIPPED)
             return loss
-        if self.pairs and not grads:
+        if self.pairs and not any(active):
             warnings.warn(NO_GRADIENT, stacklevel=4)
         self._say_plain(active)
         self._skip = None
@@ -232,8 +229,9 @@ class Wrapped(OwnPairs):
     def _base_step(self, *loss: Any) -> None:
         """The base class's own; loss: what the closure gave, if there was one."""
         step, params = _unhooked_step(self.base), self._params()
-        grads, before = [p.grad for p in params], _versions(params)
+        grads = [p.grad for p in params]
         if loss and takes_closure(self.base):
+            before = _versions(params)
             step(self, evaluated(loss[0], lambda: _same(_versions(params), before)))
         else:
             step(self)
@@ -308,45 +306,6 @@ class Wrapped(OwnPairs):
         if counts:
             started = self._ops.started()
             torch._foreach_mul_(list(counts.values()), [started[i] for i in counts])
-
-    def _scalar_step(self, active: list[bool], steps: int, moving: bool, *loss: Any) -> None:
-        """RefLoRA-S. `moving` False is a step that only makes state, as loaders take one."""
-        gentle = self._gentle
-        self._units.return_to_identity(i for i, on in enumerate(active) if on)
-        if steps == 0 and not gentle and not self.warmup_steps and moving:
-            self._refactor(active, with_grads=True)
-        waiting = [i for i, on in enumerate(active) if on and gentle and i not in self._balanced]
-        StateMove(self, [self.pairs[i] for i in waiting])  # refuses now what it would refuse once a pair begins
-        before = self._ops.norms(waiting)
-        self._base_step(*loss)
-        if waiting:
-            self._look(before, self._ops.norms(waiting))
-            self._hold_places()
-        after_warmup = steps + 1 - (self.warmup_steps or 0)
-        if after_warmup >= 0 and after_warmup % self.interval == 0 and moving:
-            chosen = [on and not (gentle and i not in self._balanced) for i, on in enumerate(active)]
-            if any(chosen):
-                return self._refactor(chosen, with_grads=False)
-        self._skip = uniform(self.pairs, PLAIN)
-
-    @independent()
-    def _look(self, before: dict[int, Tensor], after: dict[int, Tensor]) -> None:
-        """Settle pairs whose norms `[2, experts]` have met, in all of their experts; kept in the states of the A."""
-        begun: list[Tensor] = []
-        for i, norms in after.items():
-            own = self.state[self.pairs[i].A]
-            phase = own.get(PHASE, torch.zeros_like(norms[0], dtype=torch.float32))
-            (old_A, old_B), (norm_A, norm_B), equal = before[i], norms, meet(self.pairs[i].A.dtype)
-            own[PHASE] = phase.masked_fill(met(old_A, old_B, norm_A, norm_B, equal), BALANCED)
-            begun.append((own[PHASE] == BALANCED).all().to(begun[0].device if begun else own[PHASE].device))
-        self._balanced.update(i for i, on in zip(after, torch.stack(begun).tolist()) if on)
-
-    @independent()
-    def _refactor(self, active: list[bool], with_grads: bool) -> None:
-        chosen = [index for index, on in enumerate(active) if on]
-        move = StateMove(self, [self.pairs[i] for i in chosen], with_grads)
-        roots = self._ops.refactor(active, scalar=True)
-        move.apply([roots[i] for i in chosen])
 
     def _hold_places(self) -> None:
         """An entry for parameters that the base class keeps nothing for: checkpoints want all of them, or none."""

@@ -1,0 +1,81 @@
+"""The pairs that RefLoRAAdamW steps, also those added later, and a word on the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..backends import resolve
+from ..contract import LoRAPair, fail
+from .binding import Binding, Slot
+from .groups import check_group
+from .membership import HALVED, NOWHERE, check_whole, halved, nowhere, pairs_of_added, say_plain
+from .options import check_added
+
+REPLACED = (
+    "Something has replaced the parameters. FSDP2: reflora.wrap(torch.optim.AdamW) as optimizer_cls follows them. "
+    "DeepSpeed: reflora.GradientHooks. FSDP1 and ZeRO-3 hold no factor whole: use FSDP2 or DDP."
+)
+
+
+class GroupedPairs(Optimizer):
+    """What RefLoRAAdamW knows of its pairs and groups."""
+
+    pairs: list[LoRAPair]
+    backend: str | None
+    _own: tuple[str, ...]
+    _told: set[str]
+    _again: Callable[[], list[LoRAPair]] | None
+    _bindings: list[Binding]
+    _key: list[tuple[int, ...]] | None
+    _slots: list[Slot | None]
+    _plain: list[list[Tensor]]
+    _traced_results: Tensor | None
+    traced_twin: tuple[list[int], Any]
+    _built = False
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's, for parameters added later. LoRA pairs among them are stepped as RefLoRA where `pairs=` came from
+        `find_pairs`, which looks at the model again; those of another list go into the group's entry "pairs".
+        """
+        if not self._built:  # torch's own constructor
+            return super().add_param_group(param_group)
+        param_group = dict(param_group)
+        given = param_group.pop("pairs", ())
+        check_added(param_group, self._own)
+        check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        self._take_in(pairs_of_added(self, given))
+
+    def _take_in(self, further: list[LoRAPair]) -> None:
+        if further:
+            for pair in further:
+                resolve(self.backend, pair.A.device)
+            self.pairs = [*self.pairs, *further]
+            self._bindings, self._key = [], None
+            self._traced_results, self.traced_twin = None, ([], None)
+
+    def _membership(self) -> list[Slot | None]:
+        """The groups of each pair's A and B (None if either is in no group); kept until the groups change."""
+        key = [tuple(map(id, group["params"])) for group in self.param_groups]
+        if key != self._key:
+            group_of = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
+            self._slots = [
+                (group_of[p.A], group_of[p.B]) if p.A in group_of and p.B in group_of else None for p in self.pairs
+            ]
+            halves = halved(self.pairs, group_of)
+            if self.pairs and not any(self._slots):
+                check_whole(halves)
+                what = "the factors of the pairs among them"
+                fail("param_groups", what, "none of them", REPLACED, RuntimeError)
+            for why, names in ((HALVED, halves), (NOWHERE, nowhere(self.pairs, group_of))):
+                if names and why not in self._told:
+                    self._told.add(why)
+                    say_plain(names, why, stacklevel=6)
+            paired = {t for pair, slot in zip(self.pairs, self._slots) if slot for t in (pair.A, pair.B)}
+            self._plain = [[p for p in group["params"] if p not in paired] for group in self.param_groups]
+            self._key = key
+        return self._slots
