@@ -24,6 +24,7 @@ from .contract import (
     check_precision,
     check_scalar,
     check_shaped,
+    check_unhooked,
     check_writable,
     fail,
     named_pairs,
@@ -114,7 +115,8 @@ def precondition_(
 
     Raises:
         TypeError: gradients that are not pairs of tensors, or None; and as `refactor_`.
-        ValueError: gradients that do not match their factors, or share memory; and as `refactor_`.
+        ValueError: gradients that do not match their factors, or share memory; `.grad` that GradientHooks precondition;
+            and as `refactor_`.
     """
     _check_options(scalar, backend, precision)
     if torch.compiler.is_compiling():
@@ -130,6 +132,8 @@ def precondition_(
         return _reported(named, results)
     checked = as_pairs(pairs)
     given = grads_of(checked, grads)
+    if grads is None:
+        check_unhooked(checked)
     check_grads_apart(checked, given)
     return _precondition(checked, given, scalar, backend, precision)
 

@@ -94,13 +94,19 @@ def test_served_all_the_same(fast_backend):
     assert torch.equal(history.detach(), wanted[0]) and torch.equal(plain.detach(), wanted[1])
 
 
-def test_a_step_whose_gradient_was_freed(fast_backend):
-    """FSDP and offloading free storages; the C++ core would read address 0."""
+def stepped(backend):
+    """(factors with gradients, their optimizer after a step)."""
     factors = [torch.randn(4, 10).requires_grad_(), torch.randn(6, 4).requires_grad_()]
-    optimizer = RefLoRAAdamW([tuple(factors)], backend=fast_backend)
+    optimizer = RefLoRAAdamW([tuple(factors)], backend=backend)
     for t in factors:
         t.grad = torch.randn_like(t)
     optimizer.step()
+    return factors, optimizer
+
+
+def test_a_step_whose_gradient_was_freed(fast_backend):
+    """FSDP and offloading free storages; the C++ core would read address 0."""
+    factors, optimizer = stepped(fast_backend)
     before = [t.detach().clone() for t in factors]
     factors[1].grad = freed(6, 4)
     with pytest.raises(ValueError, match="whose storage was freed"):
@@ -109,11 +115,7 @@ def test_a_step_whose_gradient_was_freed(fast_backend):
 
 
 def test_a_step_whose_factor_was_freed(fast_backend):
-    factors = [torch.randn(4, 10).requires_grad_(), torch.randn(6, 4).requires_grad_()]
-    optimizer = RefLoRAAdamW([tuple(factors)], backend=fast_backend)
-    for t in factors:
-        t.grad = torch.randn_like(t)
-    optimizer.step()
+    factors, optimizer = stepped(fast_backend)
     factors[0].untyped_storage().resize_(0)
     with pytest.raises(ValueError, match="memory of its own"):
         optimizer.step()

@@ -69,6 +69,8 @@ def test_hooks_refuse_a_preconditioning_beside_them() -> None:
     hooks = reflora.GradientHooks(model)
     with pytest.raises(ValueError, match="reflora.GradientHooks on the model"):
         reflora.Refactorer(model)
+    with pytest.raises(ValueError, match="reflora.GradientHooks on the model"):
+        reflora.precondition_(reflora.find_pairs(model))
     hooks.remove()
     refactorer = reflora.Refactorer(model)
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)

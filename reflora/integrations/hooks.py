@@ -19,6 +19,7 @@ from ..optim.pairs import Outcome, PairOps, multiply, new_units
 from .hook_groups import Group, grouped, kind_of, sides
 from .peft import find_pairs
 
+LOADED = "Load what state_dict() of GradientHooks over the same model gave."
 STALE = (
     "GradientHooks: the weights have moved since refresh(), and S is still that of the old ones. Call refresh() once "
     "after every step of the optimizer."
@@ -207,7 +208,8 @@ class GradientHooks:
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         """Raises ValueError or TypeError for the state of other layers. Nothing has changed then."""
-        state = [self._entry(state_dict, pair) for pair in self.pairs]
+        self._check_layers(state_dict)
+        state = [_entry(state_dict[pair.name], pair) for pair in self.pairs]
         before = self._groups, self._went_backward, self._in_other_units
         self._in_other_units = any(bool((own[:, :3] != own.new_tensor([1, 1, 0])).any()) for own in state)
         self._groups, self._went_backward = self._grouped(dict(enumerate(state))), set()
@@ -217,24 +219,25 @@ class GradientHooks:
             self._groups, self._went_backward, self._in_other_units = before
             raise
 
-    def _entry(self, state_dict: Any, pair: LoRAPair) -> Tensor:
-        """What a loaded state has of a pair, `[experts, 4]`; earlier states have no fourth column."""
-        remedy = "Load what state_dict() of GradientHooks over the same model gave."
+    def _check_layers(self, state_dict: Any) -> None:
         if not isinstance(state_dict, Mapping):
-            fail("state_dict", "a dictionary of layers", type(state_dict).__name__, remedy, TypeError)
+            fail("state_dict", "a dictionary of layers", type(state_dict).__name__, LOADED, TypeError)
         names = [one.name for one in self.pairs]
         if set(state_dict) != set(names):
             missing = listed([name for name in names if name not in state_dict]) or "none"
             others = listed([str(name) for name in state_dict if name not in set(names)]) or "none"
-            fail("state_dict", f"the model's {len(names)} layers", f"missing {missing}; others {others}", remedy)
-        own = state_dict[pair.name]
-        if not isinstance(own, Tensor):
-            fail(pair.name, f"a tensor [{pair.experts}, 4]", type(own).__name__, remedy, TypeError)
-        if own.dim() != 2 or len(own) != pair.experts or own.shape[1] not in (3, 4):
-            fail(pair.name, f"[{pair.experts}, 4]", list(own.shape), remedy)
-        if not own.isfinite().all():
-            fail(pair.name, "finite numbers", "inf or nan", remedy)
-        return torch.cat([own, own.new_zeros(len(own), 4 - own.shape[1])], 1)
+            fail("state_dict", f"the model's {len(names)} layers", f"missing {missing}; others {others}", LOADED)
+
+
+def _entry(own: Any, pair: LoRAPair) -> Tensor:
+    """What a loaded state has of a pair, `[experts, 4]`; earlier states have no fourth column."""
+    if not isinstance(own, Tensor):
+        fail(pair.name, f"a tensor [{pair.experts}, 4]", type(own).__name__, LOADED, TypeError)
+    if own.dim() != 2 or len(own) != pair.experts or own.shape[1] not in (3, 4):
+        fail(pair.name, f"[{pair.experts}, 4]", list(own.shape), LOADED)
+    if not own.isfinite().all():
+        fail(pair.name, "finite numbers", "inf or nan", LOADED)
+    return torch.cat([own, own.new_zeros(len(own), 4 - own.shape[1])], 1)
 
 
 class _Witness:

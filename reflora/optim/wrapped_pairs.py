@@ -30,6 +30,8 @@ class OwnPairs(Optimizer):
     _told: set[str]
     _again: Callable[[], list[LoRAPair]] | None
     _built = False
+    # the active pairs of the last step that was looked at
+    _looked: list[bool] | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As RefLoRAAdamW's."""
@@ -53,8 +55,9 @@ class OwnPairs(Optimizer):
 
     def _say_plain(self, active: list[bool]) -> None:
         """Warn once of pairs of which one factor alone is stepped, and of those of which one alone has a gradient."""
-        if all(active) or self._told >= {HALVED, LONE, NOWHERE}:
+        if all(active) or active == self._looked or self._told >= {HALVED, LONE, NOWHERE}:
             return
+        self._looked = active
         owned = set(self._params())
         halves = halved(self.pairs, owned)
         graded = {t for pair in self.pairs for t in (pair.A, pair.B) if t in owned and t.grad is not None}
