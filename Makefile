@@ -20,7 +20,7 @@ export PYTHONDONTWRITEBYTECODE :=
 DEPS := $(VENV)/.deps
 BUILT := $(VENV)/.built
 
-.PHONY: help test pytest emulate messages soak sanitize mutants audit lint format docs wheel hub build bench compare memory steps scaling eigh paper language gpu predict compile-table clean
+.PHONY: help test pytest emulate messages soak sanitize mutants audit lint format docs wheel hub build bench compare memory steps scaling eigh digest paper language gpu predict compile-table clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -105,6 +105,9 @@ scaling: $(BUILT)  ## the same against rank, number of layers and width
 
 eigh: $(BUILT)  ## batched symmetric eigendecomposition against torch.linalg.eigh, in time and error
 	$(PY) -m benchmarks.kernels eigh --out $(OUT) $(ARGS)
+
+digest: $(BUILT)  ## digests of 200 steps over modes, dtypes and backends; ARGS="--against FILE" names what has changed
+	PTXSIM_CACHE=build/ptxsim $(PY) -m benchmarks.digest --out $(OUT) $(ARGS)
 
 predict: $(BUILT)  ## time of a step on an H100, predicted from compiled code in tools/ptxsim; no GPU
 	PTXSIM_CACHE=build/ptxsim OMP_NUM_THREADS=1 $(PY) -m benchmarks.prediction --out benchmarks/results $(ARGS)

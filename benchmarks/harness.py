@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
 
 QUANTILES = (20, 50, 80)
 Event = Mapping[str, Any]
+T = TypeVar("T")
 
 
 # ---- the machine
@@ -242,7 +243,7 @@ def interleave(
             break
 
 
-def progress(items: Iterable[int], label: str) -> Iterable[int]:
+def progress(items: Iterable[T], label: str) -> Iterable[T]:
     """A bar on a terminal, a line now and then elsewhere, on stderr."""
     return tqdm(items, desc=label, **_bar_options())
 
