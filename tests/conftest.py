@@ -39,6 +39,9 @@ def served(name: str) -> bool:
 
 # "triton" under `make emulate`, which runs on CPU tensors what Triton compiles for a GPU
 BACKENDS = [name for name in ("cpp", "torch", "triton") if served(name)]
+# on a GPU the kernels run under `pytest -m gpu`
+ON_GPU = torch.cuda.is_available()
+KERNELS = [pytest.mark.gpu] if ON_GPU else [pytest.mark.kernels]
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), reason="builds C++; no compiler"
 )
@@ -53,6 +56,19 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(params=[pytest.param(b, marks=pytest.mark.kernels if b == "triton" else ()) for b in BACKENDS])
 def backend(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture(
+    params=[b for b in BACKENDS if b != "triton"]
+    + [pytest.param("triton", marks=KERNELS)] * (ON_GPU or served("triton"))
+)
+def every_backend(request: pytest.FixtureRequest) -> str:
+    """As `backend`, for tests that put tensors on `device_of` it: on a GPU its kernels are among them."""
+    return request.param
+
+
+def device_of(backend: str) -> torch.device:
+    return torch.device("cuda" if backend == "triton" and ON_GPU else "cpu")
 
 
 @pytest.fixture(params=[b for b in BACKENDS if b != "triton"])

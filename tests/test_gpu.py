@@ -8,11 +8,12 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import affine_error, spectrum_pair
-from kernel_cases import DEVICE, DOUBLE, Fused, Oracle, pair, randn
+from kernel_cases import DEVICE, DOUBLE, pair, randn
+from rows import PLAIN_ADAMW, Rows, check_step
 
 from reflora import RefLoRAAdamW, linalg, precondition_, refactor_, reference
 from reflora import plan as col
-from reflora.backends import FRESH, IDENTITY, resolve, triton_backend
+from reflora.backends import resolve, triton_backend
 from reflora.contract import REFACTORED, LoRAPair
 from reflora.plan import Plan
 
@@ -101,15 +102,9 @@ def test_half_precision_storage(dtype, r):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_adamw_step(dtype):
-    pairs = layers(DEBERTA, 1, 8, dtype, k_B=20.0)
-    fused = Fused(pairs, [dict(lr=1e-3)] * 2)
-    oracle = Oracle(fused)
-    for source in (IDENTITY, FRESH):
-        grads = gradients(pairs)
-        fused.step(grads, source=source)
-        oracle.step(grads, source=source)
-    # three roundings of the moments to the storage type, then of the factor
-    oracle.check(1e-4 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps)
+    rows = Rows(layers(DEBERTA, 1, 8, dtype, k_B=20.0), "triton")
+    for options in (PLAIN_ADAMW, {}):
+        check_step(rows, gradients(rows.pairs), **options)
 
 
 def test_mixed_types_and_ranks_in_few_launches(monkeypatch):

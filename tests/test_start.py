@@ -7,14 +7,16 @@ import functools
 import pytest
 import torch
 from conftest import BACKENDS, spectrum_pair
-from kernel_cases import Fused, Oracle, pair, randn
+from kernel_cases import pair, randn
+from rows import Rows, check_step, grads_like
 from start_cases import crossing_pairs, drifting
 
 from reflora import LoRAPair, RefLoRAAdamW, reference
 from reflora import plan as col
-from reflora.backends import FRESH, load
 from reflora.contract import START_STEPS
-from reflora.plan import Plan
+from reflora.optim import state as keys
+from reflora.optim.pairs import PairOps
+from reflora.reference import Hypers
 
 DOUBLE = torch.float64
 RANK, WIDTHS, STEPS, RATE = 8, (48, 64), 200, 1e-2
@@ -130,17 +132,14 @@ def start_pairs(dtype):
     ]
 
 
-@pytest.mark.parametrize("dtype, rtol", [(DOUBLE, 1e-9), (torch.float32, 2e-4)], ids=["float64", "float32"])
+@pytest.mark.parametrize("dtype", [DOUBLE, torch.float32], ids=str)
 @pytest.mark.parametrize("count", [0, 1, 60, 5000])
-def test_a_step_of_the_start(backend, dtype, rtol, count):
-    pairs = start_pairs(dtype)[0 if backend != "triton" or dtype == DOUBLE else 2 :]
-    fused = Fused(pairs, [dict(lr=1e-2), dict(lr=3e-2, weight_decay=0.1)], load(backend))
-    oracle = Oracle(fused)
+def test_a_step_of_the_start(every_backend, dtype, count):
+    rows = Rows(start_pairs(dtype), every_backend)
+    for steps in rows.own("A", keys.STEPS):
+        steps.fill_(count)
     for _ in range(2):
-        grads = [(torch.randn_like(p.A), torch.randn_like(p.B)) for p in pairs]
-        fused.step(grads, FRESH, count=count, start=START_STEPS)
-        oracle.step(grads, FRESH, weight=reference.shrink_weight(count, START_STEPS))
-        oracle.check(rtol)
+        check_step(rows, grads_like(rows.pairs), start=START_STEPS)
 
 
 @pytest.mark.parametrize("count", [0, 250, 12_000])
@@ -153,10 +152,9 @@ def test_preconditioning_counts_the_steps_of_every_row(backend, count):
         views = zip(p.views_A(p.A), p.views_B(p.B), p.views_A(gA.clone()), p.views_B(gB.clone()))
         weights = [reference.shrink_weight(int(n), START_STEPS) for n in steps]
         wanted.append([reference.precondition(*(t.cpu() for t in view), weight=w) for view, w in zip(views, weights)])
-    plan = Plan(pairs)
-    plan.bind_grads(grads)
-    plan.bind_once(col.COUNT, counts)
-    load(backend).precondition(plan, False, "float64", START_STEPS)
+    for p, (gA, gB) in zip(pairs, grads):
+        p.A.grad, p.B.grad = gA, gB
+    PairOps(pairs, backend).precondition([True] * len(pairs), counts=dict(enumerate(counts)))
     for p, (gA, gB), each in zip(pairs, grads, wanted):
         for view_A, view_B, (want_A, want_B) in zip(p.views_A(gA), p.views_B(gB), each):
             for got, want in ((view_A, want_A), (view_B, want_B)):
@@ -164,21 +162,15 @@ def test_preconditioning_counts_the_steps_of_every_row(backend, count):
 
 
 @pytest.mark.parametrize("interval", [1, 3])
-def test_refloras_begins_where_the_norms_meet(backend, interval):
-    """Against a plain writing of it in float64; a pair stays balanced once it has begun."""
-    pairs = crossing_pairs(DOUBLE)
-    options = [dict(lr=2e-2), dict(lr=2e-2)]
-    fused = Fused(pairs, options, load(backend))
-    oracle = Oracle(fused)
-    for step in range(9):
-        grads = drifting(pairs)
-        fused.step(grads, FRESH, scalar_after=True, count=step, start=START_STEPS, interval=interval)
-        due = (step + 1) % interval == 0
-        oracle.step(grads, FRESH, scalar_after=True, scalar_start=True, scalar_due=due)
-        oracle.check(1e-9)
-    begun = [float(phases[0]) == col.BALANCED for phases in fused.state[col.PHASE]]
+def test_refloras_begins_where_the_norms_meet(every_backend, interval):
+    """A pair stays balanced once it has begun."""
+    hypers = Hypers(lr=2e-2)
+    rows = Rows(crossing_pairs(DOUBLE), every_backend, (hypers, hypers))
+    for _ in range(9):
+        check_step(rows, drifting(rows.pairs), scalar=True, start=START_STEPS, interval=interval)
+    begun = [float(phases[0]) == col.BALANCED for phases in rows.own("A", keys.PHASE)]
     assert begun[:4] == [True, True, True, False]
-    for p, on in list(zip(pairs, begun))[:3]:
+    for p, on in list(zip(rows.pairs, begun))[:3]:
         assert not on or interval > 1 or abs(float(p.A.norm() / p.B.norm()) - 1) < 1e-9
 
 

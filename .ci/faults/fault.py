@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 LINALG = "tests/test_linalg.py tests/test_eigh.py tests/test_adversarial_linalg.py"
-STEPS = "tests/test_functional.py tests/test_adamw.py tests/test_adamw_state.py tests/test_adamw_changes.py"
+STEPS = "tests/test_step.py tests/test_step_stored.py tests/test_functional.py tests/test_adamw.py"
 START = "tests/test_start.py tests/test_start_states.py"
 COUNTS, HOOKS = "tests/test_start_counts.py", "tests/test_hooks.py"
 ABSENT, MEMBERS, OPTIONS = "tests/test_absent_ranks.py", "tests/test_membership.py", "tests/test_options.py"
-TRITON = "tests/test_kernels_adamw.py tests/test_kernels.py tests/test_kernels_linalg.py tests/test_kernels_storages.py"
+TRITON = "tests/test_step.py tests/test_kernels.py tests/test_kernels_linalg.py tests/test_kernels_storages.py"
 SLOT_BARRIER = "    tl.debug_barrier()\n"
 
 

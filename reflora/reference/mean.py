@@ -1,9 +1,4 @@
-"""RefLoRA in plain float64 torch: the paper's companion and the oracle of every test. It is never tuned.
-
-Orientation is PEFT's: `A [r, n_in]`, `B [n_out, r]`, `dW = scaling * B @ A`; the paper (arXiv 2505.18877)
-writes `W = A B^T`, so its A is our B and its B our A^T. Grams are `Ga = A A^T` and `Gb = B^T B`.
-Every function takes any floating dtype, computes in float64 and returns float64.
-"""
+"""S of a pair in float64, and what depends on it alone: decisions, refactoring, preconditioning, known smoothness."""
 
 from __future__ import annotations
 
@@ -84,7 +79,7 @@ def shrunk(A: Tensor, B: Tensor, weight: float) -> tuple[Tensor, Tensor]:
 
     def widened(X: Tensor) -> Tensor:
         r = X.shape[0]
-        more = (1 - weight) ** 0.5 * _norm(X) / r**0.5 * torch.eye(r, dtype=torch.float64)
+        more = (1 - weight) ** 0.5 * norm(X) / r**0.5 * torch.eye(r, dtype=torch.float64)
         return torch.cat([weight**0.5 * X.double(), more], 1)
 
     return widened(A), widened(B.mT).mT
@@ -92,7 +87,7 @@ def shrunk(A: Tensor, B: Tensor, weight: float) -> tuple[Tensor, Tensor]:
 
 def balance_scalar(A: Tensor, B: Tensor) -> Tensor:
     """`s = ||B||_F / ||A||_F`: RefLoRA-S (paper, Theorem 5), and the S = s I of a degenerate layer."""
-    return _norm(B) / _norm(A)
+    return norm(B) / norm(A)
 
 
 def meet(storage: torch.dtype) -> float:
@@ -111,8 +106,8 @@ def met(old_A: Tensor, old_B: Tensor, A: Tensor, B: Tensor, equal: float = MEET)
     Adam's step moves every element by about the rate, so the product moves by rate times `||A|| + ||B||`; balancing a
     pair with `||B|| = s ||A||` takes that down by `2 sqrt(s) / (1 + s)`, which costs nothing at s = 1.
     """
-    old = [float(_norm(X)) for X in (old_A, old_B)]
-    new = [float(_norm(X)) for X in (A, B)]
+    old = [float(norm(X)) for X in (old_A, old_B)]
+    new = [float(norm(X)) for X in (A, B)]
     crossed = (old[1] <= old[0] and new[1] >= new[0]) or (old[1] >= old[0] and new[1] <= new[0])
     return crossed or min(old) >= equal * max(old)
 
@@ -144,12 +139,12 @@ def choose(A: Tensor, B: Tensor, kappa_max: float = 1e6, weight: float | None = 
     eye = torch.eye(A.shape[0], dtype=torch.float64)
     if not (A.isfinite().all() and B.isfinite().all()):
         return eye, eye, "skipped"
-    s = eye[0, 0] if weight is not None or _norm(A) == 0 or _norm(B) == 0 else balance_scalar(A, B)
+    s = eye[0, 0] if weight is not None or norm(A) == 0 or norm(B) == 0 else balance_scalar(A, B)
     there = present(A, B)
     a, b = A[there], B[:, there]
     wide = len(a) <= min(A.shape[1], B.shape[0])
     own = (a, b) if weight is None else shrunk(a, b, weight)
-    if wide and min(_norm(A), _norm(B)) > 0 and max(condition(own[0]), condition(own[1].mT)) <= kappa_max:
+    if wide and min(norm(A), norm(B)) > 0 and max(condition(own[0]), condition(own[1].mT)) <= kappa_max:
         result = refactoring(*own)
         scale = 1.0 if weight is None else balance_scalar(A, B)
         S, S_inv = s * eye, eye / s
@@ -200,7 +195,7 @@ def known_smoothness_scalar(
 ) -> Tensor | None:
     """s of Theorem 5 for a known L; with `a = ||A||_F^2`, `b = ||B||_F^2`: `(t ± sqrt(t^2 - 4 a b)) / (2 a)`."""
     t = 1 / (L * lr * scaling**2)
-    a, b = float(_norm(A)) ** 2, float(_norm(B)) ** 2
+    a, b = float(norm(A)) ** 2, float(norm(B)) ** 2
     if a == 0 or b == 0:
         return None
     return balance_scalar(A, B) * _branch(t, (a * b) ** 0.5, (a * b) ** 0.5, upper)
@@ -228,7 +223,7 @@ def _branch(t: float, k: float, half: float, upper: bool) -> float:
     return (t + root) / (2 * half) if upper else 2 * k * k / (t + root) / half
 
 
-def _norm(X: Tensor) -> Tensor:
+def norm(X: Tensor) -> Tensor:
     """Frobenius norm that neither overflows nor underflows."""
     X = X.double()
     top = X.abs().max()
