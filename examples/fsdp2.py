@@ -1,9 +1,9 @@
-"""accelerate with FSDP2: base, adapter, gradients and moments are cut over the processes, every one has the same S.
+"""accelerate with FSDP2: base, adapter, gradients and moments are sharded over the processes; all have the same S.
 
 pip install "reflora[peft,transformers]"
 torchrun --standalone --nproc_per_node 2 examples/fsdp2.py [STEPS] [FOLDER]
 
-On GPUs it goes over nccl, without any over gloo. Run on two CPU processes; not yet on GPUs.
+It uses nccl on GPUs, else gloo. Run on two CPU processes; not yet on GPUs.
 """
 
 import inspect
@@ -27,11 +27,11 @@ FOLDER = sys.argv[2] if len(sys.argv) > 2 else "llama-fsdp2"
 plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
 accelerator = Accelerator(fsdp_plugin=plugin, cpu=not torch.cuda.is_available())
 if accelerator.device.type == "cpu":
-    # accelerate keeps FSDP to GPUs and the like; on CPUs it would take DDP without a word
+    # accelerate uses FSDP on accelerators only; on CPUs it would silently take DDP
     accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
 set_seed(0)
 
-# a small Llama with random weights reads Python, byte by byte; for a real one, AutoModelForCausalLM.from_pretrained
+# a small Llama with random weights reads Python, byte by byte; for a real one use AutoModelForCausalLM.from_pretrained
 sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
 base = LlamaForCausalLM(LlamaConfig(vocab_size=256, initializer_range=0.1, **sizes))
 model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=8, target_modules="all-linear"))
@@ -39,7 +39,7 @@ windows = torch.tensor(list(Path(inspect.__file__).read_bytes())).unfold(0, 128,
 train = DataLoader(windows[torch.arange(len(windows)) % 10 > 0], batch_size=8, shuffle=True, drop_last=True)
 held_out = DataLoader(windows[:960:10], batch_size=8)
 
-# after the Accelerator, which tells that the model will be sharded, and before prepare(), which shards it
+# after the Accelerator, which says that the model will be sharded, and before prepare(), which shards it
 optimizer = create_reflora_optimizer(model, lr=1e-2)
 model, optimizer, train, held_out = accelerator.prepare(model, optimizer, train, held_out)
 
@@ -66,7 +66,7 @@ accelerator.print(f"each process holds {held} of {sum(p.numel() for p in factors
 accelerator.print(f"held-out loss: {before:.3f} before, {after:.3f} after {STEPS} steps")
 accelerator.print(optimizer.optimizer.diagnostics())
 
-# all processes gather the adapter, the first one writes it; the frozen weights stay where they are
+# all processes gather the adapter, the first one writes it; frozen weights stay sharded
 options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 adapter = get_model_state_dict(model, options=options)
 if accelerator.is_main_process:

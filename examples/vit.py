@@ -1,9 +1,9 @@
 """A vision transformer learns digits: RefLoRA and AdamW from the same start, on the same batches.
 
 pip install "reflora[peft,transformers]" scikit-learn
-python examples/vit.py [STEPS] [FOLDER] [MODEL]   # MODEL: a ViT's folder or hub id; a small random one without
+python examples/vit.py [STEPS] [FOLDER] [MODEL]   # MODEL: a ViT's folder or hub id; default: a small random one
 
-On random weights it shows that both train; which is better takes a pretrained ViT, and a learning rate for each.
+With random weights both train; to see which is better, take a pretrained ViT and tune the learning rate of each.
 """
 
 import sys
@@ -57,7 +57,7 @@ def evaluate(model):
 for name in ("AdamW", "RefLoRA"):
     model = build()
     if name == "RefLoRA":
-        optimizer = create_reflora_optimizer(model, lr=LR)  # the classifier, trained whole, takes AdamW's steps
+        optimizer = create_reflora_optimizer(model, lr=LR)  # the classifier, trained in full, takes AdamW's steps
     else:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
     print(f"{name}: held-out {evaluate(model)} before")
