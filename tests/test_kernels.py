@@ -5,8 +5,8 @@ import torch
 from conftest import affine_error
 from kernel_cases import DOUBLE, MARKS, degenerate_pairs, pair, randn
 
-from reflora import contract, reference
 from reflora import plan as col
+from reflora import reference
 from reflora.backends import triton_backend
 from reflora.contract import DEGENERATE, PLAIN, REFACTORED, SKIPPED, LoRAPair
 from reflora.plan import Plan
@@ -299,15 +299,6 @@ def test_ranks_past_128_go_through_torch():
             assert float((x.cpu() - y).norm() / y.norm()) < 1e-5
     for p, result in zip(pairs, results):
         assert float(result[col.NORM_A]) == pytest.approx(float(p.A.double().norm()), rel=1e-9)
-
-
-def test_table_mirrors_the_plan():
-    from reflora.kernels import table
-
-    names = [name for name in dir(table) if hasattr(getattr(table, name), "value")]
-    assert len(names) == 50
-    for name in names:
-        assert getattr(table, name).value == getattr(col, name, getattr(contract, name, None)), name
 
 
 def test_no_rows_of_the_table_are_missed():
