@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "LoRAPair": "contract",
+    "LoRAPair": "pairs",
     "Diagnostics": "diagnostics",
     "precondition_": "functional",
     "refactor_": "functional",
@@ -34,7 +34,6 @@ __all__ = ["__version__", *_HOMES, *_MODULES]
 if TYPE_CHECKING:
     from . import linalg as linalg
     from . import reference as reference
-    from .contract import LoRAPair as LoRAPair
     from .diagnostics import Diagnostics as Diagnostics
     from .functional import precondition_ as precondition_
     from .functional import refactor_ as refactor_
@@ -49,6 +48,7 @@ if TYPE_CHECKING:
     from .integrations.trainer import RefLoRACallback as RefLoRACallback
     from .integrations.trainer import RefTrainer as RefTrainer
     from .optim.adamw import RefLoRAAdamW as RefLoRAAdamW
+    from .pairs import LoRAPair as LoRAPair
 
 
 def __getattr__(name: str) -> Any:

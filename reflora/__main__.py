@@ -14,7 +14,7 @@ import torch
 
 from . import doctor
 from .backends import load
-from .contract import BACKENDS, REFACTORED
+from .constants import BACKENDS, REFACTORED
 from .functional import refactor_
 from .reference import refactoring
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from . import plan as col
-from .contract import DEGENERATE, PLAIN, REFACTORED, SKIPPED, LoRAPair
+from .constants import DEGENERATE, PLAIN, REFACTORED, SKIPPED
+from .pairs import LoRAPair
 from .plan import Plan
 
 
@@ -144,12 +145,8 @@ def diagnose(
 
 
 def row_names(pairs: Sequence[LoRAPair]) -> list[str]:
-    """The name of every layer, an experts pair's with the number of the expert."""
-    names: list[str] = []
-    for pair in pairs:
-        several = pair.layout.startswith("experts")
-        names += [f"{pair.name}[{expert}]" if several else pair.name for expert in range(pair.experts)]
-    return names
+    """The name of every layer."""
+    return [name for pair in pairs for name in pair.row_names]
 
 
 def _worst(values: Tensor) -> float:

@@ -13,23 +13,19 @@ from torch import Tensor
 from ._ops import add_op_namespace_prefix, ops
 from .ambient import independent
 from .backends import resolve
-from .contract import (
-    LoRAPair,
-    PairLike,
-    as_pairs,
+from .checks import (
     check_backend,
     check_disjoint,
+    check_flags,
     check_memory,
     check_plain,
     check_precision,
-    check_scalar,
     check_shaped,
-    check_unhooked,
     check_writable,
     fail,
-    named_pairs,
 )
 from .diagnostics import Diagnostics, diagnose, row_names
+from .pairs import LoRAPair, PairLike, as_pairs, check_unhooked, named_pairs
 from .plan import REPORTED, Plan, by_device
 
 # a table of addresses is no use to a graph that inductor captures by itself
@@ -154,7 +150,7 @@ def _precondition(
 
 
 def _check_options(scalar: bool, backend: str | None, precision: str) -> None:
-    check_scalar(scalar)
+    check_flags({"scalar": scalar})
     check_backend(backend)
     check_precision(precision)
 

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contract import RANK_CLASSES, STORAGE_DTYPES, LoRAPair, fail
+from .checks import fail
+from .constants import RANK_CLASSES, STORAGE_DTYPES
+from .pairs import LoRAPair
 
 # columns of one side; strides in elements. M, V, X (exp_avg, exp_avg_sq, max_exp_avg_sq, of storage type STATE) and W
 # (float32 master weights, 0 where there are none) share the strides of P.
@@ -189,7 +191,7 @@ class Plan:
         pair = self.pairs[number]
         factor = pair.B if side == B_SIDE else pair.A
         layouts = zip(factor.stride(), tensor.stride(), factor.shape)
-        if pair.layout == "conv" and any(ours != theirs and size > 1 for ours, theirs, size in layouts):
+        if pair.read.storage_order and any(ours != theirs and size > 1 for ours, theirs, size in layouts):
             remedy = "Give gradients the memory format of their parameter."
             fail(f"{pair.name}, gradient", f"strides {factor.stride()} like its factor's", tensor.stride(), remedy)
         views = pair.views_B(tensor) if side == B_SIDE else pair.views_A(tensor)

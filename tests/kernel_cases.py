@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import device_of, served, spectrum_pair
 
-from reflora.contract import DEGENERATE, SKIPPED, LoRAPair
+from reflora.constants import DEGENERATE, SKIPPED
+from reflora.pairs import LoRAPair
 
 DOUBLE = torch.float64
 # a GPU runs the kernels under `pytest -m gpu`, tools/ptxsim without one, under `make emulate`

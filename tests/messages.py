@@ -20,7 +20,7 @@ LONGEST = 300
 WARNING = ("reflora.optim.membership", "reflora.optim.adamw", "reflora.optim.wrapper", "reflora.integrations.hooks")
 # by file and a word of the call: what only a GPU provokes
 ELSEWHERE = (
-    ("contract.py", "B on {pair.A.device}"), ("optim/adamw.py", "CUDA graph capture"),
+    ("pairs.py", "B on {pair.A.device}"), ("optim/adamw.py", "CUDA graph capture"),
     ("optim/groups.py", "of one element"), ("optim/binding.py", "CUDA graph capture"),
 )  # fmt: skip
 Site = tuple[str, int]
@@ -44,10 +44,10 @@ class Recorder:
 
 
 def install() -> None:
-    """Listen to `reflora.contract.fail`, whoever has imported it, and to the warnings of the package."""
+    """Listen to `reflora.checks.fail`, whoever has imported it, and to the warnings of the package."""
     import warnings
 
-    from reflora.contract import fail
+    from reflora.checks import fail
 
     if "_recorded" in fail.__globals__:
         return

@@ -13,9 +13,10 @@ from torch import Tensor
 from reflora import plan as col
 from reflora import reference
 from reflora.backends import AdamWStep, load
-from reflora.contract import DEGENERATE, PLAIN, REFACTORED, SKIPPED, LoRAPair
+from reflora.constants import DEGENERATE, PLAIN, REFACTORED, SKIPPED
 from reflora.optim.binding import Binding
 from reflora.optim.state import MASTER, MOMENTS, PHASE, SAVED, STEPS, Storage
+from reflora.pairs import LoRAPair
 from reflora.reference import AdamWState, Hypers, Schedule
 
 DOUBLE, FLOAT, BF16, HALF = torch.float64, torch.float32, torch.bfloat16, torch.float16

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import reflora
 from reflora import reference
-from reflora.contract import DEGENERATE, REFACTORED
+from reflora.constants import DEGENERATE, REFACTORED
 from reflora.optim.sharded import ShardedOps
 
 # which of r ranks are there

@@ -5,8 +5,8 @@ import torch
 from toys import backward, clones, factors, leaf_pairs, random_grads, targets
 
 from benchmarks.baselines import published_reflora as published
-from reflora import RefLoRAAdamW, contract
-from reflora.contract import PLAIN
+from reflora import RefLoRAAdamW, constants
+from reflora.constants import PLAIN
 
 TWENTY = [(r, 20 + 3 * i, 45 - i) for i, r in enumerate([1, 2, 4, 8, 12] * 4)]
 
@@ -170,10 +170,10 @@ def worst_ratio(sizes, leave=60):
 
 
 def test_leaving_a_degenerate_phase_does_not_jolt_adam(monkeypatch):
-    real = contract.KAPPA_MAX["float64"]
+    real = constants.KAPPA_MAX["float64"]
 
     def degenerate_until_60(k):
-        monkeypatch.setitem(contract.KAPPA_MAX, "float64", 0.0 if k < 60 else real)
+        monkeypatch.setitem(constants.KAPPA_MAX, "float64", 0.0 if k < 60 else real)
 
     sizes, optimizer = step_sizes(60, until=degenerate_until_60)
     assert optimizer.diagnostics().refactored == 1

@@ -5,7 +5,8 @@ import torch
 from toys import backward, clones, factors, leaf_pairs, random_grads, targets
 
 from reflora import RefLoRAAdamW
-from reflora.contract import REFACTORED, SKIPPED, LoRAPair
+from reflora.constants import REFACTORED, SKIPPED
+from reflora.pairs import LoRAPair
 
 
 def run(optimizer, pairs, goals, steps=2):

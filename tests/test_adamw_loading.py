@@ -8,7 +8,7 @@ import torch
 from toys import backward, clones, factors, leaf_pairs, random_grads, targets
 
 from reflora import RefLoRAAdamW
-from reflora.contract import LoRAPair
+from reflora.pairs import LoRAPair
 
 
 def make_run(scalar, interval, warmup, backend, dtype=torch.float64):

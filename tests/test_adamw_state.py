@@ -11,7 +11,8 @@ from toys import backward, clones, factors, leaf_pairs, random_grads, targets
 
 import reflora
 from reflora import RefLoRAAdamW
-from reflora.contract import DEGENERATE, PLAIN, REFACTORED, SKIPPED, LoRAPair
+from reflora.constants import DEGENERATE, PLAIN, REFACTORED, SKIPPED
+from reflora.pairs import LoRAPair
 
 
 def test_a_non_finite_layer_is_skipped_with_its_state_untouched(backend):

@@ -8,7 +8,7 @@ import torch
 from toys import backward, clones, factors, leaf_pairs, random_grads, targets
 
 from reflora import RefLoRAAdamW
-from reflora.contract import LoRAPair
+from reflora.pairs import LoRAPair
 
 HALF = [torch.bfloat16, torch.float16]
 STORED = {

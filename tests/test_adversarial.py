@@ -13,7 +13,7 @@ from torch import Tensor
 
 import reflora
 from reflora import reference
-from reflora.contract import DEGENERATE, REFACTORED, SKIPPED
+from reflora.constants import DEGENERATE, REFACTORED, SKIPPED
 
 COUNT = {"cpp": 1000, "torch": 250}  # every kind of factor 10 times at least; torch solves each rank by itself
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

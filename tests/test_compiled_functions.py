@@ -5,7 +5,8 @@ import torch
 from conftest import needs_compiler
 
 import reflora
-from reflora.contract import PLAIN, LoRAPair
+from reflora.constants import PLAIN
+from reflora.pairs import LoRAPair
 
 
 @pytest.fixture(autouse=True)

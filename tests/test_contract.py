@@ -6,7 +6,8 @@ import torch
 
 import reflora
 from reflora.backends import resolve
-from reflora.contract import LoRAPair, as_pairs, check_count
+from reflora.checks import check_count
+from reflora.pairs import LoRAPair, as_pairs
 
 
 def pair(r=4, n_in=10, n_out=6, **kw):

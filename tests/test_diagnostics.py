@@ -8,8 +8,9 @@ from conftest import spectrum_pair
 
 import reflora
 from reflora import RefLoRAAdamW
-from reflora.contract import DEGENERATE, KAPPA_MAX, PLAIN, REFACTORED, SKIPPED, LoRAPair
+from reflora.constants import DEGENERATE, KAPPA_MAX, PLAIN, REFACTORED, SKIPPED
 from reflora.diagnostics import Diagnostics, diagnose
+from reflora.pairs import LoRAPair
 
 COLUMNS = ("status", "condition_A", "condition_B", "balance", "scale")
 R = 4

@@ -9,7 +9,8 @@ from conftest import BACKENDS, FLOAT32_TOLERANCE, RANKS, TOLERANCE, affine_error
 
 import reflora
 from reflora import precondition_, refactor_, reference
-from reflora.contract import DEGENERATE, REFACTORED, SKIPPED, LoRAPair
+from reflora.constants import DEGENERATE, REFACTORED, SKIPPED
+from reflora.pairs import LoRAPair
 
 SPECTRA = {10.0: (1.3, 10.0), 1e3: (1e3, 1e3), 1e4: (1e4, 1e4)}
 DTYPES = [torch.float32, torch.float64]

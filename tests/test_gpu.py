@@ -14,7 +14,8 @@ from rows import PLAIN_ADAMW, Rows, check_step
 from reflora import RefLoRAAdamW, linalg, precondition_, refactor_, reference
 from reflora import plan as col
 from reflora.backends import resolve, triton_backend
-from reflora.contract import REFACTORED, LoRAPair
+from reflora.constants import REFACTORED
+from reflora.pairs import LoRAPair
 from reflora.plan import Plan
 
 pytestmark = pytest.mark.gpu

@@ -8,7 +8,8 @@ from kernel_cases import DOUBLE, MARKS, degenerate_pairs, pair, randn
 from reflora import plan as col
 from reflora import reference
 from reflora.backends import triton_backend
-from reflora.contract import DEGENERATE, PLAIN, REFACTORED, SKIPPED, LoRAPair
+from reflora.constants import DEGENERATE, PLAIN, REFACTORED, SKIPPED
+from reflora.pairs import LoRAPair
 from reflora.plan import Plan
 
 pytestmark = MARKS

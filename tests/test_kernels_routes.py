@@ -9,8 +9,9 @@ from rows import PLAIN_ADAMW, Rows, grads_like, same
 
 from reflora import plan as col
 from reflora.backends import torch_backend, triton_backend
-from reflora.contract import PLAIN, SKIPPED, LoRAPair
+from reflora.constants import PLAIN, SKIPPED
 from reflora.kernels import launch, routes
+from reflora.pairs import LoRAPair
 from reflora.plan import Plan
 
 pytestmark = MARKS

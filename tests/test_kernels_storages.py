@@ -10,9 +10,10 @@ from rows import Rows
 from reflora import plan as col
 from reflora import reference
 from reflora.backends import triton_backend
-from reflora.contract import REFACTORED, LoRAPair
+from reflora.constants import REFACTORED
 from reflora.kernels import launch
 from reflora.kernels.launch import aligned
+from reflora.pairs import LoRAPair
 from reflora.plan import Plan
 
 pytestmark = MARKS

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import reflora
 from reflora import reference
-from reflora.contract import START_STEPS
+from reflora.constants import START_STEPS
 from reflora.integrations.peft import find_sites
 
 INPUTS: dict[str, Any] = {

@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import reflora
 from reflora import RefLoRAAdamW, linalg
-from reflora.contract import LoRAPair
+from reflora.pairs import LoRAPair
 from reflora.plan import Plan
 
 

@@ -13,7 +13,7 @@ from toys import factors, leaf_pairs, random_grads
 
 import reflora
 from reflora import doctor
-from reflora.contract import fail
+from reflora.checks import fail
 from reflora.optim.sharded import ShardedOps
 
 

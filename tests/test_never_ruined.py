@@ -16,7 +16,7 @@ from toys import backward, clones, factors, leaf_pairs, targets
 
 import reflora
 from reflora import RefLoRAAdamW
-from reflora.contract import SKIPPED
+from reflora.constants import SKIPPED
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 

@@ -9,7 +9,7 @@ import torch
 
 import reflora
 from reflora import overlap
-from reflora.contract import as_pairs
+from reflora.pairs import as_pairs
 
 
 def addresses(t):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from reflora import plan as col
-from reflora.contract import LoRAPair, as_pairs
+from reflora.pairs import LoRAPair, as_pairs
 from reflora.plan import A_SIDE, B_SIDE, Plan
 
 HEADER = Path(__file__).parent.parent / "csrc" / "table.h"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from reflora import RefLoRAAdamW, precondition_, refactor_
-from reflora.contract import DEGENERATE, REFACTORED
+from reflora.constants import DEGENERATE, REFACTORED
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

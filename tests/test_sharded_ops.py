@@ -7,7 +7,7 @@ import torch
 from kernel_cases import degenerate_pairs, pair, randn
 
 from reflora import LoRAPair
-from reflora.contract import START_STEPS
+from reflora.constants import START_STEPS
 from reflora.optim.pairs import PairOps
 from reflora.optim.sharded import ShardedOps
 

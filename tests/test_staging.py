@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from reflora.contract import LoRAPair
 from reflora.kernels import launch, staging
 from reflora.kernels.staging import OnDevice
+from reflora.pairs import LoRAPair
 from reflora.plan import Plan
 
 META = torch.device("meta")

@@ -13,7 +13,7 @@ from start_cases import crossing_pairs, drifting
 
 from reflora import LoRAPair, RefLoRAAdamW, reference
 from reflora import plan as col
-from reflora.contract import START_STEPS
+from reflora.constants import START_STEPS
 from reflora.optim import state as keys
 from reflora.optim.pairs import PairOps
 from reflora.reference import Hypers

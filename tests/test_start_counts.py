@@ -11,7 +11,7 @@ from toys import factors, leaf_pairs, random_grads
 
 import reflora
 from reflora import RefLoRAAdamW
-from reflora.contract import PLAIN
+from reflora.constants import PLAIN
 
 WAYS = {
     "RefLoRAAdamW": lambda pairs, **options: RefLoRAAdamW(pairs, lr=1e-2, **options),

@@ -10,9 +10,9 @@ from start_cases import crossing_pairs, drifting, start_of, trained
 from toys import factors, leaf_pairs, random_grads
 
 import reflora
-from reflora import RefLoRAAdamW, contract
+from reflora import RefLoRAAdamW, constants
 from reflora import plan as col
-from reflora.contract import PLAIN
+from reflora.constants import PLAIN
 from reflora.optim import wrapper
 
 DOUBLE = torch.float64
@@ -154,7 +154,7 @@ def test_steps_that_are_not_yet_balanced_are_reported_as_plain(fast_backend):
     optimizer = RefLoRAAdamW(pairs, lr=1e-4, scalar=True, backend=fast_backend)
     trained(optimizer, pairs, (0, 2))
     assert optimizer.diagnostics().status.tolist() == [PLAIN, PLAIN]
-    assert contract.START_STEPS == 400
+    assert constants.START_STEPS == 400
 
 
 # ---- what a reviewer found

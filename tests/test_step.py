@@ -26,8 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from reflora import plan as col
 from reflora.backends import AdamWStep, load
-from reflora.contract import DEGENERATE, PLAIN, REFACTORED, SKIPPED, START_STEPS, LoRAPair
+from reflora.constants import DEGENERATE, PLAIN, REFACTORED, SKIPPED, START_STEPS
 from reflora.optim.state import MASTER, PHASE, SAVED, STEPS, Storage
+from reflora.pairs import LoRAPair
 from reflora.reference import Hypers
 
 MODES = {

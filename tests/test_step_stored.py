@@ -24,8 +24,8 @@ from rows import (
 from test_rounding import plain_round
 
 from reflora import plan as col
-from reflora.contract import LoRAPair
 from reflora.optim.state import MASTER
+from reflora.pairs import LoRAPair
 from reflora.reference import Hypers
 
 SCALAR = pytest.mark.parametrize("scalar", [False, True], ids=["full", "scalar"])

@@ -8,9 +8,10 @@ from toys import clones, factors, leaf_pairs, random_grads
 
 import reflora
 from reflora import RefLoRAAdamW
-from reflora.contract import PLAIN, LoRAPair
+from reflora.constants import PLAIN
 from reflora.optim import traced
 from reflora.optim.binding import Binding
+from reflora.pairs import LoRAPair
 
 SHAPES = [(4, 20, 12), (3, 9, 30)]
 

@@ -14,7 +14,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from ..contract import check_backend, fail
+from ..checks import check_backend, fail
 from ..plan import Plan
 
 # where the S of an AdamW step comes from: warm-up, computed now, kept from an earlier step

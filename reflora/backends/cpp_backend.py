@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..contract import KAPPA_MAX, KAPPA_OF_RANK, RANK_CLASSES
+from ..constants import KAPPA_MAX, KAPPA_OF_RANK, RANK_CLASSES
 from ..plan import RESULTS, Plan
 from . import AdamWStep, torch_backend
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import plan as col
-from ..contract import DEGENERATE, PLAIN, REFACTORED, SKIPPED
+from ..constants import DEGENERATE, PLAIN, REFACTORED, SKIPPED
 from ..plan import A_SIDE, B_SIDE, Plan
 from ..reference import meet
 from . import AdamWStep

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import plan as col
-from ..contract import REFACTORED, SKIPPED
+from ..constants import REFACTORED, SKIPPED
 from ..plan import A_SIDE, B_SIDE, Plan
 from . import AdamWStep, torch_adamw
 from .torch_groups import SIDES, chosen, groups, record, results_of, skip

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import plan as col
-from ..contract import PLAIN, SKIPPED
+from ..constants import PLAIN, SKIPPED
 from ..plan import A_SIDE, B_SIDE, Plan
 from .torch_solve import Gram, Solution, balance, gram, solve
 

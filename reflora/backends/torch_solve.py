@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..contract import DEGENERATE, KAPPA_MAX, KAPPA_OF_RANK, REFACTORED, SKIPPED
+from ..constants import DEGENERATE, KAPPA_MAX, KAPPA_OF_RANK, REFACTORED, SKIPPED
 from ..reference import MEET
 
 # enough for every X that is not degenerate, and more than most need: nothing here asks whether it has converged

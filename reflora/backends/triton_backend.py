@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from ..contract import RANK_CLASSES
+from ..constants import RANK_CLASSES
 from ..plan import RESULTS, Plan
 from . import AdamWStep, torch_backend
 

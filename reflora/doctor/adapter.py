@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..contract import DEGENERATE, REFACTORED, SKIPPED, LoRAPair, fail
+from ..checks import fail
+from ..constants import DEGENERATE, REFACTORED, SKIPPED
 from ..functional import refactor_
+from ..pairs import LoRAPair
 from .effect import allowed, moved
 from .folder import WEIGHTS, adapters_in, check_folder, check_place, contents, read_tensors, write_copy
 from .rules import CONFIG, read_config, read_rules, shown

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from torch import Tensor
 
-from ..contract import fail
+from ..checks import fail
 from .rules import CONFIG, shown
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"

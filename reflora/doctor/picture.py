@@ -6,7 +6,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..contract import KAPPA_MAX, fail
+from ..checks import fail
+from ..constants import KAPPA_MAX
 from .adapter import Layer
 from .folder import below_a_file
 from .rules import shown

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..contract import fail
+from ..checks import fail
 
 CONFIG = "adapter_config.json"
 # fields of LoraConfig, PEFT 0.14 to 0.21, that leave the update B A at any value. DoRA, QALoRA, aLoRA and VeLoRA read

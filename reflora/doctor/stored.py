@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..contract import STORAGE_DTYPES, LoRAPair, fail
+from ..checks import fail
+from ..constants import STORAGE_DTYPES
 from ..integrations.peft import SCALED_INSIDE
+from ..pairs import LoRAPair
 from .rules import Rules, shown
 
 PREFIX = "base_model.model."

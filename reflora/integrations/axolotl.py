@@ -8,7 +8,7 @@ from typing import Any
 
 from axolotl.integrations.base import BasePlugin
 
-from ..contract import fail
+from ..checks import fail
 from .optimizer import OptimizerFactory, adamw_options
 
 LOG = logging.getLogger(__name__)

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..ambient import independent
-from ..contract import HOOKED, LoRAPair, check_count, check_unhooked, check_unhooked_since, fail
+from ..checks import check_count, check_flags, fail
 from ..diagnostics import Diagnostics
 from ..optim.adamw import RefLoRAAdamW
 from ..optim.membership import HALVED, Unserved, halved, listed, say_plain
-from ..optim.options import check_flags
 from ..optim.pairs import ops_of
 from ..optim.transport import StateMove, check_movable
 from ..optim.wrapped_pairs import FLATTENED
 from ..optim.wrapper import Wrapped, scaler_found_inf
 from ..overlap import extent
+from ..pairs import HOOKED, LoRAPair, check_unhooked, check_unhooked_since
 from .peft import Site, find_sites, found_in
 
 SKIP_STEPS = "reflora_skip_steps"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ..contract import check_count
+from ..checks import check_count
 from .peft import find_pairs
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract import LoRAPair
 from ..optim.pairs import apply_dtype
+from ..pairs import LoRAPair
 
 
 @dataclass

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..ambient import independent, outside_inference
-from ..contract import HOOKED, LoRAPair, check_unhooked, fail
+from ..checks import check_flags, check_schedule, fail
 from ..diagnostics import Diagnostics
 from ..optim.binding import capturing
 from ..optim.membership import LONE, Unserved, listed, say_plain
-from ..optim.options import check_flags, check_schedule
 from ..optim.pairs import Outcome, PairOps, multiply, new_units
+from ..pairs import HOOKED, LoRAPair, check_unhooked
 from .hook_groups import Group, grouped, kind_of, sides
 from .peft import find_pairs
 

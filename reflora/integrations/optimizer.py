@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..contract import fail
+from ..checks import fail
 from ..optim.adamw import RefLoRAAdamW
 from ..optim.wrapper import Wrapped, reflora_class
 from .peft import find_pairs

@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..contract import LoRAPair, as_pairs, fail, is_sharded
+from ..checks import fail
 from ..optim.membership import FoundPairs, listed, say_plain
+from ..pairs import LoRAPair, as_pairs, is_sharded
 
 PLAIN_FACTORS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 # what torch.compile, activation checkpointing and FSDP put between a module and its name

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from .. import plan as col
-from ..contract import SKIPPED, fail
+from ..checks import fail
+from ..constants import SKIPPED
 from ..diagnostics import Diagnostics
 from .dropin import Refactorer
 

@@ -1,6 +1,6 @@
 """Loads and stores through raw addresses by storage type, and the scalars that go with a type.
 
-A storage code is the DTYPE column: the index into contract.STORAGE_DTYPES. A launch whose rows agree has it as the
+A storage code is the DTYPE column: the index into constants.STORAGE_DTYPES. A launch whose rows agree has it as the
 constexpr DTYPE; MIXED means that each program branches on the code of its own row.
 """
 

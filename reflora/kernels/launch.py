@@ -12,7 +12,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..contract import KAPPA_MAX, STORAGE_DTYPES
+from ..constants import KAPPA_MAX, STORAGE_DTYPES
 from ..plan import A_SIDE, B_SIDE, DTYPE, G_SN, G_SR, P_SN, P_SR, STATE, G, M, N, P, Plan, R, V, W, X
 from . import routes
 from .chunks import CHUNKS, HEADER

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..contract import RANK_CLASSES
+from ..constants import RANK_CLASSES
 from .cholesky import factor
 from .dtypes import exponent_of, power_of_two
 from .launch import TYPES, launch_options

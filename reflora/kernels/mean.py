@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .. import contract
+from .. import constants
 from . import table as col
 from .cholesky import factor_all
 from .chunks import any_bad, counts, reduce_chunks
@@ -21,7 +21,7 @@ from .solve import (
     read,
 )
 
-KAPPA_OF_RANK = tl.constexpr(contract.KAPPA_OF_RANK["float32"])
+KAPPA_OF_RANK = tl.constexpr(constants.KAPPA_OF_RANK["float32"])
 # the largest that is solved in registers from there on; a larger one would spill
 SMALL = tl.constexpr(16)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract import fail
+from ..checks import fail
 
 CAPTURE_REMEDY = "Take a step outside the graph before each capture."
 

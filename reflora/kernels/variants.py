@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..contract import STORAGE_DTYPES
+from ..constants import STORAGE_DTYPES
 from ..plan import P
 from . import eigh, inv_root, svd
 from .adamw import row_kernel, settle_kernel, update_kernel

@@ -10,17 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..contract import (
-    STORAGE_DTYPES,
-    check_backend,
-    check_places,
-    check_precision,
-    check_shaped,
-    check_there,
-    check_writable,
-    extent,
-    fail,
-)
+from ..checks import check_backend, check_places, check_precision, check_shaped, check_there, check_writable, fail
+from ..constants import STORAGE_DTYPES
+from ..overlap import extent
 from . import direct, operators
 from .direct import MATRIX, VECTOR
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._ops import add_op_namespace_prefix, ops
 from ..ambient import independent
-from ..contract import check_there
+from ..checks import check_there
 from . import direct
 
 

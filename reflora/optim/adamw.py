@@ -15,16 +15,10 @@ from torch.optim import Optimizer
 
 from ..ambient import independent, outside_inference
 from ..backends import AdamWStep, resolve
-from ..contract import (
-    NO_GRADIENT,
-    PairLike,
-    as_pairs,
-    check_unhooked,
-    check_unhooked_since,
-    fail,
-    start_of,
-)
+from ..checks import check_flags, check_hypers, check_options, check_storage, fail
+from ..constants import start_of
 from ..diagnostics import Diagnostics, diagnose, row_names
+from ..pairs import PairLike, as_pairs, check_unhooked, check_unhooked_since
 from ..plan import by_device
 from . import state as keys
 from .binding import Binding, Slot, capturing
@@ -32,20 +26,14 @@ from .grouped_pairs import GroupedPairs
 from .groups import check_group, flatten, hyper_table, lr_on_host
 from .membership import (
     LONE,
+    NO_GRADIENT,
     REVERSED,
     check_single,
     pairs_of_unseen,
     reversed_,
     say_plain,
 )
-from .options import (
-    check_flags,
-    check_group_options,
-    check_hypers,
-    check_options,
-    check_owned,
-    check_storage,
-)
+from .options import check_group_options, check_owned
 from .plain import amp_scalar, prepare_plain, step_plain, step_stray, watched
 from .state import LIKE_TORCH, Storage, adopt
 from .traced import TracedStep

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from ..contract import fail
+from ..checks import fail
 from .membership import check_single
 
 # raises where no closure is given, whatever its signature says

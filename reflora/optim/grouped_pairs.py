@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..backends import resolve
-from ..contract import LoRAPair, fail
+from ..checks import fail
+from ..pairs import LoRAPair
 from .binding import Binding, Slot
 from .groups import check_group
 from .membership import HALVED, NOWHERE, check_whole, halved, nowhere, pairs_of_added, say_plain

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract import LoRAPair, PairLike, fail
+from ..checks import check_flags, check_hypers, check_number, fail
+from ..pairs import LoRAPair, PairLike
 from ..plan import HYPERS, LR, LR_AT, LR_DTYPE
-from .options import check_flags, check_hypers, check_number
 
 LR_DTYPES = (torch.float32, torch.float64)
 

@@ -8,13 +8,19 @@ from typing import Any
 
 from torch import Tensor
 
-from ..contract import LoRAPair, as_pairs, check_unhooked, fail
+from ..checks import fail
+from ..pairs import LoRAPair, as_pairs, check_unhooked
 
 PARTED = "ZeroRedundancyOptimizer parts them: use reflora.GradientHooks and a plain optimizer class"
 HALVED = f"only one factor of each is among the optimizer's parameters. Pass both; {PARTED}"
 NOWHERE = "neither factor is among the optimizer's parameters. Take the pairs from the model that it trains"
 REVERSED = "r is larger than both n_in and n_out, so S does not exist. Is B given before A? A is [r, n_in]"
 LONE = "only one factor of each has a gradient. Train both, or leave these pairs out"
+NO_GRADIENT = (
+    "no LoRA pair of the optimizer has a gradient in this step: none is trained. Is another adapter active? Was the "
+    "model sharded, or its parameters replaced, after the optimizer was made? Does a checkpointed block get inputs "
+    "without one (enable_input_require_grads)?"
+)
 # classes that precondition LoRA's gradients themselves, all of PEFT's
 PRECONDITION = ("RiemannianPreconditionedOptimizer", "LoraFAOptimizer")
 

@@ -12,18 +12,11 @@ from torch import Tensor
 from .. import plan as col
 from ..ambient import independent, outside_inference
 from ..backends import Backend, resolve
-from ..contract import (
-    DEGENERATE,
-    REFACTORED,
-    SKIPPED,
-    START_STEPS,
-    LoRAPair,
-    as_pairs,
-    check_backend,
-    check_precision,
-)
+from ..checks import check_backend, check_precision
+from ..constants import DEGENERATE, REFACTORED, SKIPPED, START_STEPS
 from ..diagnostics import Diagnostics, diagnose
 from ..functional import check_grads, mark_written
+from ..pairs import LoRAPair, as_pairs
 from ..plan import Plan, by_device
 
 if TYPE_CHECKING:

@@ -18,8 +18,10 @@ from torch.distributed.tensor import DTensor, Shard
 
 from .. import linalg
 from ..ambient import independent
-from ..contract import DEGENERATE, LoRAPair, check_backend, check_precision, fail, local
+from ..checks import check_backend, check_precision, fail
+from ..constants import DEGENERATE
 from ..diagnostics import Diagnostics, row_names
+from ..pairs import LoRAPair, local
 from .pairs import Counts, Outcome, PairOps, multiply, scale_sides
 
 HALF = (torch.bfloat16, torch.float16)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract import LoRAPair, fail
+from ..checks import fail
+from ..pairs import LoRAPair
 from ..plan import REFACTORED_UNITS
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")

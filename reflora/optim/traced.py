@@ -18,9 +18,11 @@ from torch import Tensor
 
 from .._ops import add_op_namespace_prefix, ops
 from ..ambient import independent
-from ..contract import PLAIN, LoRAPair, fail
+from ..checks import fail
+from ..constants import PLAIN
 from ..diagnostics import uniform
 from ..functional import OP_TAGS
+from ..pairs import LoRAPair
 from ..plan import REPORTED
 from .binding import Binding
 from .state import LIKE_TORCH, Storage, fit, init_pair, init_param

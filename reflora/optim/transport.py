@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import ASGD, SGD, Adam, AdamW, NAdam, Optimizer, RAdam
 
-from ..contract import LoRAPair, fail, is_sharded, local
+from ..checks import fail
+from ..pairs import LoRAPair, is_sharded, local
 
 ADAM = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
 POWERS: dict[type[Optimizer], dict[str, int]] = {

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..contract import SKIPPED, LoRAPair, local
+from ..constants import SKIPPED
+from ..pairs import LoRAPair, local
 from ..plan import BALANCED, REFACTORED_UNITS
 from .pairs import new_units
 from .state import PHASE, SAVED

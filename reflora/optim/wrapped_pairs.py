@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..contract import LoRAPair, as_pairs, fail
+from ..checks import fail
+from ..pairs import LoRAPair, as_pairs
 from .membership import HALVED, LONE, NOWHERE, check_whole, halved, nowhere, pairs_of_added, say_plain
 from .options import check_added, check_like_defaults
 from .state import STEPS

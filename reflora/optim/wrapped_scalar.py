@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 
 from ..ambient import independent
 from ..backends.torch_solve import met
-from ..contract import PLAIN, LoRAPair
+from ..constants import PLAIN
 from ..diagnostics import Diagnostics, uniform
+from ..pairs import LoRAPair
 from ..plan import BALANCED
 from ..reference import meet
 from .state import PHASE

@@ -13,22 +13,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..ambient import independent
-from ..contract import (
-    NO_GRADIENT,
-    PLAIN,
-    SKIPPED,
-    PairLike,
-    as_pairs,
-    check_backend,
-    check_precision,
-    check_unhooked,
-    check_unhooked_since,
-    local,
-)  # fmt: skip
+from ..checks import check_backend, check_flags, check_precision, check_schedule
+from ..constants import PLAIN, SKIPPED
 from ..diagnostics import Diagnostics, uniform
+from ..pairs import PairLike, as_pairs, check_unhooked, check_unhooked_since, local
 from .base_class import check_base, check_kept, evaluated, separate, takes_closure
-from .membership import REVERSED, check_single, pairs_of_unseen, reversed_, say_plain
-from .options import check_flags, check_group_options, check_like_defaults, check_schedule
+from .membership import NO_GRADIENT, REVERSED, check_single, pairs_of_unseen, reversed_, say_plain
+from .options import check_group_options, check_like_defaults
 from .pairs import finite_and_moving, ops_of
 from .plain import watched
 from .state import PHASE, SAVED, STEPS, compare_shapes, shapes_of_pair

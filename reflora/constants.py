@@ -1,0 +1,29 @@
+"""What all backends agree on: names, types, rank classes, when a layer is degenerate, what was done with it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+BACKENDS = ("triton", "cpp", "torch")
+PRECISIONS = ("float64", "float32")
+STORAGE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+RANK_CLASSES = (16, 32, 64, 128)
+
+# a factor is degenerate past this Frobenius condition estimate ||L||_F ||L^-1||_F of the Cholesky
+# factor of its Gram (at least k, at most r k / 2 + 1), and past the second times sqrt(r): the rounding of a singular
+# Gram in float32 read as 830 sqrt(r) and more in 11 000 draws, n up to 32768. On every backend
+KAPPA_MAX = {"float64": 1e6, "float32": 1e4}
+KAPPA_OF_RANK = {"float64": math.inf, "float32": 800.0}
+
+# steps after which a Gram counts half in S by default, see reference.shrink_weight; chosen in benchmarks/NOTES.md
+START_STEPS = 400
+
+# values of the `status` column of Diagnostics
+REFACTORED, DEGENERATE, SKIPPED, PLAIN = 0, 1, 2, 3
+
+
+def start_of(warmup_steps: int | None) -> int:
+    """Steps after which a Gram counts half in S: START_STEPS for None, 0 (the exact S at once) for a number."""
+    return START_STEPS if warmup_steps is None else 0
