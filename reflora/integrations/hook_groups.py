@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..optim.pairs import apply_dtype
+from ..engine import apply_dtype
 from ..pairs import LoRAPair
 
 

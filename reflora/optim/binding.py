@@ -15,7 +15,7 @@ from .. import plan as col
 from ..backends import AdamWStep, Backend
 from ..checks import fail
 from ..constants import PLAIN, STORAGE_DTYPES
-from ..functional import mark_written
+from ..engine import mark_written
 from ..pairs import LoRAPair, as_pairs
 from ..plan import A_SIDE, B_SIDE, Plan
 from .state import MASTER, MOMENTS, PHASE, SAVED, STEPS, Storage, fit, init_pair, init_param, leave_units

@@ -1,9 +1,10 @@
-"""Operations on the pairs of an optimizer, step after step: `reflora.functional` with its tables kept between calls."""
+"""Operations on the pairs of an optimizer, step after step: `reflora.functional` with its engines kept."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -11,13 +12,13 @@ from torch import Tensor
 
 from .. import plan as col
 from ..ambient import independent, outside_inference
-from ..backends import Backend, resolve
 from ..checks import check_backend, check_precision
-from ..constants import DEGENERATE, REFACTORED, SKIPPED, START_STEPS
-from ..diagnostics import Diagnostics, diagnose
-from ..functional import check_grads, mark_written
-from ..pairs import LoRAPair, as_pairs
-from ..plan import Plan, by_device
+from ..constants import DEGENERATE, REFACTORED, SKIPPED
+from ..diagnostics import Diagnostics
+from ..direct import check_grads
+from ..engine import Engine, Engines
+from ..pairs import LoRAPair
+from ..plan import by_device
 
 if TYPE_CHECKING:
     from .sharded import ShardedOps
@@ -70,37 +71,28 @@ def ops_of(pairs: Sequence[LoRAPair], backend: str | None = None, precision: str
 
 
 class PairOps:
-    """One plan a device, built at the first call and again when a factor moves.
-
-    `active` everywhere: one bool a pair; the other pairs are left alone.
-    """
+    """`active` everywhere: one bool a pair; the other pairs are left alone."""
 
     def __init__(self, pairs: Sequence[LoRAPair], backend: str | None = None, precision: str = "float64"):
         check_backend(backend)
         check_precision(precision)
         self.pairs = list(pairs)
         self.backend, self.precision = backend, precision
-        self._plans: list[tuple[list[int], Plan, Backend]] = []
-        self._last: tuple[list[list[int]], list[Plan], list[Tensor]] = ([], [], [])
+        self._engines = Engines(self.pairs, backend, Engine)
         # the operations on some pairs, and which: of the last solve where it was of some, and of the last that was
         self._solved: tuple[PairOps, list[int]] | None = None
         self._some: tuple[PairOps, list[int]] | None = None
-        for device in {pair.A.device for pair in self.pairs}:
-            resolve(backend, device)
 
     def diagnostics(self) -> Diagnostics:
         """What the last call did, layer by layer."""
-        return diagnose(self.pairs, *self._last) if self._solved is None else self._solved[0].diagnostics()
+        return self._engines.diagnostics() if self._solved is None else self._solved[0].diagnostics()
 
     def reports(self) -> dict[int, Tensor]:
         """Of the last call, by pair: its rows of the result table, `[experts, RESULTS]` on the pair's device."""
         if self._solved is not None:
             inner, chosen = self._solved
             return {chosen[index]: report for index, report in inner.reports().items()}
-        found: dict[int, Tensor] = {}
-        for indices, plan, results in zip(*self._last):
-            found.update(zip(indices, results.split([pair.experts for pair in plan.pairs])))
-        return found
+        return self._engines.reports()
 
     def outcome(self) -> dict[int, Outcome]:
         """Of the last call, by pair, on the pair's device."""
@@ -108,13 +100,7 @@ class PairOps:
 
     def started(self) -> dict[int, Tensor]:
         """Of the last call, by pair: 0 where a factor was 0, else 1, float32 `[experts]`."""
-        if self._solved is not None:
-            inner, chosen = self._solved
-            return {chosen[index]: flags for index, flags in inner.started().items()}
-        found: dict[int, Tensor] = {}
-        for indices, plan, results in zip(*self._last):
-            found.update(zip(indices, Outcome.of(results).started.split([pair.experts for pair in plan.pairs])))
-        return found
+        return {index: outcome.started for index, outcome in self.outcome().items()}
 
     def with_finite_grads(self, active: Sequence[bool]) -> list[bool]:
         """Those that are to be asked for: of pairs held whole the kernels look themselves."""
@@ -139,14 +125,16 @@ class PairOps:
         """`reflora.precondition_` of each active pair's `.grad`; counts: of the active pairs, see `Counts`."""
         grads = [(p.A.grad, p.B.grad) if on else (None, None) for p, on in zip(self.pairs, active)]
         check_grads(self.pairs, grads)
-        self._precondition(grads, scalar, counts)
-        mark_written([g for sides in grads for g in sides if g is not None])
+        with self._ready() as engines:
+            for engine in engines:
+                own = [grads[i] for i in engine.chosen]
+                engine.precondition(own, scalar, self.precision, _among(engine, counts))
 
     def refactor(self, active: Sequence[bool], scalar: bool) -> list[Tensor]:
         """`reflora.refactor_` of each active pair. Returns sqrt(s), float64 `[experts]` a pair, 1 where left alone."""
-        factors = [(p.A, p.B) if on else (None, None) for p, on in zip(self.pairs, active)]
-        self._run(factors, lambda plan, backend: backend.refactor(plan, scalar, self.precision))
-        mark_written([t for sides in factors for t in sides if t is not None])
+        with self._ready() as engines:
+            for engine in engines:
+                engine.refactor(scalar, self.precision, [active[i] for i in engine.chosen])
         outcome = self.outcome()
         found = [outcome[index] for index in range(len(self.pairs))]
         return [one.scale.sqrt().where(one.status == REFACTORED, 1.0) for one in found]
@@ -162,17 +150,15 @@ class PairOps:
         if not chosen:
             return {}
         inner = self._of(chosen)
-        with outside_inference([pair.A for pair in inner.pairs]):
-            found = [_room(self.pairs[i]) if out is None else out[i] for i in chosen]
-        start = 0 if counts is None else START_STEPS
-        inner._run(
-            [(pair.A, pair.B) for pair in inner.pairs],
-            lambda plan, backend: backend.solve(plan, self.precision, start),
-            counts and {place: counts[i] for place, i in enumerate(chosen)},
-            found,
-        )
+        found: dict[int, Tensor] = {}
+        with inner._ready() as engines:
+            for engine in engines:
+                own = [chosen[place] for place in engine.chosen]
+                of_own = counts and {place: counts[i] for place, i in enumerate(own)}
+                room = None if out is None else [out[i] for i in own]
+                found.update(zip(own, engine.solve(self.precision, of_own, room)))
         self._solved = None if inner is self else (inner, chosen)
-        return dict(zip(chosen, found))
+        return found
 
     def _of(self, chosen: list[int]) -> PairOps:
         """The operations on some of the pairs, kept while these stay the same."""
@@ -199,44 +185,16 @@ class PairOps:
         """`gA` times its unit, `gB` over its own, `[experts, 2]`: what S over the units would have given."""
         scale_sides(self.pairs[index], self.pairs[index].A.grad, self.pairs[index].B.grad, unit)
 
-    def _precondition(
-        self, grads: Sequence[tuple[Tensor | None, Tensor | None]], scalar: bool, counts: Counts | None
-    ) -> None:
-        start = 0 if counts is None else START_STEPS
-        self._run(grads, lambda plan, backend: backend.precondition(plan, scalar, self.precision, start), counts)
+    @contextmanager
+    def _ready(self) -> Iterator[list[Engine]]:
+        with independent(), outside_inference([pair.A for pair in self.pairs]):
+            self._solved = None
+            yield self._engines.ready()
 
-    @independent()
-    def _run(
-        self, tensors: Sequence[tuple[Tensor | None, Tensor | None]], call: Callable[[Plan, Backend], Tensor],
-        counts: Counts | None = None, out: Sequence[Tensor] | None = None,
-    ) -> None:  # fmt: skip
-        with outside_inference([pair.A for pair in self.pairs]):
-            plans, self._solved = self._ready_plans(), None
-            results = []
-            for chosen, plan, backend in plans:
-                plan.bind_grads([tensors[i] for i in chosen])
-                if counts is not None:
-                    plan.bind_once(col.COUNT, [counts[i] if i in counts else _none(self.pairs[i]) for i in chosen])
-                if out is not None:
-                    plan.bind_once(col.SAVED, [out[i] for i in chosen])
-                results.append(call(plan, backend))
-                plan.release_grads()
-                plan.pair_tensors.pop(col.SAVED, None)
-            self._last = ([chosen for chosen, _, _ in plans], [plan for _, plan, _ in plans], results)
 
-    def _ready_plans(self) -> list[tuple[list[int], Plan, Backend]]:
-        if any(pair.A.device != plan.device for _, plan, _ in self._plans for pair in plan.pairs):
-            self._plans = []
-        if not self._plans:
-            self._plans = [
-                (chosen, Plan([self.pairs[i] for i in chosen]), resolve(self.backend, device))
-                for device, chosen in by_device(self.pairs).items()
-            ]
-        for _, plan, _ in self._plans:
-            if plan.moved():
-                as_pairs(plan.pairs)
-                plan.rebuild()
-        return self._plans
+def _among(engine: Engine, counts: Counts | None) -> Counts | None:
+    """By the engine's own numbers."""
+    return counts and {place: counts[i] for place, i in enumerate(engine.chosen) if i in counts}
 
 
 def scale_sides(pair: LoRAPair, A: Tensor | None, B: Tensor | None, unit: Tensor) -> None:
@@ -290,17 +248,3 @@ def finite_and_moving(grads: list[Tensor]) -> tuple[bool, bool]:
         # the 2-norm is the fast one, but may overflow, or vanish, where the largest entry does not
         norm = float(torch.nn.utils.get_total_norm(grads, math.inf))
     return math.isfinite(norm), norm > 0
-
-
-def _none(pair: LoRAPair) -> Tensor:
-    return torch.zeros(pair.experts, dtype=torch.float32, device=pair.A.device)
-
-
-def apply_dtype(pair: LoRAPair) -> torch.dtype:
-    """What S is kept and applied in."""
-    return torch.float64 if pair.A.dtype == torch.float64 else torch.float32
-
-
-def _room(pair: LoRAPair) -> Tensor:
-    """For S and S^-1 of a pair."""
-    return torch.empty(pair.experts, 2, pair.rank, pair.rank, dtype=apply_dtype(pair), device=pair.A.device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from ..functional import mark_written
+from ..engine import mark_written
 from .state import LIKE_TORCH, MASTER, MOMENTS, Storage, fit, init_param
 
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")

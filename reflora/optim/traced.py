@@ -21,7 +21,7 @@ from ..ambient import independent
 from ..checks import fail
 from ..constants import PLAIN
 from ..diagnostics import uniform
-from ..functional import OP_TAGS
+from ..operators import OP_TAGS
 from ..pairs import LoRAPair
 from ..plan import REPORTED
 from .binding import Binding
