@@ -17,23 +17,36 @@ struct Update {
 // count is the step's number, from 1; move: the moments' change of units; factor: the parameter's own
 template <class T>
 INLINE Update<T> make_update(const double* h, double count, double grad, double param, double move) {
-    const double bias1 = 1 - __builtin_pow(h[BETA1], count), bias2 = 1 - __builtin_pow(h[BETA2], count);
-    return {T(h[MAXIMIZE] != 0 ? -grad : grad), T(param), T(move),
-            T(1 - h[LR] * h[WEIGHT_DECAY]), T(1 - h[BETA1]), T(h[BETA2]), T(1 - h[BETA2]),
-            T(1 / root(bias2)), T(h[EPS]), T(h[LR] / bias1), h[AMSGRAD] != 0};
+    const double bias1 = 1 - __builtin_pow(h[BETA1], count);
+    const double bias2 = 1 - __builtin_pow(h[BETA2], count);
+    return {T(h[MAXIMIZE] != 0 ? -grad : grad),
+            T(param),
+            T(move),
+            T(1 - h[LR] * h[WEIGHT_DECAY]),
+            T(1 - h[BETA1]),
+            T(h[BETA2]),
+            T(1 - h[BETA2]),
+            T(1 / root(bias2)),
+            T(h[EPS]),
+            T(h[LR] / bias1),
+            h[AMSGRAD] != 0};
 }
 
 // PLAIN_STEP: contiguous, no amsgrad, moments stay in their units
 template <bool PLAIN_STEP, class T, class S, class Q, class Weights>
-INLINE void update_run(const Update<T>& u, const T* RESTRICT g, int64_t inc, S* RESTRICT p, Q* RESTRICT m, Q* RESTRICT v,
-                       Q* RESTRICT x, const Weights weights, int64_t stride, int64_t n) {
+INLINE void update_run(const Update<T>& u, const T* RESTRICT g, int64_t inc, S* RESTRICT p, Q* RESTRICT m,
+                       Q* RESTRICT v, Q* RESTRICT x, const Weights weights, int64_t stride, int64_t n) {
     const T top = sizeof(T) == 8 ? T(1e153) : T(1e18);  // its square stays in range too
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
         const int64_t o = PLAIN_STEP ? i : i * stride;
         const T grad = saturated(g[PLAIN_STEP ? i : i * inc] * u.grad, top);
-        T first = T(widen(m[o])), second = T(widen(v[o]));
-        if (!PLAIN_STEP) first *= u.first, second = second * u.first * u.first;
+        T first = T(widen(m[o]));
+        T second = T(widen(v[o]));
+        if (!PLAIN_STEP) {
+            first *= u.first;
+            second = second * u.first * u.first;
+        }
         first += (grad - first) * u.one_minus_beta1;
         second = second * u.beta2 + u.one_minus_beta2 * grad * grad;
         // saturated: a moment that was loaded may be NaN or inf
@@ -64,8 +77,10 @@ INLINE void update_strided(const Update<T>& u, const T* g, int64_t inc, S* p, Q*
 template <bool CARRY, class Q, class T, class S, class Weights>
 static void update_side(const int64_t* row, int side, const T* m, const T* mt, int64_t ldm, const Update<T>& u,
                         const Weights& weights, Carry* carry, T* in, T* out) {
-    const Factor<S> p = factor<S>(row, side, P), g = factor<S>(row, side, G);
-    Q *first = reinterpret_cast<Q*>(row[side + M]), *second = reinterpret_cast<Q*>(row[side + V]);
+    const Factor<S> p = factor<S>(row, side, P);
+    const Factor<S> g = factor<S>(row, side, G);
+    Q* first = reinterpret_cast<Q*>(row[side + M]);
+    Q* second = reinterpret_cast<Q*>(row[side + V]);
     Q* top = reinterpret_cast<Q*>(row[side + X]);
     for_blocks<T, S>(g, m, mt, ldm, in, out, [&](const T* values, int64_t li, int64_t lk, int64_t k0, int64_t count) {
         const bool along_r = p.transposed();
@@ -74,9 +89,12 @@ static void update_side(const int64_t* row, int side, const T* m, const T* mt, i
             const Weights own = weights.run(o, k0 * p.r, 1);
             update_strided(u, values, 1, p.p + o, first + o, second + o, top + o, own, 1, count * p.r);
         } else {
-            const int64_t outer = along_r ? count : p.r, inner = along_r ? p.r : count;
-            const int64_t lo = along_r ? lk : li, lin = along_r ? li : lk;
-            const int64_t so = along_r ? p.sn : p.sr, si = along_r ? p.sr : p.sn;
+            const int64_t outer = along_r ? count : p.r;
+            const int64_t inner = along_r ? p.r : count;
+            const int64_t lo = along_r ? lk : li;
+            const int64_t lin = along_r ? li : lk;
+            const int64_t so = along_r ? p.sn : p.sr;
+            const int64_t si = along_r ? p.sr : p.sn;
             for (int64_t i = 0; i < outer; ++i) {
                 const int64_t o = k0 * p.sn + i * so;
                 const Weights own = weights.run(o, k0 * p.r + i * (along_r ? p.r : 1), along_r ? 1 : p.r);

@@ -7,7 +7,8 @@ namespace REFLORA_ISA {
 
 // out[i, :count] = sum_j M[i, j] g[j, :count]; rows of g are ld apart, rows of out CHUNK; whole vectors are computed
 template <class T, int MR, int NV>
-INLINE void apply_left_block(const T* RESTRICT m, int64_t ldm, const T* RESTRICT g, int64_t ld, int64_t r, T* RESTRICT out) {
+INLINE void apply_left_block(const T* RESTRICT m, int64_t ldm, const T* RESTRICT g, int64_t ld, int64_t r,
+                             T* RESTRICT out) {
     using V = typename VecOf<T>::type;
     constexpr int W = VecOf<T>::W;
     V acc[MR][NV] = {};
@@ -23,7 +24,8 @@ INLINE void apply_left_block(const T* RESTRICT m, int64_t ldm, const T* RESTRICT
 
 template <class T, int MR>
 INLINE void apply_left_rows(const T* m, int64_t ldm, const T* g, int64_t ld, int64_t r, T* out) {
-    constexpr int W = VecOf<T>::W, STEP = REGISTERS == 32 && 4 * W <= CHUNK ? 4 : 2;
+    constexpr int W = VecOf<T>::W;
+    constexpr int STEP = REGISTERS == 32 && 4 * W <= CHUNK ? 4 : 2;
     for (int64_t k = 0; k < CHUNK; k += STEP * W) apply_left_block<T, MR, STEP>(m, ldm, g + k, ld, r, out + k);
 }
 
@@ -40,8 +42,8 @@ constexpr int HALF = 32 / int(sizeof(T));
 
 // out[k, :] = sum_j g[k, j] M[j, :], k < count; rows of g are ld apart, rows of out and M ldo
 template <class T, int NV, int BYTES = REGISTER>
-INLINE void apply_right_block(const T* RESTRICT m, int64_t ldm, const T* RESTRICT g, int64_t ld, int64_t r, int64_t count,
-                              T* RESTRICT out, int64_t ldo) {
+INLINE void apply_right_block(const T* RESTRICT m, int64_t ldm, const T* RESTRICT g, int64_t ld, int64_t r,
+                              int64_t count, T* RESTRICT out, int64_t ldo) {
     using V = typename VecOf<T, BYTES>::type;
     constexpr int W = VecOf<T, BYTES>::W;
     int64_t k = 0;
@@ -65,8 +67,11 @@ INLINE void apply_right_block(const T* RESTRICT m, int64_t ldm, const T* RESTRIC
 }
 
 template <class T>
-static void apply_right(const T* m, int64_t ldm, const T* g, int64_t ld, int64_t r, int64_t count, T* out, int64_t ldo) {
-    constexpr int W = VecOf<T>::W, NARROW = REGISTER < 32 ? REGISTER : 32, NV = REGISTERS == 32 ? 4 : 2;
+static void apply_right(const T* m, int64_t ldm, const T* g, int64_t ld, int64_t r, int64_t count, T* out,
+                        int64_t ldo) {
+    constexpr int W = VecOf<T>::W;
+    constexpr int NARROW = REGISTER < 32 ? REGISTER : 32;
+    constexpr int NV = REGISTERS == 32 ? 4 : 2;
     if (ldo == HALF<T>) return apply_right_block<T, 32 / NARROW, NARROW>(m, ldm, g, ld, r, count, out, ldo);
     int64_t j = 0;
     for (; j + NV * W <= ldo; j += NV * W) apply_right_block<T, NV>(m + j, ldm, g, ld, r, count, out + j, ldo);
@@ -75,7 +80,8 @@ static void apply_right(const T* m, int64_t ldm, const T* g, int64_t ld, int64_t
 }
 
 // Columns [k0, k0 + count) of a factor, read for application. Left (A-like): rows of the panel are rows of the factor.
-// Right (B-like): rows of the panel are columns of the factor. Where the storage can be read as it is, nothing is copied.
+// Right (B-like): rows of the panel are columns of the factor. Where the storage can be read as it is, nothing is
+// copied.
 template <class T, class S>
 struct Reader {
     const Factor<S>& f;
@@ -83,10 +89,15 @@ struct Reader {
     bool right;
     int64_t ld;
 
+    MEMBER const T* in_place(const S* p, int64_t apart) {
+        ld = apart;
+        return reinterpret_cast<const T*>(p);
+    }
+
     const T* read(int64_t k0, int64_t count) {
         if constexpr (sizeof(S) == sizeof(T)) {
-            if (right && f.sr == 1) return ld = f.sn, reinterpret_cast<const T*>(f.p + k0 * f.sn);
-            if (!right && f.sn == 1 && count == CHUNK) return ld = f.sr, reinterpret_cast<const T*>(f.p + k0);
+            if (right && f.sr == 1) return in_place(f.p + k0 * f.sn, f.sn);
+            if (!right && f.sn == 1 && count == CHUNK) return in_place(f.p + k0, f.sr);
         }
         ld = right ? f.r : CHUNK;
         for (int64_t i = 0; i < f.r; ++i)
@@ -99,8 +110,8 @@ struct Reader {
     }
 };
 
-// Calls use(values, ld_i, ld_k, k0, count) with values[i * ld_i + k * ld_k] = (M X)[i, k0 + k] for every block of a side.
-// m: M row-major [r, ldm], mt its transpose; both null for M = I.
+// Calls use(values, ld_i, ld_k, k0, count) with values[i * ld_i + k * ld_k] = (M X)[i, k0 + k] for every block of a
+// side. m: M row-major [r, ldm], mt its transpose; both null for M = I.
 template <class T, class S, class Use>
 INLINE void for_blocks(const Factor<S>& f, const T* m, const T* mt, int64_t ldm, T* in, T* out, Use use) {
     Reader<T, S> reader{f, in, f.transposed(), 0};
@@ -126,10 +137,13 @@ static void apply_in_place(const Factor<S>& f, const T* m, const T* mt, int64_t 
     for_blocks<T, S>(f, m, mt, ldm, in, out, [&](const T* values, int64_t li, int64_t lk, int64_t k0, int64_t count) {
         for (int64_t o = 0; o < (f.transposed() ? count : f.r); ++o) {
             const int64_t inner = f.transposed() ? f.r : count;
-            const int64_t lo = f.transposed() ? lk : li, lin = f.transposed() ? li : lk;
-            const int64_t so = f.transposed() ? f.sn : f.sr, si = f.transposed() ? f.sr : f.sn;
+            const int64_t lo = f.transposed() ? lk : li;
+            const int64_t lin = f.transposed() ? li : lk;
+            const int64_t so = f.transposed() ? f.sn : f.sr;
+            const int64_t si = f.transposed() ? f.sr : f.sn;
             S* p = f.p + k0 * f.sn + o * so;
-            for (int64_t i = 0; i < inner; ++i) narrow_saturated(values[o * lo + i * lin], p + i * si);
+            for (int64_t i = 0; i < inner; ++i)
+                narrow_saturated(values[o * lo + i * lin], p + i * si);
         }
     });
 }
@@ -142,11 +156,16 @@ INLINE void for_elements(const Factor<S>& f, Each each) {
         return;
     }
     const bool along_r = f.transposed();
-    const int64_t outer = along_r ? f.n : f.r, inner = along_r ? f.r : f.n;
-    const int64_t so = along_r ? f.sn : f.sr, si = along_r ? f.sr : f.sn;
+    const int64_t outer = along_r ? f.n : f.r;
+    const int64_t inner = along_r ? f.r : f.n;
+    const int64_t so = along_r ? f.sn : f.sr;
+    const int64_t si = along_r ? f.sr : f.sn;
     for (int64_t o = 0; o < outer; ++o) {
-        if (si == 1) for (int64_t i = 0; i < inner; ++i) each(o * so + i);
-        else for (int64_t i = 0; i < inner; ++i) each(o * so + i * si);
+        if (si == 1) {
+            for (int64_t i = 0; i < inner; ++i) each(o * so + i);
+        } else {
+            for (int64_t i = 0; i < inner; ++i) each(o * so + i * si);
+        }
     }
 }
 

@@ -30,9 +30,9 @@ struct Dense {
             }
     }
 
-    // C += P^T P over `count` rows of P [count, rp], at least the upper triangle. Eight rows at a time (four where there are
-    // but 16 registers) keep enough sums in flight to hide the latency of one; inlined into its callers they would not
-    // stay in registers
+    // C += P^T P over `count` rows of P [count, rp], at least the upper triangle. Eight rows at a time (four where
+    // there are but 16 registers) keep enough sums in flight to hide the latency of one; inlined into its callers they
+    // would not stay in registers
     __attribute__((noinline)) void gram_add(const T* P, int64_t count, T* C) const {
         constexpr int MR = REGISTERS / 4;
         for (int64_t i0 = 0; i0 < r; i0 += MR) {
@@ -49,7 +49,8 @@ struct Dense {
     }
 
     template <int MR, int NV>
-    INLINE void matmul_block(const T* RESTRICT A, const T* RESTRICT B, T* RESTRICT C, int64_t r, int64_t rp, int64_t j0) {
+    INLINE void matmul_block(const T* RESTRICT A, const T* RESTRICT B, T* RESTRICT C, int64_t r, int64_t rp,
+                             int64_t j0) {
         V acc[MR][NV] = {};
         for (int64_t k = 0; k < r; ++k) {
             V b[NV];
@@ -99,9 +100,11 @@ struct Dense {
             if (!(pivot > 0 && pivot < huge)) return false;
             const T s = 1 / root(pivot);
             const int64_t first = j / W * W;
-            for (int64_t k = first; k < rp; k += W) store<V>(U + j * rp + k, load<V>(U + j * rp + k) * s);
+            for (int64_t k = first; k < rp; k += W)
+                store<V>(U + j * rp + k, load<V>(U + j * rp + k) * s);
             for (int64_t k = 0; k < j; ++k) U[j * rp + k] = 0;
-            for (int64_t k = 0; k <= first; k += W) store<V>(E + j * rp + k, load<V>(E + j * rp + k) * s);
+            for (int64_t k = 0; k <= first; k += W)
+                store<V>(E + j * rp + k, load<V>(E + j * rp + k) * s);
             for (int64_t i = j + 1; i < r; ++i) {
                 const T f = U[j * rp + i];
                 for (int64_t k = i / W * W; k < rp; k += W)
@@ -123,11 +126,15 @@ struct Dense {
             T best = magnitude(M[k * rp + k]);
             for (int64_t i = k + 1; i < r; ++i) {
                 const T a = magnitude(M[i * rp + k]);
-                if (a > best) best = a, p = i;
+                if (a > best) {
+                    best = a;
+                    p = i;
+                }
             }
             if (p != k) {
                 const int64_t o = order[k];
-                order[k] = order[p], order[p] = o;
+                order[k] = order[p];
+                order[p] = o;
                 for (int64_t j = 0; j < rp; j += W) {
                     const V t = load<V>(M + k * rp + j);
                     store<V>(M + k * rp + j, load<V>(M + p * rp + j));
@@ -153,14 +160,16 @@ struct Dense {
     INLINE void eliminate_as(T* RESTRICT M, int64_t k, T inverse, int64_t r, int64_t rp) {
         V pivot_row[NV ? NV : 1];
         M[k * rp + k] = 1;
-        for (int64_t j = 0; j < rp; j += W) store<V>(M + k * rp + j, load<V>(M + k * rp + j) * inverse);
+        for (int64_t j = 0; j < rp; j += W)
+            store<V>(M + k * rp + j, load<V>(M + k * rp + j) * inverse);
         for (int v = 0; v < NV; ++v) pivot_row[v] = load<V>(M + k * rp + v * W);
         for (int64_t i = 0; i < r; ++i) {
             if (i == k) continue;
             const T f = M[i * rp + k];
             M[i * rp + k] = 0;
             if (NV) {
-                for (int v = 0; v < NV; ++v) store<V>(M + i * rp + v * W, load<V>(M + i * rp + v * W) - f * pivot_row[v]);
+                for (int v = 0; v < NV; ++v)
+                    store<V>(M + i * rp + v * W, load<V>(M + i * rp + v * W) - f * pivot_row[v]);
             } else {
                 for (int64_t j = 0; j < rp; j += W)
                     store<V>(M + i * rp + j, load<V>(M + i * rp + j) - f * load<V>(M + k * rp + j));
@@ -172,7 +181,8 @@ struct Dense {
 
     // X := a X + b Y
     void combine(T* RESTRICT X, const T* RESTRICT Y, T a, T b) const {
-        for (int64_t i = 0; i < r * rp; i += W) store<V>(X + i, a * load<V>(X + i) + b * load<V>(Y + i));
+        for (int64_t i = 0; i < r * rp; i += W)
+            store<V>(X + i, a * load<V>(X + i) + b * load<V>(Y + i));
     }
 
     // Y := X^T X
@@ -188,9 +198,9 @@ struct Dense {
         for (int64_t i = 0; i < r; ++i) X[i * rp + i] -= 1;
     }
 
-    // X := orthogonal polar factor of X. Y = X^-T where known, else null. M: scratch like X; order: r integers.
-    // One step of Higham's scaled Newton iteration takes the root of the condition number; the cubic Newton-Schulz steps
-    // that follow, scaled as by Chen and Chow for singular values in [low, 1], are products of matrices only.
+    // X := orthogonal polar factor of X. Y = X^-T where known, else scratch as M is; order: r integers. One step of
+    // Higham's scaled Newton iteration takes the root of the condition number; the cubic Newton-Schulz steps that
+    // follow, scaled as by Chen and Chow for singular values in [low, 1], are products of matrices only
     void polar(T* X, T* Y, bool known, T* M, int64_t* order) const {
         if (!known) {
             for (int64_t i = 0; i < r * rp; i += W) store<V>(M + i, load<V>(X + i));
@@ -204,12 +214,14 @@ struct Dense {
         const T z = root(norm(Y) / norm(X));
         combine(X, Y, z / 2, 1 / (2 * z));
         square(X, Y);
-        T one = 1 / root(norm(Y)), low = one;
+        T one = 1 / root(norm(Y));
+        T low = one;
         for (int step = 0; step < 200; ++step) {
             away_from_identity(Y, one * one);
             const T away = norm(Y);
             low = low > 1 - away ? low : 1 - away;  // the better bound near the end, where 1 must map to 1
-            const T s = 3 / (1 + low + low * low), t = root(s);
+            const T s = 3 / (1 + low + low * low);
+            const T t = root(s);
             matmul(X, Y, M);
             combine(X, M, t * (3 - s) / 2 * one, -t * s / 2 * one);
             if (!(away > 1e-8)) return;  // quadratic: what is left is below rounding; nan leaves too
@@ -222,13 +234,16 @@ struct Dense {
 
     // X := X (3 I - X^T X) / 2: nearer to an orthogonal matrix, if X is near to one. Y, M: scratch like X
     void reorthogonalize(T* X, T* Y, T* M) const {
-        square(X, Y), away_from_identity(Y, 1);
-        matmul(X, Y, M), combine(X, M, 1, -0.5);
+        square(X, Y);
+        away_from_identity(Y, 1);
+        matmul(X, Y, M);
+        combine(X, M, 1, -0.5);
     }
 
     void symmetrize(T* C) const {
         for (int64_t i = 0; i < r; ++i)
-            for (int64_t j = 0; j < i; ++j) C[i * rp + j] = C[j * rp + i] = (C[i * rp + j] + C[j * rp + i]) / 2;
+            for (int64_t j = 0; j < i; ++j)
+                C[i * rp + j] = C[j * rp + i] = (C[i * rp + j] + C[j * rp + i]) / 2;
     }
 
     T largest(const T* A) const {  // inf where anything is not finite

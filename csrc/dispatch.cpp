@@ -105,29 +105,39 @@ int64_t kept_doubles(const int64_t* table, int64_t rows) {
 void run_rows(const int64_t* table, int64_t rows, double* results, const Job& job, int threads) {
     const Kernels& k = *chosen().kernels;
     int64_t top = 1;
-    for (int64_t i = 0; i < rows; ++i) top = table[i * COLUMNS + R] > top ? table[i * COLUMNS + R] : top;
+    for (int64_t i = 0; i < rows; ++i)
+        top = table[i * COLUMNS + R] > top ? table[i * COLUMNS + R] : top;
     std::vector<double*> kept(size_t(rows), nullptr);
     double* next = job.kept;
-    for (int64_t i = 0; next && i < rows; ++i) kept[size_t(i)] = next, next += k.kept_doubles(table[i * COLUMNS + R]);
+    for (int64_t i = 0; next && i < rows; ++i) {
+        kept[size_t(i)] = next;
+        next += k.kept_doubles(table[i * COLUMNS + R]);
+    }
     parallel(rows, k.work_bytes(top), threads, [&](int64_t i, void* work) {
         k.row(table + i * COLUMNS, results + i * RESULTS, kept[size_t(i)], job, work);
     });
 }
 
 template <class T>
-void run_matrices(Function f, const T* x, const T* y, const std::array<T*, 3>& out, int64_t batch, int64_t n, double root,
-                  double shift, double unit, int threads) {
+void run_matrices(Function f, const T* x, const T* y, const std::array<T*, 3>& out, int64_t batch, int64_t n,
+                  double root, double shift, double unit, int threads) {
     const Kernels& k = *chosen().kernels;
-    const int64_t lanes = k.eigh_count(F64), step = batch < lanes ? batch : lanes;
+    const int64_t lanes = k.eigh_count(F64);
+    const int64_t step = batch < lanes ? batch : lanes;
     const int64_t size = n * n;
     const size_t block = (size_t(step * size) * sizeof(double) + 63) / 64 * 64;
     parallel((batch + step - 1) / step, 5 * block + k.matrices_bytes(step, n), threads, [&](int64_t i, void* work) {
         char* next = static_cast<char*>(work);
-        const auto take = [&] { next += block; return reinterpret_cast<double*>(next - block); };
-        const int64_t first = i * step, count = batch - first < step ? batch - first : step;
+        const auto take = [&] {
+            next += block;
+            return reinterpret_cast<double*>(next - block);
+        };
+        const int64_t first = i * step;
+        const int64_t count = batch - first < step ? batch - first : step;
         const auto widened = [&](const T* from) {
             double* wide = from ? take() : nullptr;
-            for (int64_t j = 0; from && j < count * size; ++j) wide[j] = double(from[first * size + j]);
+            for (int64_t j = 0; from && j < count * size; ++j)
+                wide[j] = double(from[first * size + j]);
             return wide;
         };
         MatrixGroup job{f, widened(x), widened(y), {}, count, n, root, shift, unit};
@@ -135,23 +145,27 @@ void run_matrices(Function f, const T* x, const T* y, const std::array<T*, 3>& o
         k.matrices(job, next);
         for (int o = 0; o < 3; ++o) {
             const int64_t each = f == SVD && o == 1 ? n : size;
-            for (int64_t j = 0; job.out[o] && j < count * each; ++j) out[size_t(o)][first * each + j] = T(job.out[o][j]);
+            for (int64_t j = 0; job.out[o] && j < count * each; ++j)
+                out[size_t(o)][first * each + j] = T(job.out[o][j]);
         }
     });
 }
 
-template void run_matrices<float>(Function, const float*, const float*, const std::array<float*, 3>&, int64_t, int64_t, double,
-                                  double, double, int);
-template void run_matrices<double>(Function, const double*, const double*, const std::array<double*, 3>&, int64_t, int64_t,
-                                   double, double, double, int);
+template void run_matrices<float>(Function, const float*, const float*, const std::array<float*, 3>&, int64_t, int64_t,
+                                  double, double, double, int);
+template void run_matrices<double>(Function, const double*, const double*, const std::array<double*, 3>&, int64_t,
+                                   int64_t, double, double, double, int);
 
 void run_eigh(DType type, const void* x, void* w, void* V, int64_t batch, int64_t n, int threads) {
     const Kernels& k = *chosen().kernels;
-    const int64_t step = k.eigh_count(type), bytes = type == F32 ? 4 : 8;
+    const int64_t step = k.eigh_count(type);
+    const int64_t bytes = type == F32 ? 4 : 8;
     const char* from = static_cast<const char*>(x);
-    char *values = static_cast<char*>(w), *vectors = static_cast<char*>(V);
+    char* values = static_cast<char*>(w);
+    char* vectors = static_cast<char*>(V);
     parallel((batch + step - 1) / step, k.eigh_bytes(type, n), threads, [&](int64_t i, void* work) {
-        const int64_t first = i * step, count = batch - first < step ? batch - first : step;
+        const int64_t first = i * step;
+        const int64_t count = batch - first < step ? batch - first : step;
         k.eigh(type, from + first * n * n * bytes, values + first * n * bytes,
                vectors ? vectors + first * n * n * bytes : nullptr, count, n, work);
     });

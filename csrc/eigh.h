@@ -6,9 +6,18 @@
 namespace reflora {
 namespace REFLORA_ISA {
 
-template <class T> struct Bits;
-template <> struct Bits<float> { using U = uint32_t; static constexpr int mantissa = 23, bias = 127; };
-template <> struct Bits<double> { using U = uint64_t; static constexpr int mantissa = 52, bias = 1023; };
+template <class T>
+struct Bits;
+template <>
+struct Bits<float> {
+    using U = uint32_t;
+    static constexpr int mantissa = 23, bias = 127;
+};
+template <>
+struct Bits<double> {
+    using U = uint64_t;
+    static constexpr int mantissa = 52, bias = 1023;
+};
 
 template <class T>
 INLINE T two_to(int64_t e) {
@@ -29,7 +38,8 @@ struct Scale {
     int64_t e;
 
     Scale(const T* x, int64_t count) {
-        constexpr int mantissa = Bits<T>::mantissa, bias = Bits<T>::bias;
+        constexpr int mantissa = Bits<T>::mantissa;
+        constexpr int bias = Bits<T>::bias;
         typename Bits<T>::U top = 0;
         for (int64_t i = 0; i < count; ++i) {
             typename Bits<T>::U bits;
@@ -62,20 +72,31 @@ struct Solver {
     using S = Eigen<T, LANES>;
     using E = typename S::E;
     using B = typename S::B;
-    static constexpr int W = VecOf<T>::W, L = S::lanes ? W : 1;
+    static constexpr int W = VecOf<T>::W;
+    static constexpr int L = S::lanes ? W : 1;
     S s;
     int64_t n, ld, panels, pitch;
     E* next;
     int64_t *order, *rows;  // rows [L, n]: which row of x is a row of A
-    B* Z;                   // panels [pitch]: rows of Q where lanes are matrices, else W components of each of its columns
+    // panels [pitch]: rows of Q where lanes are matrices, else W components of each of its columns
+    B* Z;
 
     Solver(Arena& arena, int64_t n, bool vectors) : n(n), ld(S::stride(n)), panels(S::blocks(n)), pitch(S::apart(n)) {
         const auto take = [&](int64_t count) { return arena.take<E>(size_t(count)); };
-        s.n = n, s.A = take(n * ld), s.d = take(n), s.e = take(n), s.tau = take(n);
-        s.v = take(ld), s.w = take(ld), s.p = take(ld), next = take(ld), s.rotations = take(2 * S::capacity(n));
+        s.n = n;
+        s.A = take(n * ld);
+        s.d = take(n);
+        s.e = take(n);
+        s.tau = take(n);
+        s.v = take(ld);
+        s.w = take(ld);
+        s.p = take(ld);
+        next = take(ld);
+        s.rotations = take(2 * S::capacity(n));
         s.Q = vectors ? arena.take<B>(size_t(n * ld / S::STEP)) : nullptr;
         Z = S::lanes || !vectors ? s.Q : arena.take<B>(size_t(panels * pitch));
-        order = arena.take<int64_t>(size_t(n)), rows = arena.take<int64_t>(size_t(L * n));
+        order = arena.take<int64_t>(size_t(n));
+        rows = arena.take<int64_t>(size_t(L * n));
     }
 
     T& component(int64_t i, int64_t j, int64_t lane) const {
@@ -87,9 +108,11 @@ struct Solver {
         for (int64_t i = 0; i < n * ld; ++i) s.A[i] = E{};
     }
 
-    // the symmetric part of x [n, n], zero where x is not finite; the largest rows last, where a graded matrix loses least
+    // the symmetric part of x [n, n], zero where x is not finite; the largest rows last, where a graded matrix loses
+    // least
     void read(const T* x, int64_t lane) const {
-        T *a = reinterpret_cast<T*>(s.A), *sizes = reinterpret_cast<T*>(next);
+        T* a = reinterpret_cast<T*>(s.A);
+        T* sizes = reinterpret_cast<T*>(next);
         const Scale<T> scale(x, n * n);
         int64_t* from = rows + lane * n;
         for (int64_t i = 0; i < n; ++i) {
@@ -101,8 +124,10 @@ struct Solver {
         ascending(sizes, 1, n, from);
         for (int64_t i = 0; i < n; ++i)
             for (int64_t j = 0; j <= i; ++j) {
-                const int64_t k = from[i] * n + from[j], mirrored = from[j] * n + from[i];
-                a[(i * ld + j) * L + lane] = a[(j * ld + i) * L + lane] = (scale.down(x[k]) + scale.down(x[mirrored])) / 2;
+                const int64_t k = from[i] * n + from[j];
+                const int64_t mirrored = from[j] * n + from[i];
+                const T mean = (scale.down(x[k]) + scale.down(x[mirrored])) / 2;
+                a[(i * ld + j) * L + lane] = a[(j * ld + i) * L + lane] = mean;
             }
     }
 
@@ -112,7 +137,8 @@ struct Solver {
         s.form_q(s.v, s.w);
         const T* q = reinterpret_cast<const T*>(s.Q);
         for (int64_t i = 0; !S::lanes && i < panels * W; ++i)
-            for (int64_t j = 0; j < n; ++j) component(i, j, 0) = i < n ? q[i * ld + j] : 0;
+            for (int64_t j = 0; j < n; ++j)
+                component(i, j, 0) = i < n ? q[i * ld + j] : 0;
         s.ql(Z, panels);
     }
 
@@ -125,10 +151,14 @@ struct Solver {
         for (int64_t j = 0; V && j < n; ++j) {
             const int64_t* to = rows + lane * n;
             for (int64_t i = 0; i < n; ++i) V[to[i] * n + j] = component(i, order[j], lane);
-            T top = 0, sign = 1;
+            T top = 0;
+            T sign = 1;
             for (int64_t i = 0; i < n; ++i) {
                 const T z = V[i * n + j];
-                if (magnitude(z) > top) top = magnitude(z), sign = z < 0 ? T(-1) : T(1);
+                if (magnitude(z) > top) {
+                    top = magnitude(z);
+                    sign = z < 0 ? T(-1) : T(1);
+                }
             }
             if (!scale.finite) sign = T(__builtin_nan(""));
             for (int64_t i = 0; i < n; ++i) V[i * n + j] = sign * V[i * n + j] + T(0);  // no -0
@@ -161,7 +191,8 @@ static void eigh_group(const T* x, T* w, T* V, int64_t count, int64_t n, void* w
 
 template <class T>
 static size_t eigh_group_bytes(int64_t n) {
-    Arena alone{reinterpret_cast<char*>(64)}, together = alone;
+    Arena alone{reinterpret_cast<char*>(64)};
+    Arena together = alone;
     Solver<T, false>(alone, n, true);
     if ((VecOf<T>::W - 1) * (160 / VecOf<T>::W) >= n) Solver<T, true>(together, n, true);
     const auto end = [](const Arena& arena) { return size_t(reinterpret_cast<uintptr_t>(arena.next)); };

@@ -28,8 +28,11 @@ static void eigh(DType type, const void* x, void* w, void* V, int64_t count, int
     const auto as = [&]<class T>(T* values) {
         eigh_group(static_cast<const T*>(x), values, static_cast<T*>(V), count, n, work);
     };
-    if (type == F32) as(static_cast<float*>(w));
-    else as(static_cast<double*>(w));
+    if (type == F32) {
+        as(static_cast<float*>(w));
+    } else {
+        as(static_cast<double*>(w));
+    }
 }
 
 static int64_t eigh_count(DType type) { return type == F32 ? VecOf<float>::W : VecOf<double>::W; }

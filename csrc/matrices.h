@@ -10,15 +10,18 @@ namespace REFLORA_ISA {
 struct Matrices {
     const MatrixGroup& job;
     const Dense d;
-    double *m[10], *eigen, *values;  // scratch like a matrix; dense [count, n, n] and [count, n]
+    double* m[10];           // scratch like a matrix
+    double *eigen, *values;  // dense [count, n, n] and [count, n]
     int64_t* order;
     bool* flags;
     void* rest;  // what eigh_group takes
 
     Matrices(const MatrixGroup& job, Arena& arena) : job(job), d{job.n, padded<double>(job.n)} {
         for (double*& one : m) one = arena.take<double>(size_t(d.rp * d.rp));
-        eigen = arena.take<double>(size_t(job.count * d.r * d.r)), values = arena.take<double>(size_t(job.count * d.r));
-        order = arena.take<int64_t>(size_t(d.r)), flags = arena.take<bool>(size_t(d.r));
+        eigen = arena.take<double>(size_t(job.count * d.r * d.r));
+        values = arena.take<double>(size_t(job.count * d.r));
+        order = arena.take<int64_t>(size_t(d.r));
+        flags = arena.take<bool>(size_t(d.r));
         rest = arena.next;
     }
 
@@ -29,7 +32,8 @@ struct Matrices {
     // dense in, scaled and padded out
     void spread(const double* in, const Scale<double>& scale, double* X) const {
         for (int64_t i = 0; i < d.r; ++i)
-            for (int64_t j = 0; j < d.rp; ++j) X[i * d.rp + j] = j < d.r ? scale.down(in[i * d.r + j]) : 0;
+            for (int64_t j = 0; j < d.rp; ++j)
+                X[i * d.rp + j] = j < d.r ? scale.down(in[i * d.r + j]) : 0;
     }
     // and back, times 2^e
     void gather(const double* X, bool sound, int64_t e, double* result) const {
@@ -41,7 +45,13 @@ struct Matrices {
     void run() const {
         if (job.f == INV_ROOT) return inv_roots();
         if (job.f == SVD) return svds();
-        for (int64_t k = 0; k < job.count; ++k) job.f == POLAR ? polar(k) : mean(k);
+        for (int64_t k = 0; k < job.count; ++k) {
+            if (job.f == POLAR) {
+                polar(k);
+            } else {
+                mean(k);
+            }
+        }
     }
 
     // X # Y; the roots are those of X # I and of its inverse
@@ -52,21 +62,35 @@ struct Matrices {
         int64_t e = scale.e;
         if (job.f == GEOMETRIC_MEAN) {
             const Scale<double> other(job.y + k * size(), size());
-            sound = factorize(job.y + k * size(), other, Ux, Ex) & sound, e += other.e;
-        } else d.identity(Ux), d.identity(Ex);
+            sound = factorize(job.y + k * size(), other, Ux, Ex) & sound;
+            e += other.e;
+        } else {
+            d.identity(Ux);
+            d.identity(Ex);
+        }
         if (sound) {
-            d.transpose(Ex, t), d.matmul(Uy, t, Q);  // Ly^T Lx^-T = Q H
-            d.transpose(Ux, t), d.matmul(Ey, t, Y);  // its inverse transposed, Ly^-1 Lx
+            d.transpose(Ex, t);
+            d.matmul(Uy, t, Q);  // Ly^T Lx^-T = Q H
+            d.transpose(Ux, t);
+            d.matmul(Ey, t, Y);  // its inverse transposed, Ly^-1 Lx
             d.polar(Q, Y, true, M, order);
-            if (job.f == INVSQRTM) d.transpose(Ey, t), d.matmul(t, Q, s);  // Ly^-T Q
-            else d.transpose(Ux, t), d.transpose(Q, Y), d.matmul(t, Y, M), d.matmul(M, Uy, s);  // Lx Q^T Ly^T
+            if (job.f == INVSQRTM) {
+                d.transpose(Ey, t);
+                d.matmul(t, Q, s);  // Ly^-T Q
+            } else {
+                d.transpose(Ux, t);
+                d.transpose(Q, Y);
+                d.matmul(t, Y, M);
+                d.matmul(M, Uy, s);  // Lx Q^T Ly^T
+            }
             d.symmetrize(s);
         }
         gather(s, sound, job.f == INVSQRTM ? -e / 2 : e / 2, out(0, k));
     }
 
     bool factorize(const double* in, const Scale<double>& scale, double* U, double* E) const {
-        spread(in, scale, U), d.symmetrize(U);
+        spread(in, scale, U);
+        d.symmetrize(U);
         return d.cholesky(U, E) && scale.finite;
     }
 
@@ -74,12 +98,18 @@ struct Matrices {
     void polar(int64_t k) const {
         double *Q = m[0], *Y = m[1], *M = m[2], *X = m[3], *t = m[4];
         const Scale<double> scale(x(k), size());
-        spread(x(k), scale, X), spread(x(k), scale, Q);
+        spread(x(k), scale, X);
+        spread(x(k), scale, Q);
         const double norm = d.norm(X);
-        if (norm == 0) d.identity(Q);
-        else d.polar(Q, Y, false, M, order);
-        d.transpose(Q, t), d.matmul(t, X, M);  // Q^T X = H where Q is the polar factor
-        d.square(Q, Y), d.away_from_identity(Y, 1);
+        if (norm == 0) {
+            d.identity(Q);
+        } else {
+            d.polar(Q, Y, false, M, order);
+        }
+        d.transpose(Q, t);
+        d.matmul(t, X, M);  // Q^T X = H where Q is the polar factor
+        d.square(Q, Y);
+        d.away_from_identity(Y, 1);
         double skew = 0;
         for (int64_t i = 0; i < d.r; ++i)
             for (int64_t j = 0; j < i; ++j) {
@@ -90,14 +120,16 @@ struct Matrices {
         if (!(root(skew) <= rounding * norm && d.norm(Y) <= rounding * root(double(d.r)))) {
             decompose(k, 1);
             double *U = m[5], *Vt = m[6];
-            d.transpose(U, t), d.matmul(t, Vt, Q);
+            d.transpose(U, t);
+            d.matmul(t, Vt, Q);
             d.transpose(Vt, t);
             for (int64_t i = 0; i < d.r; ++i)
                 for (int64_t j = 0; j < d.rp; ++j) Vt[i * d.rp + j] *= values[i];
             d.matmul(t, Vt, M);
         }
         d.symmetrize(M);
-        gather(Q, scale.finite, 0, out(0, k)), gather(M, scale.finite, scale.e, out(1, k));
+        gather(Q, scale.finite, 0, out(0, k));
+        gather(M, scale.finite, scale.e, out(1, k));
     }
 
     // Singular vectors of `count` scaled matrices from number `first` on: rows of m[5] (U) and m[6] (V), values in
@@ -107,9 +139,11 @@ struct Matrices {
         double *X = m[7], *t = m[8];
         for (int64_t k = 0; k < count; ++k) {
             const Scale<double> scale(x(first + k), size());
-            spread(x(first + k), scale, X), d.square(X, t);
+            spread(x(first + k), scale, X);
+            d.square(X, t);
             for (int64_t i = 0; i < d.r; ++i)
-                for (int64_t j = 0; j < d.r; ++j) eigen[k * size() + i * d.r + j] = t[i * d.rp + j];
+                for (int64_t j = 0; j < d.r; ++j)
+                    eigen[k * size() + i * d.r + j] = t[i * d.rp + j];
         }
         eigh_group(eigen, values, eigen, count, d.r, rest);
         for (int64_t k = 0; k < count; ++k) {
@@ -126,14 +160,19 @@ struct Matrices {
     // S descending; the first largest component of each row of V^T positive
     void svds() const {
         decompose(0, job.count, [&](int64_t k, const Scale<double>& scale) {
-            const double *U = m[5], *Vt = m[6], nan = __builtin_nan("");
+            const double *U = m[5], *Vt = m[6];
+            const double nan = __builtin_nan("");
             ascending(values, 1, d.r, order);
             for (int64_t j = 0; j < d.r; ++j) {
                 const int64_t from = order[d.r - 1 - j];
-                double top = 0, sign = 1;
+                double top = 0;
+                double sign = 1;
                 for (int64_t i = 0; i < d.r; ++i) {
                     const double z = Vt[from * d.rp + i];
-                    if (magnitude(z) > top) top = magnitude(z), sign = z < 0 ? -1 : 1;
+                    if (magnitude(z) > top) {
+                        top = magnitude(z);
+                        sign = z < 0 ? -1 : 1;
+                    }
                 }
                 sign = scale.finite ? sign : nan;
                 job.out[1][k * d.r + j] = scale.up(values[from]);
@@ -150,8 +189,10 @@ struct Matrices {
         double *A = m[0], *B = m[1], *t = m[2];
         eigh_group(job.x, values, eigen, job.count, d.r, rest);
         for (int64_t k = 0; k < job.count; ++k) {
-            const double *w = values + k * d.r, *V = eigen + k * size();
-            const double low = magnitude(w[0]), high = magnitude(w[d.r - 1]);
+            const double* w = values + k * d.r;
+            const double* V = eigen + k * size();
+            const double low = magnitude(w[0]);
+            const double high = magnitude(w[d.r - 1]);
             const double rounding = job.unit * 4 * root(double(d.r)) * (low > high ? low : high);
             bool sound = true;
             for (int64_t j = 0; j < d.r; ++j) {
@@ -163,7 +204,9 @@ struct Matrices {
                     t[j * d.rp + i] = power * B[j * d.rp + i];
                 }
             }
-            d.transpose(B, A), d.matmul(A, t, B), d.symmetrize(B);
+            d.transpose(B, A);
+            d.matmul(A, t, B);
+            d.symmetrize(B);
             gather(B, sound, 0, out(0, k));
         }
     }
@@ -176,7 +219,8 @@ static void matrices(const MatrixGroup& job, void* work) {
 
 static size_t matrices_bytes(int64_t count, int64_t n) {
     MatrixGroup job{};
-    job.count = count, job.n = n;
+    job.count = count;
+    job.n = n;
     Arena arena{reinterpret_cast<char*>(64)};
     Matrices(job, arena);
     return size_t(reinterpret_cast<uintptr_t>(arena.next)) + eigh_group_bytes<double>(n);

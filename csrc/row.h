@@ -18,8 +18,10 @@ struct RowOp {
     const Job& job;
     Arena arena;
     Dense d{row[R], padded<double>(row[R])};
-    Factor<S> a = factor<S>(row, 0, P), b = factor<S>(row, SIDE, P);
-    Factor<S> ga = factor<S>(row, 0, G), gb = factor<S>(row, SIDE, G);
+    Factor<S> a = factor<S>(row, 0, P);
+    Factor<S> b = factor<S>(row, SIDE, P);
+    Factor<S> ga = factor<S>(row, 0, G);
+    Factor<S> gb = factor<S>(row, SIDE, G);
     static constexpr double meet = sizeof(S) == 2 ? 0.5 : 0.999;  // as reference.meet
     const double tiny = sizeof(T) == 8 ? 2.2250738585072014e-308 : 1.1754943508222875e-38;
     const double top = sizeof(T) == 8 ? 1.7976931348623157e308 : 3.4028234663852886e38;
@@ -42,12 +44,20 @@ struct RowOp {
 
     void skip() { result[STATUS] = SKIPPED; }
 
+    MEMBER bool plain() {
+        result[STATUS] = PLAIN;
+        return true;
+    }
+
     bool scalar_norms(double& s) {  // false: skip. s = 0 where it is of no use
-        const double na = factor_norm(a), nb = factor_norm(b);
-        result[NORM_A] = na, result[NORM_B] = nb;
+        const double na = factor_norm(a);
+        const double nb = factor_norm(b);
+        result[NORM_A] = na;
+        result[NORM_B] = nb;
         if (!(na <= Storage<double>::max && nb <= Storage<double>::max)) return false;
         s = nb / na;
-        if (sizeof(S) == 2 && usable_scale(s, tiny, top)) s = __builtin_exp2(2 * __builtin_rint(__builtin_log2(s) / 2));
+        if (sizeof(S) == 2 && usable_scale(s, tiny, top))
+            s = __builtin_exp2(2 * __builtin_rint(__builtin_log2(s) / 2));
         if (!usable_scale(s, tiny, top) || !fits()) s = 0;
         result[SCALE] = s != 0 ? s : 1;
         return true;
@@ -63,14 +73,20 @@ struct RowOp {
         if (!scalar_norms(s)) return skip();
         result[STATUS] = s != 0 ? REFACTORED : DEGENERATE;
         if (s == 0) return;
-        if (job.kind == PRECONDITION) scale_in_place(ga, 1 / s), scale_in_place(gb, s);
-        else scale_in_place(a, root(s)), scale_in_place(b, 1 / root(s));
+        if (job.kind == PRECONDITION) {
+            scale_in_place(ga, 1 / s);
+            scale_in_place(gb, s);
+        } else {
+            scale_in_place(a, root(s));
+            scale_in_place(b, 1 / root(s));
+        }
     }
 
     // weight of the Grams in the S of this step (reference.shrink_weight), none for the paper's S
     std::optional<double> weight() const {
         if (!job.start) return {};
-        const double steps = *reinterpret_cast<const float*>(row[COUNT]), start = double(job.start);
+        const double steps = *reinterpret_cast<const float*>(row[COUNT]);
+        const double start = double(job.start);
         return steps * steps / (steps * steps + start * start);
     }
 
@@ -78,13 +94,19 @@ struct RowOp {
     bool solved(Solution& x, bool factors) {
         const size_t size = size_t(d.rp * d.rp);
         x.S = x.S_inv = x.P = x.P_inv_T = nullptr;
-        double* first = arena.take<double>(size), *second = arena.take<double>(size);
-        (factors ? x.P : x.S) = first, (factors ? x.P_inv_T : x.S_inv) = second;
+        double* first = arena.take<double>(size);
+        double* second = arena.take<double>(size);
+        (factors ? x.P : x.S) = first;
+        (factors ? x.P_inv_T : x.S_inv) = second;
         for (size_t i = 0; i < size; ++i) first[i] = second[i] = 0;
         Arena scratch = arena;
         double* panel = scratch.take<double>(size_t(d.rp * CHUNK));
         Gram g[2];
-        for (Gram& one : g) one.unit = scratch.take<double>(size), one.U = scratch.take<double>(size), one.E = scratch.take<double>(size);
+        for (Gram& one : g) {
+            one.unit = scratch.take<double>(size);
+            one.U = scratch.take<double>(size);
+            one.E = scratch.take<double>(size);
+        }
         if (kept && *kept) {
             for (int side = 0; side < 2; ++side)
                 for (size_t i = 0; i < size; ++i) g[side].unit[i] = sums(side)[i];
@@ -94,13 +116,17 @@ struct RowOp {
             gram(d, a, panel, g[0]);
             gram(d, b, panel, g[1]);
         }
-        result[NORM_A] = g[0].norm, result[NORM_B] = g[1].norm;
+        result[NORM_A] = g[0].norm;
+        result[NORM_B] = g[1].norm;
         if (!(g[0].norm <= Storage<double>::max && g[1].norm <= Storage<double>::max)) return false;
         const int64_t rank = factor_grams(d, a.n, b.n, weight().value_or(1), g[0], g[1]);
-        result[KAPPA_A] = g[0].kappa, result[KAPPA_B] = g[1].kappa;
+        result[KAPPA_A] = g[0].kappa;
+        result[KAPPA_B] = g[1].kappa;
         const double of_rank = job.kappa_of_rank * __builtin_sqrt(double(rank));
         solve(d, g[0], g[1], of_rank < job.kappa_max ? of_rank : job.kappa_max, tiny, top, !weight(), scratch, x);
-        result[STATUS] = x.status, result[SCALE] = x.c, result[BALANCE] = balance(d, g[0], g[1]);
+        result[STATUS] = x.status;
+        result[SCALE] = x.c;
+        result[BALANCE] = balance(d, g[0], g[1]);
         return true;
     }
 
@@ -114,7 +140,8 @@ struct RowOp {
             return;
         }
         double* turned = arena.take<double>(size_t(d.rp * d.rp));
-        double *cin = arena.take<double>(size_t(d.rp * CHUNK)), *cout = arena.take<double>(size_t(d.rp * CHUNK));
+        double* cin = arena.take<double>(size_t(d.rp * CHUNK));
+        double* cout = arena.take<double>(size_t(d.rp * CHUNK));
         d.transpose(x.P, turned);
         apply_in_place<double, S>(a, turned, x.P, d.rp, cin, cout);
         d.transpose(x.P_inv_T, turned);
@@ -124,24 +151,31 @@ struct RowOp {
     void solve_alone() {
         Solution x;
         const bool found = solved(x, false);
-        if (found) round_S(x);
-        else skip();
+        if (found) {
+            round_S(x);
+        } else {
+            skip();
+        }
         keep(!found);
     }
 
     // S^-1 for A and S for B, rounded to the type they are applied in
     void round_S(const Solution& x) {
-        left = arena.take<T>(size_t(rp * rp)), right = arena.take<T>(size_t(rp * rp));
+        left = arena.take<T>(size_t(rp * rp));
+        right = arena.take<T>(size_t(rp * rp));
         for (int64_t i = 0; i < rp * rp; ++i) left[i] = right[i] = 0;
         for (int64_t i = 0; i < d.r; ++i)
-            for (int64_t j = 0; j < d.r; ++j)
-                left[i * rp + j] = T(x.S_inv[i * d.rp + j]), right[i * rp + j] = T(x.S[i * d.rp + j]);
+            for (int64_t j = 0; j < d.r; ++j) {
+                left[i * rp + j] = T(x.S_inv[i * d.rp + j]);
+                right[i * rp + j] = T(x.S[i * d.rp + j]);
+            }
     }
 
     // Where S comes from is found from the number of steps that this row has taken part in.
     void adamw() {
         float* count = reinterpret_cast<float*>(row[COUNT]);
-        const int64_t steps = int64_t(*count), since = steps - job.warmup_steps;
+        const int64_t steps = int64_t(*count);
+        const int64_t since = steps - job.warmup_steps;
         const bool next_is_fresh = since + 1 >= 0 && (since + 1) % job.interval == 0;
         const bool before = steps == 0 && job.warmup_steps == 0 && job.start == 0;
         const Source source = job.scalar || since < 0 ? IDENTITY : since % job.interval == 0 ? FRESH : SAVED_S;
@@ -165,8 +199,12 @@ struct RowOp {
             move = change_phase(identity || job.start, x.c);
         } else {
             if (!(all_finite(a) && all_finite(b))) return false;
-            if (source == SAVED_S) recall(), result[STATUS] = REFACTORED;
-            else move = enter_identity();
+            if (source == SAVED_S) {
+                recall();
+                result[STATUS] = REFACTORED;
+            } else {
+                move = enter_identity();
+            }
         }
         const double scale = 1 / job.grad_scale;
         Carry carry{d, nullptr, nullptr};
@@ -204,11 +242,14 @@ struct RowOp {
 
     void recall() {
         const T* saved = reinterpret_cast<const T*>(row[SAVED]);
-        left = arena.take<T>(size_t(rp * rp)), right = arena.take<T>(size_t(rp * rp));
+        left = arena.take<T>(size_t(rp * rp));
+        right = arena.take<T>(size_t(rp * rp));
         for (int64_t i = 0; i < rp * rp; ++i) left[i] = right[i] = 0;
         for (int64_t i = 0; i < d.r; ++i)
-            for (int64_t j = 0; j < d.r; ++j)
-                right[i * rp + j] = saved[i * d.r + j], left[i * rp + j] = saved[(d.r + i) * d.r + j];
+            for (int64_t j = 0; j < d.r; ++j) {
+                right[i * rp + j] = saved[i * d.r + j];
+                left[i * rp + j] = saved[(d.r + i) * d.r + j];
+            }
     }
 
     double* sums(int side) { return kept + KEPT_HEADER + (side ? d.rp * d.rp : 0); }
@@ -227,8 +268,11 @@ struct RowOp {
         }
         const auto run = [&](auto moment, const auto& weights) {
             using Q = decltype(moment);
-            if (carry) update_side<true, Q, T, S>(row, side, by, by, rp, u, weights, carry, in, out);
-            else update_side<false, Q, T, S>(row, side, by, by, rp, u, weights, carry, in, out);
+            if (carry) {
+                update_side<true, Q, T, S>(row, side, by, by, rp, u, weights, carry, in, out);
+            } else {
+                update_side<false, Q, T, S>(row, side, by, by, rp, u, weights, carry, in, out);
+            }
         };
         if constexpr (sizeof(S) == 2) {
             const auto typed = [&](const auto& weights) {
@@ -248,18 +292,23 @@ struct RowOp {
         double s = 1;
         if (!scalar_norms(s)) return false;
         result[STATUS] = s != 0 ? REFACTORED : DEGENERATE;
-        const double by = before && s != 0 ? root(s) : 1, scale = 1 / job.grad_scale;
+        const double by = before && s != 0 ? root(s) : 1;
+        const double scale = 1 / job.grad_scale;
         const double back = enter_identity();
-        const double old_a = result[NORM_A], old_b = result[NORM_B];
+        const double old_a = result[NORM_A];
+        const double old_b = result[NORM_B];
         update(0, nullptr, scale / by, by, back / by, nullptr);
         update(SIDE, nullptr, scale * by, 1 / by, by / back, nullptr);
         if (!(after || job.start)) return true;
         const double old_s = result[SCALE];
-        const bool finite = scalar_norms(s), balances = !job.start || (finite && begun(old_a, old_b) && after);
+        const bool finite = scalar_norms(s);
+        const bool balances = !job.start || (finite && begun(old_a, old_b) && after);
         // what is reported is of the factors that the step has found
-        result[SCALE] = old_s, result[NORM_A] = old_a, result[NORM_B] = old_b;
+        result[SCALE] = old_s;
+        result[NORM_A] = old_a;
+        result[NORM_B] = old_b;
         if (!finite) return true;
-        if (!balances) return result[STATUS] = PLAIN, true;
+        if (!balances) return plain();
         if (s == 0) return true;
         scale_side(0, root(s));
         scale_side(SIDE, 1 / root(s));
@@ -268,7 +317,8 @@ struct RowOp {
 
     // whether RefLoRA-S balances this row: from the step on in which its norms, old and new, have met
     bool begun(double old_a, double old_b) const {
-        const double new_a = result[NORM_A], new_b = result[NORM_B];
+        const double new_a = result[NORM_A];
+        const double new_b = result[NORM_B];
         const bool equal = old_a < old_b ? old_a >= meet * old_b : old_b >= meet * old_a;
         float* phase = reinterpret_cast<float*>(row[PHASE]);
         if (equal || (old_b <= old_a && new_b >= new_a) || (old_b >= old_a && new_b <= new_a)) *phase = float(BALANCED);
@@ -277,10 +327,16 @@ struct RowOp {
 
     void scale_side(int side, double by) {
         const Factor<S>& f = side ? b : a;
-        if (row[side + W]) scale_master(f, reinterpret_cast<float*>(row[side + W]), by);
-        else scale_in_place(f, by);
-        if (row[STATE] == F32) scale_moments<float>(side, by);
-        else scale_moments<S>(side, by);
+        if (row[side + W]) {
+            scale_master(f, reinterpret_cast<float*>(row[side + W]), by);
+        } else {
+            scale_in_place(f, by);
+        }
+        if (row[STATE] == F32) {
+            scale_moments<float>(side, by);
+        } else {
+            scale_moments<S>(side, by);
+        }
     }
 
     template <class Q>

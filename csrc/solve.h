@@ -1,4 +1,5 @@
-// From two factors to S = (A A^T)^-1 # (B^T B): Grams over their traces, Cholesky, one polar factor (docs/mathematics.md).
+// From two factors to S = (A A^T)^-1 # (B^T B): Grams over their traces, Cholesky, one polar factor
+// (docs/mathematics.md).
 #pragma once
 #include "arena.h"
 #include "dense.h"
@@ -25,7 +26,8 @@ struct Gram {
     double norm;    // Frobenius norm of the factor; 0, inf or nan if that is what it is
     double kappa;   // ||L||_F ||L^-1||_F, inf where the Gram is numerically singular
     bool usable;    // finite, and not 0
-    double *unit, *U, *E;  // Gram over its trace; L^T; L^-1
+    double* unit;   // the Gram over its trace
+    double *U, *E;  // L^T, L^-1
 };
 
 // S and S^-1 are computed where out.S is given, P and P^-T (S = P P^T) where out.P is
@@ -62,7 +64,8 @@ INLINE double sum_of_squares(const S* p, int64_t stride, int64_t n, double scale
     }
     double all[32];
     for (int u = 0; u < 32 / W; ++u) store<V>(all + W * u, sum[u]);
-    for (int l = 0; l < 8; ++l) rest += (all[l] + all[8 + l]) + (all[16 + l] + all[24 + l]);
+    for (int l = 0; l < 8; ++l)
+        rest += (all[l] + all[8 + l]) + (all[16 + l] + all[24 + l]);
     return rest;
 }
 
@@ -77,8 +80,10 @@ static double factor_norm(const Factor<S>& f) {
     }
     if (f.dense()) return root(sum_of_squares(f.p, 1, f.r * f.n, scale)) / scale;
     const bool along_r = f.transposed();
-    const int64_t outer = along_r ? f.n : f.r, inner = along_r ? f.r : f.n;
-    const int64_t so = along_r ? f.sn : f.sr, si = along_r ? f.sr : f.sn;
+    const int64_t outer = along_r ? f.n : f.r;
+    const int64_t inner = along_r ? f.r : f.n;
+    const int64_t so = along_r ? f.sn : f.sr;
+    const int64_t si = along_r ? f.sr : f.sn;
     double sum = 0;
     for (int64_t o = 0; o < outer; ++o) sum += sum_of_squares(f.p + o * so, si, inner, scale);
     return root(sum) / scale;
@@ -90,7 +95,8 @@ INLINE void finish_gram(const Dense& d, double scale, Gram& out) {
     d.mirror(out.unit);
     double trace = 0;
     for (int64_t i = 0; i < d.r; ++i) trace += out.unit[i * d.rp + i];
-    out.norm = root(trace) / scale, out.usable = trace > 0 && trace < d.huge;
+    out.norm = root(trace) / scale;
+    out.usable = trace > 0 && trace < d.huge;
     if (!out.usable) return;
     for (int64_t i = 0; i < d.r * d.rp; ++i) out.unit[i] /= trace;
 }
@@ -106,11 +112,13 @@ INLINE int64_t present(const Dense& d, const Gram& a, const Gram& b) {
     return count;
 }
 
-// Cholesky factors and condition of a Gram of n columns, which is shrunk towards I / rank (reference.shrink_weight). Ranks
-// that are absent have that diagonal, and no part in kappa.
-INLINE void factor_gram(const Dense& d, const Gram& a, const Gram& b, int64_t n, int64_t rank, double weight, Gram& out) {
+// Cholesky factors and condition of a Gram of n columns, which is shrunk towards I / rank (reference.shrink_weight).
+// Ranks that are absent have that diagonal, and no part in kappa.
+INLINE void factor_gram(const Dense& d, const Gram& a, const Gram& b, int64_t n, int64_t rank, double weight,
+                        Gram& out) {
     for (int64_t i = 0; i < d.r * d.rp; ++i) out.U[i] = weight * out.unit[i];
-    const double each = 1 / double(rank), count = double(d.r - rank);
+    const double each = 1 / double(rank);
+    const double count = double(d.r - rank);
     for (int64_t i = 0; i < d.r; ++i) {
         double& diagonal = out.U[i * d.rp + i];
         diagonal = rank < d.r && absent(d, a, b, i) ? each : diagonal + (1 - weight) * each;
@@ -135,7 +143,9 @@ static void gram(const Dense& d, const Factor<S>& f, double* panel, Gram& out) {
     for (int64_t i = 0; i < d.rp * d.rp; ++i) out.unit[i] = 0;
     if (sizeof(S) == 8) {  // products of narrower types are exact in double and cannot leave its range
         const double top = largest(f);
-        out.norm = top, out.kappa = __builtin_inf(), out.usable = false;
+        out.norm = top;
+        out.kappa = __builtin_inf();
+        out.usable = false;
         if (!(top > 0) || top > Storage<S>::max) return;
         scale = power_of_two(-exponent_of(top < 1e-300 ? 1e-300 : top));
     }
@@ -150,7 +160,8 @@ static void gram(const Dense& d, const Factor<S>& f, double* panel, Gram& out) {
 // Whether products and sums of these values and of the same values over the power of two of the largest have the same
 // digits: then nothing is rounded at the ends of double's range.
 INLINE bool free_to_scale(const double* x, int64_t n) {
-    const double low = power_of_two(-200), high = power_of_two(200);
+    const double low = power_of_two(-200);
+    const double high = power_of_two(200);
     int64_t outside = 0;
     for (int64_t i = 0; i < n; ++i) {
         const double a = magnitude(x[i]);
@@ -159,8 +170,8 @@ INLINE bool free_to_scale(const double* x, int64_t n) {
     return outside == 0;
 }
 
-// The sums of gram(), block by block in its order, while the blocks of a new factor are in cache. float64 goes unscaled,
-// its largest element is not known yet: `exact` says that the Gram over its trace will come out the same.
+// The sums of gram(), block by block in its order, while the blocks of a new factor are in cache. float64 goes
+// unscaled, its largest element is not known yet: `exact` says that the Gram over its trace will come out the same.
 struct Carry {
     const Dense& d;
     double *panel, *sums;
@@ -178,15 +189,20 @@ struct Carry {
 static double balance(const Dense& d, const Gram& a, const Gram& b) {
     if (!(a.norm > 0)) return __builtin_inf();
     const double ratio = (b.norm / a.norm) * (b.norm / a.norm);
-    double apart = 0, whole = 0;
+    double apart = 0;
+    double whole = 0;
     for (int64_t i = 0; i < d.r * d.rp; ++i) {
-        const double x = a.unit[i], y = x - ratio * b.unit[i];
-        apart += y * y, whole += x * x;
+        const double x = a.unit[i];
+        const double y = x - ratio * b.unit[i];
+        apart += y * y;
+        whole += x * x;
     }
     return root(apart / whole);
 }
 
-INLINE bool usable_scale(double c, double tiny, double top) { return c >= tiny && c <= top && 1 / c >= tiny && 1 / c <= top; }
+INLINE bool usable_scale(double c, double tiny, double top) {
+    return c >= tiny && c <= top && 1 / c >= tiny && 1 / c <= top;
+}
 
 static void scaled_identity(const Dense& d, double* out, double value) {
     d.identity(out);
@@ -199,40 +215,74 @@ static void solve(const Dense& d, const Gram& a, const Gram& b, double kappa_max
     const size_t size = size_t(d.rp * d.rp);
     out.status = DEGENERATE;
     out.c = b.norm / a.norm;
-    if (!usable_scale(out.c, tiny, top)) out.c = 1;
-    else if (a.kappa <= kappa_max && b.kappa <= kappa_max) out.status = REFACTORED;
+    if (!usable_scale(out.c, tiny, top)) {
+        out.c = 1;
+    } else if (a.kappa <= kappa_max && b.kappa <= kappa_max) {
+        out.status = REFACTORED;
+    }
     out.scale = scaled ? out.c : 1;
     if (out.status == REFACTORED) {
-        double *X = arena.take<double>(size), *Y = arena.take<double>(size), *M = arena.take<double>(size);
+        double* X = arena.take<double>(size);
+        double* Y = arena.take<double>(size);
+        double* M = arena.take<double>(size);
         double* tmp = arena.take<double>(size);
         int64_t* order = arena.take<int64_t>(size_t(d.r));
-        d.transpose(a.U, tmp), d.matmul(b.U, tmp, X);  // N = Lb^T La
-        if (out.P) for (size_t i = 0; i < size; ++i) out.P_inv_T[i] = i < size_t(d.r * d.rp) ? X[i] : 0;
-        d.transpose(a.E, tmp), d.matmul(b.E, tmp, Y);  // N^-T = Lb^-1 La^-T
+        d.transpose(a.U, tmp);
+        d.matmul(b.U, tmp, X);  // N = Lb^T La
+        if (out.P) {
+            for (size_t i = 0; i < size; ++i)
+                out.P_inv_T[i] = i < size_t(d.r * d.rp) ? X[i] : 0;
+        }
+        d.transpose(a.E, tmp);
+        d.matmul(b.E, tmp, Y);  // N^-T = Lb^-1 La^-T
         d.polar(X, Y, true, M, order);
         if (out.S) {
-            d.transpose(b.U, tmp), d.matmul(X, a.E, Y), d.matmul(tmp, Y, out.S);      // Lb Q La^-1
-            d.transpose(b.E, tmp), d.matmul(X, a.U, Y), d.matmul(tmp, Y, out.S_inv);  // Lb^-T Q La^T
-            d.symmetrize(out.S), d.symmetrize(out.S_inv);
-            for (int64_t i = 0; i < d.r * d.rp; ++i) out.S[i] *= out.scale, out.S_inv[i] /= out.scale;
+            d.transpose(b.U, tmp);
+            d.matmul(X, a.E, Y);
+            d.matmul(tmp, Y, out.S);  // Lb Q La^-1
+            d.transpose(b.E, tmp);
+            d.matmul(X, a.U, Y);
+            d.matmul(tmp, Y, out.S_inv);  // Lb^-T Q La^T
+            d.symmetrize(out.S);
+            d.symmetrize(out.S_inv);
+            for (int64_t i = 0; i < d.r * d.rp; ++i) {
+                out.S[i] *= out.scale;
+                out.S_inv[i] /= out.scale;
+            }
             if (!(d.largest(out.S) <= top && d.largest(out.S_inv) <= top)) out.status = DEGENERATE;
         }
         if (out.P) {
             double* C = Y;
-            d.transpose(X, tmp), d.matmul(tmp, out.P_inv_T, C), d.symmetrize(C);  // H = Q^T N = C C^T
-            if (!d.cholesky(C, M)) out.status = DEGENERATE;
-            else {
+            d.transpose(X, tmp);
+            d.matmul(tmp, out.P_inv_T, C);
+            d.symmetrize(C);  // H = Q^T N = C C^T
+            if (!d.cholesky(C, M)) {
+                out.status = DEGENERATE;
+            } else {
                 const double half = root(out.scale);
-                d.transpose(a.E, tmp), d.transpose(C, X), d.matmul(tmp, X, out.P);        // La^-T C
-                d.transpose(a.U, tmp), d.transpose(M, X), d.matmul(tmp, X, out.P_inv_T);  // La C^-T
-                for (int64_t i = 0; i < d.r * d.rp; ++i) out.P[i] *= half, out.P_inv_T[i] /= half;
+                d.transpose(a.E, tmp);
+                d.transpose(C, X);
+                d.matmul(tmp, X, out.P);  // La^-T C
+                d.transpose(a.U, tmp);
+                d.transpose(M, X);
+                d.matmul(tmp, X, out.P_inv_T);  // La C^-T
+                for (int64_t i = 0; i < d.r * d.rp; ++i) {
+                    out.P[i] *= half;
+                    out.P_inv_T[i] /= half;
+                }
                 if (!(d.largest(out.P) <= top && d.largest(out.P_inv_T) <= top)) out.status = DEGENERATE;
             }
         }
     }
     if (out.status == REFACTORED) return;
-    if (out.S) scaled_identity(d, out.S, out.scale), scaled_identity(d, out.S_inv, 1 / out.scale);
-    if (out.P) scaled_identity(d, out.P, root(out.scale)), scaled_identity(d, out.P_inv_T, 1 / root(out.scale));
+    if (out.S) {
+        scaled_identity(d, out.S, out.scale);
+        scaled_identity(d, out.S_inv, 1 / out.scale);
+    }
+    if (out.P) {
+        scaled_identity(d, out.P, root(out.scale));
+        scaled_identity(d, out.P_inv_T, 1 / root(out.scale));
+    }
 }
 
 }  // namespace REFLORA_ISA

@@ -6,28 +6,54 @@
 namespace reflora {
 namespace REFLORA_ISA {
 
-struct bf16 { uint16_t bits; };
-struct f16 { uint16_t bits; };
+struct bf16 {
+    uint16_t bits;
+};
+struct f16 {
+    uint16_t bits;
+};
 
-INLINE float as_float(uint32_t bits) { float x; __builtin_memcpy(&x, &bits, 4); return x; }
-INLINE uint32_t as_bits(float x) { uint32_t bits; __builtin_memcpy(&bits, &x, 4); return bits; }
+INLINE float as_float(uint32_t bits) {
+    float x;
+    __builtin_memcpy(&x, &bits, 4);
+    return x;
+}
+INLINE uint32_t as_bits(float x) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, 4);
+    return bits;
+}
 
 INLINE float widen(float x) { return x; }
 INLINE double widen(double x) { return x; }
 INLINE float widen(bf16 x) { return as_float(uint32_t(x.bits) << 16); }
 INLINE float widen(f16 x) {
-    const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, rest = uint32_t(x.bits & 0x7fffu) << 13;
+    const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
+    const uint32_t rest = uint32_t(x.bits & 0x7fffu) << 13;
     const uint32_t exponent = rest & 0x0f800000u;
     if (exponent == 0x0f800000u) return as_float(sign | rest | 0x70000000u);  // inf and nan
     if (exponent == 0) return as_float(sign | as_bits(as_float(rest | 0x38800000u) - as_float(0x38800000u)));
     return as_float(sign | (rest + 0x38000000u));
 }
 
-template <class S> struct Storage;
-template <> struct Storage<float> { static constexpr double max = 3.4028234663852886e38; };
-template <> struct Storage<double> { static constexpr double max = 1.7976931348623157e308; };
-template <> struct Storage<bf16> { static constexpr double max = 3.3895313892515355e38; };
-template <> struct Storage<f16> { static constexpr double max = 65504; };
+template <class S>
+struct Storage;
+template <>
+struct Storage<float> {
+    static constexpr double max = 3.4028234663852886e38;
+};
+template <>
+struct Storage<double> {
+    static constexpr double max = 1.7976931348623157e308;
+};
+template <>
+struct Storage<bf16> {
+    static constexpr double max = 3.3895313892515355e38;
+};
+template <>
+struct Storage<f16> {
+    static constexpr double max = 65504;
+};
 
 template <class S> constexpr bool is_bf16 = false;
 template <> constexpr bool is_bf16<bf16> = true;
@@ -40,11 +66,17 @@ INLINE void narrow(float x, bf16* out) {
     out->bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 INLINE void narrow(float x, f16* out) {
-    const uint32_t bits = as_bits(x), sign = (bits >> 16) & 0x8000u, a = bits & 0x7fffffffu;
+    const uint32_t bits = as_bits(x);
+    const uint32_t sign = (bits >> 16) & 0x8000u;
+    const uint32_t a = bits & 0x7fffffffu;
     uint32_t h;
-    if (a >= 0x47800000u) h = a > 0x7f800000u ? 0x7e00u : 0x7c00u;
-    else if (a < 0x38800000u) h = as_bits(as_float(a) + 0.5f) - 0x3f000000u;  // the sum rounds to half's denormals
-    else h = (a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13;
+    if (a >= 0x47800000u) {
+        h = a > 0x7f800000u ? 0x7e00u : 0x7c00u;
+    } else if (a < 0x38800000u) {
+        h = as_bits(as_float(a) + 0.5f) - 0x3f000000u;  // the sum rounds to half's denormals
+    } else {
+        h = (a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13;
+    }
     out->bits = uint16_t(sign | h);
 }
 INLINE void narrow(double x, bf16* out) { narrow(float(x), out); }
@@ -80,8 +112,10 @@ static double largest(const Factor<S>& f) {
     double top = 0;
     bool bad = false;
     const bool along_r = f.transposed();
-    const int64_t outer = along_r ? f.n : f.r, inner = along_r ? f.r : f.n;
-    const int64_t so = along_r ? f.sn : f.sr, si = along_r ? f.sr : f.sn;
+    const int64_t outer = along_r ? f.n : f.r;
+    const int64_t inner = along_r ? f.r : f.n;
+    const int64_t so = along_r ? f.sn : f.sr;
+    const int64_t si = along_r ? f.sr : f.sn;
     for (int64_t o = 0; o < outer; ++o) {
         const S* p = f.p + o * so;
         auto best = widen(p[0]) * 0;
@@ -159,7 +193,8 @@ INLINE void transpose_block(VecOf<double, 32>::type* v) {
 
 INLINE void transpose_block(VecOf<double, 16>::type* v) {
     const VecOf<double, 16>::type a = SHUFFLE(v[0], v[1], 0, 2);
-    v[1] = SHUFFLE(v[0], v[1], 1, 3), v[0] = a;
+    v[1] = SHUFFLE(v[0], v[1], 1, 3);
+    v[0] = a;
 }
 #undef SHUFFLE
 #endif
@@ -192,12 +227,14 @@ INLINE void pack(const Factor<S>& f, int64_t k0, int64_t count, int64_t rp, doub
         int64_t k = 0;
         for (; k + W <= count; k += W) {
             V v[W];
-            for (int i = 0; i < W; ++i) v[i] = doubles(f.p + (i0 + i) * f.sr + k0 + k) * scale;
+            for (int i = 0; i < W; ++i)
+                v[i] = doubles(f.p + (i0 + i) * f.sr + k0 + k) * scale;
             transpose_block(v);
             for (int l = 0; l < W; ++l) store<V>(panel + (k + l) * rp + i0, v[l]);
         }
         for (; k < count; ++k)
-            for (int i = 0; i < W; ++i) panel[k * rp + i0 + i] = double(widen(f.p[(i0 + i) * f.sr + k0 + k])) * scale;
+            for (int i = 0; i < W; ++i)
+                panel[k * rp + i0 + i] = double(widen(f.p[(i0 + i) * f.sr + k0 + k])) * scale;
     }
 #endif
     for (int64_t k = 0; k < count; ++k) {

@@ -12,22 +12,33 @@ struct Svd {
     static constexpr double nothing = 1e-270;  // squared norm of a column that counts as zero, X being about 1
     static constexpr int most_sweeps = 40;     // 3 or 4 are usual
 
-    struct Dots { double pp, pq, qq; };
+    struct Dots {
+        double pp, pq, qq;
+    };
     Dots dots(const double* RESTRICT p, const double* RESTRICT q) const {
         V pp = {}, pq = {}, qq = {};
         for (int64_t k = 0; k < d.rp; k += W) {
-            const V x = load<V>(p + k), y = load<V>(q + k);
-            pp += x * x, pq += x * y, qq += y * y;
+            const V x = load<V>(p + k);
+            const V y = load<V>(q + k);
+            pp += x * x;
+            pq += x * y;
+            qq += y * y;
         }
         Dots sum{};
-        for (int l = 0; l < W; ++l) sum.pp += pp[l], sum.pq += pq[l], sum.qq += qq[l];
+        for (int l = 0; l < W; ++l) {
+            sum.pp += pp[l];
+            sum.pq += pq[l];
+            sum.qq += qq[l];
+        }
         return sum;
     }
 
     void rotate(double* RESTRICT p, double* RESTRICT q, double c, double s) const {
         for (int64_t k = 0; k < d.rp; k += W) {
-            const V x = load<V>(p + k), y = load<V>(q + k);
-            store<V>(p + k, c * x - s * y), store<V>(q + k, s * x + c * y);
+            const V x = load<V>(p + k);
+            const V y = load<V>(q + k);
+            store<V>(p + k, c * x - s * y);
+            store<V>(q + k, s * x + c * y);
         }
     }
 
@@ -39,13 +50,16 @@ struct Svd {
             rotated = false;
             for (int64_t p = 0; p < d.r; ++p)
                 for (int64_t q = p + 1; q < d.r; ++q) {
-                    double *gp = G + p * d.rp, *gq = G + q * d.rp;
+                    double* gp = G + p * d.rp;
+                    double* gq = G + q * d.rp;
                     const Dots a = dots(gp, gq);
                     const double most = tolerance * root(a.pp) * root(a.qq);
                     if (!(a.pp > nothing && a.qq > nothing && magnitude(a.pq) > most)) continue;
                     const double z = (a.qq - a.pp) / (2 * a.pq);
-                    const double t = (z < 0 ? -1 : 1) / (magnitude(z) + root(1 + z * z)), c = 1 / root(1 + t * t);
-                    rotate(gp, gq, c, c * t), rotate(Y + p * d.rp, Y + q * d.rp, c, c * t);
+                    const double t = (z < 0 ? -1 : 1) / (magnitude(z) + root(1 + z * z));
+                    const double c = 1 / root(1 + t * t);
+                    rotate(gp, gq, c, c * t);
+                    rotate(Y + p * d.rp, Y + q * d.rp, c, c * t);
                     rotated = true;
                 }
         }
@@ -61,8 +75,12 @@ struct Svd {
             double least = 2;
             for (int64_t k = 0; k < d.r; ++k) {
                 double mass = 0;
-                for (int64_t i = 0; i < d.r; ++i) mass += missing[i] ? 0 : U[i * d.rp + k] * U[i * d.rp + k];
-                if (mass < least) least = mass, best = k;
+                for (int64_t i = 0; i < d.r; ++i)
+                    mass += missing[i] ? 0 : U[i * d.rp + k] * U[i * d.rp + k];
+                if (mass < least) {
+                    least = mass;
+                    best = k;
+                }
             }
             for (int64_t k = 0; k < d.rp; ++k) u[k] = k == best;
             for (int pass = 0; pass < 2; ++pass) {
@@ -78,13 +96,15 @@ struct Svd {
         }
     }
 
-    // X = U diag(S) V^T; U and V as rows of G and Y, in any order. start: eigenvectors of X^T X [r, r], the largest last;
-    // with them few sweeps are left. t, M: scratch like X; flags: r of them.
+    // X = U diag(S) V^T; U and V as rows of G and Y, in any order. start: eigenvectors of X^T X [r, r], the largest
+    // last; with them few sweeps are left. t, M: scratch like X; flags: r of them.
     void run(const double* X, const double* start, double* G, double* Y, double* S, double* t, double* M,
              bool* flags) const {
         for (int64_t j = 0; j < d.r; ++j)
-            for (int64_t i = 0; i < d.rp; ++i) Y[j * d.rp + i] = i < d.r ? start[i * d.r + d.r - 1 - j] : 0;
-        d.transpose(X, t), d.matmul(Y, t, G);
+            for (int64_t i = 0; i < d.rp; ++i)
+                Y[j * d.rp + i] = i < d.r ? start[i * d.r + d.r - 1 - j] : 0;
+        d.transpose(X, t);
+        d.matmul(Y, t, G);
         orthogonalize(G, Y);
         for (int64_t j = 0; j < d.r; ++j) {
             double* g = G + j * d.rp;
@@ -95,7 +115,8 @@ struct Svd {
         }
         complete(G, flags);
         // columns at rounding level, and V of many rotations, are orthogonal to a few digits less
-        d.reorthogonalize(G, t, M), d.reorthogonalize(Y, t, M);
+        d.reorthogonalize(G, t, M);
+        d.reorthogonalize(Y, t, M);
     }
 };
 

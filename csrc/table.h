@@ -6,7 +6,8 @@
 
 namespace reflora {
 
-// one side of a row: element (i, k), i < r, at P + i * SR + k * SN; M, V, X (of type STATE) and W share the strides of P
+// one side of a row: element (i, k), i < r, at P + i * SR + k * SN; M, V, X (of type STATE) and W share the strides
+// of P
 enum Side { P, P_SR, P_SN, G, G_SR, G_SN, M, V, X, W, STEP, HYPER, N, SIDE };
 enum Row { R = 2 * SIDE, DTYPE, STATE, ACTIVE, PHASE, COUNT, SAVED, KEPT, TAG, COLUMNS = 40 };
 enum Phase { REFACTORED_UNITS = 1, BALANCED };
@@ -23,8 +24,8 @@ struct Job {
     Kind kind;
     bool scalar;
     double kappa_max, kappa_of_rank;  // a factor is degenerate past either, the second times sqrt(r)
-    // steps after which a Gram counts half in S, which then comes without its scale c; 0: the paper's S. With `scalar` and
-    // a start, an AdamW step balances a row from the step on in which its norms cross
+    // steps after which a Gram counts half in S, which then comes without its scale c; 0: the paper's S. With `scalar`
+    // and a start, an AdamW step balances a row from the step on in which its norms cross
     int64_t start;
     // AdamW only
     int64_t warmup_steps, interval;

@@ -29,10 +29,14 @@ struct VecOf {
 };
 
 template <class V, class T>
-INLINE V load(const T* p) { return *reinterpret_cast<const V*>(p); }
+INLINE V load(const T* p) {
+    return *reinterpret_cast<const V*>(p);
+}
 
 template <class V, class T>
-INLINE void store(T* p, V v) { *reinterpret_cast<V*>(p) = v; }
+INLINE void store(T* p, V v) {
+    *reinterpret_cast<V*>(p) = v;
+}
 
 INLINE double root(double x) { return __builtin_sqrt(x); }
 INLINE float root(float x) { return __builtin_sqrtf(x); }
@@ -57,14 +61,18 @@ INLINE V fused(V a, V b, V c) {
 
 // r rounded up to whole 64 bytes, the widest vector, on every processor
 template <class T>
-INLINE int64_t padded(int64_t r) { constexpr int W = 64 / int(sizeof(T)); return (r + W - 1) / W * W; }
+INLINE int64_t padded(int64_t r) {
+    constexpr int W = 64 / int(sizeof(T));
+    return (r + W - 1) / W * W;
+}
 
 // sum of x[i] * y[i] over n, a multiple of the vector width
 template <class T>
 INLINE T dot(const T* RESTRICT x, const T* RESTRICT y, int64_t n) {
     using V = typename VecOf<T>::type;
     V sum = {};
-    for (int64_t i = 0; i < n; i += VecOf<T>::W) sum += load<V>(x + i) * load<V>(y + i);
+    for (int64_t i = 0; i < n; i += VecOf<T>::W)
+        sum += load<V>(x + i) * load<V>(y + i);
     T total = 0;
     for (int i = 0; i < VecOf<T>::W; ++i) total += sum[i];
     return total;

@@ -66,15 +66,10 @@ FAULTS = (
     cpp(
         "S without its scale",
         "solve.h",
-        "out.S[i] *= out.scale, out.S_inv[i] /= out.scale",
-        "out.S[i] *= 1, out.S_inv[i] /= 1",
+        "out.S[i] *= out.scale;\n                out.S_inv[i] /= out.scale;",
+        "out.S[i] *= 1;\n                out.S_inv[i] /= 1;",
     ),
-    cpp(
-        "S is transposed wrongly",
-        "solve.h",
-        "d.transpose(b.U, tmp), d.matmul(X, a.E, Y), d.matmul(tmp, Y, out.S);",
-        "d.transpose(b.U, tmp), d.matmul(X, a.U, Y), d.matmul(tmp, Y, out.S);",
-    ),
+    cpp("S is transposed wrongly", "solve.h", "d.matmul(X, a.E, Y);", "d.matmul(X, a.U, Y);"),
     cpp("Newton-Schulz stops early", "dense.h", "if (!(away > 1e-8)) return;", "if (!(away > 1e-2)) return;"),
     cpp(
         "a polar factor that is none is not noticed",
