@@ -181,7 +181,7 @@ template <class S>
 static void scale_master(const Factor<S>& f, float* w, double factor) {
     const float by = float(factor);
     for_elements(f, [&](int64_t o) {
-        w[o] = saturated(w[o] * by, float(Storage<S>::max));
+        w[o] = bounded(w[o] * by, float(Storage<S>::max));
         narrow(w[o], f.p + o);
     });
 }

@@ -10,7 +10,8 @@ struct Dense {
     using T = double;
     using V = VecOf<T>::type;
     static constexpr int W = VecOf<T>::W;
-    static constexpr double huge = 1e300;
+    static constexpr double limit = 1e300;
+    static constexpr int schulz_steps = 200;
     int64_t r, rp;
 
     template <int MR, int NV>
@@ -49,7 +50,7 @@ struct Dense {
     }
 
     template <int MR, int NV>
-    INLINE void matmul_block(const T* RESTRICT A, const T* RESTRICT B, T* RESTRICT C, int64_t r, int64_t rp,
+    INLINE void multiply_block(const T* RESTRICT A, const T* RESTRICT B, T* RESTRICT C, int64_t r, int64_t rp,
                              int64_t j0) {
         V acc[MR][NV] = {};
         for (int64_t k = 0; k < r; ++k) {
@@ -63,19 +64,19 @@ struct Dense {
     }
 
     template <int MR>
-    INLINE void matmul_rows(const T* A, const T* B, T* C, int64_t r, int64_t rp) {
+    INLINE void multiply_rows(const T* A, const T* B, T* C, int64_t r, int64_t rp) {
         constexpr int NV = REGISTERS == 32 ? 4 : 3;
         int64_t j0 = 0;
-        for (; j0 + NV * W <= rp; j0 += NV * W) matmul_block<MR, NV>(A, B, C, r, rp, j0);
-        for (; j0 + 2 * W <= rp; j0 += 2 * W) matmul_block<MR, 2>(A, B, C, r, rp, j0);
-        for (; j0 < rp; j0 += W) matmul_block<MR, 1>(A, B, C, r, rp, j0);
+        for (; j0 + NV * W <= rp; j0 += NV * W) multiply_block<MR, NV>(A, B, C, r, rp, j0);
+        for (; j0 + 2 * W <= rp; j0 += 2 * W) multiply_block<MR, 2>(A, B, C, r, rp, j0);
+        for (; j0 < rp; j0 += W) multiply_block<MR, 1>(A, B, C, r, rp, j0);
     }
 
     // C = A B
-    void matmul(const T* A, const T* B, T* C) const {
+    void multiply(const T* A, const T* B, T* C) const {
         int64_t i = 0;
-        for (; i + 4 <= r; i += 4) matmul_rows<4>(A + i * rp, B, C + i * rp, r, rp);
-        for (; i < r; ++i) matmul_rows<1>(A + i * rp, B, C + i * rp, r, rp);
+        for (; i + 4 <= r; i += 4) multiply_rows<4>(A + i * rp, B, C + i * rp, r, rp);
+        for (; i < r; ++i) multiply_rows<1>(A + i * rp, B, C + i * rp, r, rp);
     }
 
     void transpose(const T* RESTRICT A, T* RESTRICT C) const {
@@ -97,7 +98,7 @@ struct Dense {
         identity(E);
         for (int64_t j = 0; j < r; ++j) {
             const T pivot = U[j * rp + j];
-            if (!(pivot > 0 && pivot < huge)) return false;
+            if (!(pivot > 0 && pivot < limit)) return false;
             const T s = 1 / root(pivot);
             const int64_t first = j / W * W;
             for (int64_t k = first; k < rp; k += W)
@@ -119,7 +120,7 @@ struct Dense {
     // M := M^-1 up to order: entry (i, j) of M is entry (i, order[j]) of the inverse. Gauss-Jordan with partial
     // pivoting; a pivot that vanishes is replaced by one at rounding level, so that singular matrices come out finite.
     void invert(T* RESTRICT M, int64_t* RESTRICT order) const {
-        const T tiny = norm(M) * 1e-18;
+        const T floor = norm(M) * 1e-18;
         for (int64_t i = 0; i < r; ++i) order[i] = i;
         for (int64_t k = 0; k < r; ++k) {
             int64_t p = k;
@@ -142,7 +143,7 @@ struct Dense {
                 }
             }
             T pivot = M[k * rp + k];
-            if (magnitude(pivot) < tiny) pivot = pivot < 0 ? -tiny : tiny;
+            if (magnitude(pivot) < floor) pivot = pivot < 0 ? -floor : floor;
             eliminate(M, k, 1 / pivot);
         }
     }
@@ -201,7 +202,7 @@ struct Dense {
     // X := orthogonal polar factor of X. Y = X^-T where known, else scratch as M is; order: r integers. One step of
     // Higham's scaled Newton iteration takes the root of the condition number; the cubic Newton-Schulz steps that
     // follow, scaled as by Chen and Chow for singular values in [low, 1], are products of matrices only
-    void polar(T* X, T* Y, bool known, T* M, int64_t* order) const {
+    void polar_factor(T* X, T* Y, bool known, T* M, int64_t* order) const {
         if (!known) {
             for (int64_t i = 0; i < r * rp; i += W) store<V>(M + i, load<V>(X + i));
             invert(M, order);
@@ -214,29 +215,29 @@ struct Dense {
         const T z = root(norm(Y) / norm(X));
         combine(X, Y, z / 2, 1 / (2 * z));
         square(X, Y);
-        T one = 1 / root(norm(Y));
-        T low = one;
-        for (int step = 0; step < 200; ++step) {
-            away_from_identity(Y, one * one);
+        T scale = 1 / root(norm(Y));
+        T low = scale;
+        for (int step = 0; step < schulz_steps; ++step) {
+            away_from_identity(Y, scale * scale);
             const T away = norm(Y);
             low = low > 1 - away ? low : 1 - away;  // the better bound near the end, where 1 must map to 1
             const T s = 3 / (1 + low + low * low);
             const T t = root(s);
-            matmul(X, Y, M);
-            combine(X, M, t * (3 - s) / 2 * one, -t * s / 2 * one);
+            multiply(X, Y, M);
+            combine(X, M, t * (3 - s) / 2 * scale, -t * s / 2 * scale);
             if (!(away > 1e-8)) return;  // quadratic: what is left is below rounding; nan leaves too
             low = t * low * (3 - s * low * low) / 2;
             low = low < 1 ? low : 1;
             square(X, Y);
-            one = 1;
+            scale = 1;
         }
     }
 
     // X := X (3 I - X^T X) / 2: nearer to an orthogonal matrix, if X is near to one. Y, M: scratch like X
-    void reorthogonalize(T* X, T* Y, T* M) const {
+    void orthogonalise(T* X, T* Y, T* M) const {
         square(X, Y);
         away_from_identity(Y, 1);
-        matmul(X, Y, M);
+        multiply(X, Y, M);
         combine(X, M, 1, -0.5);
     }
 

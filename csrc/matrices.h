@@ -30,13 +30,13 @@ struct Matrices {
     double* out(int which, int64_t k) const { return job.out[which] + k * size(); }
 
     // dense in, scaled and padded out
-    void spread(const double* in, const Scale<double>& scale, double* X) const {
+    void load_scaled(const double* in, const Scale<double>& scale, double* X) const {
         for (int64_t i = 0; i < d.r; ++i)
             for (int64_t j = 0; j < d.rp; ++j)
                 X[i * d.rp + j] = j < d.r ? scale.down(in[i * d.r + j]) : 0;
     }
     // and back, times 2^e
-    void gather(const double* X, bool sound, int64_t e, double* result) const {
+    void store_result(const double* X, bool sound, int64_t e, double* result) const {
         for (int64_t i = 0; i < d.r; ++i)
             for (int64_t j = 0; j < d.r; ++j)
                 result[i * d.r + j] = sound ? raised(X[i * d.rp + j], e) : __builtin_nan("");
@@ -58,11 +58,11 @@ struct Matrices {
     void mean(int64_t k) const {
         double *Ux = m[0], *Ex = m[1], *Uy = m[2], *Ey = m[3], *Q = m[4], *Y = m[5], *M = m[6], *s = m[7], *t = m[8];
         const Scale<double> scale(x(k), size());
-        bool sound = factorize(x(k), scale, Uy, Ey);
+        bool sound = load_factor(x(k), scale, Uy, Ey);
         int64_t e = scale.e;
         if (job.f == GEOMETRIC_MEAN) {
             const Scale<double> other(job.y + k * size(), size());
-            sound = factorize(job.y + k * size(), other, Ux, Ex) & sound;
+            sound = load_factor(job.y + k * size(), other, Ux, Ex) & sound;
             e += other.e;
         } else {
             d.identity(Ux);
@@ -70,26 +70,26 @@ struct Matrices {
         }
         if (sound) {
             d.transpose(Ex, t);
-            d.matmul(Uy, t, Q);  // Ly^T Lx^-T = Q H
+            d.multiply(Uy, t, Q);  // Ly^T Lx^-T = Q H
             d.transpose(Ux, t);
-            d.matmul(Ey, t, Y);  // its inverse transposed, Ly^-1 Lx
-            d.polar(Q, Y, true, M, order);
+            d.multiply(Ey, t, Y);  // its inverse transposed, Ly^-1 Lx
+            d.polar_factor(Q, Y, true, M, order);
             if (job.f == INVSQRTM) {
                 d.transpose(Ey, t);
-                d.matmul(t, Q, s);  // Ly^-T Q
+                d.multiply(t, Q, s);  // Ly^-T Q
             } else {
                 d.transpose(Ux, t);
                 d.transpose(Q, Y);
-                d.matmul(t, Y, M);
-                d.matmul(M, Uy, s);  // Lx Q^T Ly^T
+                d.multiply(t, Y, M);
+                d.multiply(M, Uy, s);  // Lx Q^T Ly^T
             }
             d.symmetrize(s);
         }
-        gather(s, sound, job.f == INVSQRTM ? -e / 2 : e / 2, out(0, k));
+        store_result(s, sound, job.f == INVSQRTM ? -e / 2 : e / 2, out(0, k));
     }
 
-    bool factorize(const double* in, const Scale<double>& scale, double* U, double* E) const {
-        spread(in, scale, U);
+    bool load_factor(const double* in, const Scale<double>& scale, double* U, double* E) const {
+        load_scaled(in, scale, U);
         d.symmetrize(U);
         return d.cholesky(U, E) && scale.finite;
     }
@@ -98,16 +98,16 @@ struct Matrices {
     void polar(int64_t k) const {
         double *Q = m[0], *Y = m[1], *M = m[2], *X = m[3], *t = m[4];
         const Scale<double> scale(x(k), size());
-        spread(x(k), scale, X);
-        spread(x(k), scale, Q);
+        load_scaled(x(k), scale, X);
+        load_scaled(x(k), scale, Q);
         const double norm = d.norm(X);
         if (norm == 0) {
             d.identity(Q);
         } else {
-            d.polar(Q, Y, false, M, order);
+            d.polar_factor(Q, Y, false, M, order);
         }
         d.transpose(Q, t);
-        d.matmul(t, X, M);  // Q^T X = H where Q is the polar factor
+        d.multiply(t, X, M);  // Q^T X = H where Q is the polar factor
         d.square(Q, Y);
         d.away_from_identity(Y, 1);
         double skew = 0;
@@ -121,15 +121,15 @@ struct Matrices {
             decompose(k, 1);
             double *U = m[5], *Vt = m[6];
             d.transpose(U, t);
-            d.matmul(t, Vt, Q);
+            d.multiply(t, Vt, Q);
             d.transpose(Vt, t);
             for (int64_t i = 0; i < d.r; ++i)
                 for (int64_t j = 0; j < d.rp; ++j) Vt[i * d.rp + j] *= values[i];
-            d.matmul(t, Vt, M);
+            d.multiply(t, Vt, M);
         }
         d.symmetrize(M);
-        gather(Q, scale.finite, 0, out(0, k));
-        gather(M, scale.finite, scale.e, out(1, k));
+        store_result(Q, scale.finite, 0, out(0, k));
+        store_result(M, scale.finite, scale.e, out(1, k));
     }
 
     // Singular vectors of `count` scaled matrices from number `first` on: rows of m[5] (U) and m[6] (V), values in
@@ -139,7 +139,7 @@ struct Matrices {
         double *X = m[7], *t = m[8];
         for (int64_t k = 0; k < count; ++k) {
             const Scale<double> scale(x(first + k), size());
-            spread(x(first + k), scale, X);
+            load_scaled(x(first + k), scale, X);
             d.square(X, t);
             for (int64_t i = 0; i < d.r; ++i)
                 for (int64_t j = 0; j < d.r; ++j)
@@ -148,7 +148,7 @@ struct Matrices {
         eigh_group(eigen, values, eigen, count, d.r, rest);
         for (int64_t k = 0; k < count; ++k) {
             const Scale<double> scale(x(first + k), size());
-            spread(x(first + k), scale, X);
+            load_scaled(x(first + k), scale, X);
             Svd{d}.run(X, eigen + k * size(), m[5], m[6], values, t, m[9], flags);
             then(first + k, scale);
         }
@@ -205,9 +205,9 @@ struct Matrices {
                 }
             }
             d.transpose(B, A);
-            d.matmul(A, t, B);
+            d.multiply(A, t, B);
             d.symmetrize(B);
-            gather(B, sound, 0, out(0, k));
+            store_result(B, sound, 0, out(0, k));
         }
     }
 };

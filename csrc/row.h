@@ -24,9 +24,9 @@ struct RowOp {
     Factor<S> gb = factor<S>(row, SIDE, G);
     static constexpr double meet = sizeof(S) == 2 ? 0.5 : 0.999;  // as reference.meet
     const double tiny = sizeof(T) == 8 ? 2.2250738585072014e-308 : 1.1754943508222875e-38;
-    const double top = sizeof(T) == 8 ? 1.7976931348623157e308 : 3.4028234663852886e38;
+    const double huge = sizeof(T) == 8 ? 1.7976931348623157e308 : 3.4028234663852886e38;
     int64_t rp = padded<T>(row[R]);
-    T *in = nullptr, *out = nullptr, *left = nullptr, *right = nullptr;
+    T *in = nullptr, *out = nullptr, *mixer_a = nullptr, *mixer_b = nullptr;
 
     void run() {
         for (int i = 0; i < RESULTS; ++i) result[i] = __builtin_nan("");
@@ -49,28 +49,28 @@ struct RowOp {
         return true;
     }
 
-    bool scalar_norms(double& s) {  // false: skip. s = 0 where it is of no use
+    bool balance_scalar(double& s) {  // false: skip. s = 0 where it is of no use
         const double na = factor_norm(a);
         const double nb = factor_norm(b);
         result[NORM_A] = na;
         result[NORM_B] = nb;
         if (!(na <= Storage<double>::max && nb <= Storage<double>::max)) return false;
         s = nb / na;
-        if (sizeof(S) == 2 && usable_scale(s, tiny, top))
+        if (sizeof(S) == 2 && useful(s, tiny, huge))
             s = __builtin_exp2(2 * __builtin_rint(__builtin_log2(s) / 2));
-        if (!usable_scale(s, tiny, top) || !fits()) s = 0;
+        if (!useful(s, tiny, huge) || !balanced_fits()) s = 0;
         result[SCALE] = s != 0 ? s : 1;
         return true;
     }
 
     // whether balanced factors can be stored: their norms are at most sqrt(||A|| ||B||), or sqrt(2) times that
-    bool fits() const {
+    bool balanced_fits() const {
         return __builtin_sqrt(result[NORM_A]) * __builtin_sqrt(result[NORM_B]) <= Storage<S>::max / 2;
     }
 
     void apply_scalar() {
         double s = 0;
-        if (!scalar_norms(s)) return skip();
+        if (!balance_scalar(s)) return skip();
         result[STATUS] = s != 0 ? REFACTORED : DEGENERATE;
         if (s == 0) return;
         if (job.kind == PRECONDITION) {
@@ -82,8 +82,8 @@ struct RowOp {
         }
     }
 
-    // weight of the Grams in the S of this step (reference.shrink_weight), none for the paper's S
-    std::optional<double> weight() const {
+    // as reference.shrink_weight, none for the paper's S
+    std::optional<double> shrink_weight() const {
         if (!job.start) return {};
         const double steps = *reinterpret_cast<const float*>(row[COUNT]);
         const double start = double(job.start);
@@ -119,24 +119,25 @@ struct RowOp {
         result[NORM_A] = g[0].norm;
         result[NORM_B] = g[1].norm;
         if (!(g[0].norm <= Storage<double>::max && g[1].norm <= Storage<double>::max)) return false;
-        const int64_t rank = factor_grams(d, a.n, b.n, weight().value_or(1), g[0], g[1]);
+        const int64_t rank = factor_grams(d, a.n, b.n, shrink_weight().value_or(1), g[0], g[1]);
         result[KAPPA_A] = g[0].kappa;
         result[KAPPA_B] = g[1].kappa;
         const double of_rank = job.kappa_of_rank * __builtin_sqrt(double(rank));
-        solve(d, g[0], g[1], of_rank < job.kappa_max ? of_rank : job.kappa_max, tiny, top, !weight(), scratch, x);
+        solve(d, g[0], g[1], of_rank < job.kappa_max ? of_rank : job.kappa_max, tiny, huge, !shrink_weight(), scratch,
+              x);
         result[STATUS] = x.status;
         result[SCALE] = x.c;
-        result[BALANCE] = balance(d, g[0], g[1]);
+        result[BALANCE] = imbalance(d, g[0], g[1]);
         return true;
     }
 
     void apply_full() {
         Solution x;
-        if (!solved(x, job.kind == REFACTOR) || (job.kind == REFACTOR && !fits())) return skip();
+        if (!solved(x, job.kind == REFACTOR) || (job.kind == REFACTOR && !balanced_fits())) return skip();
         if (job.kind == PRECONDITION) {
             round_S(x);
-            apply_in_place<T, S>(ga, left, left, rp, in, out);
-            apply_in_place<T, S>(gb, right, right, rp, in, out);
+            apply_in_place<T, S>(ga, mixer_a, mixer_a, rp, in, out);
+            apply_in_place<T, S>(gb, mixer_b, mixer_b, rp, in, out);
             return;
         }
         double* turned = arena.take<double>(size_t(d.rp * d.rp));
@@ -156,18 +157,18 @@ struct RowOp {
         } else {
             skip();
         }
-        keep(!found);
+        store_saved(!found);
     }
 
     // S^-1 for A and S for B, rounded to the type they are applied in
     void round_S(const Solution& x) {
-        left = arena.take<T>(size_t(rp * rp));
-        right = arena.take<T>(size_t(rp * rp));
-        for (int64_t i = 0; i < rp * rp; ++i) left[i] = right[i] = 0;
+        mixer_a = arena.take<T>(size_t(rp * rp));
+        mixer_b = arena.take<T>(size_t(rp * rp));
+        for (int64_t i = 0; i < rp * rp; ++i) mixer_a[i] = mixer_b[i] = 0;
         for (int64_t i = 0; i < d.r; ++i)
             for (int64_t j = 0; j < d.r; ++j) {
-                left[i * rp + j] = T(x.S_inv[i * d.rp + j]);
-                right[i * rp + j] = T(x.S[i * d.rp + j]);
+                mixer_a[i * rp + j] = T(x.S_inv[i * d.rp + j]);
+                mixer_b[i * rp + j] = T(x.S[i * d.rp + j]);
             }
     }
 
@@ -189,29 +190,29 @@ struct RowOp {
 
     bool step(Source source, bool next_is_fresh) {  // false: skip
         double move = 1;  // what A's moments are multiplied by; B's by its inverse
-        // zeros: this layer has had no S yet, so it is due now
+        // zeros: a layer that has had no S yet is due now
         if (source == FRESH || (source == SAVED_S && *reinterpret_cast<const T*>(row[SAVED]) == 0)) {
             Solution x;
             if (!solved(x, false)) return false;
             const bool identity = x.status == DEGENERATE && x.scale == 1;
             if (!identity) round_S(x);
-            if (job.interval > 1) keep(identity);
+            if (job.interval > 1) store_saved(identity);
             move = change_phase(identity || job.start, x.c);
         } else {
             if (!(all_finite(a) && all_finite(b))) return false;
             if (source == SAVED_S) {
-                recall();
+                load_saved();
                 result[STATUS] = REFACTORED;
             } else {
                 move = enter_identity();
             }
         }
-        const double scale = 1 / job.grad_scale;
+        const double unscale = 1 / job.grad_scale;
         Carry carry{d, nullptr, nullptr};
         const bool carried = kept && next_is_fresh;  // only a fresh S reads them
         if (carried) carry.panel = arena.take<double>(size_t(d.rp * CHUNK));
-        update(0, left, scale, 1, move, carried ? &carry : nullptr);
-        update(SIDE, right, scale, 1, 1 / move, carried ? &carry : nullptr);
+        update(0, mixer_a, unscale, 1, move, carried ? &carry : nullptr);
+        update(SIDE, mixer_b, unscale, 1, 1 / move, carried ? &carry : nullptr);
         if (kept) *kept = carried && carry.exact;
         return true;
     }
@@ -227,28 +228,30 @@ struct RowOp {
     // the same where S is I from here on; c is not rounded as sqrt(s) is for 16-bit factors
     double enter_identity() {
         double s = 0;
-        if (*reinterpret_cast<float*>(row[PHASE]) == float(REFACTORED_UNITS)) scalar_norms(s);
+        if (*reinterpret_cast<float*>(row[PHASE]) == float(REFACTORED_UNITS)) balance_scalar(s);
         return change_phase(true, s != 0 ? result[NORM_B] / result[NORM_A] : 1);
     }
 
-    void keep(bool identity) {
+
+
+    void store_saved(bool identity) {
         T* saved = reinterpret_cast<T*>(row[SAVED]);
         for (int64_t i = 0; i < d.r; ++i)
             for (int64_t j = 0; j < d.r; ++j) {
-                saved[i * d.r + j] = identity ? T(i == j) : right[i * rp + j];
-                saved[(d.r + i) * d.r + j] = identity ? T(i == j) : left[i * rp + j];
+                saved[i * d.r + j] = identity ? T(i == j) : mixer_b[i * rp + j];
+                saved[(d.r + i) * d.r + j] = identity ? T(i == j) : mixer_a[i * rp + j];
             }
     }
 
-    void recall() {
+    void load_saved() {
         const T* saved = reinterpret_cast<const T*>(row[SAVED]);
-        left = arena.take<T>(size_t(rp * rp));
-        right = arena.take<T>(size_t(rp * rp));
-        for (int64_t i = 0; i < rp * rp; ++i) left[i] = right[i] = 0;
+        mixer_a = arena.take<T>(size_t(rp * rp));
+        mixer_b = arena.take<T>(size_t(rp * rp));
+        for (int64_t i = 0; i < rp * rp; ++i) mixer_a[i] = mixer_b[i] = 0;
         for (int64_t i = 0; i < d.r; ++i)
             for (int64_t j = 0; j < d.r; ++j) {
-                right[i * rp + j] = saved[i * d.r + j];
-                left[i * rp + j] = saved[(d.r + i) * d.r + j];
+                mixer_b[i * rp + j] = saved[i * d.r + j];
+                mixer_a[i * rp + j] = saved[(d.r + i) * d.r + j];
             }
     }
 
@@ -256,12 +259,12 @@ struct RowOp {
 
     const double* hypers(int side) { return job.hypers + row[side + HYPER] * HYPERS; }
 
-    // one side's step: gradient, parameter and moments times grad, param and move, the gradient mixed by `by` (null: I)
-    void update(int side, const T* by, double grad, double param, double move, Carry* carry) {
+    // one side's step; mixer null: I
+    void update(int side, const T* mixer, double g_factor, double p_factor, double m_factor, Carry* carry) {
         float* steps = reinterpret_cast<float*>(row[side + STEP]);
         const float taken = *steps;
         *steps = taken + 1;
-        const Update<T> u = make_update<T>(hypers(side), *steps, grad, param, move);
+        const Update<T> u = make_update<T>(hypers(side), *steps, g_factor, p_factor, m_factor);
         if (carry) {
             carry->sums = sums(side);
             for (int64_t i = 0; i < d.rp * d.rp; ++i) carry->sums[i] = 0;
@@ -269,9 +272,9 @@ struct RowOp {
         const auto run = [&](auto moment, const auto& weights) {
             using Q = decltype(moment);
             if (carry) {
-                update_side<true, Q, T, S>(row, side, by, by, rp, u, weights, carry, in, out);
+                update_side<true, Q, T, S>(row, side, mixer, mixer, rp, u, weights, carry, in, out);
             } else {
-                update_side<false, Q, T, S>(row, side, by, by, rp, u, weights, carry, in, out);
+                update_side<false, Q, T, S>(row, side, mixer, mixer, rp, u, weights, carry, in, out);
             }
         };
         if constexpr (sizeof(S) == 2) {
@@ -290,19 +293,19 @@ struct RowOp {
 
     bool scalar_step(bool before, bool after) {  // false: skip
         double s = 1;
-        if (!scalar_norms(s)) return false;
+        if (!balance_scalar(s)) return false;
         result[STATUS] = s != 0 ? REFACTORED : DEGENERATE;
-        const double by = before && s != 0 ? root(s) : 1;
-        const double scale = 1 / job.grad_scale;
-        const double back = enter_identity();
+        const double root_s = before && s != 0 ? root(s) : 1;
+        const double unscale = 1 / job.grad_scale;
+        const double move = enter_identity();
         const double old_a = result[NORM_A];
         const double old_b = result[NORM_B];
-        update(0, nullptr, scale / by, by, back / by, nullptr);
-        update(SIDE, nullptr, scale * by, 1 / by, by / back, nullptr);
+        update(0, nullptr, unscale / root_s, root_s, move / root_s, nullptr);
+        update(SIDE, nullptr, unscale * root_s, 1 / root_s, root_s / move, nullptr);
         if (!(after || job.start)) return true;
         const double old_s = result[SCALE];
-        const bool finite = scalar_norms(s);
-        const bool balances = !job.start || (finite && begun(old_a, old_b) && after);
+        const bool finite = balance_scalar(s);
+        const bool balances = !job.start || (finite && met(old_a, old_b) && after);
         // what is reported is of the factors that the step has found
         result[SCALE] = old_s;
         result[NORM_A] = old_a;
@@ -316,7 +319,7 @@ struct RowOp {
     }
 
     // whether RefLoRA-S balances this row: from the step on in which its norms, old and new, have met
-    bool begun(double old_a, double old_b) const {
+    bool met(double old_a, double old_b) const {
         const double new_a = result[NORM_A];
         const double new_b = result[NORM_B];
         const bool equal = old_a < old_b ? old_a >= meet * old_b : old_b >= meet * old_a;
@@ -325,27 +328,27 @@ struct RowOp {
         return *phase == float(BALANCED);
     }
 
-    void scale_side(int side, double by) {
+    void scale_side(int side, double turn) {
         const Factor<S>& f = side ? b : a;
         if (row[side + W]) {
-            scale_master(f, reinterpret_cast<float*>(row[side + W]), by);
+            scale_master(f, reinterpret_cast<float*>(row[side + W]), turn);
         } else {
-            scale_in_place(f, by);
+            scale_in_place(f, turn);
         }
         if (row[STATE] == F32) {
-            scale_moments<float>(side, by);
+            scale_moments<float>(side, turn);
         } else {
-            scale_moments<S>(side, by);
+            scale_moments<S>(side, turn);
         }
     }
 
     template <class Q>
-    void scale_moments(int side, double by) {
+    void scale_moments(int side, double turn) {
         Factor<Q> f = factor<Q>(row, side, P);
         const bool amsgrad = hypers(side)[AMSGRAD] != 0;
         for (int column = M; column <= (amsgrad ? X : V); ++column) {
             f.p = reinterpret_cast<Q*>(row[side + column]);
-            scale_in_place(f, column == M ? 1 / by : 1 / (by * by));
+            scale_in_place(f, column == M ? 1 / turn : 1 / (turn * turn));
         }
     }
 };

@@ -96,7 +96,7 @@ INLINE void finish_gram(const Dense& d, double scale, Gram& out) {
     double trace = 0;
     for (int64_t i = 0; i < d.r; ++i) trace += out.unit[i * d.rp + i];
     out.norm = root(trace) / scale;
-    out.usable = trace > 0 && trace < d.huge;
+    out.usable = trace > 0 && trace < d.limit;
     if (!out.usable) return;
     for (int64_t i = 0; i < d.r * d.rp; ++i) out.unit[i] /= trace;
 }
@@ -186,36 +186,36 @@ struct Carry {
 };
 
 // ||Ga - Gb||_F / ||Ga||_F of the Grams themselves, from those over their traces
-static double balance(const Dense& d, const Gram& a, const Gram& b) {
+static double imbalance(const Dense& d, const Gram& a, const Gram& b) {
     if (!(a.norm > 0)) return __builtin_inf();
     const double ratio = (b.norm / a.norm) * (b.norm / a.norm);
-    double apart = 0;
-    double whole = 0;
+    double between = 0;
+    double size = 0;
     for (int64_t i = 0; i < d.r * d.rp; ++i) {
         const double x = a.unit[i];
         const double y = x - ratio * b.unit[i];
-        apart += y * y;
-        whole += x * x;
+        between += y * y;
+        size += x * x;
     }
-    return root(apart / whole);
+    return root(between / size);
 }
 
-INLINE bool usable_scale(double c, double tiny, double top) {
-    return c >= tiny && c <= top && 1 / c >= tiny && 1 / c <= top;
+INLINE bool useful(double c, double tiny, double huge) {
+    return c >= tiny && c <= huge && 1 / c >= tiny && 1 / c <= huge;
 }
 
-static void scaled_identity(const Dense& d, double* out, double value) {
+static void form_scaled_identity(const Dense& d, double* out, double value) {
     d.identity(out);
     for (int64_t i = 0; i < d.r; ++i) out[i * d.rp + i] = value;
 }
 
-// tiny, top: the normal range of the type that S is applied in
-static void solve(const Dense& d, const Gram& a, const Gram& b, double kappa_max, double tiny, double top, bool scaled,
+// tiny, huge: the normal range of the type that S is applied in
+static void solve(const Dense& d, const Gram& a, const Gram& b, double kappa_max, double tiny, double huge, bool scaled,
                   Arena arena, Solution& out) {
     const size_t size = size_t(d.rp * d.rp);
     out.status = DEGENERATE;
     out.c = b.norm / a.norm;
-    if (!usable_scale(out.c, tiny, top)) {
+    if (!useful(out.c, tiny, huge)) {
         out.c = 1;
     } else if (a.kappa <= kappa_max && b.kappa <= kappa_max) {
         out.status = REFACTORED;
@@ -228,33 +228,33 @@ static void solve(const Dense& d, const Gram& a, const Gram& b, double kappa_max
         double* tmp = arena.take<double>(size);
         int64_t* order = arena.take<int64_t>(size_t(d.r));
         d.transpose(a.U, tmp);
-        d.matmul(b.U, tmp, X);  // N = Lb^T La
+        d.multiply(b.U, tmp, X);  // N = Lb^T La
         if (out.P) {
             for (size_t i = 0; i < size; ++i)
                 out.P_inv_T[i] = i < size_t(d.r * d.rp) ? X[i] : 0;
         }
         d.transpose(a.E, tmp);
-        d.matmul(b.E, tmp, Y);  // N^-T = Lb^-1 La^-T
-        d.polar(X, Y, true, M, order);
+        d.multiply(b.E, tmp, Y);  // N^-T = Lb^-1 La^-T
+        d.polar_factor(X, Y, true, M, order);
         if (out.S) {
             d.transpose(b.U, tmp);
-            d.matmul(X, a.E, Y);
-            d.matmul(tmp, Y, out.S);  // Lb Q La^-1
+            d.multiply(X, a.E, Y);
+            d.multiply(tmp, Y, out.S);  // Lb Q La^-1
             d.transpose(b.E, tmp);
-            d.matmul(X, a.U, Y);
-            d.matmul(tmp, Y, out.S_inv);  // Lb^-T Q La^T
+            d.multiply(X, a.U, Y);
+            d.multiply(tmp, Y, out.S_inv);  // Lb^-T Q La^T
             d.symmetrize(out.S);
             d.symmetrize(out.S_inv);
             for (int64_t i = 0; i < d.r * d.rp; ++i) {
                 out.S[i] *= out.scale;
                 out.S_inv[i] /= out.scale;
             }
-            if (!(d.largest(out.S) <= top && d.largest(out.S_inv) <= top)) out.status = DEGENERATE;
+            if (!(d.largest(out.S) <= huge && d.largest(out.S_inv) <= huge)) out.status = DEGENERATE;
         }
         if (out.P) {
             double* C = Y;
             d.transpose(X, tmp);
-            d.matmul(tmp, out.P_inv_T, C);
+            d.multiply(tmp, out.P_inv_T, C);
             d.symmetrize(C);  // H = Q^T N = C C^T
             if (!d.cholesky(C, M)) {
                 out.status = DEGENERATE;
@@ -262,26 +262,26 @@ static void solve(const Dense& d, const Gram& a, const Gram& b, double kappa_max
                 const double half = root(out.scale);
                 d.transpose(a.E, tmp);
                 d.transpose(C, X);
-                d.matmul(tmp, X, out.P);  // La^-T C
+                d.multiply(tmp, X, out.P);  // La^-T C
                 d.transpose(a.U, tmp);
                 d.transpose(M, X);
-                d.matmul(tmp, X, out.P_inv_T);  // La C^-T
+                d.multiply(tmp, X, out.P_inv_T);  // La C^-T
                 for (int64_t i = 0; i < d.r * d.rp; ++i) {
                     out.P[i] *= half;
                     out.P_inv_T[i] /= half;
                 }
-                if (!(d.largest(out.P) <= top && d.largest(out.P_inv_T) <= top)) out.status = DEGENERATE;
+                if (!(d.largest(out.P) <= huge && d.largest(out.P_inv_T) <= huge)) out.status = DEGENERATE;
             }
         }
     }
     if (out.status == REFACTORED) return;
     if (out.S) {
-        scaled_identity(d, out.S, out.scale);
-        scaled_identity(d, out.S_inv, 1 / out.scale);
+        form_scaled_identity(d, out.S, out.scale);
+        form_scaled_identity(d, out.S_inv, 1 / out.scale);
     }
     if (out.P) {
-        scaled_identity(d, out.P, root(out.scale));
-        scaled_identity(d, out.P_inv_T, 1 / root(out.scale));
+        form_scaled_identity(d, out.P, root(out.scale));
+        form_scaled_identity(d, out.P_inv_T, 1 / root(out.scale));
     }
 }
 

@@ -82,13 +82,15 @@ INLINE void narrow(float x, f16* out) {
 INLINE void narrow(double x, bf16* out) { narrow(float(x), out); }
 INLINE void narrow(double x, f16* out) { narrow(float(x), out); }
 
-// x held within [-top, top]; inf - inf inside a product has no sign left and becomes 0
+// within +-limit; nan, which inf - inf in a product leaves, has no sign and becomes 0
 template <class T>
-INLINE T saturated(T x, T top) { return x > top ? top : x < -top ? -top : x == x ? x : T(0); }
+INLINE T bounded(T x, T limit) {
+    return x > limit ? limit : x < -limit ? -limit : x == x ? x : T(0);
+}
 
 // values beyond the storage range become its largest, so that nothing finite turns into inf
 template <class S, class T>
-INLINE void narrow_saturated(T x, S* out) { narrow(saturated(x, T(Storage<S>::max)), out); }
+INLINE void narrow_saturated(T x, S* out) { narrow(bounded(x, T(Storage<S>::max)), out); }
 
 // One side of a table row. row/column strides in elements of S; [r, n].
 template <class S>

@@ -43,7 +43,7 @@ struct Svd {
     }
 
     // Rows of G (columns of X V) are made orthogonal, and rows of Y (columns of V) go along.
-    void orthogonalize(double* G, double* Y) const {
+    void orthogonal_columns(double* G, double* Y) const {
         const double tolerance = 1.1e-16 * root(double(d.r < 4 ? 4 : d.r));
         bool rotated = true;
         for (int sweep = 0; rotated && sweep < most_sweeps; ++sweep) {
@@ -104,8 +104,8 @@ struct Svd {
             for (int64_t i = 0; i < d.rp; ++i)
                 Y[j * d.rp + i] = i < d.r ? start[i * d.r + d.r - 1 - j] : 0;
         d.transpose(X, t);
-        d.matmul(Y, t, G);
-        orthogonalize(G, Y);
+        d.multiply(Y, t, G);
+        orthogonal_columns(G, Y);
         for (int64_t j = 0; j < d.r; ++j) {
             double* g = G + j * d.rp;
             const double square = dot(g, g, d.rp);
@@ -115,8 +115,8 @@ struct Svd {
         }
         complete(G, flags);
         // columns at rounding level, and V of many rotations, are orthogonal to a few digits less
-        d.reorthogonalize(G, t, M);
-        d.reorthogonalize(Y, t, M);
+        d.orthogonalise(G, t, M);
+        d.orthogonalise(Y, t, M);
     }
 };
 

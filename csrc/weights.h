@@ -28,7 +28,7 @@ struct Master {
     }
     template <class T, class S>
     MEMBER void write(T x, S* p, int64_t o, int64_t) const {
-        const float kept = saturated(x, T(Storage<S>::max));
+        const float kept = bounded(x, T(Storage<S>::max));
         w[o] = kept;
         narrow(kept, p + o);
     }
@@ -56,7 +56,7 @@ struct Stochastic {
     MEMBER void write(float x, bf16* p, int64_t o, int64_t i) const {
         const uint32_t h = fmix32(fmix32((first + step * uint32_t(i)) ^ low) + high);
         // the largest bfloat16 has no digits below it to carry over into inf
-        p[o].bits = uint16_t((as_bits(saturated(x, float(Storage<bf16>::max))) + (h >> 16)) >> 16);
+        p[o].bits = uint16_t((as_bits(bounded(x, float(Storage<bf16>::max))) + (h >> 16)) >> 16);
     }
 };
 

@@ -14,8 +14,8 @@ FAULTS = (
     cpp(
         "gradients do not saturate",
         "adamw.h",
-        "saturated(g[PLAIN_STEP ? i : i * inc] * u.grad, top)",
-        "g[PLAIN_STEP ? i : i * inc] * u.grad",
+        "bounded(g[PLAIN_STEP ? i : i * inc] * u.g_factor, limit)",
+        "g[PLAIN_STEP ? i : i * inc] * u.g_factor",
     ),
     cpp(
         "amsgrad keeps the smaller v",
@@ -38,8 +38,8 @@ FAULTS = (
     cpp(
         "S^-1 on both sides",
         "row.h",
-        "apply_in_place<T, S>(gb, right, right, rp, in, out)",
-        "apply_in_place<T, S>(gb, left, left, rp, in, out)",
+        "apply_in_place<T, S>(gb, mixer_b, mixer_b, rp, in, out)",
+        "apply_in_place<T, S>(gb, mixer_a, mixer_a, rp, in, out)",
     ),
     cpp("gradients are not looked at", "row.h", "!(all_finite(ga) && all_finite(gb))", "!all_finite(ga)"),
     cpp(
@@ -69,7 +69,7 @@ FAULTS = (
         "out.S[i] *= out.scale;\n                out.S_inv[i] /= out.scale;",
         "out.S[i] *= 1;\n                out.S_inv[i] /= 1;",
     ),
-    cpp("S is transposed wrongly", "solve.h", "d.matmul(X, a.E, Y);", "d.matmul(X, a.U, Y);"),
+    cpp("S is transposed wrongly", "solve.h", "d.multiply(X, a.E, Y);", "d.multiply(X, a.U, Y);"),
     cpp("Newton-Schulz stops early", "dense.h", "if (!(away > 1e-8)) return;", "if (!(away > 1e-2)) return;"),
     cpp(
         "a polar factor that is none is not noticed",
