@@ -49,7 +49,7 @@ INLINE void update_run(const Update<T>& u, const T* RESTRICT g, int64_t inc, S* 
         }
         first += (grad - first) * u.one_minus_beta1;
         second = second * u.beta2 + u.one_minus_beta2 * grad * grad;
-        // saturated: a moment that was loaded may be NaN or inf
+        // a moment that was loaded may be nan or inf
         narrow_saturated(first, m + o);
         narrow_saturated(second, v + o);
         if (!PLAIN_STEP && u.amsgrad) {

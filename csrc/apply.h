@@ -79,9 +79,8 @@ static void apply_right(const T* m, int64_t ldm, const T* g, int64_t ld, int64_t
     for (; j < ldo; j += W) apply_right_block<T, 1>(m + j, ldm, g, ld, r, count, out + j, ldo);
 }
 
-// Columns [k0, k0 + count) of a factor, read for application. Left (A-like): rows of the panel are rows of the factor.
-// Right (B-like): rows of the panel are columns of the factor. Where the storage can be read as it is, nothing is
-// copied.
+// columns [k0, k0 + count) of a factor, read for application; where storage can be read as it is, nothing is copied.
+// Rows of the panel are rows of the factor on the left (A's side), and columns of it on the right (B's)
 template <class T, class S>
 struct Reader {
     const Factor<S>& f;
@@ -110,8 +109,8 @@ struct Reader {
     }
 };
 
-// Calls use(values, ld_i, ld_k, k0, count) with values[i * ld_i + k * ld_k] = (M X)[i, k0 + k] for every block of a
-// side. m: M row-major [r, ldm], mt its transpose; both null for M = I.
+// calls use(values, ld_i, ld_k, k0, count) with values[i * ld_i + k * ld_k] = (M X)[i, k0 + k] for every block of a
+// side. m: M row-major [r, ldm], mt its transpose; both null for M = I
 template <class T, class S, class Use>
 INLINE void for_blocks(const Factor<S>& f, const T* m, const T* mt, int64_t ldm, T* in, T* out, Use use) {
     Reader<T, S> reader{f, in, f.transposed(), 0};
@@ -131,7 +130,6 @@ INLINE void for_blocks(const Factor<S>& f, const T* m, const T* mt, int64_t ldm,
     }
 }
 
-// f := M f, in place
 template <class T, class S>
 static void apply_in_place(const Factor<S>& f, const T* m, const T* mt, int64_t ldm, T* in, T* out) {
     for_blocks<T, S>(f, m, mt, ldm, in, out, [&](const T* values, int64_t li, int64_t lk, int64_t k0, int64_t count) {
@@ -169,14 +167,13 @@ INLINE void for_elements(const Factor<S>& f, Each each) {
     }
 }
 
-// f := factor * f
 template <class S>
 static void scale_in_place(const Factor<S>& f, double factor) {
     const auto by = decltype(widen(S{}))(factor);
     for_elements(f, [&](int64_t o) { narrow_saturated(widen(f.p[o]) * by, f.p + o); });
 }
 
-// w := factor * w for the master weights w of f, and f := w
+// the same for the master weights w of f, to which f is rounded
 template <class S>
 static void scale_master(const Factor<S>& f, float* w, double factor) {
     const float by = float(factor);

@@ -1,4 +1,4 @@
-// Scratch memory, handed out in steps of 64 bytes.
+// Scratch memory of a caller's buffer, handed out in steps of 64 bytes.
 #pragma once
 #include <cstddef>
 
@@ -7,7 +7,6 @@
 namespace reflora {
 namespace REFLORA_ISA {
 
-// bump allocator over the caller's buffer
 struct Arena {
     char* next;
     template <class T>

@@ -1,3 +1,4 @@
+// What Python sees of the core, reflora._C: addresses and sizes in, the interpreter lock released.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

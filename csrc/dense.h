@@ -93,7 +93,7 @@ struct Dense {
 
     T norm(const T* A) const { return root(dot(A, A, r * rp)); }
 
-    // U := L^T of U = L L^T, and E := L^-1. False where a pivot is not positive (or nan): not positive definite.
+    // U := L^T of U = L L^T, and E := L^-1. False where a pivot is not positive (or nan): not positive definite
     bool cholesky(T* RESTRICT U, T* RESTRICT E) const {
         identity(E);
         for (int64_t j = 0; j < r; ++j) {
@@ -118,7 +118,7 @@ struct Dense {
     }
 
     // M := M^-1 up to order: entry (i, j) of M is entry (i, order[j]) of the inverse. Gauss-Jordan with partial
-    // pivoting; a pivot that vanishes is replaced by one at rounding level, so that singular matrices come out finite.
+    // pivoting; a pivot that vanishes is replaced by one at rounding level, so that singular matrices come out finite
     void invert(T* RESTRICT M, int64_t* RESTRICT order) const {
         const T floor = norm(M) * 1e-18;
         for (int64_t i = 0; i < r; ++i) order[i] = i;
@@ -180,7 +180,6 @@ struct Dense {
     template <int NV>
     void eliminate_as(T* M, int64_t k, T inverse) const { eliminate_as<NV>(M, k, inverse, r, rp); }
 
-    // X := a X + b Y
     void combine(T* RESTRICT X, const T* RESTRICT Y, T a, T b) const {
         for (int64_t i = 0; i < r * rp; i += W)
             store<V>(X + i, a * load<V>(X + i) + b * load<V>(Y + i));
@@ -193,7 +192,6 @@ struct Dense {
         mirror(Y);
     }
 
-    // X := factor X - I
     void away_from_identity(T* X, T factor) const {
         for (int64_t i = 0; i < r * rp; i += W) store<V>(X + i, factor * load<V>(X + i));
         for (int64_t i = 0; i < r; ++i) X[i * rp + i] -= 1;

@@ -1,3 +1,4 @@
+// Which instruction set is used, and how rows and matrices are shared among threads.
 #include "dispatch.h"
 
 #include <cstdlib>

@@ -56,8 +56,8 @@ struct Eigen {
     static const B* row(const E* x) { return reinterpret_cast<const B*>(x); }
     static B* row(E* x) { return reinterpret_cast<B*>(x); }
 
-    // Summed in the same order for both kinds of element, as everything here is: a matrix has the same eigenvalues and
-    // eigenvectors to the bit in a lane and alone.
+    // summed in the same order for both kinds of element, as everything here is: a matrix has the same eigenvalues and
+    // eigenvectors to the bit in a lane and alone
     E dot(const E* x, const E* y, int64_t count) const {
         if constexpr (lanes) {
             E sums[W] = {};
@@ -101,8 +101,8 @@ struct Eigen {
         }
     }
 
-    // The matrix becomes tridiagonal: d [n], e [n] between i and i + 1. Row i is cleared from the last one up.
-    // The update by a reflector waits until the next one is known: one pass over A does both its uses.
+    // the matrix becomes tridiagonal: d [n], e [n] between i and i + 1. Row i is cleared from the last one up.
+    // The update by a reflector waits until the next one is known: one pass over A does both its uses
     void tridiagonalize(E* next) const {
         const int64_t ld = stride(n);
         for (int64_t k = 0; k < ld; ++k) v[k] = w[k] = next[k] = p[k] = E{};
@@ -140,7 +140,7 @@ struct Eigen {
         e[n - 1] = E{};
     }
 
-    // Q := the product of all reflectors. As above, one pass applies a reflector and sums up what the next one needs.
+    // Q := the product of all reflectors. As above, one pass applies a reflector and sums up what the next one needs
     void form_q(E* y, E* sum) const {
         const int64_t ld = stride(n);
         const int64_t m = ld / STEP;
@@ -213,8 +213,8 @@ struct Eigen {
         }
     }
 
-    // Eigenvalues into d, in no order; their rotations go to Z, `count` panels of n B, apart(n) from each other. Lanes
-    // go their own way: lane by lane [low, high] is the block that is swept, off where it has come to the end.
+    // eigenvalues into d, in no order; their rotations go to Z, `count` panels of n B, apart(n) from each other. Lanes
+    // go their own way: lane by lane [low, high] is the block that is swept, off where it has come to the end
     void ql(B* Z, int64_t count) const {
         I low = I{};
         Sweep sweeps[64];

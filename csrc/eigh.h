@@ -31,7 +31,7 @@ INLINE T two_to(int64_t e) {
 template <class T>
 INLINE T raised(T x, int64_t e) { return x * two_to<T>(e / 2) * two_to<T>(e - e / 2); }
 
-// A matrix over an even power of two near its largest element.
+// of a matrix over an even power of two near its largest element
 template <class T>
 struct Scale {
     bool finite;
@@ -66,7 +66,7 @@ static void ascending(const T* x, int64_t step, int64_t n, int64_t* order) {
     }
 }
 
-// One kind of element: its solver and what goes around it, in scratch memory.
+// one kind of element: its solver and what goes around it, in scratch memory
 template <class T, bool LANES>
 struct Solver {
     using S = Eigen<T, LANES>;
@@ -167,7 +167,7 @@ struct Solver {
 };
 
 // `count` matrices x [count, n, n], at most as many as a vector has lanes; w [count, n]; V [count, n, n] or null. They
-// share a vector, unless there are so few that each is better off alone: the bits are the same.
+// share a vector, unless there are so few that each is better off alone: the bits are the same
 template <class T>
 static void eigh_group(const T* x, T* w, T* V, int64_t count, int64_t n, void* work) {
     Arena arena{static_cast<char*>(work)};

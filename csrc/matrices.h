@@ -132,8 +132,8 @@ struct Matrices {
         store_result(M, scale.finite, scale.e, out(1, k));
     }
 
-    // Singular vectors of `count` scaled matrices from number `first` on: rows of m[5] (U) and m[6] (V), values in
-    // `values`, of the last of them; the others only through `then`.
+    // singular vectors of `count` scaled matrices from number `first` on: rows of m[5] (U) and m[6] (V), values in
+    // `values`, of the last of them; the others only through `then`
     template <class Then>
     void decompose(int64_t first, int64_t count, const Then& then) const {
         double *X = m[7], *t = m[8];

@@ -44,7 +44,7 @@ struct RowOp {
 
     void skip() { result[STATUS] = SKIPPED; }
 
-    MEMBER bool plain() {
+    MEMBER bool plain() {  // a step was taken
         result[STATUS] = PLAIN;
         return true;
     }
@@ -172,7 +172,7 @@ struct RowOp {
             }
     }
 
-    // Where S comes from is found from the number of steps that this row has taken part in.
+    // where S comes from follows from the number of steps that this row has taken part in
     void adamw() {
         float* count = reinterpret_cast<float*>(row[COUNT]);
         const int64_t steps = int64_t(*count);

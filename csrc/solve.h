@@ -105,7 +105,7 @@ INLINE bool absent(const Dense& d, const Gram& a, const Gram& b, int64_t i) {
     return a.unit[i * d.rp + i] == 0 && b.unit[i * d.rp + i] == 0;
 }
 
-// Of the r ranks those that are not 0 in both factors.
+// how many of the r ranks are not 0 in both factors
 INLINE int64_t present(const Dense& d, const Gram& a, const Gram& b) {
     int64_t count = 0;
     for (int64_t i = 0; i < d.r; ++i) count += !absent(d, a, b, i);
@@ -113,7 +113,7 @@ INLINE int64_t present(const Dense& d, const Gram& a, const Gram& b) {
 }
 
 // Cholesky factors and condition of a Gram of n columns, which is shrunk towards I / rank (reference.shrink_weight).
-// Ranks that are absent have that diagonal, and no part in kappa.
+// Ranks that are absent have that diagonal, and no part in kappa
 INLINE void factor_gram(const Dense& d, const Gram& a, const Gram& b, int64_t n, int64_t rank, double weight,
                         Gram& out) {
     for (int64_t i = 0; i < d.r * d.rp; ++i) out.U[i] = weight * out.unit[i];
@@ -129,7 +129,7 @@ INLINE void factor_gram(const Dense& d, const Gram& a, const Gram& b, int64_t n,
     if (out.kappa != out.kappa) out.kappa = __builtin_inf();
 }
 
-// After gram() of both sides, of na and nb columns. Returns the ranks that are not absent.
+// after gram() of both sides, of na and nb columns; returns the number of ranks that are present
 INLINE int64_t factor_grams(const Dense& d, int64_t na, int64_t nb, double weight, Gram& a, Gram& b) {
     const int64_t rank = a.usable && b.usable ? present(d, a, b) : d.r;
     if (a.usable) factor_gram(d, a, b, na, rank, weight, a);
@@ -157,8 +157,8 @@ static void gram(const Dense& d, const Factor<S>& f, double* panel, Gram& out) {
     finish_gram(d, scale, out);
 }
 
-// Whether products and sums of these values and of the same values over the power of two of the largest have the same
-// digits: then nothing is rounded at the ends of double's range.
+// whether products and sums of these values and of the same values over the power of two of the largest have the same
+// digits: then nothing is rounded at the ends of double's range
 INLINE bool free_to_scale(const double* x, int64_t n) {
     const double low = power_of_two(-200);
     const double high = power_of_two(200);
@@ -170,8 +170,8 @@ INLINE bool free_to_scale(const double* x, int64_t n) {
     return outside == 0;
 }
 
-// The sums of gram(), block by block in its order, while the blocks of a new factor are in cache. float64 goes
-// unscaled, its largest element is not known yet: `exact` says that the Gram over its trace will come out the same.
+// the sums of gram(), block by block in its order, while the blocks of a new factor are in cache. float64 goes
+// unscaled, its largest element is not known yet: `exact` says that the Gram over its trace will come out the same
 struct Carry {
     const Dense& d;
     double *panel, *sums;

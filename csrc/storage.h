@@ -92,7 +92,7 @@ INLINE T bounded(T x, T limit) {
 template <class S, class T>
 INLINE void narrow_saturated(T x, S* out) { narrow(bounded(x, T(Storage<S>::max)), out); }
 
-// One side of a table row. row/column strides in elements of S; [r, n].
+// one side of a table row, [r, n]; strides in elements of S
 template <class S>
 struct Factor {
     S* p;
@@ -131,10 +131,10 @@ static double largest(const Factor<S>& f) {
     return bad ? __builtin_inf() : top;
 }
 
-// whether every element is finite; contiguous float runs at the speed of the loads
 template <class S>
 static bool all_finite(const Factor<S>& f) { return largest(f) <= Storage<S>::max; }
 
+// by integers, at the speed of the loads
 INLINE bool run_is_finite(const float* p, int64_t n) {
     uint32_t top = 0;
     for (int64_t i = 0; i < n; ++i) {

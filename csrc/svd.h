@@ -42,7 +42,7 @@ struct Svd {
         }
     }
 
-    // Rows of G (columns of X V) are made orthogonal, and rows of Y (columns of V) go along.
+    // rows of G (columns of X V) are made orthogonal, and rows of Y (columns of V) go along
     void orthogonal_columns(double* G, double* Y) const {
         const double tolerance = 1.1e-16 * root(double(d.r < 4 ? 4 : d.r));
         bool rotated = true;
@@ -65,8 +65,8 @@ struct Svd {
         }
     }
 
-    // Rows of U where `missing` are made unit vectors orthogonal to all others: of e_1 ... e_n the one that is farthest
-    // from their span, twice orthogonalised.
+    // rows of U where `missing` are made unit vectors orthogonal to all others: of e_1 ... e_n the one that is farthest
+    // from their span, twice orthogonalised
     void complete(double* U, bool* missing) const {
         for (int64_t j = 0; j < d.r; ++j) {
             if (!missing[j]) continue;
@@ -97,7 +97,7 @@ struct Svd {
     }
 
     // X = U diag(S) V^T; U and V as rows of G and Y, in any order. start: eigenvectors of X^T X [r, r], the largest
-    // last; with them few sweeps are left. t, M: scratch like X; flags: r of them.
+    // last; with them few sweeps are left. t, M: scratch like X; flags: r of them
     void run(const double* X, const double* start, double* G, double* Y, double* S, double* t, double* M,
              bool* flags) const {
         for (int64_t j = 0; j < d.r; ++j)

@@ -36,8 +36,8 @@ struct Job {
     double* kept;  // Grams of the factors as the last step left them, kept_doubles(r) a row; null: not carried
 };
 
-// A function of `count` matrices x (and y) [count, n, n]; out: matrices, but S [count, n] second of SVD.
-// INV_ROOT: (X + shift I)^(-1/root), X known to 4 sqrt(n) units of its largest eigenvalue.
+// a function of `count` matrices x (and y) [count, n, n]; out: matrices, but S [count, n] second of SVD.
+// INV_ROOT: (X + shift I)^(-1/root), X known to 4 sqrt(n) units of its largest eigenvalue
 struct MatrixGroup {
     Function f;
     const double *x, *y;
@@ -46,7 +46,7 @@ struct MatrixGroup {
     double root, shift, unit;
 };
 
-// Every instruction set has its own copy of these, chosen once by dispatch.cpp.
+// every instruction set has its own copy of these, chosen once by dispatch.cpp
 struct Kernels {
     // one table row; kept: its own part of job.kept; work holds work_bytes(r) bytes, 64-byte aligned
     void (*row)(const int64_t* row, double* result, double* kept, const Job& job, void* work);

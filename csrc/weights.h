@@ -6,7 +6,7 @@ namespace reflora {
 namespace REFLORA_ISA {
 
 // run(o, e, step): the weights of a run that begins at offset o; its elements are number e, e + step, ... of the side,
-// (i, k) being number i + r * k. read, write: the element at offset o of the run, its i-th.
+// (i, k) being number i + r * k. read, write: the element at offset o of the run, its i-th
 struct Nearest {
     Nearest run(int64_t, int64_t, int64_t) const { return *this; }
     template <class T, class S>
@@ -47,7 +47,7 @@ INLINE uint32_t fmix32(uint32_t h) {
     return h ^ h >> 16;
 }
 
-// The bits depend on seed, row, side, step and element alone: every backend draws the same.
+// the bits depend on seed, row, side, step and element alone: every backend draws the same
 struct Stochastic {
     uint32_t low, high, first, step;
     Stochastic run(int64_t, int64_t e, int64_t s) const { return {low, high, uint32_t(e), uint32_t(s)}; }
