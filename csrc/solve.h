@@ -209,6 +209,60 @@ static void form_scaled_identity(const Dense& d, double* out, double value) {
     for (int64_t i = 0; i < d.r; ++i) out[i * d.rp + i] = value;
 }
 
+// X := Q of N = Lb^T La = Q H; N: where it is kept, or null. Y, M, tmp: scratch; order: r integers
+INLINE void polar_of_pair(const Dense& d, const Gram& a, const Gram& b, double* X, double* Y, double* M, double* tmp,
+                          int64_t* order, double* N) {
+    d.transpose(a.U, tmp);
+    d.multiply(b.U, tmp, X);
+    if (N) {
+        for (int64_t i = 0; i < d.rp * d.rp; ++i)
+            N[i] = i < d.r * d.rp ? X[i] : 0;
+    }
+    d.transpose(a.E, tmp);
+    d.multiply(b.E, tmp, Y);  // N^-T = Lb^-1 La^-T
+    d.polar_factor(X, Y, true, M, order);
+}
+
+// S = scale Lb Q La^-1 and S^-1 = Lb^-T Q La^T / scale; false: the type that they are applied in is too narrow
+INLINE bool form_s(const Dense& d, const Gram& a, const Gram& b, const double* Q, double* Y, double* tmp, double huge,
+                   Solution& out) {
+    d.transpose(b.U, tmp);
+    d.multiply(Q, a.E, Y);
+    d.multiply(tmp, Y, out.S);
+    d.transpose(b.E, tmp);
+    d.multiply(Q, a.U, Y);
+    d.multiply(tmp, Y, out.S_inv);
+    d.symmetrize(out.S);
+    d.symmetrize(out.S_inv);
+    for (int64_t i = 0; i < d.r * d.rp; ++i) {
+        out.S[i] *= out.scale;
+        out.S_inv[i] /= out.scale;
+    }
+    return d.largest(out.S) <= huge && d.largest(out.S_inv) <= huge;
+}
+
+// P = sqrt(scale) La^-T C and P^-T = La C^-T / sqrt(scale) with H = Q^T N = C C^T, N being in out.P_inv_T. Q is
+// overwritten. False: H is not positive definite, or the type too narrow
+INLINE bool form_p(const Dense& d, const Gram& a, double* Q, double* Y, double* M, double* tmp, double huge,
+                   Solution& out) {
+    d.transpose(Q, tmp);
+    d.multiply(tmp, out.P_inv_T, Y);
+    d.symmetrize(Y);
+    if (!d.cholesky(Y, M)) return false;
+    const double half = root(out.scale);
+    d.transpose(a.E, tmp);
+    d.transpose(Y, Q);
+    d.multiply(tmp, Q, out.P);
+    d.transpose(a.U, tmp);
+    d.transpose(M, Q);
+    d.multiply(tmp, Q, out.P_inv_T);
+    for (int64_t i = 0; i < d.r * d.rp; ++i) {
+        out.P[i] *= half;
+        out.P_inv_T[i] /= half;
+    }
+    return d.largest(out.P) <= huge && d.largest(out.P_inv_T) <= huge;
+}
+
 // tiny, huge: the normal range of the type that S is applied in
 static void solve(const Dense& d, const Gram& a, const Gram& b, double kappa_max, double tiny, double huge, bool scaled,
                   Arena arena, Solution& out) {
@@ -227,52 +281,9 @@ static void solve(const Dense& d, const Gram& a, const Gram& b, double kappa_max
         double* M = arena.take<double>(size);
         double* tmp = arena.take<double>(size);
         int64_t* order = arena.take<int64_t>(size_t(d.r));
-        d.transpose(a.U, tmp);
-        d.multiply(b.U, tmp, X);  // N = Lb^T La
-        if (out.P) {
-            for (size_t i = 0; i < size; ++i)
-                out.P_inv_T[i] = i < size_t(d.r * d.rp) ? X[i] : 0;
-        }
-        d.transpose(a.E, tmp);
-        d.multiply(b.E, tmp, Y);  // N^-T = Lb^-1 La^-T
-        d.polar_factor(X, Y, true, M, order);
-        if (out.S) {
-            d.transpose(b.U, tmp);
-            d.multiply(X, a.E, Y);
-            d.multiply(tmp, Y, out.S);  // Lb Q La^-1
-            d.transpose(b.E, tmp);
-            d.multiply(X, a.U, Y);
-            d.multiply(tmp, Y, out.S_inv);  // Lb^-T Q La^T
-            d.symmetrize(out.S);
-            d.symmetrize(out.S_inv);
-            for (int64_t i = 0; i < d.r * d.rp; ++i) {
-                out.S[i] *= out.scale;
-                out.S_inv[i] /= out.scale;
-            }
-            if (!(d.largest(out.S) <= huge && d.largest(out.S_inv) <= huge)) out.status = DEGENERATE;
-        }
-        if (out.P) {
-            double* C = Y;
-            d.transpose(X, tmp);
-            d.multiply(tmp, out.P_inv_T, C);
-            d.symmetrize(C);  // H = Q^T N = C C^T
-            if (!d.cholesky(C, M)) {
-                out.status = DEGENERATE;
-            } else {
-                const double half = root(out.scale);
-                d.transpose(a.E, tmp);
-                d.transpose(C, X);
-                d.multiply(tmp, X, out.P);  // La^-T C
-                d.transpose(a.U, tmp);
-                d.transpose(M, X);
-                d.multiply(tmp, X, out.P_inv_T);  // La C^-T
-                for (int64_t i = 0; i < d.r * d.rp; ++i) {
-                    out.P[i] *= half;
-                    out.P_inv_T[i] /= half;
-                }
-                if (!(d.largest(out.P) <= huge && d.largest(out.P_inv_T) <= huge)) out.status = DEGENERATE;
-            }
-        }
+        polar_of_pair(d, a, b, X, Y, M, tmp, order, out.P ? out.P_inv_T : nullptr);
+        if (out.S && !form_s(d, a, b, X, Y, tmp, huge, out)) out.status = DEGENERATE;
+        if (out.P && !form_p(d, a, X, Y, M, tmp, huge, out)) out.status = DEGENERATE;
     }
     if (out.status == REFACTORED) return;
     if (out.S) {

@@ -66,10 +66,10 @@ FAULTS = (
     cpp(
         "S without its scale",
         "solve.h",
-        "out.S[i] *= out.scale;\n                out.S_inv[i] /= out.scale;",
-        "out.S[i] *= 1;\n                out.S_inv[i] /= 1;",
+        "out.S[i] *= out.scale;\n        out.S_inv[i] /= out.scale;",
+        "out.S[i] *= 1;\n        out.S_inv[i] /= 1;",
     ),
-    cpp("S is transposed wrongly", "solve.h", "d.multiply(X, a.E, Y);", "d.multiply(X, a.U, Y);"),
+    cpp("S is transposed wrongly", "solve.h", "d.multiply(Q, a.E, Y);", "d.multiply(Q, a.U, Y);"),
     cpp("Newton-Schulz stops early", "dense.h", "if (!(away > 1e-8)) return;", "if (!(away > 1e-2)) return;"),
     cpp(
         "a polar factor that is none is not noticed",
