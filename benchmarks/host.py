@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import reflora
-from reflora.optim.binding import Binding
+from reflora.optim.adamw_engine import AdamWEngine
 
 from . import harness
 
@@ -45,15 +45,15 @@ class _Idle:
 
 
 @contextmanager
-def without_backend(bindings: list[Binding]) -> Iterator[None]:
-    kept = [binding.backend for binding in bindings]
-    for binding in bindings:
-        binding.backend = _Idle(binding.results)  # type: ignore[assignment]
+def without_backend(engines: list[AdamWEngine]) -> Iterator[None]:
+    kept = [engine.backend for engine in engines]
+    for engine in engines:
+        engine.backend = _Idle(engine.results)  # type: ignore[assignment]
     try:
         yield
     finally:
-        for binding, backend in zip(bindings, kept):
-            binding.backend = backend
+        for engine, backend in zip(engines, kept):
+            engine.backend = backend
 
 
 def cases(pairs: int) -> dict[str, Callable[[], object]]:
@@ -64,10 +64,10 @@ def cases(pairs: int) -> dict[str, Callable[[], object]]:
         parameter.grad = torch.randn_like(parameter)
     ours = reflora.RefLoRAAdamW(list(zip(factors[::2], factors[1::2])), backend="torch")
     theirs = torch.optim.AdamW(others, fused=True)
-    ours.step()  # makes the bindings
+    ours.step()  # makes the engines
 
     def host() -> None:
-        with without_backend(ours._bindings):
+        with without_backend(ours._engines.made):
             ours.step()
 
     fused = reflora.RefLoRAAdamW(list(zip(factors[::2], factors[1::2])))

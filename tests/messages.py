@@ -17,11 +17,11 @@ from typing import Any
 
 PACKAGE = Path(__file__).resolve().parents[1] / "reflora"
 LONGEST = 300
-WARNING = ("reflora.optim.membership", "reflora.optim.adamw", "reflora.optim.wrapper", "reflora.integrations.hooks")
+WARNING = ("reflora.optim.membership", "reflora.optim.step", "reflora.optim.wrapper", "reflora.integrations.hooks")
 # by file and a word of the call: what only a GPU provokes
 ELSEWHERE = (
-    ("pairs.py", "B on {pair.A.device}"), ("optim/adamw.py", "CUDA graph capture"),
-    ("optim/groups.py", "of one element"), ("optim/binding.py", "CUDA graph capture"),
+    ("pairs.py", "B on {pair.A.device}"), ("optim/step.py", "CUDA graph capture"),
+    ("optim/groups.py", "of one element"), ("optim/adamw_engine.py", "CUDA graph capture"),
 )  # fmt: skip
 Site = tuple[str, int]
 

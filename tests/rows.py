@@ -12,9 +12,9 @@ from torch import Tensor
 
 from reflora import plan as col
 from reflora import reference
-from reflora.backends import AdamWStep, load
+from reflora.backends import AdamWStep
 from reflora.constants import DEGENERATE, PLAIN, REFACTORED, SKIPPED
-from reflora.optim.binding import Binding
+from reflora.optim.adamw_engine import AdamWEngine
 from reflora.optim.state import MASTER, MOMENTS, PHASE, SAVED, STEPS, Storage
 from reflora.pairs import LoRAPair
 from reflora.reference import AdamWState, Hypers, Schedule
@@ -102,25 +102,26 @@ class Rows:
         for p in self.pairs:
             tags.append(first)
             first += p.experts
-        self.binding = Binding(self.pairs, list(range(len(pairs))), load(backend), self.storage, tags, set())
-        self.rows = self.binding.plan.rows
+        self.engine = AdamWEngine(self.pairs, range(len(pairs)), tags, backend, self.storage, set())
+        self.rows = self.engine.plan.rows
         self.bind([(p.A, p.B) for p in self.pairs], 2)
 
     def bind(self, grads: Grads, interval: int = 1) -> None:
         """interval > 1: S is kept in the state."""
         flat = [g for sides in grads for g in sides]
+        self.engine.refresh()
         amsgrad = any(h.amsgrad for h in self.hypers)
-        self.binding.bind_state(self.state, [(0, 1)] * len(self.pairs), flat, amsgrad, interval > 1)
-        self.binding.bind_grads(self.state, flat)
+        self.engine.bind_state(self.state, [(0, 1)] * len(self.pairs), flat, amsgrad, interval > 1)
+        self.engine.bind_grads(self.state, flat)
 
     def step(self, grads: Grads, **fields: Any) -> Tensor:
         """fields: of AdamWStep. Returns the result table, on the CPU."""
         device = device_of(self.backend)
         grads = [tuple(g if g is None else g.to(device) for g in sides) for sides in grads]  # type: ignore[misc]
         self.bind(grads, 1 if fields.get("scalar") else fields.get("interval", 1))
-        self.binding.run(AdamWStep(self.table, **fields))
-        assert self.binding.results is not None
-        return self.binding.results.cpu()
+        self.engine.step(AdamWStep(self.table, **fields))
+        assert self.engine.results is not None
+        return self.engine.results.cpu()
 
     def own(self, name: str, column: str) -> list[Tensor]:
         """An entry of the state, pair by pair; name: A or B."""

@@ -65,9 +65,9 @@ def stepped(backend, pairs, grads, steps=1, **options):
             for factor, grad in zip((pair.A, pair.B), sides):
                 factor.grad = grad if grad is None or not step else grad.nan_to_num(0.0, 0.0, 0.0)
         optimizer.step()
-    bindings = optimizer._bindings
+    engines = optimizer._engines.made
     return diagnose(
-        pairs, [b.chosen for b in bindings], [b.plan for b in bindings], [b.results for b in bindings],
+        pairs, [e.chosen for e in engines], [e.plan for e in engines], [e.results for e in engines],
         reuses=optimizer.interval > 1 and not optimizer.scalar,
     )  # fmt: skip
 

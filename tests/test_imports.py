@@ -80,7 +80,7 @@ def test_imports_run_one_way(path: Path) -> None:
         ("optim/wrapper.py", "def f():\n    from ..integrations.peft import find_pairs"),
         ("kernels/pair.py", "from ..backends import FRESH"),
         ("pairs.py", "import reflora.plan"),
-        ("functional.py", "from reflora import linalg"),
+        ("engine.py", "from reflora import linalg"),
         ("backends/__init__.py", "from .. import surprise"),
     ],
 )

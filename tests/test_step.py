@@ -304,4 +304,4 @@ def test_the_host_reads_nothing_from_the_device(options):
     rows.bind(second, options.get("interval", 1))
     step = AdamWStep(rows.table, **options, **scalars)
     with NothingIsRead():
-        load("torch").adamw(rows.binding.plan, step)
+        load("torch").adamw(rows.engine.plan, step)

@@ -71,7 +71,7 @@ def test_stochastic_rounding_draws_the_agreed_bits(every_backend):
             run.bind(grads_like(start))
             for t in run.state:
                 run.state[t]["step"].fill_(steps)
-            run.binding.plan.table[:, col.TAG] = torch.arange(len(run.rows)) * 1000003 + 7
+            run.engine.plan.table[:, col.TAG] = torch.arange(len(run.rows)) * 1000003 + 7
         grads = grads_like(start)
         rows.step(grads, seed=seed), exact.step(grads, seed=seed)
         for number, (row, twin) in enumerate(zip(rows.rows, exact.rows)):
@@ -194,7 +194,7 @@ def test_carried_grams_are_used(every_backend):
         for own in grads[:2]:
             rows.step(own, carry=rows is not fresh)
         rows.pairs[0].B.data.mul_(torch.linspace(0.5, 2, 4, device=device_of(every_backend)))
-    told.binding.invalidate()
+    told.engine.invalidate()
     for rows in (unseen, told, fresh):
         rows.step(grads[2], carry=rows is not fresh)
     assert same(told, fresh) and not same(unseen, fresh)

@@ -9,8 +9,8 @@ from toys import clones, factors, leaf_pairs, random_grads
 import reflora
 from reflora import RefLoRAAdamW
 from reflora.constants import PLAIN
-from reflora.optim import traced
-from reflora.optim.binding import Binding
+from reflora.optim.adamw_engine import AdamWEngine
+from reflora.optim.compiled import empty_results
 from reflora.pairs import LoRAPair
 
 SHAPES = [(4, 20, 12), (3, 9, 30)]
@@ -184,10 +184,22 @@ def operator_cases():
     optimizer = RefLoRAAdamW(pairs, lr=1e-2, interval=2)
     optimizer._init_group()
     params = [t.detach() for t in factors(pairs)]
-    state = [optimizer.state[p][name] for p, names in zip(factors(pairs), optimizer.traced_names) for name in names]
-    results = traced.empty_results(optimizer.pairs)
+    state = [optimizer.state[p][name] for p, names in zip(factors(pairs), optimizer._state_names) for name in names]
+    results = empty_results(optimizer.pairs)
     hypers = [1e-2, 0.9, 0.999, 1e-8, 0.01, 0.0, 0.0]
-    args = (params, [draw(4, 20), draw(12, 4)], [0, 1], state, results, hypers, [], [], None, None, optimizer._handle)
+    args = (
+        params,
+        [draw(4, 20), draw(12, 4)],
+        [0, 1],
+        state,
+        results,
+        hypers,
+        [],
+        [],
+        None,
+        None,
+        optimizer._described,
+    )
     yield ops.adamw_, args
 
 
@@ -209,7 +221,7 @@ def test_a_compiled_step_that_fails_leaves_autograd_on(monkeypatch):
         raise MemoryError
 
     with monkeypatch.context() as patched:
-        patched.setattr(Binding, "run", fails)
+        patched.setattr(AdamWEngine, "step", fails)
         with pytest.raises(MemoryError):
             step()
     assert torch.is_grad_enabled()

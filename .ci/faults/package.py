@@ -89,14 +89,14 @@ FAULTS = (
     ),
     python(
         "state for pairs without a gradient",
-        "optim/binding.py",
+        "optim/adamw_engine.py",
         "if slot is not None and not graded and",
         "if False and",
         MEMBERS,
     ),
     python(
         "text counts as a number",
-        "optim/options.py",
+        "checks.py",
         "or (isinstance(value, Real)",
         "or (isinstance(value, (Real, str))",
         OPTIONS,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..ambient import independent, outside_inference
 from ..checks import check_flags, check_schedule, fail
 from ..diagnostics import Diagnostics
-from ..optim.binding import capturing
+from ..optim.adamw_engine import capturing
 from ..optim.membership import LONE, Unserved, listed, say_plain
 from ..optim.pairs import Outcome, PairOps, multiply, new_units
 from ..pairs import HOOKED, LoRAPair, check_unhooked

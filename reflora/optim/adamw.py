@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Iterable
-from itertools import accumulate, chain
+from itertools import chain
 from operator import attrgetter
 from typing import Any
 
@@ -14,19 +13,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..ambient import independent, outside_inference
-from ..backends import AdamWStep, resolve
-from ..checks import check_flags, check_hypers, check_options, check_storage, fail
-from ..constants import start_of
-from ..diagnostics import Diagnostics, diagnose, row_names
+from ..backends import resolve
+from ..checks import check_flags, check_hypers, check_options, check_storage
+from ..diagnostics import Diagnostics, row_names
 from ..pairs import PairLike, as_pairs, check_unhooked, check_unhooked_since
-from ..plan import by_device
 from . import state as keys
-from .binding import Binding, Slot, capturing
+from .compiled import SEED, CompiledStep
 from .grouped_pairs import GroupedPairs
-from .groups import check_group, flatten, hyper_table, lr_on_host
+from .groups import check_group, flatten, lr_on_host
 from .membership import (
-    LONE,
-    NO_GRADIENT,
     REVERSED,
     check_single,
     pairs_of_unseen,
@@ -34,15 +29,14 @@ from .membership import (
     say_plain,
 )
 from .options import check_group_options, check_owned
-from .plain import amp_scalar, prepare_plain, step_plain, step_stray, watched
+from .scaler import Scaler, watched
 from .state import LIKE_TORCH, Storage, adopt
-from .traced import TracedStep
+from .step import adamw_, engines_of
 
-SEED = "reflora_seed"
 _GRAD = attrgetter("grad")
 
 
-class RefLoRAAdamW(TracedStep, GroupedPairs, torch.optim.AdamW):  # type: ignore[misc]
+class RefLoRAAdamW(CompiledStep, GroupedPairs, torch.optim.AdamW):  # type: ignore[misc]
     """AdamW (decoupled weight decay) with RefLoRA preconditioning of LoRA pairs (arXiv 2505.18877).
 
     A layer with a non-finite gradient or factor is skipped, its state untouched, and counted in `diagnostics()`.
@@ -147,10 +141,7 @@ class RefLoRAAdamW(TracedStep, GroupedPairs, torch.optim.AdamW):  # type: ignore
         self._told: set[str] = set()
         self._seen: set[int] = set()
         self._hooked = -1
-        self._bindings: list[Binding] = []
         self._key: list[tuple[int, ...]] | None = None
-        self._slots: list[Slot | None] = []
-        self._plain: list[list[Tensor]] = []
         defaults = {
             **_like_torch(), "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad,
             "maximize": maximize, "foreach": foreach, "capturable": capturable, "fused": fused,
@@ -162,9 +153,8 @@ class RefLoRAAdamW(TracedStep, GroupedPairs, torch.optim.AdamW):  # type: ignore
         for group in self.param_groups:
             check_group(group)
         check_owned(self.param_groups, self.pairs)
-        for pair in self.pairs:
-            resolve(backend, pair.A.device)
         self._register()
+        self._make_engines()
         self._own = tuple(name for name in own if name != "pairs")
         self._again, self._built = getattr(pairs, "again", None), True
         if names := reversed_(self.pairs):
@@ -182,13 +172,11 @@ class RefLoRAAdamW(TracedStep, GroupedPairs, torch.optim.AdamW):  # type: ignore
 
     def diagnostics(self) -> Diagnostics:
         """What the last step did, layer by layer; reading its properties synchronises with the device."""
-        reuses = self.interval > 1 and not self.scalar
+        reuses = self.options.keeps_S
         if self.last_was_traced and self._traced_results is not None:
-            names = row_names(self.traced_pairs())
+            names = row_names(self.stepped_pairs())
             return Diagnostics(names, [self._traced_results], list(range(len(names))), reuses)
-        done = [(b, b.results) for b in self._bindings if b.results is not None]
-        plans, results = [b.plan for b, _ in done], [r for _, r in done]
-        return diagnose(self.pairs, [b.chosen for b, _ in done], plans, results, reuses)
+        return self._engines.diagnostics(reuses)
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step. Returns the closure's value, if there is a closure."""
@@ -199,7 +187,6 @@ class RefLoRAAdamW(TracedStep, GroupedPairs, torch.optim.AdamW):  # type: ignore
         if torch.compiler.is_compiling():
             self._step_traced()
         else:
-            self.last_was_traced = False
             with torch.no_grad(), independent(), outside_inference(self.param_groups[0]["params"][:1]):
                 self._step_eagerly()
         return loss
@@ -207,26 +194,15 @@ class RefLoRAAdamW(TracedStep, GroupedPairs, torch.optim.AdamW):  # type: ignore
     def _step_eagerly(self) -> None:
         self._hooked = check_unhooked_since(self.pairs, self._hooked)
         self._take_in(pairs_of_unseen(self))
-        slots = self._membership()
-        self._check()
-        bindings = self._ready_bindings()
-        if any(capturing(b.plan.device) and not b.stepped for b in bindings):
-            remedy = "Take a step outside the graph first, two with carry_grams=True."
-            fail("CUDA graph capture", "an optimizer that has taken a step", "none", remedy, RuntimeError)
+        members = self._membership()
         if self._only_makes_state():
             self._init_group()
             return
-        tables = [hyper_table(self.param_groups, binding.plan.device) for binding in bindings]
-        strays = self._bind_pairs(slots)
-        if self.pairs and not strays and not any(binding.written for binding in bindings):
-            warnings.warn(NO_GRADIENT, stacklevel=4)
-        for number, group in enumerate(self.param_groups):
-            prepare_plain(self, self._plain[number], group["amsgrad"])
-        self._step_pairs(tables)
-        for number, group in enumerate(self.param_groups):
-            step_plain(self, [(p, LIKE_TORCH) for p in self._plain[number]], group)
-            for p in strays.get(number, ()):
-                step_stray(self, p, self.storage, group, self.check_grads)
+        adamw_(
+            self._engines, members, self.param_groups, self.state, _GRAD, self.options, Scaler.of(self), self.seed,
+            self._told,
+        )  # fmt: skip
+        self._see_version()
 
     def _only_makes_state(self) -> bool:
         """Whether this is the step without gradients that torch.distributed.checkpoint takes before it loads."""
@@ -237,60 +213,12 @@ class RefLoRAAdamW(TracedStep, GroupedPairs, torch.optim.AdamW):  # type: ignore
 
     def invalidate(self) -> None:
         """Forget carried Grams (carry_grams=True); for after a write to a factor that autograd does not see."""
-        twin = self.traced_twin[1]
-        for binding in (*self._bindings, *(twin._bindings if twin else ())):
-            binding.invalidate()
+        for engines in (self._engines, self._compiled.engines):
+            for engine in engines.made if engines else ():
+                engine.invalidate()
 
-    def _check(self) -> None:
-        """What a step refuses in the parameters of no pair is refused before anything has changed."""
-        for grad in (p.grad for params in self._plain for p in params):
-            if grad is not None and grad.layout is not torch.strided:
-                fail("a gradient", "a dense tensor", grad.layout, "Use sparse=False.", RuntimeError)
-
-    def _bind_pairs(self, slots: list[Slot | None]) -> dict[int, list[Tensor]]:
-        """Point every device's plan at this step's gradients.
-
-        Returns, by group, parameters of pairs that cannot be preconditioned because their partner has no gradient.
-        """
-        amsgrad = any(group["amsgrad"] for group in self.param_groups)
-        keep_S = self.interval > 1 and not self.scalar
-        strays: dict[int, list[Tensor]] = {}
-        for binding in self._bindings:
-            grads = list(map(_GRAD, binding.plan.factors))
-            binding.bind_state(self.state, [slots[i] for i in binding.chosen], grads, amsgrad, keep_S)
-            for factor, group in binding.bind_grads(self.state, grads):
-                strays.setdefault(group, []).append(factor)
-        if strays and LONE not in self._told:
-            self._told.add(LONE)
-            lone = {id(factor) for factors in strays.values() for factor in factors}
-            say_plain([p.name for p in self.pairs if {id(p.A), id(p.B)} & lone], LONE, stacklevel=6)
-        return strays
-
-    def _step_pairs(self, tables: list[tuple[Tensor, tuple[Tensor | None, ...]]]) -> None:
-        for binding, (hypers, lrs) in zip(self._bindings, tables):
-            device = binding.plan.device
-            scale, found_inf = (amp_scalar(self, name, device) for name in ("grad_scale", "found_inf"))
-            step = AdamWStep(
-                hypers, self.scalar, self.warmup_steps or 0, start_of(self.warmup_steps), self.interval,
-                self.precision, lrs=lrs, check=self.check_grads and found_inf is None, carry=self.carry_grams,
-                seed=self.param_groups[0][SEED] if self.stochastic_rounding else None,
-                grad_scale=scale, found_inf=found_inf,
-            )  # fmt: skip
-            binding.run(step)
-
-    def _ready_bindings(self) -> list[Binding]:
-        """One a device; made anew when a factor has changed its device."""
-        if any({*map(attrgetter("device"), b.plan.factors)} != {b.plan.device} for b in self._bindings):
-            self._bindings = []
-        if not self._bindings:
-            first_rows = [0, *accumulate(pair.experts for pair in self.pairs)]
-            self._bindings = [
-                Binding(
-                    [self.pairs[i] for i in chosen], chosen, resolve(self.backend, device), self.storage,
-                    [first_rows[i] for i in chosen], self.captured,
-                ) for device, chosen in by_device(self.pairs).items()
-            ]  # fmt: skip
-        return self._bindings
+    def _make_engines(self) -> None:
+        self._engines = engines_of(self.pairs, self.backend, self.storage, self.captured)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what state_dict() gave, or the state of a torch.optim.AdamW over the same parameters.
@@ -302,7 +230,7 @@ class RefLoRAAdamW(TracedStep, GroupedPairs, torch.optim.AdamW):  # type: ignore
         """
         with outside_inference(self.param_groups[0]["params"][:1]):
             self._load(state_dict)
-        self._bindings = []
+        self._make_engines()
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
@@ -330,9 +258,10 @@ class RefLoRAAdamW(TracedStep, GroupedPairs, torch.optim.AdamW):  # type: ignore
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-        self._bindings, self._key = [], None
+        self._key = None
         self._told, self._seen, self._hooked, self._again, self._built = set(), set(), -1, None, True
         self._register()
+        self._make_engines()
 
 
 @functools.cache

@@ -11,10 +11,11 @@ from torch.optim import Optimizer
 from ..backends import resolve
 from ..checks import fail
 from ..pairs import LoRAPair
-from .binding import Binding, Slot
+from .adamw_engine import Slot
 from .groups import check_group
 from .membership import HALVED, NOWHERE, check_whole, halved, nowhere, pairs_of_added, say_plain
 from .options import check_added
+from .step import Members
 
 REPLACED = (
     "Something has replaced the parameters. FSDP2: reflora.wrap(torch.optim.AdamW) as optimizer_cls follows them. "
@@ -30,12 +31,10 @@ class GroupedPairs(Optimizer):
     _own: tuple[str, ...]
     _told: set[str]
     _again: Callable[[], list[LoRAPair]] | None
-    _bindings: list[Binding]
     _key: list[tuple[int, ...]] | None
-    _slots: list[Slot | None]
-    _plain: list[list[Tensor]]
+    _members: Members
     _traced_results: Tensor | None
-    traced_twin: tuple[list[int], Any]
+    _make_engines: Callable[[], None]
     _built = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -56,19 +55,19 @@ class GroupedPairs(Optimizer):
             for pair in further:
                 resolve(self.backend, pair.A.device)
             self.pairs = [*self.pairs, *further]
-            self._bindings, self._key = [], None
-            self._traced_results, self.traced_twin = None, ([], None)
+            self._key, self._traced_results = None, None
+            self._make_engines()
 
-    def _membership(self) -> list[Slot | None]:
-        """The groups of each pair's A and B (None if either is in no group); kept until the groups change."""
+    def _membership(self) -> Members:
+        """Which parameters make up pairs; kept until the groups change."""
         key = [tuple(map(id, group["params"])) for group in self.param_groups]
         if key != self._key:
             group_of = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
-            self._slots = [
+            slots: list[Slot | None] = [
                 (group_of[p.A], group_of[p.B]) if p.A in group_of and p.B in group_of else None for p in self.pairs
             ]
             halves = halved(self.pairs, group_of)
-            if self.pairs and not any(self._slots):
+            if self.pairs and not any(slots):
                 check_whole(halves)
                 what = "the factors of the pairs among them"
                 fail("param_groups", what, "none of them", REPLACED, RuntimeError)
@@ -76,7 +75,7 @@ class GroupedPairs(Optimizer):
                 if names and why not in self._told:
                     self._told.add(why)
                     say_plain(names, why, stacklevel=6)
-            paired = {t for pair, slot in zip(self.pairs, self._slots) if slot for t in (pair.A, pair.B)}
-            self._plain = [[p for p in group["params"] if p not in paired] for group in self.param_groups]
-            self._key = key
-        return self._slots
+            paired = {t for pair, slot in zip(self.pairs, slots) if slot for t in (pair.A, pair.B)}
+            plain = [[p for p in group["params"] if p not in paired] for group in self.param_groups]
+            self._members, self._key = Members(slots, plain), key
+        return self._members

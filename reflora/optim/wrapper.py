@@ -21,7 +21,7 @@ from .base_class import check_base, check_kept, evaluated, separate, takes_closu
 from .membership import NO_GRADIENT, REVERSED, check_single, pairs_of_unseen, reversed_, say_plain
 from .options import check_group_options, check_like_defaults
 from .pairs import finite_and_moving, ops_of
-from .plain import watched
+from .scaler import watched
 from .state import PHASE, SAVED, STEPS, compare_shapes, shapes_of_pair
 from .transport import check_movable, proportional
 from .units import UNIT, Units

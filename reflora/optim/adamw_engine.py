@@ -1,4 +1,4 @@
-"""Keeps one device's plan pointing at parameters, gradients and optimizer state, touching only what has moved."""
+"""The engine of RefLoRAAdamW: its table points at parameters, gradients and optimizer state."""
 
 from __future__ import annotations
 
@@ -12,43 +12,46 @@ import torch
 from torch import Tensor
 
 from .. import plan as col
-from ..backends import AdamWStep, Backend
+from ..backends import AdamWStep
 from ..checks import fail
 from ..constants import PLAIN, STORAGE_DTYPES
-from ..engine import mark_written
-from ..pairs import LoRAPair, as_pairs
-from ..plan import A_SIDE, B_SIDE, Plan
+from ..engine import Engine, mark_written
+from ..pairs import LoRAPair
+from ..plan import A_SIDE, B_SIDE
 from .state import MASTER, MOMENTS, PHASE, SAVED, STEPS, Storage, fit, init_pair, init_param, leave_units
 
 Slot = tuple[int, int]
 _DTYPE, _LAYOUT, _VERSION = map(attrgetter, ("dtype", "layout", "_version"))
 
 
-class Binding:
-    """`pairs` are entries `chosen` of the optimizer's pairs; `results` is what the last step returned.
+class AdamWEngine(Engine):
+    """An engine that steps pairs with the state of their optimizer, and binds again only what has changed.
 
-    first_rows: the number, among the rows of all pairs of the optimizer, of each pair's first row.
+    captured: not empty once a step has gone into a CUDA graph; all engines of an optimizer share it.
     """
 
     def __init__(
-        self, pairs: Sequence[LoRAPair], chosen: list[int], backend: Backend, storage: Storage, first_rows: list[int],
-        captured: set[str],
+        self, pairs: Sequence[LoRAPair], chosen: Sequence[int], first_rows: Sequence[int], backend: str | None,
+        storage: Storage, captured: set[str],
     ):  # fmt: skip
-        self.pairs, self.chosen, self.backend, self.storage = list(pairs), chosen, backend, storage
-        self.first_rows = first_rows
-        self.plan = Plan(self.pairs)
-        self.results: Tensor | None = None
+        super().__init__(pairs, chosen, first_rows, backend)
+        self.storage, self.captured = storage, captured
         self._owner: Any = None
         self._bound: list[Tensor] = []
         self._owned: list[list[Tensor]] = [[], []]
         # owned pairs, by number, without state: they have had no gradient
         self._idle: set[int] = set()
         self._options: tuple[Any, ...] = ()
-        self._written: list[Tensor] = []
+        # factors that the next step updates
+        self.written: list[Tensor] = []
         self._versions: list[int] = []
-        # a step captured in a graph; shared by all bindings of an optimizer, and of what is made from it
-        self._captured = captured
         self.stepped = False
+
+    def refresh(self) -> bool:
+        moved = super().refresh()
+        if moved:
+            self._owner = None
+        return moved
 
     def bind_state(
         self, state: MutableMapping[Tensor, Any], slots: list[Slot | None], grads: Sequence[Tensor | None],
@@ -58,10 +61,6 @@ class Binding:
 
         grads: of A and B in turns. As in torch, a pair has no state before its first gradient.
         """
-        if self.plan.moved():
-            as_pairs(self.pairs)
-            self.plan.rebuild()
-            self._owner = None
         masters = all(map(self.storage.has_master, self.plan.factors))
         names = (*MOMENTS[: 3 if amsgrad else 2], "step", *([MASTER] if masters else []))
         options = (slots, names, keep_S)
@@ -96,7 +95,6 @@ class Binding:
             self.plan.bind_once(side + col.STEP, [entries["step"] for entries in states])
             self.plan.bind_groups(side, [slot[index] if slot else 0 for slot in slots])
         self.plan.set(col.STATE, [STORAGE_DTYPES.index(self.storage.dtype(pair.A)) for pair in self.pairs])
-        self.plan.tag(self.first_rows)
         for column, name in ((col.PHASE, PHASE), (col.COUNT, STEPS), *([(col.SAVED, SAVED)] if keep_S else [])):
             self.plan.bind_once(column, [entries[name] for entries in sides[0]])
         self._owner, self._bound = state, self._now(state)
@@ -152,7 +150,7 @@ class Binding:
         if not complete:
             active = [t for pair, (a, _) in zip(self.pairs, sides) if a is not None for t in (pair.A, pair.B)]
         self.plan.bind_grads(sides)
-        self._written = active
+        self.written = active
         return strays
 
     def _check(self, factors: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
@@ -169,21 +167,16 @@ class Binding:
                 got = f"{grad.dtype}, {grad.layout}"
                 fail(f"{name}, gradient", f"{factor.dtype}, strided, like its factor", got, remedy)
 
-    @property
-    def written(self) -> list[Tensor]:
-        """The factors that the next step is about."""
-        return self._written
-
-    def run(self, step: AdamWStep) -> None:
+    def step(self, step: AdamWStep) -> None:
         """One step of the pairs with gradients."""
-        if not self._written:
+        if not self.written:
             shape = (len(self.plan.rows), col.RESULTS)
             self.results = torch.full(shape, torch.nan, dtype=torch.float64, device="cpu")
             self.results[:, col.STATUS] = PLAIN
             return
         self.results = self.backend.adamw(self.plan, self._carried(step) if step.carry else step)
         self.plan.release_grads()
-        mark_written(self._written)
+        mark_written(self.written)
         self.stepped = True
         if step.carry:
             self._versions = list(map(_VERSION, self.plan.factors))
@@ -194,9 +187,9 @@ class Binding:
         A replayed graph writes the factors and runs no Python: none are carried there, nor after it.
         """
         if capturing(self.plan.device):
-            self._captured.add("yes")
+            self.captured.add("yes")
         # nor in the first step: what a capture launches must have been launched before
-        if self._captured or not self.stepped:
+        if self.captured or not self.stepped:
             return replace(step, carry=False)
         now = list(map(_VERSION, self.plan.factors))
         if now == self._versions:

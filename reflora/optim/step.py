@@ -1,0 +1,122 @@
+"""The step of RefLoRAAdamW as a function of groups, gradients and state; what a compiled graph holds, too."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import AdamWStep
+from ..checks import fail
+from ..constants import start_of
+from ..engine import Engines
+from ..pairs import LoRAPair
+from .adamw_engine import AdamWEngine, Slot, capturing
+from .groups import hyper_table
+from .membership import LONE, NO_GRADIENT, say_plain
+from .plain import GradOf, State, prepare_plain, step_plain, step_stray
+from .scaler import Scaler
+from .state import LIKE_TORCH, Storage
+
+
+@dataclass(frozen=True)
+class Options:
+    """How pairs are stepped; as the arguments of RefLoRAAdamW."""
+
+    scalar: bool = False
+    interval: int = 1
+    warmup_steps: int | None = None
+    precision: str = "float64"
+    carry_grams: bool = False
+    check_grads: bool = True
+    storage: Storage = Storage()
+
+    @property
+    def keeps_S(self) -> bool:
+        """Whether the last S is part of the state."""
+        return self.interval > 1 and not self.scalar
+
+
+class Members(NamedTuple):
+    """slots: the groups of each pair's A and B, None where either is in no group. plain: by group, the others."""
+
+    slots: list[Slot | None]
+    plain: list[list[Tensor]]
+
+
+def engines_of(
+    pairs: Sequence[LoRAPair], backend: str | None, storage: Storage, captured: set[str]
+) -> Engines[AdamWEngine]:  # fmt: skip
+    """storage, captured: as in AdamWEngine."""
+    return Engines(pairs, backend, partial(AdamWEngine, storage=storage, captured=captured))
+
+
+def adamw_(
+    engines: Engines[AdamWEngine], members: Members, groups: Sequence[dict[str, Any]], state: State, grad_of: GradOf,
+    options: Options, scaler: Scaler, seed: int | None, told: set[str],
+) -> None:  # fmt: skip
+    """One step, in place: of pairs by their engines, of other parameters by torch's own AdamW.
+
+    groups: as an optimizer's param_groups. state: by parameter, made where it is missing. seed: of stochastic rounding,
+    or None. told: what has been warned of.
+    """
+    _refuse(members, grad_of)
+    ready = engines.ready()
+    if any(capturing(engine.plan.device) and not engine.stepped for engine in ready):
+        remedy = "Take a step outside the graph first, two with carry_grams=True."
+        fail("CUDA graph capture", "an optimizer that has taken a step", "none", remedy, RuntimeError)
+    tables = [hyper_table(groups, engine.plan.device) for engine in ready]
+    strays = _bind(ready, members.slots, groups, state, grad_of, options)
+    _tell(engines, strays, told)
+    for group, params in zip(groups, members.plain):
+        prepare_plain(state, params, grad_of, group["amsgrad"])
+    for engine, (hypers, lrs) in zip(ready, tables):
+        scale, found_inf = scaler.on(engine.plan.device)
+        engine.step(AdamWStep(
+            hypers, options.scalar, options.warmup_steps or 0, start_of(options.warmup_steps), options.interval,
+            options.precision, check=options.check_grads and found_inf is None, carry=options.carry_grams, seed=seed,
+            grad_scale=scale, found_inf=found_inf, lrs=lrs,
+        ))  # fmt: skip
+    for number, group in enumerate(groups):
+        step_plain(state, [(p, LIKE_TORCH) for p in members.plain[number]], grad_of, group, scaler)
+        for p in strays.get(number, ()):
+            step_stray(state, p, options.storage, grad_of, group, scaler, options.check_grads)
+
+
+def _refuse(members: Members, grad_of: GradOf) -> None:
+    """What a step refuses in the parameters of no pair is refused before anything has changed."""
+    for grad in (grad_of(p) for params in members.plain for p in params):
+        if grad is not None and grad.layout is not torch.strided:
+            fail("a gradient", "a dense tensor", grad.layout, "Use sparse=False.", RuntimeError)
+
+
+def _bind(
+    ready: list[AdamWEngine], slots: list[Slot | None], groups: Sequence[dict[str, Any]], state: State, grad_of: GradOf,
+    options: Options,
+) -> dict[int, list[Tensor]]:  # fmt: skip
+    """Point every engine at this step's gradients.
+
+    Returns, by group, parameters of pairs that cannot be preconditioned because their partner has no gradient.
+    """
+    amsgrad = any(group["amsgrad"] for group in groups)
+    strays: dict[int, list[Tensor]] = {}
+    for engine in ready:
+        grads = list(map(grad_of, engine.plan.factors))
+        engine.bind_state(state, [slots[i] for i in engine.chosen], grads, amsgrad, options.keeps_S)
+        for factor, group in engine.bind_grads(state, grads):
+            strays.setdefault(group, []).append(factor)
+    return strays
+
+
+def _tell(engines: Engines[AdamWEngine], strays: dict[int, list[Tensor]], told: set[str]) -> None:
+    if engines.pairs and not strays and not any(engine.written for engine in engines.made):
+        warnings.warn(NO_GRADIENT, stacklevel=6)
+    if strays and LONE not in told:
+        told.add(LONE)
+        lone = {id(factor) for factors in strays.values() for factor in factors}
+        say_plain([p.name for p in engines.pairs if {id(p.A), id(p.B)} & lone], LONE, stacklevel=7)
