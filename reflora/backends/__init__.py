@@ -75,6 +75,13 @@ class Backend(Protocol):
 
     def adamw(self, plan: Plan, step: AdamWStep) -> Tensor: ...
 
+    # the same S of Grams that have been summed elsewhere, float64 `[b, r, r]` of A and of B. n: the other sides of the
+    # factors `[b]`. counts: steps `[b]` for an S that is phased in, or None. Returns S and S^-1, float64
+    # `[b, 2, r, r]`, and `[b, RESULTS]`
+    def means(
+        self, grams: tuple[Tensor, Tensor], n: tuple[Tensor, Tensor], precision: str, counts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
+
     # Functions of matrices: contiguous `[batch, n, n]`, batch > 0, of float32 or float64 in and out; results are new or
     # written to `out`. None raises on the values.
 

@@ -63,6 +63,10 @@ def adamw(plan: Plan, step: AdamWStep) -> Tensor:
     )  # fmt: skip
 
 
+# few, and seldom: of factors that several processes hold
+means = torch_backend.means
+
+
 def eigh(
     X: Tensor, precision: str, V0: Tensor | None = None, vectors: bool = True,
     out: tuple[Tensor, Tensor | None] | None = None,

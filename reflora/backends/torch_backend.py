@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from .. import plan as col
-from ..constants import REFACTORED, SKIPPED
+from ..constants import REFACTORED, SKIPPED, START_STEPS
 from ..plan import A_SIDE, B_SIDE, Plan
 from . import AdamWStep, torch_adamw
-from .torch_groups import SIDES, chosen, groups, record, results_of, skip
+from .torch_groups import SIDES, chosen, groups, record, reported, results_of, shrink_weight, skip
 from .torch_linalg import eigh, geometric_mean, inv_root, polar, sqrtm, svd
-from .torch_solve import fits
+from .torch_solve import fits, gram_of_sums
+from .torch_solve import solve as solve_grams
 
 NAME = "torch"
 __all__ = ["eigh", "geometric_mean", "inv_root", "polar", "sqrtm", "svd"]
@@ -63,6 +64,20 @@ def solve(plan: Plan, precision: str, start: int = 0, rows: Sequence[int] | None
         torch._foreach_copy_(group.once(col.SAVED), list(both.where(done, group.eye.to(both)).unbind()))
         record(results, group, a, b, solution)
     return chosen(results, rows)
+
+
+def means(
+    grams: tuple[Tensor, Tensor], n: tuple[Tensor, Tensor], precision: str, counts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """S and S^-1 of Grams that have been summed elsewhere; I where they are not finite."""
+    a, b = (gram_of_sums(G, side, getattr(torch, precision)) for G, side in zip(grams, n))
+    weight = None if counts is None else shrink_weight(counts, START_STEPS)
+    solution = solve_grams(a, b, torch.float64, precision, weight)
+    both = torch.stack([solution.S, solution.S_inv], 1)
+    eye = torch.eye(both.shape[-1], dtype=both.dtype, device=both.device)
+    results = torch.full((len(both), col.RESULTS), torch.nan, dtype=torch.float64, device=both.device)
+    results[:, : col.REPORTED] = reported(a, b, solution)
+    return both.where((solution.status < SKIPPED).view(-1, 1, 1, 1), eye), results
 
 
 def adamw(plan: Plan, step: AdamWStep, rows: Sequence[int] | None = None) -> Tensor:

@@ -84,8 +84,7 @@ class Group:
         """`[b]` float64, of rows that have done COUNT steps (reference.shrink_weight); None for the paper's S."""
         if not start:
             return None
-        square = torch.stack(self.once(col.COUNT)).double() ** 2
-        return square / (square + start**2)
+        return shrink_weight(torch.stack(self.once(col.COUNT)), start)
 
     def solve(self, a: Gram, b: Gram, precision: str, scalar: bool, weight: Tensor | None = None) -> Solution:
         """weight: of the Grams `[b]`, as in torch_solve.solve."""
@@ -130,7 +129,18 @@ def chosen(results: Tensor, rows: Sequence[int] | None) -> Tensor:
 
 
 def record(results: Tensor, group: Group, a: Gram, b: Gram, solution: Solution) -> None:
+    values = reported(a, b, solution)
+    torch._foreach_copy_([results[number, : col.REPORTED] for number in group.rows], list(values.unbind(0)))
+
+
+def reported(a: Gram, b: Gram, solution: Solution) -> Tensor:
+    """Columns of the result table, `[b, REPORTED]`."""
     kappas = (solution.kappa_A, solution.kappa_B)
     columns = (solution.status, *kappas, solution.balance, solution.scale, a.norm, b.norm)
-    values = torch.stack([c.double() for c in columns], 1)
-    torch._foreach_copy_([results[number, : len(columns)] for number in group.rows], list(values.unbind(0)))
+    return torch.stack([c.double() for c in columns], 1)
+
+
+def shrink_weight(counts: Tensor, start: int) -> Tensor:
+    """Float64, of rows that have done so many steps (reference.shrink_weight)."""
+    square = counts.double() ** 2
+    return square / (square + start**2)

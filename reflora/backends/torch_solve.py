@@ -27,7 +27,7 @@ class Gram(NamedTuple):
     unit: Tensor
     norm: Tensor
     usable: Tensor
-    n: int
+    n: int | Tensor
     empty: Tensor
 
 
@@ -69,6 +69,16 @@ def gram(X: Tensor, compute: torch.dtype) -> Gram:
     eye = torch.eye(X.shape[1], dtype=compute, device=X.device)
     unit = (G / trace.view(-1, 1, 1)).where(usable.view(-1, 1, 1), eye)
     return Gram(unit, norm, usable, X.shape[2], (tops == 0) & usable[:, None])
+
+
+def gram_of_sums(G: Tensor, n: Tensor, compute: torch.dtype) -> Gram:
+    """Of float64 Grams `[b, r, r]`, whose factors have the other sides `n [b]`."""
+    diagonal = G.diagonal(dim1=1, dim2=2)
+    trace = diagonal.sum(1)
+    usable = trace.isfinite() & (trace > 0)
+    eye = torch.eye(G.shape[1], dtype=G.dtype, device=G.device)
+    unit = (G / trace.view(-1, 1, 1)).where(usable.view(-1, 1, 1), eye)
+    return Gram(unit.to(compute), trace.sqrt(), usable, n, (diagonal == 0) & usable[:, None])
 
 
 def absent(a: Gram, b: Gram) -> Tensor:

@@ -108,6 +108,10 @@ def adamw(plan: Plan, step: AdamWStep) -> Tensor:
     )
 
 
+# few, and seldom: of factors that several processes hold
+means = torch_backend.means
+
+
 def polar(X: Tensor, precision: str, out: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """`[batch, n, n]` -> (Q, H)."""
     if X.shape[-1] > RANK_CLASSES[-1] or X.numel() == 0:

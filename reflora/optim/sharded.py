@@ -16,13 +16,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from .. import linalg
 from ..ambient import independent
+from ..backends import resolve
 from ..checks import check_backend, check_precision, fail
 from ..constants import DEGENERATE
 from ..diagnostics import Diagnostics, row_names
 from ..pairs import LoRAPair, local
-from .pairs import Counts, Outcome, PairOps, multiply, scale_sides
+from .pairs import Counts, Outcome, multiply, scale_sides
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -34,25 +34,21 @@ class ShardedOps:
         check_backend(backend)
         check_precision(precision)
         self.pairs, self.backend, self.precision = list(pairs), backend, precision
-        self._inner: PairOps | None = None
-        self._rows: dict[int, list[int]] = {}
+        # of the last solve, by pair: its rows of the result table
+        self._reports: dict[int, Tensor] = {}
 
     def diagnostics(self) -> Diagnostics:
         """What the last call did, layer by layer; of those that it was about."""
-        return self._inner.diagnostics() if self._inner else PairOps([]).diagnostics()
+        names = row_names([self.pairs[index] for index in self._reports])
+        return Diagnostics(names, list(self._reports.values()), list(range(len(names))))
 
     def outcome(self) -> dict[int, Outcome]:
         """Of the last call, by pair."""
-        found = self._inner.outcome() if self._inner else {}
-        return {
-            index: Outcome(*(torch.cat(columns) for columns in zip(*(found[row] for row in rows))))
-            for index, rows in self._rows.items()
-        }
+        return {index: Outcome.of(report) for index, report in self._reports.items()}
 
     def started(self) -> dict[int, Tensor]:
         """Of the last call, by pair: 0 where a factor was 0, else 1, float32 `[experts]`."""
-        found = self._inner.started() if self._inner else {}
-        return {index: torch.cat([found[row] for row in rows]) for index, rows in self._rows.items()}
+        return {index: outcome.started for index, outcome in self.outcome().items()}
 
     def norms(self, indices: Iterable[int]) -> dict[int, Tensor]:
         """Frobenius norms of A and B of some pairs, float64 `[2, experts]`, in one all-reduce."""
@@ -70,19 +66,23 @@ class ShardedOps:
         chosen = list(indices)
         if not chosen:
             return {}
-        grams = _summed([(self.pairs[i], side, gram) for i in chosen for side, gram in _own_grams(self.pairs[i])])
-        roots = _roots(grams, [factor for i in chosen for factor in (self.pairs[i].A, self.pairs[i].B)])
-        proxies: list[LoRAPair] = []
-        self._rows = {}
-        for index, roots_A, roots_B in zip(chosen, roots[::2], roots[1::2]):
-            self._rows[index] = [len(proxies) + expert for expert in range(len(roots_A))]
-            # any pair of these Grams has this S
-            names = row_names([self.pairs[index]])
-            proxies += [LoRAPair(name, A, B.mT) for name, A, B in zip(names, roots_A, roots_B)]
-        self._inner = PairOps(proxies, self.backend, self.precision)
-        of_proxies = counts and dict(enumerate(count for index in chosen for count in counts[index].split(1)))
-        solved = self._inner.solve(range(len(proxies)), of_proxies)
-        return {index: torch.cat([solved[row] for row in rows]) for index, rows in self._rows.items()}
+        sums = _summed([(self.pairs[i], side, gram) for i in chosen for side, gram in _own_grams(self.pairs[i])])
+        grams = dict(zip(chosen, zip(sums[::2], sums[1::2])))
+        alike: dict[tuple, list[int]] = {}
+        for index, (of_A, _) in grams.items():
+            alike.setdefault((of_A.shape[-1], of_A.device), []).append(index)
+        found: dict[int, Tensor] = {}
+        reports: dict[int, Tensor] = {}
+        for (r, device), own in alike.items():
+            of_A, of_B = (torch.cat(side) for side in zip(*(grams[i] for i in own)))
+            steps = None if counts is None else torch.cat([counts[i] for i in own])
+            sides = _sides([self.pairs[i] for i in own], r, device)
+            both, results = resolve(self.backend, device).means((of_A, of_B), sides, self.precision, steps)
+            sizes = [self.pairs[i].experts for i in own]
+            found.update(zip(own, both.split(sizes)))
+            reports.update(zip(own, results.split(sizes)))
+        self._reports = {index: reports[index] for index in chosen}
+        return {index: found[index] for index in chosen}
 
     def precondition(self, active: Sequence[bool], scalar: bool = False, counts: Counts | None = None) -> None:
         """`gA <- S^-1 gA`, `gB <- gB S` of each active pair's `.grad`."""
@@ -164,21 +164,11 @@ class ShardedOps:
         return roots
 
 
-def _roots(grams: Sequence[Tensor], factors: Sequence[Tensor]) -> list[Tensor]:
-    """Factors `[experts, r, min(n, r)]` of Grams `[experts, r, r]`, also of singular ones; n is the factors' own."""
-    alike: dict[tuple, list[int]] = {}
-    for number, gram in enumerate(grams):
-        alike.setdefault((gram.shape[-1], gram.device), []).append(number)
-    found = list(grams)
-    for numbers in alike.values():
-        values, vectors = linalg.eigh(torch.cat([grams[number] for number in numbers]))
-        whole = vectors * values.clamp(min=0).sqrt()[:, None, :]
-        for number, root in zip(numbers, whole.split([len(grams[number]) for number in numbers])):
-            # rows that are 0 stay 0: ranks that are so in both factors are absent
-            root = root * (grams[number].diagonal(dim1=1, dim2=2) != 0)[:, :, None]
-            n = factors[number].numel() // root.shape[:2].numel()
-            found[number] = root[:, :, -n:].contiguous()
-    return found
+def _sides(pairs: Sequence[LoRAPair], r: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """n_in and n_out of every row; the factors' own, not of what a process holds."""
+    rows = [(pair.A.numel(), pair.B.numel(), pair.experts * r) for pair in pairs for _ in range(pair.experts)]
+    sides = torch.tensor([(of_A // size, of_B // size) for of_A, of_B, size in rows], dtype=torch.int64, device=device)
+    return sides[:, 0], sides[:, 1]
 
 
 def _own_grams(pair: LoRAPair) -> list[tuple[int, Tensor]]:
