@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pickle
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from .finetuning import Trained
+
+@dataclass
+class Trained:
+    """A model in training or after it, with the loss of every step and the seconds they took."""
+
+    model: nn.Module
+    tokenizer: Any
+    kind: str
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LambdaLR
+    device: torch.device
+    pairs: list[tuple[Tensor, Tensor]]
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def finite(self) -> bool:
+        """Whether every loss and every trainable weight is."""
+        weights = (p for p in self.model.parameters() if p.requires_grad)
+        return all(map(math.isfinite, self.losses)) and all(bool(p.isfinite().all()) for p in weights)
 
 
 @dataclass(frozen=True)

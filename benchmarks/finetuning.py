@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import batches, data, harness, jsonl, methods, models, variants
-from .checkpoints import Checkpoint
+from .checkpoints import Checkpoint, Trained
 
 EVAL_BATCH = 64
 
@@ -47,27 +46,6 @@ class Recipe:
     bfloat16: bool = False
     targets: str = ""
     lora_dropout: float = 0.0
-
-
-@dataclass
-class Trained:
-    """A model in training or after it, with the loss of every step and the seconds they took."""
-
-    model: nn.Module
-    tokenizer: Any
-    kind: str
-    optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LambdaLR
-    device: torch.device
-    pairs: list[tuple[Tensor, Tensor]]
-    losses: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-
-    @property
-    def finite(self) -> bool:
-        """Whether every loss and every trainable weight is."""
-        weights = (p for p in self.model.parameters() if p.requires_grad)
-        return all(map(math.isfinite, self.losses)) and all(bool(p.isfinite().all()) for p in weights)
 
 
 def build(

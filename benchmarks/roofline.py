@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from . import shapes
 
@@ -106,20 +105,14 @@ def _short(value: float) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__)
-    parser.add_argument("--png", type=Path, help="draw it")
-    options = parser.parse_args(argv)
+    parser.parse_args(argv)
     print(markdown())
     for check, carried in ((True, False), (False, False), (True, True), (False, True)):
         moved = bytes_a_parameter(check, carried)
         words = f"{'carried' if carried else 'fresh'} Grams, {'with' if check else 'without'} the search of g"
-        print(f"{words}: {moved} B a parameter, {moved / ADAMW:.2f} of AdamW's")
+        print(f"{words}: {moved} B per parameter, {moved / ADAMW:.2f} of AdamW's")
     moved = FORESEEN + ADAMW
-    print(f"RefLoRA-S: {moved} B a parameter, {moved / ADAMW:.2f} of AdamW's")
-    if options.png:
-        from . import roofline_figure
-
-        drawn = roofline_figure.draw(options.png)
-        print(f"wrote {options.png}" if drawn else "no picture: pip install matplotlib")
+    print(f"RefLoRA-S: {moved} B per parameter, {moved / ADAMW:.2f} of AdamW's")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,3 +83,14 @@ def _bars(axis: Any, machine: roofline.Machine, ranks: Sequence[int]) -> None:
     axis.set_ylabel("least time, AdamW = 1")
     axis.set_ylim(0, 1.15 * max(bottoms))
     axis.grid(axis="y", **drawing.GRID)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline_figure", description=__doc__)
+    parser.add_argument("png", type=Path)
+    path = parser.parse_args(argv).png
+    print(f"wrote {path}" if draw(path) else "no picture: pip install matplotlib")
+
+
+if __name__ == "__main__":
+    main()

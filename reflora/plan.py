@@ -7,11 +7,11 @@ csrc/table.h and reflora/kernels/table.py mirror the columns; tests/test_plan.py
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
 from operator import attrgetter, is_not
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -43,6 +43,9 @@ LR, BETA1, BETA2, EPS, WEIGHT_DECAY, AMSGRAD, MAXIMIZE, LR_AT, LR_DTYPE = range(
 HYPERS = 10
 
 
+K = TypeVar("K")
+
+
 @dataclass(frozen=True)
 class Row:
     """A row's owner: pair `pair` of the plan, expert `expert` of it, with 2-D views of its factors."""
@@ -57,8 +60,7 @@ class Plan:
     """The rows of pairs that share a device, as an int64 table on the CPU, `[rows, COLUMNS]`.
 
     What a column points at is also kept as tensors, one a pair, in `tensors[side + column]` and
-    `pair_tensors[column]`, for the backend that works on tensors. `memory` is what a backend keeps between calls; it is
-    emptied when a factor has moved.
+    `pair_tensors[column]`, for the backend that works on tensors. What a backend keeps is gone once a factor has moved.
     """
 
     def __init__(self, pairs: Sequence[LoRAPair]):
@@ -83,7 +85,7 @@ class Plan:
         self.table[:, columns + [B_SIDE + N, R, DTYPE, ACTIVE]] = _integers(entries)
         self.table[:, STATE] = self.table[:, DTYPE]
         self.table[:, TAG] = _integers(range(len(self.rows)))
-        self.memory: dict[str, object] = {}
+        self._kept: dict[Any, Any] = {}
         self.tensors: dict[int, list[Tensor]] = {}
         self.pair_tensors: dict[int, list[Tensor]] = {}
         self._seen = self._where()
@@ -96,6 +98,16 @@ class Plan:
         for side, factors in ((A_SIDE, self.factors[::2]), (B_SIDE, self.factors[1::2])):
             self._starts[side] = self.table[:, side + P] - _pointers(factors)[self._pair_of_row]
             self._offsets[side] = self._starts[side] // _sizes(factors)[self._pair_of_row]
+
+    def kept(self, cls: Callable[[Plan], K]) -> K:
+        """What a backend keeps for these rows between calls: a `cls` of its own, made at the first."""
+        if cls not in self._kept:
+            self._kept[cls] = cls(self)
+        found: K = self._kept[cls]
+        return found
+
+    def forget(self, cls: Callable[[Plan], object]) -> None:
+        self._kept.pop(cls, None)
 
     def moved(self) -> bool:
         """Whether a factor is not where, or not what, the table says: `.data` may have been replaced."""

@@ -12,7 +12,20 @@ import torch
 from conftest import spectrum_pair
 from torch.overrides import TorchFunctionMode
 
-from benchmarks import figures, harness, host, kernels, methods, probes, roofline, scaling, shapes, step, stepper
+from benchmarks import (
+    figures,
+    harness,
+    host,
+    kernels,
+    methods,
+    probes,
+    roofline,
+    roofline_figure,
+    scaling,
+    shapes,
+    step,
+    stepper,
+)
 from benchmarks.baselines import peft_optimizers
 
 CPU = torch.device("cpu")
@@ -291,10 +304,11 @@ def test_bad_options_get_one_clear_line(arguments: list[str], message: str, caps
 # ---- roofline
 
 
-def test_roofline_draws_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    roofline.main(["--png", str(tmp_path / "roofline.png")])
+def test_roofline_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    roofline.main([])
+    roofline_figure.main([str(tmp_path / "roofline.png")])
     assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
-    assert "36 B a parameter, 1.29 of AdamW's" in capsys.readouterr().out
+    assert "36 B per parameter, 1.29 of AdamW's" in capsys.readouterr().out
 
 
 def test_bytes_of_a_step_are_those_of_the_notes() -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -119,12 +118,15 @@ def inv_root(X: Tensor, p: float, eps: float, unit: float, precision: str, out: 
 def _kept(plan: Plan, carry: bool) -> int:
     """Address of what a row keeps for the next step: a flag and both Grams, float64. A step without forgets them."""
     if not carry:
-        plan.memory.pop(NAME, None)
+        plan.forget(_Kept)
         return 0
-    if NAME not in plan.memory:
+    return plan.kept(_Kept).room.data_ptr()
+
+
+class _Kept:
+    def __init__(self, plan: Plan):
         size = _C.kept_doubles(table=plan.table.data_ptr(), rows=len(plan.rows))
-        plan.memory[NAME] = torch.zeros(size, dtype=torch.float64, device="cpu")
-    return cast(Tensor, plan.memory[NAME]).data_ptr()
+        self.room = torch.zeros(size, dtype=torch.float64, device="cpu")
 
 
 def _run(plan: Plan, precision: str, **job: object) -> Tensor:

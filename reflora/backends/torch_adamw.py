@@ -7,8 +7,7 @@ captured in a CUDA graph as far as torch's own linear algebra can.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +22,6 @@ from .torch_rounding import round_stochastically, row_key
 from .torch_solve import Gram, Solution, gram, met
 
 
-@dataclass
 class Memory:
     """What is kept from one step to the next.
 
@@ -31,8 +29,9 @@ class Memory:
     side, by (seed, *tags); kept because a CUDA graph takes no numbers from the host.
     """
 
-    grams: dict[tuple, tuple[Gram, Gram]] = field(default_factory=dict)
-    keys: dict[tuple, list[Tensor]] = field(default_factory=dict)
+    def __init__(self, plan: Plan):
+        self.grams: dict[tuple, tuple[Gram, Gram]] = {}
+        self.keys: dict[tuple, list[Tensor]] = {}
 
 
 class Hypers(NamedTuple):
@@ -47,7 +46,7 @@ class Hypers(NamedTuple):
 
 def adamw(plan: Plan, step: AdamWStep, rows: Sequence[int] | None = None) -> Tensor:
     results = results_of(plan)
-    memory = cast(Memory, plan.memory.setdefault("torch", Memory()))
+    memory = plan.kept(Memory)
     # a group that does not take part, or is made up of other rows, starts afresh: its factors may have changed since
     carried, memory.grams = memory.grams, {}
     for group in groups(plan, rows):

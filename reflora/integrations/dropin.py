@@ -15,7 +15,7 @@ from ..checks import check_count, check_flags, fail
 from ..diagnostics import Diagnostics
 from ..optim.adamw import RefLoRAAdamW
 from ..optim.membership import HALVED, Unserved, halved, listed, say_plain
-from ..optim.pairs import ops_of
+from ..optim.operations import ops_of
 from ..optim.transport import StateMove, check_movable
 from ..optim.wrapped_pairs import FLATTENED
 from ..optim.wrapper import Wrapped, scaler_found_inf

@@ -248,9 +248,7 @@ class Prepared:
 
 
 def prepare(plan: Plan) -> Prepared:
-    prepared = plan.memory.get("triton")
-    if not isinstance(prepared, Prepared):
-        prepared = plan.memory["triton"] = Prepared(plan)
+    prepared = plan.kept(Prepared)
     owners = (vars(prepared), prepared.rerouted_index, *map(vars, prepared.groups))
     kept = chain.from_iterable(owner.values() for owner in owners)
     own = (value for value in kept if isinstance(value, Tensor))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,10 +19,6 @@ from ..direct import check_grads
 from ..engine import Engine, Engines
 from ..pairs import LoRAPair
 from ..plan import by_device
-
-if TYPE_CHECKING:
-    from .sharded import ShardedOps
-
 
 # of pairs, by number: the steps that each has taken part in, float32 `[experts]` on its device. With them S is entered
 # gradually, without its scale c; without them it is the paper's
@@ -59,15 +55,6 @@ class Outcome(NamedTuple):
     def left(self) -> Tensor:
         """Whether there was an S, and it was not I."""
         return (self.status != SKIPPED) & ~self.identity
-
-
-def ops_of(pairs: Sequence[LoRAPair], backend: str | None = None, precision: str = "float64") -> PairOps | ShardedOps:
-    """The operations on these pairs, whether a process holds them whole or in part."""
-    if any(pair.sharded for pair in pairs):
-        from .sharded import ShardedOps  # torch.distributed.tensor takes its time to load
-
-        return ShardedOps(pairs, backend, precision)
-    return PairOps(pairs, backend, precision)
 
 
 class PairOps:

@@ -19,8 +19,9 @@ from ..diagnostics import Diagnostics, uniform
 from ..pairs import PairLike, as_pairs, check_unhooked, check_unhooked_since, local
 from .base_class import check_base, check_kept, evaluated, separate, takes_closure
 from .membership import NO_GRADIENT, REVERSED, check_single, pairs_of_unseen, reversed_, say_plain
+from .operations import ops_of
 from .options import check_group_options, check_like_defaults
-from .pairs import finite_and_moving, ops_of
+from .pairs import finite_and_moving
 from .scaler import watched
 from .state import PHASE, SAVED, STEPS, compare_shapes, shapes_of_pair
 from .transport import check_movable, proportional
