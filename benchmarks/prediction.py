@@ -179,7 +179,7 @@ def launches(name: str, rank: int, options: dict[str, Any], chip: Chip = H100) -
         by_shape[shape] = recorder.found
     driver.CALLBACKS.clear()
     whole: dict[str, Launch] = {}
-    for shape in sorted(layers, key=lambda shape: -sum(shape)):  # as reflora.kernels.launch orders rows
+    for shape in sorted(layers, key=lambda shape: -sum(shape)):  # as reflora.kernels.step.launch orders rows
         for kernel, launch in by_shape[shape].items():
             whole.setdefault(kernel, Launch(kernel, launch.resident)).programs += launch.programs
     return list(whole.values())

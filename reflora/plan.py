@@ -2,7 +2,7 @@
 
 One row is one `[r, n_in]` x `[n_out, r]` factor pair (an expert of an experts pair has a row of its own). Both sides
 are read the same way, element (i, k) of a side at `P + i * SR + k * SN` with i < r, so that B is read as its transpose.
-csrc/table.h and reflora/kernels/table.py mirror the columns; tests/test_plan.py holds them to each other.
+reflora/kernels/table.py is made of the columns; csrc/table.h repeats them, and tests/test_plan.py compares.
 """
 
 from __future__ import annotations

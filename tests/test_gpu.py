@@ -110,7 +110,7 @@ def test_adamw_step(dtype):
 
 def test_mixed_types_and_ranks_in_few_launches(monkeypatch):
     """One of each kernel a rank class, whatever the shapes and storage types."""
-    from reflora.kernels.precondition import solve_kernel
+    from reflora.kernels.step.precondition import solve_kernel
 
     launches = []
     run = solve_kernel.run

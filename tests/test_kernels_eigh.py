@@ -226,7 +226,7 @@ def test_inv_root_of_what_has_none():
 
 def test_one_launch_a_call(monkeypatch):
     from reflora import linalg
-    from reflora.kernels import eigh, inv_root, svd
+    from reflora.kernels.linalg import eigh, inv_root, svd
 
     launches = []
     for module, name in ((eigh, "eigh_kernel"), (svd, "svd_kernel"), (inv_root, "inv_root_kernel")):

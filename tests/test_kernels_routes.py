@@ -10,7 +10,8 @@ from rows import PLAIN_ADAMW, Rows, grads_like, same
 from reflora import plan as col
 from reflora.backends import torch_backend, triton_backend
 from reflora.constants import PLAIN, SKIPPED
-from reflora.kernels import launch, routes
+from reflora.kernels import options, routes
+from reflora.kernels.step import launch
 from reflora.pairs import LoRAPair
 from reflora.plan import Plan
 
@@ -124,7 +125,7 @@ def test_memory_beyond_adamw(rank_class, layers, megabytes):
 
 def test_launches(monkeypatch, request):
     """Two a rank class by the split route and for RefLoRA-S, three where S has its own, one by the other route."""
-    from reflora.kernels import adamw, adamw_scalar
+    from reflora.kernels.step import adamw, adamw_scalar
 
     launches = []
     kernels = [(adamw, name) for name in ("gram_kernel", "settle_kernel", "update_kernel", "row_kernel")]
@@ -148,7 +149,7 @@ def test_launches(monkeypatch, request):
 
 def test_a_class_without_a_kernel_on_a_device_goes_through_torch(monkeypatch):
     """As r > 64 does where a program cannot have the shared memory that it needs, whatever is called."""
-    monkeypatch.setattr(launch, "shared_memory", lambda device: routes.ROUTES[16].shared - 1)
+    monkeypatch.setattr(options, "shared_memory", lambda device: routes.ROUTES[16].shared - 1)
     ends = []
     for backend in (triton_backend, torch_backend):
         torch.manual_seed(0)

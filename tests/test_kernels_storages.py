@@ -11,8 +11,8 @@ from reflora import plan as col
 from reflora import reference
 from reflora.backends import triton_backend
 from reflora.constants import REFACTORED
-from reflora.kernels import launch
-from reflora.kernels.launch import aligned
+from reflora.kernels.step import launch
+from reflora.kernels.step.launch import aligned
 from reflora.pairs import LoRAPair
 from reflora.plan import Plan
 

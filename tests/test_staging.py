@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from reflora.kernels import launch, staging
+from reflora.kernels import staging
 from reflora.kernels.staging import OnDevice
+from reflora.kernels.step import launch
 from reflora.pairs import LoRAPair
 from reflora.plan import Plan
 

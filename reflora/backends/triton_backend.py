@@ -62,7 +62,7 @@ def _version() -> tuple[int, ...]:
 
 
 def refactor(plan: Plan, scalar: bool, precision: str) -> Tensor:
-    from ..kernels.refactor import refactor as launch
+    from ..kernels.step.refactor import refactor as launch
 
     return _serve(
         plan,
@@ -73,7 +73,7 @@ def refactor(plan: Plan, scalar: bool, precision: str) -> Tensor:
 
 
 def precondition(plan: Plan, scalar: bool, precision: str, start: int = 0) -> Tensor:
-    from ..kernels.precondition import precondition as launch
+    from ..kernels.step.precondition import precondition as launch
 
     return _serve(
         plan,
@@ -84,7 +84,7 @@ def precondition(plan: Plan, scalar: bool, precision: str, start: int = 0) -> Te
 
 
 def solve(plan: Plan, precision: str, start: int = 0) -> Tensor:
-    from ..kernels.precondition import solve as launch
+    from ..kernels.step.precondition import solve as launch
 
     return _serve(
         plan,
@@ -96,9 +96,9 @@ def solve(plan: Plan, precision: str, start: int = 0) -> Tensor:
 
 def adamw(plan: Plan, step: AdamWStep) -> Tensor:
     if step.scalar:
-        from ..kernels.adamw_scalar import adamw_scalar as launch
+        from ..kernels.step.adamw_scalar import adamw_scalar as launch
     else:
-        from ..kernels.adamw import adamw as launch
+        from ..kernels.step.adamw import adamw as launch
 
     return _serve(
         plan,
@@ -116,7 +116,7 @@ def polar(X: Tensor, precision: str, out: Sequence[Tensor] | None = None) -> tup
     """`[batch, n, n]` -> (Q, H)."""
     if X.shape[-1] > RANK_CLASSES[-1] or X.numel() == 0:
         return torch_backend.polar(X, precision, out)
-    from ..kernels.polar import polar as launch
+    from ..kernels.linalg.polar import polar as launch
 
     with torch.cuda.device_of(X):
         return launch(X, precision, out)
@@ -126,7 +126,7 @@ def geometric_mean(X: Tensor, Y: Tensor, precision: str, out: Tensor | None = No
     """`X # Y`; NaN where X or Y is not positive definite."""
     if X.shape[-1] > RANK_CLASSES[-1] or X.numel() == 0:
         return torch_backend.geometric_mean(X, Y, precision, out)
-    from ..kernels.geometric_mean import geometric_mean as launch
+    from ..kernels.linalg.geometric_mean import geometric_mean as launch
 
     with torch.cuda.device_of(X):
         return launch(X, Y, precision, out)
@@ -136,7 +136,7 @@ def sqrtm(X: Tensor, precision: str, inverse: bool, out: Tensor | None = None) -
     """`X^(1/2)`, or `X^(-1/2)`; NaN where X is not positive definite."""
     if X.shape[-1] > RANK_CLASSES[-1] or X.numel() == 0:
         return torch_backend.sqrtm(X, precision, inverse, out)
-    from ..kernels.sqrtm import sqrtm as launch
+    from ..kernels.linalg.sqrtm import sqrtm as launch
 
     with torch.cuda.device_of(X):
         return launch(X, precision, inverse, out)
@@ -149,7 +149,7 @@ def eigh(
     """`(w [batch, n] ascending, V or None)` of the symmetric parts; V0: eigenvectors of a similar X to start from."""
     if X.shape[-1] > RANK_CLASSES[-1] or X.numel() == 0:
         return torch_backend.eigh(X, precision, V0, vectors, out)
-    from ..kernels.eigh import eigh as launch
+    from ..kernels.linalg.eigh import eigh as launch
 
     with torch.cuda.device_of(X):
         return launch(X, precision, V0, vectors, out)
@@ -159,7 +159,7 @@ def svd(X: Tensor, precision: str, out: Sequence[Tensor] | None = None) -> tuple
     """`(U, S [batch, n] descending, Vh)`."""
     if X.shape[-1] > RANK_CLASSES[-1] or X.numel() == 0:
         return torch_backend.svd(X, precision, out)
-    from ..kernels.svd import svd as launch
+    from ..kernels.linalg.svd import svd as launch
 
     with torch.cuda.device_of(X):
         return launch(X, precision, out)
@@ -169,7 +169,7 @@ def inv_root(X: Tensor, p: float, eps: float, unit: float, precision: str, out: 
     """`(X + eps I)^(-1/p)`; NaN where that is not positive definite."""
     if X.shape[-1] > RANK_CLASSES[-1] or X.numel() == 0:
         return torch_backend.inv_root(X, p, eps, unit, precision, out)
-    from ..kernels.inv_root import inv_root as launch
+    from ..kernels.linalg.inv_root import inv_root as launch
 
     with torch.cuda.device_of(X):
         return launch(X, p, eps, unit, precision, out)
@@ -185,7 +185,7 @@ def _serve(
 
     precision: of Grams and solve; None without, which has a kernel on every device.
     """
-    from ..kernels.launch import prepare
+    from ..kernels.step.launch import prepare
 
     results = torch.empty(len(plan.rows), RESULTS, dtype=torch.float64, device=plan.device)
     prepared = prepare(plan)

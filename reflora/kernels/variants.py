@@ -8,23 +8,23 @@ import torch
 
 from ..constants import STORAGE_DTYPES
 from ..plan import P
-from . import eigh, inv_root, svd
-from .adamw import row_kernel, settle_kernel, update_kernel
-from .adamw_scalar import foresee_kernel, turn_kernel
-from .apply import apply_kernel, apply_options
 from .dtypes import MIXED
-from .gather import gram_kernel
-from .geometric_mean import geometric_mean_kernel
-from .jacobi import constants as eigen_constants
-from .jacobi import options as eigen_options
-from .launch import Group, scalar_constants, solve_constants, state_constants
-from .matrices import constants as matrix_constants
-from .matrices import options as matrix_options
-from .polar import polar_kernel
-from .precondition import solve_kernel
-from .refactor import factor_type, refactor_kernel
-from .scalar import balance_kernel, squares_kernel
-from .sqrtm import sqrtm_kernel
+from .linalg import eigh, inv_root, svd
+from .linalg.geometric_mean import geometric_mean_kernel
+from .linalg.jacobi import constants as eigen_constants
+from .linalg.jacobi import options as eigen_options
+from .linalg.matrices import constants as matrix_constants
+from .linalg.matrices import options as matrix_options
+from .linalg.polar import polar_kernel
+from .linalg.sqrtm import sqrtm_kernel
+from .step.adamw import row_kernel, settle_kernel, update_kernel
+from .step.adamw_scalar import foresee_kernel, turn_kernel
+from .step.apply import apply_kernel, apply_options
+from .step.gather import gram_kernel
+from .step.launch import Group, scalar_constants, solve_constants, state_constants
+from .step.precondition import solve_kernel
+from .step.refactor import factor_type, refactor_kernel
+from .step.scalar import balance_kernel, squares_kernel
 
 Variant = tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]
 

@@ -9,9 +9,9 @@ def serve_reflora() -> bool:
         from triton.runtime import driver
 
         from reflora.backends import triton_backend
-        from reflora.kernels import launch
+        from reflora.kernels import options
     except ImportError:
         return False
     triton_backend.unavailable = lambda device: None if device.type == "cpu" else "the emulator serves CPU tensors"
-    launch.capability = lambda device: driver.active.get_current_target().arch
+    options.capability = lambda device: driver.active.get_current_target().arch
     return True

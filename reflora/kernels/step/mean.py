@@ -3,23 +3,13 @@
 import triton
 import triton.language as tl
 
-from .. import constants
-from . import table as col
-from .cholesky import factor_all
+from ... import constants
+from .. import table as col
+from ..cholesky import factor_all
+from ..dtypes import normal_range, power_of_two
+from ..solve import FACTOR_INVERSE, FACTOR_T, PLAIN, finish, multiply, orthogonalised, polar_factor, product, read
 from .chunks import any_bad, counts, reduce_chunks
-from .dtypes import normal_range, power_of_two
 from .pair import SLOT_A, SLOT_B, SLOT_N, SLOT_X, SLOT_Y, column, slot
-from .solve import (
-    FACTOR_INVERSE,
-    FACTOR_T,
-    PLAIN,
-    finish,
-    multiply,
-    orthogonalised,
-    polar_factor,
-    product,
-    read,
-)
 
 KAPPA_OF_RANK = tl.constexpr(constants.KAPPA_OF_RANK["float32"])
 # the largest that is solved in registers from there on; a larger one would spill

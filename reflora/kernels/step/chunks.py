@@ -7,8 +7,8 @@ its chunks. Chunk Grams are packed triangles behind S and S^-1 in the workspace,
 import triton
 import triton.language as tl
 
-from . import table as col
-from .dtypes import exponent_of, power_of_two
+from .. import table as col
+from ..dtypes import exponent_of, power_of_two
 from .pair import SLOT_A, SLOT_B, block_zeros, column, largest, load_columns, slot
 
 CHUNKS = tl.constexpr(8)

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from . import table as col
+from .. import table as col
+from ..dtypes import BFLOAT16, FLOAT16, FLOAT32, bounded, clamped, load, root, rounded, store
 from .chunks import (
     CORRECTION_A,
     CORRECTION_B,
@@ -18,7 +19,6 @@ from .chunks import (
     chunk_gram,
     store_packed,
 )
-from .dtypes import BFLOAT16, FLOAT16, FLOAT32, bounded, clamped, load, root, rounded, store
 from .mean import mixer
 from .pair import column, load_columns, offsets
 from .rounding import key_of, round_randomly

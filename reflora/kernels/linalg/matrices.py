@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..constants import RANK_CLASSES
-from .cholesky import factor
-from .dtypes import exponent_of, power_of_two
-from .launch import TYPES, launch_options
-from .routes import ROUTES
+from ...constants import RANK_CLASSES
+from ..cholesky import factor
+from ..dtypes import exponent_of, power_of_two
+from ..options import TYPES, launch_options
+from ..routes import ROUTES
 
 # slots of the workspace of a program, `[RC * RC + RC]` elements of TC each
 SLOTS = tl.constexpr(5)

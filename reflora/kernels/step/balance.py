@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from . import table as col
+from .. import table as col
+from ..dtypes import bounded, load
 from .chunks import never_finite, span, store_bad
-from .dtypes import bounded, load
 from .pair import block_zeros, column, offsets
 from .scalar import AFTER, BEFORE, add_squares, no_squares, store_squares
 from .settle import step_scalars

@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..solve import PLAIN, finish, multiply, rounding, schulz_panels
 from .arrange import arrange, store_values
 from .jacobi import configuration, eigen, normalise, orthogonalise
 from .matrices import load_scaled, matrix_slot, panel_offsets, store_result
 from .polar import orthogonal
-from .solve import PLAIN, finish, multiply, rounding, schulz_panels
 
 # by rank class, float32 and float64: the fewest with which nothing, or least, spills
 WARPS = {16: (2, 2), 32: (4, 8), 64: (8, 8), 128: (16, 16)}

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import table as col
+from .. import table as col
+from ..dtypes import BFLOAT16, balanced_fits, exponent_of, load, power_of_two
 from .chunks import FACTOR_A, FACTOR_B, NUMBER, RUN, any_bad, counts, never_finite, span, store_bad
-from .dtypes import BFLOAT16, balanced_fits, exponent_of, load, power_of_two
 from .gather import entry, part
 from .launch import Group, scalar_constants, taken
 from .mean import ratio

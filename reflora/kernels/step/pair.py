@@ -6,8 +6,8 @@ Side A is worked on as blocks `[RC, BN]` and side B as `[BN, RC]`, so that both 
 import triton
 import triton.language as tl
 
-from . import table as col
-from .dtypes import load
+from .. import table as col
+from ..dtypes import load
 
 # slots of the workspace of a row: RC * RC elements, then a vector of RC, 8 bytes an element whatever they hold. S and
 # S^-1 end up at its beginning, as WIDE elements without a gap. float64 ones leave room in five slots for nothing else

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .dtypes import power_of_two
+from ..dtypes import power_of_two
 
 
 @triton.jit

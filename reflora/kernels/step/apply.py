@@ -6,10 +6,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import routes
-from . import table as col
+from .. import routes
+from .. import table as col
+from ..dtypes import load, store
 from .chunks import FACTOR_A, FACTOR_B, MATRIX, NUMBER, RUN, counts, span
-from .dtypes import load, store
 from .gather import part
 from .launch import Group, taken
 from .mean import mixer

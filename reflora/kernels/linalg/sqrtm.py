@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..solve import FACTOR_INVERSE, FACTOR_T, PLAIN, multiply, polar_factor, read, tall
 from .matrices import configuration, load_factor, matrix_slot, store_result
-from .solve import FACTOR_INVERSE, FACTOR_T, PLAIN, multiply, polar_factor, read, tall
 
 
 @triton.jit(do_not_specialize=["n"])

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..solve import PLAIN, frobenius, invert_transposed, multiply, polar_factor, rounding, tall
 from .matrices import configuration, load_scaled, matrix_slot, store_result
-from .solve import PLAIN, frobenius, invert_transposed, multiply, polar_factor, rounding, tall
 
 
 @triton.jit(do_not_specialize=["n"])

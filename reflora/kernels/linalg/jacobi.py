@@ -18,12 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dtypes import exponent_of, power_of_two
+from ..options import launch_options
+from ..solve import PLAIN, multiply, rounding, schulz_panels, slot_norm, squared_distance
 from . import matrices
 from .arrange import order
-from .dtypes import exponent_of, power_of_two
 from .householder import orthogonal_factor
-from .launch import launch_options
-from .solve import PLAIN, multiply, rounding, schulz_panels, slot_norm, squared_distance
 
 # far more sweeps than any X takes: 4 to 9, at most 19
 SWEEPS = tl.constexpr(40)

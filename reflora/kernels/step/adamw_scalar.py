@@ -11,13 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..plan import AMSGRAD as AMSGRAD_COLUMN
-from ..plan import Plan
-from . import table as col
+from ...plan import AMSGRAD as AMSGRAD_COLUMN
+from ...plan import Plan
+from .. import table as col
+from ..dtypes import BFLOAT16, FLOAT16, power_of_two
 from .adamw import unscaling
 from .balance import step_side
 from .chunks import MOVE, ROOT, RUN, TURN, any_bad, counts
-from .dtypes import BFLOAT16, FLOAT16, power_of_two
 from .gather import active, part
 from .launch import constants_of, prepare, scalar_constants, taken
 from .pair import column, report
@@ -25,7 +25,7 @@ from .scalar import AFTER, BEFORE, balance_root, look, total_norm
 from .settle import both_terms, refuse, steps_of, store_counts, store_scalars
 
 if TYPE_CHECKING:
-    from ..backends import AdamWStep
+    from ...backends import AdamWStep
 
 
 MEET = tl.constexpr(0.999)  # as reference.meet, which is 0.5 for 16-bit factors

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from . import table as col
+from .. import table as col
+from ..dtypes import FLOAT32, FLOAT64, MIXED, load, power_of_two, store
 from .chunks import (
     CARRIED,
     CORRECTION_A,
@@ -20,7 +21,6 @@ from .chunks import (
     counts,
     reduce_chunks,
 )
-from .dtypes import FLOAT32, FLOAT64, MIXED, load, power_of_two, store
 from .mean import form_scaled_identity, imbalance, judge, mixer, ratio, settle_s
 from .pair import column, report
 

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import chain
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
-from ..constants import KAPPA_MAX, STORAGE_DTYPES
-from ..plan import A_SIDE, B_SIDE, DTYPE, G_SN, G_SR, P_SN, P_SR, STATE, G, M, N, P, Plan, R, V, W, X
-from . import routes
+from ...constants import KAPPA_MAX, STORAGE_DTYPES
+from ...plan import A_SIDE, B_SIDE, DTYPE, G_SN, G_SR, P_SN, P_SR, STATE, G, M, N, P, Plan, R, V, W, X
+from .. import options, routes
+from ..dtypes import BFLOAT16, FLOAT16, MIXED
+from ..options import TYPES, launch_options
+from ..routes import Route
+from ..staging import OnDevice, current_stream, hold, int_table
 from .chunks import CHUNKS, HEADER
-from .dtypes import BFLOAT16, FLOAT16, MIXED
 from .pair import SLOTS_FLOAT32, SLOTS_FLOAT64
-from .routes import Route
-from .staging import OnDevice, current_stream, hold, int_table
 
-TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 # a chunk has at least so many blocks, so that a small layer is not cut into programs with nothing to do
 LEAST_BLOCKS = 4
 
@@ -46,11 +44,11 @@ class Group:
 
     @cached_property
     def capability(self) -> int:
-        return capability(self.device)
+        return options.capability(self.device)
 
     @cached_property
     def shared(self) -> int | None:
-        return shared_memory(self.device)
+        return options.shared_memory(self.device)
 
     def step_route(self, precision: str) -> str:
         """How a full AdamW step is taken; whatever is not by TORCH has an S here."""
@@ -162,27 +160,6 @@ def aligned(table: Tensor, rows: Sequence[int]) -> bool:
     near = (own[:, _NEAR] == 1) | (own[:, _OF_NEAR] == 0)
     whole = near.all() and not (own[:, _FOURS] & 3).any() and not (own[:, _ADDRESSES] & 15).any()
     return bool(whole and (own[:, _FAR] * own[:, _LINES] < 2**31).all())
-
-
-def shared_memory(device: torch.device) -> int | None:
-    """Bytes of shared memory that a block can opt in to, None where kernels are interpreted."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else None
-
-
-def capability(device: torch.device) -> int:
-    """90 for compute capability 9.0; 0 where kernels are interpreted or compiled ahead."""
-    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    return 10 * major + minor
-
-
-def launch_options(warps: int, registers: int = 255) -> dict[str, int]:
-    # left to itself, ptxas spills a few bytes to raise the occupancy of programs that are one to a multiprocessor
-    return {"num_warps": warps, "num_stages": 1, "maxnreg": min(registers, 65536 // (32 * warps))}
-
-
-def float64_bits(value: float) -> int:
-    """For a kernel's argument: Triton passes a Python float as float32."""
-    return int(struct.unpack("q", struct.pack("d", value))[0])
 
 
 def solve_constants(group: Group, precision: str, target: int | None = None) -> dict[str, Any]:

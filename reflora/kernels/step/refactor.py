@@ -6,20 +6,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..plan import Plan
-from . import routes
-from . import table as col
+from ...plan import Plan
+from .. import routes
+from .. import table as col
+from ..cholesky import factor
+from ..dtypes import balanced_fits
+from ..solve import FACTOR_INVERSE, FACTOR_T, PLAIN, finish, multiply
 from .apply import apply_chunks
-from .cholesky import factor
 from .chunks import FACTOR_A, FACTOR_B, MATRIX, NUMBER, RUN
-from .dtypes import balanced_fits
 from .gather import entry, gather_chunks
 from .launch import constants_of, prepare, taken
 from .mean import decide, mixer, polar_of_pair
 from .pair import SLOT_A, SLOT_B, SLOT_N, SLOT_X, SLOT_Y, column, report, slot
 from .scalar import balance_rows
 from .settle import refuse
-from .solve import FACTOR_INVERSE, FACTOR_T, PLAIN, finish, multiply
 
 
 @triton.jit

@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..plan import AMSGRAD as AMSGRAD_COLUMN
-from ..plan import Plan
-from . import routes
-from . import table as col
+from ...plan import AMSGRAD as AMSGRAD_COLUMN
+from ...plan import Plan
+from .. import routes
+from .. import table as col
 from .chunks import CARRIED, MOVE, RUN, accumulate, counts, span
 from .gather import active, entry, gather, gram_kernel, part
 from .launch import constants_of, prepare, state_constants, taken
@@ -23,7 +23,7 @@ from .settle import refuse, settle
 from .update import update
 
 if TYPE_CHECKING:
-    from ..backends import AdamWStep
+    from ...backends import AdamWStep
 
 
 @triton.jit

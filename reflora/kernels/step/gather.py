@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import table as col
+from .. import table as col
 from .chunks import CARRIED, HEADER, accumulate, counts, search, span
 from .launch import Group, taken
 from .pair import area_of, column

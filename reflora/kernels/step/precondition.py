@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..plan import Plan
-from . import routes
-from . import table as col
+from ...plan import Plan
+from .. import routes
+from .. import table as col
 from .apply import apply_chunks, product_type
 from .chunks import MATRIX, RUN
 from .gather import entry, gather_chunks

@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dtypes import exponent_of, power_of_two
+from ..dtypes import exponent_of, power_of_two
+from ..options import float64_bits
+from ..solve import PLAIN, multiply
 from .jacobi import configuration, eigen, normalise
-from .launch import float64_bits
 from .matrices import load_scaled, matrix_slot, store_result
-from .solve import PLAIN, multiply
 
 # by rank class, float32 and float64: the fewest with which nothing, or least, spills
 WARPS = {16: (2, 2), 32: (2, 4), 64: (4, 8), 128: (16, 16)}
