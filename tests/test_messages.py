@@ -111,8 +111,3 @@ def test_what_sharded_factors_cannot_do() -> None:
         ops.precondition([True], scalar=True)
     with pytest.raises(NotImplementedError, match="refactoring sharded factors"):
         ops.refactor([True], scalar=False)
-
-
-def test_an_optimizer_that_is_gone() -> None:
-    with pytest.raises(RuntimeError, match="reflora::adamw_: expected an optimizer, got one that is gone"):
-        torch.ops.reflora.adamw_([], [], [], [], torch.zeros(1, 7), [], [], [], None, None, 10**6)

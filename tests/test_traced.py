@@ -172,6 +172,31 @@ def test_errors_come_through():
         torch.compile(lambda: reflora.refactor_([(A, B)]), fullgraph=True)()
 
 
+def step_arguments(pairs, **options):
+    """What a graph hands to the operator, of an optimizer that is gone afterwards."""
+    optimizer = RefLoRAAdamW(pairs, lr=1e-2, **options)
+    optimizer._init_group()
+    params, grads = [t.detach() for t in factors(pairs)], [t.grad for t in factors(pairs)]
+    state = [optimizer.state[p][name] for p, names in zip(factors(pairs), optimizer._state_names) for name in names]
+    hypers = [1e-2, 0.9, 0.999, 1e-8, 0.01, 0.0, 0.0]
+    graded, results = list(range(len(params))), empty_results(optimizer.pairs)
+    return params, grads, graded, state, results, hypers, [], [], None, None, optimizer._described
+
+
+def test_the_operator_needs_no_optimizer():
+    pairs = leaf_pairs(SHAPES, torch.float32)
+    random_grads(factors(pairs), torch.Generator().manual_seed(0))
+    twins = clones(pairs)
+    arguments, eager = step_arguments(pairs), RefLoRAAdamW(twins, lr=1e-2)
+    for _ in range(2):
+        for own, other in zip(factors(twins), factors(pairs)):
+            own.grad = other.grad
+        torch.ops.reflora.adamw_(*arguments)
+        eager.step()
+        assert all(torch.equal(x, y) for x, y in zip(factors(pairs), factors(twins)))
+    assert arguments[4][:, 0].tolist() == eager.diagnostics().status.tolist()
+
+
 def operator_cases():
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
@@ -181,26 +206,8 @@ def operator_cases():
     yield ops.refactor_, (tensors, "linear;experts(2)", False, "", "float64")
     yield ops.precondition_, (tensors, grads, [0, 1], "linear;experts(2)", False, "cpp", "float32")
     pairs = [tuple(t.requires_grad_() for t in (draw(4, 20), draw(12, 4)))]
-    optimizer = RefLoRAAdamW(pairs, lr=1e-2, interval=2)
-    optimizer._init_group()
-    params = [t.detach() for t in factors(pairs)]
-    state = [optimizer.state[p][name] for p, names in zip(factors(pairs), optimizer._state_names) for name in names]
-    results = empty_results(optimizer.pairs)
-    hypers = [1e-2, 0.9, 0.999, 1e-8, 0.01, 0.0, 0.0]
-    args = (
-        params,
-        [draw(4, 20), draw(12, 4)],
-        [0, 1],
-        state,
-        results,
-        hypers,
-        [],
-        [],
-        None,
-        None,
-        optimizer._described,
-    )
-    yield ops.adamw_, args
+    random_grads(factors(pairs), generator)
+    yield ops.adamw_, step_arguments(pairs, interval=2)
 
 
 def test_operators():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .fault import HOOKS, MEMBERS, OPTIONS, START, STEPS, python
+from .fault import ABSENT, HOOKS, MEMBERS, OPTIONS, START, STEPS, python
 
 FAULTS = (
     python(
