@@ -89,7 +89,7 @@ def cases(
 def variants(classes: Iterable[int], capabilities: Iterable[int]) -> Iterator[Case]:
     """What the table leaves out: other storage types and the kernels' other modes."""
     amp = {"AMSGRAD": True, "grad_scale": "*fp32", "found_inf": "*fp32"}
-    kept = {"SCHEDULED": True, "KEEP": True}
+    kept = {"SCHEDULED": True, "SAVE": True}
     others: list[tuple[str, str, str, dict[str, Any]]] = [
         ("solve", "float64", "mixed", {"SAVE": True}),
         ("apply", "float64", "mixed", {}),

@@ -81,9 +81,14 @@ class Diagnostics:
         return self._column(col.STATUS).int()
 
     @property
-    def balance(self) -> Tensor:
-        """`||A A^T - B^T B||_F / ||A A^T||_F`, `[layers]`; inf where A is 0."""
+    def imbalance(self) -> Tensor:
+        """`||A A^T - B^T B||_F / ||A A^T||_F`, `[layers]`: 0 where the factors are balanced; inf where A is 0."""
         return self._column(col.BALANCE)
+
+    @property
+    def balance(self) -> Tensor:
+        """The same as `imbalance`, under the name that it has had."""
+        return self.imbalance
 
     @property
     def condition_A(self) -> Tensor:

@@ -116,7 +116,7 @@ def test_chunk_widths():
 def test_memory_beyond_adamw(rank_class, layers, megabytes):
     """LLaMA-7B at r = 32 and DeBERTaV3-base at r = 8: buffers, tables and state, as an allocator rounds them."""
     sizes = [(4096, 11008)] * layers
-    group = launch.Group(rank_class, 0, 0, torch.float32, torch.device(DEVICE), range(layers), sizes)
+    group = launch.RankClass(rank_class, 0, 0, torch.float32, torch.device(DEVICE), range(layers), sizes)
     buffers = [group.workspace, group.headers, group.arrivals, group.entries, group.items]
     table, results = 8 * layers * col.COLUMNS, 8 * layers * col.RESULTS
     state = 2 * 512 * layers  # reflora_phase and reflora_steps, one element each

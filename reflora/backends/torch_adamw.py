@@ -17,7 +17,7 @@ from ..constants import DEGENERATE, PLAIN, REFACTORED, SKIPPED
 from ..plan import A_SIDE, B_SIDE, Plan
 from ..reference import meet
 from . import AdamWStep
-from .torch_groups import SIDES, Group, chosen, groups, record, results_of, saturated, skip
+from .torch_groups import SIDES, Batch, chosen, groups, record, results_of, saturated, skip
 from .torch_rounding import round_stochastically, row_key
 from .torch_solve import Gram, Solution, gram, met
 
@@ -53,7 +53,7 @@ def adamw(plan: Plan, step: AdamWStep, rows: Sequence[int] | None = None) -> Ten
         key = (tuple(group.rows), step.precision)
         # Grams of rows that nobody has written come out the same when they are computed along with the others
         grams = carried.get(key) if all(group.column(col.KEPT)) else None
-        GroupStep(group, step, memory).run(results, grams or group.grams(step.precision))
+        BatchStep(group, step, memory).run(results, grams or group.grams(step.precision))
         if step.carry and not step.scalar:
             memory.grams[key] = group.grams(step.precision)
     return chosen(results, rows)
@@ -72,10 +72,10 @@ def scalar_schedule(count: Tensor, step: AdamWStep) -> tuple[Tensor, Tensor]:
     return before, (past >= 0) & (past % step.interval == 0)
 
 
-class GroupStep:
+class BatchStep:
     """One group's step. Sides are lists `[A, B]`; moments in units of S move by `[1 / c, c]`."""
 
-    def __init__(self, group: Group, step: AdamWStep, memory: Memory):
+    def __init__(self, group: Batch, step: AdamWStep, memory: Memory):
         self.group, self.step, self.memory = group, step, memory
         self.device = group.plan.device
         self.hypers = [self._hypers(index) for index in group.hypers]
@@ -212,10 +212,10 @@ class GroupStep:
     def _update(self, grads: list[Tensor]) -> None:
         apply = self.group.apply
         # squares stay finite
-        top = torch.finfo(apply).max ** 0.5 / 10
+        limit = torch.finfo(apply).max ** 0.5 / 10
         for i, (side, h) in enumerate(zip(SIDES, self.hypers)):
             t = self._steps(side).double().view(-1, 1, 1) + 1
-            g = saturated(grads[i], top)
+            g = saturated(grads[i], limit)
             self.M[i] = self.M[i] + (1 - h.beta1) * (g - self.M[i])
             self.V[i] = second = h.beta2 * self.V[i] + (1 - h.beta2) * g * g
             x = self.X[i]

@@ -17,7 +17,7 @@ SIDES = (A_SIDE, B_SIDE)
 
 
 @dataclass(frozen=True)
-class Group:
+class Batch:
     """Rows of one shape, dtype, type of state and hyperparameters.
 
     Stacks are `[b, r, n]` copies; `views` are where they go back to. hypers: rows of the hyperparameter table that A
@@ -93,7 +93,7 @@ class Group:
         return solve(a, b, self.apply, precision, weight)
 
 
-def groups(plan: Plan, rows: Sequence[int] | None) -> Iterator[Group]:
+def groups(plan: Plan, rows: Sequence[int] | None) -> Iterator[Batch]:
     """The active ones of `rows` (None: of all rows)."""
     found: dict[tuple, list[int]] = {}
     table = plan.table.tolist()
@@ -103,7 +103,7 @@ def groups(plan: Plan, rows: Sequence[int] | None) -> Iterator[Group]:
             hypers, master = (entries[A_SIDE + col.HYPER], entries[B_SIDE + col.HYPER]), entries[A_SIDE + col.W] != 0
             key = (hypers, master, entries[col.STATE], row.A.shape, row.B.shape, row.A.dtype)
             found.setdefault(key, []).append(number)
-    return (Group(plan, numbers, key[0], key[1]) for key, numbers in found.items())
+    return (Batch(plan, numbers, key[0], key[1]) for key, numbers in found.items())
 
 
 def skip(solution: Solution, *grads: Tensor) -> Solution:
@@ -112,9 +112,9 @@ def skip(solution: Solution, *grads: Tensor) -> Solution:
     return solution._replace(status=solution.status.where(finite, SKIPPED))
 
 
-def saturated(values: Tensor, top: float) -> Tensor:
+def saturated(values: Tensor, limit: float) -> Tensor:
     """inf - inf inside a product has no sign left and becomes 0."""
-    return values.nan_to_num(0.0, top, -top).clamp(-top, top)
+    return values.nan_to_num(0.0, limit, -limit).clamp(-limit, limit)
 
 
 def results_of(plan: Plan) -> Tensor:
@@ -128,7 +128,7 @@ def chosen(results: Tensor, rows: Sequence[int] | None) -> Tensor:
     return results if rows is None else torch.stack([results[number] for number in rows])
 
 
-def record(results: Tensor, group: Group, a: Gram, b: Gram, solution: Solution) -> None:
+def record(results: Tensor, group: Batch, a: Gram, b: Gram, solution: Solution) -> None:
     values = reported(a, b, solution)
     torch._foreach_copy_([results[number, : col.REPORTED] for number in group.rows], list(values.unbind(0)))
 

@@ -15,7 +15,7 @@ from ..pairs import LoRAPair
 
 
 @dataclass
-class Group:
+class HookGroup:
     """Layers of one rank and type on a device, and what is kept of them, a row an expert.
 
     units float64 `[rows, 3]`: of A and B as new_units has them, and whether S has been other than I. counts float32
@@ -47,7 +47,7 @@ class Group:
         rows = torch.tensor(list(chain.from_iterable(numbers)), dtype=torch.bool, device="cpu").nonzero()[:, 0]
         return chosen, rows.to(self.units.device, non_blocking=True)
 
-    def after(self, backward: Container[int]) -> Group:
+    def after(self, backward: Container[int]) -> HookGroup:
         """With a step of the pairs that have had a backward pass, and room for other matrices."""
         if all(i in backward for i in self.indices):
             counts = self.counts + 1
@@ -68,13 +68,13 @@ def kind_of(pair: LoRAPair) -> tuple[Any, ...]:
     return pair.A.device, pair.rank, apply_dtype(pair)
 
 
-def grouped(kind: tuple[Any, ...], indices: list[int], state: Mapping[int, Tensor], host: bool) -> Group:
+def grouped(kind: tuple[Any, ...], indices: list[int], state: Mapping[int, Tensor], host: bool) -> HookGroup:
     """host: counts are kept there."""
     device, rank, dtype = kind
     whole = torch.cat([state[i].to(device, torch.float64) for i in indices])
     counts = whole[:, 3].to("cpu" if host else device, torch.float32)
     matrices = torch.empty(len(whole), 2, rank, rank, dtype=dtype, device=device)
-    return Group(indices, [len(state[i]) for i in indices], whole[:, :3].clone(), counts, matrices)
+    return HookGroup(indices, [len(state[i]) for i in indices], whole[:, :3].clone(), counts, matrices)
 
 
 def sides(units: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from ..optim.adamw_engine import capturing
 from ..optim.membership import LONE, Unserved, listed, say_plain
 from ..optim.pairs import Outcome, PairOps, multiply, new_units
 from ..pairs import HOOKED, LoRAPair, check_unhooked
-from .hook_groups import Group, grouped, kind_of, sides
+from .hook_groups import HookGroup, grouped, kind_of, sides
 from .peft import find_pairs
 
 LOADED = "Load what state_dict() of GradientHooks over the same model gave."
@@ -135,7 +135,7 @@ class GradientHooks:
             self._told.add(LONE)
             say_plain([pair.name], LONE, stacklevel=3)
 
-    def _plain(self, groups: Sequence[Group], indices: Set[int]) -> dict[int, Tensor]:
+    def _plain(self, groups: Sequence[HookGroup], indices: Set[int]) -> dict[int, Tensor]:
         """S = I; where a loaded state is in other units the matrices that keep gradients in them."""
         norms = self._ops.norms(indices) if self._in_other_units else {}
         found: dict[int, Tensor] = {}
@@ -170,13 +170,13 @@ class GradientHooks:
         settled = kept[:, 2:].maximum(found.left[:, None])
         return units.where(units > 0, 1.0), torch.cat([units, settled], 1)
 
-    def _next_groups(self) -> list[Group]:
+    def _next_groups(self) -> list[HookGroup]:
         """The groups after the backward passes so far, in tensors of their own; factors may have moved since."""
         if any(group.moved(self.pairs) for group in self._groups):
             return self._grouped(self._state())
         return [group.after(self._went_backward) for group in self._groups]
 
-    def _grouped(self, state: Mapping[int, Tensor]) -> list[Group]:
+    def _grouped(self, state: Mapping[int, Tensor]) -> list[HookGroup]:
         alike: dict[tuple[Any, ...], list[int]] = {}
         for index, pair in enumerate(self.pairs):
             alike.setdefault(kind_of(pair), []).append(index)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 # how the elements of a slot are read: as they are, or as L^T or L^-1 of a slot that `factor` has packed
-PLAIN, FACTOR_T, FACTOR_INVERSE = (tl.constexpr(c) for c in range(3))
+WHOLE, FACTOR_T, FACTOR_INVERSE = (tl.constexpr(c) for c in range(3))
 # more than any X takes: 4 to 13, up to 20 at the bound of degenerate layers, 190 over the whole range of float64
 SCHULZ_STEPS = tl.constexpr(200)
 
@@ -64,8 +64,8 @@ def multiply(
 ):  # fmt: skip
     """Slot p_out becomes op(left) @ op(right) of two other slots, in panels of BM rows and inner blocks of BK."""
     j = tl.arange(0, RC)
-    for top in range(0, RC, BM):
-        i = top + tl.arange(0, BM)
+    for first in range(0, RC, BM):
+        i = first + tl.arange(0, BM)
         acc = tl.zeros([BM, RC], TC)
         for start in range(0, r, BK):
             k = start + tl.arange(0, BK)
@@ -91,8 +91,8 @@ def finish(
     """
     j = tl.arange(0, RC)
     bad = tl.full((), 0, tl.int32)
-    for top in range(0, RC, BM):
-        i = top + tl.arange(0, BM)
+    for first in range(0, RC, BM):
+        i = first + tl.arange(0, BM)
         o = i[:, None] * RC + j[None, :]
         x = tl.load(p_slot + o).to(tl.float64)
         if SYMMETRIC:
@@ -158,7 +158,7 @@ def polar_factor(p_x, p_y, r, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constex
         tl.debug_barrier()
         tl.store(p_x + o, x)
     else:
-        multiply(p_y, p_x, PLAIN, True, p_x, PLAIN, False, r, RC, BM, BK, TC)
+        multiply(p_y, p_x, WHOLE, True, p_x, WHOLE, False, r, RC, BM, BK, TC)
         tl.debug_barrier()
         scale = 1.0 / tl.sqrt(slot_bound(p_y, RC, BM, TC))
         low, away = scale, tl.full((), 1.0, TC)
@@ -168,7 +168,7 @@ def polar_factor(p_x, p_y, r, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constex
             own, cube, low = schulz(low, away)
             schulz_panels(p_x, p_y, own * scale, cube * scale * scale * scale, r, RC, BM, BK, TC)
             tl.debug_barrier()
-            multiply(p_y, p_x, PLAIN, True, p_x, PLAIN, False, r, RC, BM, BK, TC)
+            multiply(p_y, p_x, WHOLE, True, p_x, WHOLE, False, r, RC, BM, BK, TC)
             scale = tl.full((), 1.0, TC)
             tl.debug_barrier()
             step += 1
@@ -219,8 +219,8 @@ def squared_distance(p_y, scale, r, RC: tl.constexpr, BM: tl.constexpr, TC: tl.c
     """`||scale Y - I||_F^2` of a slot."""
     square = tl.full((), 0.0, TC)
     j = tl.arange(0, RC)[None, :]
-    for top in range(0, RC, BM):
-        i = top + tl.arange(0, BM)[:, None]
+    for first in range(0, RC, BM):
+        i = first + tl.arange(0, BM)[:, None]
         d = tl.load(p_y + i * RC + j) * scale - tl.where((i == j) & (i < r), 1.0, 0.0).to(TC)
         square += tl.sum(tl.sum(d * d, 1), 0)
     return square
@@ -230,8 +230,8 @@ def squared_distance(p_y, scale, r, RC: tl.constexpr, BM: tl.constexpr, TC: tl.c
 def schulz_panels(p_x, p_y, own, cube, r, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, TC: tl.constexpr):
     """`X <- own X - cube X Y`, a panel of rows at a time: it needs no other rows of X."""
     j = tl.arange(0, RC)[None, :]
-    for top in range(0, RC, BM):
-        i = top + tl.arange(0, BM)[:, None]
+    for first in range(0, RC, BM):
+        i = first + tl.arange(0, BM)[:, None]
         acc = tl.zeros([BM, RC], TC)
         for start in range(0, r, BK):
             k = start + tl.arange(0, BK)
@@ -254,8 +254,8 @@ def converged(TC: tl.constexpr):
 def slot_norm(p_slot, RC: tl.constexpr, BM: tl.constexpr, TC: tl.constexpr):
     """Frobenius norm of a slot."""
     square = tl.full((), 0.0, TC)
-    for top in range(0, RC, BM):
-        x = tl.load(p_slot + (top + tl.arange(0, BM))[:, None] * RC + tl.arange(0, RC)[None, :])
+    for first in range(0, RC, BM):
+        x = tl.load(p_slot + (first + tl.arange(0, BM))[:, None] * RC + tl.arange(0, RC)[None, :])
         square += tl.sum(tl.sum(x * x, 1), 0)
     return tl.sqrt(square)
 
@@ -264,8 +264,8 @@ def slot_norm(p_slot, RC: tl.constexpr, BM: tl.constexpr, TC: tl.constexpr):
 def slot_bound(p_slot, RC: tl.constexpr, BM: tl.constexpr, TC: tl.constexpr):
     """As `eigenvalue_bound`, of the matrix in a slot."""
     square, largest = tl.full((), 0.0, TC), tl.full((), 0.0, TC)
-    for top in range(0, RC, BM):
-        x = tl.load(p_slot + (top + tl.arange(0, BM))[:, None] * RC + tl.arange(0, RC)[None, :])
+    for first in range(0, RC, BM):
+        x = tl.load(p_slot + (first + tl.arange(0, BM))[:, None] * RC + tl.arange(0, RC)[None, :])
         square += tl.sum(tl.sum(x * x, 1), 0)
         largest = tl.maximum(largest, tl.max(tl.sum(tl.abs(x), 1), 0))
     return smaller(largest, tl.sqrt(square))
@@ -287,8 +287,8 @@ def smaller(x, y):
 def newton_update(p_x, p_y, z, RC: tl.constexpr, BM: tl.constexpr, TC: tl.constexpr):
     """`X <- (z X + Y / z) / 2`."""
     inverse = 1.0 / z
-    for top in range(0, RC, BM):
-        o = (top + tl.arange(0, BM))[:, None] * RC + tl.arange(0, RC)[None, :]
+    for first in range(0, RC, BM):
+        o = (first + tl.arange(0, BM))[:, None] * RC + tl.arange(0, RC)[None, :]
         tl.store(p_x + o, 0.5 * (z * tl.load(p_x + o) + tl.load(p_y + o) * inverse))
 
 

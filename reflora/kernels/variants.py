@@ -21,7 +21,7 @@ from .step.adamw import row_kernel, settle_kernel, update_kernel
 from .step.adamw_scalar import foresee_kernel, turn_kernel
 from .step.apply import apply_kernel, apply_options
 from .step.gather import gram_kernel
-from .step.launch import Group, scalar_constants, solve_constants, state_constants
+from .step.launch import RankClass, scalar_constants, solve_constants, state_constants
 from .step.precondition import solve_kernel
 from .step.refactor import factor_type, refactor_kernel
 from .step.scalar import balance_kernel, squares_kernel
@@ -41,7 +41,7 @@ PAIR_KERNELS = {
 SCALAR_KERNELS = ("foresee", "turn", "squares", "balance")
 AMP = {"grad_scale": None, "found_inf": None, "seed": None}
 PAIR_CONSTANTS: dict[str, Any] = {
-    "SCHEDULED": False, "KEEP": False, "CARRY": False, "CHECK": True, "AMSGRAD": False, "MASTER": False,
+    "SCHEDULED": False, "CARRY": False, "CHECK": True, "AMSGRAD": False, "MASTER": False,
     "SAVE": False, "MATRICES": True, "COLUMN": P, "GRADIENTS": False, "VECTOR": True, **AMP,
 }  # fmt: skip
 EIGEN_KERNELS = {"eigh": eigh.eigh_kernel, "svd": svd.svd_kernel, "inv_root": inv_root.inv_root_kernel}
@@ -66,7 +66,7 @@ def variant(
     wide = torch.float64 if storage in ("mixed", "float64") else torch.float32
     code = MIXED.value if storage == "mixed" else STORAGE_DTYPES.index(getattr(torch, storage))
     state = code if state is None else STORAGE_DTYPES.index(getattr(torch, state))
-    group = Group(rank_class, code, state, wide, torch.device("cpu"))
+    group = RankClass(rank_class, code, state, wide, torch.device("cpu"))
     kernel = PAIR_KERNELS[name]
     constants = {**PAIR_CONSTANTS, **group.constants, **solve_constants(group, precision, capability)}
     own = scalar_constants(group) if name in SCALAR_KERNELS else state_constants(group, precision)

@@ -33,7 +33,7 @@ from .step import Members, Options, adamw_, engines_of
 
 SEED = "reflora_seed"
 # of a group, as floats; lr is 0 where it is a tensor
-HYPERS = ("lr", "beta1", "beta2", "eps", "weight_decay", "amsgrad", "maximize")
+GROUP_HYPERS = ("lr", "beta1", "beta2", "eps", "weight_decay", "amsgrad", "maximize")
 
 
 @dataclass
@@ -217,14 +217,16 @@ def adamw_op(
 ) -> None:  # fmt: skip
     """One step. params: all, in group order; graded: which have the gradients; state: entries of each param in turns.
 
-    results: see empty_results. hypers: HYPERS of each group; lrs: learning rates that are tensors, of groups lr_groups.
+    results: see empty_results. hypers: GROUP_HYPERS of each group; lrs: rates that are tensors, of groups lr_groups.
     """
     kept = _KEPT.get(results)
     if kept is None:
         kept = _KEPT[results] = Compiled()
     wanted = kept.over(described, params, state)
     for number, group in enumerate(kept.groups):
-        lr, beta1, beta2, eps, decay, amsgrad, maximize = hypers[number * len(HYPERS) : (number + 1) * len(HYPERS)]
+        lr, beta1, beta2, eps, decay, amsgrad, maximize = hypers[
+            number * len(GROUP_HYPERS) : (number + 1) * len(GROUP_HYPERS)
+        ]
         group.update(lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=decay)
         group.update(amsgrad=bool(amsgrad), maximize=bool(maximize))
     for number, lr_tensor in zip(lr_groups, lrs):

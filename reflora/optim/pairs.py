@@ -218,12 +218,12 @@ def multiply(views: Sequence[Tensor], matrices: Sequence[Tensor]) -> None:
         same.append(view)
         factors.append(matrix)
     for (_, dtype, _), (same, factors) in groups.items():
-        top = torch.finfo(dtype).max
+        huge = torch.finfo(dtype).max
         stack, values = torch.stack(factors), torch.stack(same)
         wide = torch.promote_types(stack.dtype, dtype)
         product = stack.to(wide) @ values.to(wide)
         finite = values.isfinite().all(2).all(1)[:, None, None]
-        torch._foreach_copy_(same, list(product.clamp(-top, top).where(finite, product).to(dtype).unbind()))
+        torch._foreach_copy_(same, list(product.clamp(-huge, huge).where(finite, product).to(dtype).unbind()))
 
 
 @independent()

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..solve import FACTOR_INVERSE, FACTOR_T, PLAIN, multiply, polar_factor
+from ..solve import FACTOR_INVERSE, FACTOR_T, WHOLE, multiply, polar_factor
 from .matrices import configuration, load_factor, matrix_slot, store_result
 
 
@@ -25,9 +25,9 @@ def geometric_mean_kernel(
     multiply(p_y, p_ly, FACTOR_INVERSE, False, p_lx, FACTOR_T, True, n, RC, BM, BK, TC)
     tl.debug_barrier()
     polar_factor(p_q, p_y, n, RC, BM, BK, TC)
-    multiply(p_y, p_q, PLAIN, True, p_ly, FACTOR_T, False, n, RC, BM, BK, TC)
+    multiply(p_y, p_q, WHOLE, True, p_ly, FACTOR_T, False, n, RC, BM, BK, TC)
     tl.debug_barrier()
-    multiply(p_q, p_lx, FACTOR_T, True, p_y, PLAIN, False, n, RC, BM, BK, TC)
+    multiply(p_q, p_lx, FACTOR_T, True, p_y, WHOLE, False, n, RC, BM, BK, TC)
     tl.debug_barrier()
     store_result(p_mean, index, n, p_q, (exponent_x + exponent_y) >> 1, sound_x * sound_y, True, RC, BM)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..dtypes import exponent_of, power_of_two
 from ..options import float64_bits
-from ..solve import PLAIN, multiply
+from ..solve import WHOLE, multiply
 from .jacobi import configuration, eigen, normalise
 from .matrices import load_scaled, matrix_slot, store_result
 
@@ -41,7 +41,7 @@ def inv_root_kernel(
         o = (first + tl.arange(0, BM))[:, None] * RC + j
         tl.store(p_z + o, tl.load(p_u + o) * power)
     tl.debug_barrier()
-    multiply(p_x, p_z, PLAIN, False, p_u, PLAIN, True, n, RC, BM, BK, TC)
+    multiply(p_x, p_z, WHOLE, False, p_u, WHOLE, True, n, RC, BM, BK, TC)
     tl.debug_barrier()
     store_result(p_root, index, n, p_x, exponent, sound * usable, True, RC, BM)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..dtypes import exponent_of, power_of_two
 from ..options import launch_options
-from ..solve import PLAIN, multiply, rounding, schulz_panels, slot_norm, squared_distance
+from ..solve import WHOLE, multiply, rounding, schulz_panels, slot_norm, squared_distance
 from . import matrices
 from .arrange import order
 from .householder import orthogonal_factor
@@ -51,13 +51,13 @@ def eigen(
     sweeps = 0
     left = 0
     while left < PASSES:
-        multiply(p_z, p_x, PLAIN, False, p_u, PLAIN, False, n, RC, BM, BK, TC)
+        multiply(p_z, p_x, WHOLE, False, p_u, WHOLE, False, n, RC, BM, BK, TC)
         tl.debug_barrier()
         sweeps = orthogonal_columns(p_u, p_z, sigma, n, sweeps, RC, TC)
         orthogonalise(p_u, p_z, n, RC, BM, BK, TC)
-        multiply(p_z, p_x, PLAIN, False, p_u, PLAIN, False, n, RC, BM, BK, TC)
+        multiply(p_z, p_x, WHOLE, False, p_u, WHOLE, False, n, RC, BM, BK, TC)
         tl.debug_barrier()
-        multiply(p_t, p_u, PLAIN, True, p_z, PLAIN, False, n, RC, BM, BK, TC)
+        multiply(p_t, p_u, WHOLE, True, p_z, WHOLE, False, n, RC, BM, BK, TC)
         tl.debug_barrier()
         stubborn = correction(p_z, p_t, RC, BM, TC)
         tl.debug_barrier()
@@ -66,12 +66,12 @@ def eigen(
         orthogonalise(p_u, p_z, n, RC, BM, BK, TC)
         # what the rotations have left of a cluster is their rounding: once more, from a product that has none of it
         left = tl.where(stubborn <= 3.0 * rounding(TC) * size, PASSES, left + 1)
-    multiply(p_z, p_x, PLAIN, False, p_u, PLAIN, False, n, RC, BM, BK, TC)
+    multiply(p_z, p_x, WHOLE, False, p_u, WHOLE, False, n, RC, BM, BK, TC)
     tl.debug_barrier()
     j = tl.arange(0, RC)
     values, squares = tl.zeros([RC], TC), tl.zeros([RC], TC)
-    for top in range(0, RC, BM):
-        o = (top + tl.arange(0, BM))[:, None] * RC + j[None, :]
+    for first in range(0, RC, BM):
+        o = (first + tl.arange(0, BM))[:, None] * RC + j[None, :]
         u = tl.load(p_u + o)
         values += tl.sum(u * tl.load(p_z + o), 0)
         squares += tl.sum(u * u, 0)
@@ -108,9 +108,9 @@ def measure(p_x, p_z, p_t, n, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constex
     The shift is 5 % more than the bound `||X^4||_F^(1/4)` of `||X||_2`, 1 for X = 0.
     The rank is `||X||_F^4 / ||X^2||_F^2`: how many eigenvalues there would be, were all that count of one size.
     """
-    multiply(p_z, p_x, PLAIN, False, p_x, PLAIN, False, n, RC, BM, BK, TC)
+    multiply(p_z, p_x, WHOLE, False, p_x, WHOLE, False, n, RC, BM, BK, TC)
     tl.debug_barrier()
-    multiply(p_t, p_z, PLAIN, False, p_z, PLAIN, False, n, RC, BM, BK, TC)
+    multiply(p_t, p_z, WHOLE, False, p_z, WHOLE, False, n, RC, BM, BK, TC)
     tl.debug_barrier()
     size, square, fourth = slot_norm(p_x, RC, BM, TC), slot_norm(p_z, RC, BM, TC), slot_norm(p_t, RC, BM, TC)
     rank = size * size / tl.where(square > 0, square, 1.0)
@@ -128,19 +128,19 @@ def start(
     """
     away = tl.full((), 1.0, TC)
     if warm == 1:
-        multiply(p_z, p_u, PLAIN, True, p_u, PLAIN, False, n, RC, BM, BK, TC)
+        multiply(p_z, p_u, WHOLE, True, p_u, WHOLE, False, n, RC, BM, BK, TC)
         tl.debug_barrier()
         away = tl.sqrt(squared_distance(p_z, 1.0, n, RC, BM, TC))
     if away <= WARM_LIMIT:
         schulz_panels(p_u, p_z, 1.5, 0.5, n, RC, BM, BK, TC)
     else:
         j = tl.arange(0, RC)[None, :]
-        for top in range(0, RC, BM):
-            i = top + tl.arange(0, BM)[:, None]
+        for first in range(0, RC, BM):
+            i = first + tl.arange(0, BM)[:, None]
             tl.store(p_u + i * RC + j, tl.where((i == j) & (i < n), 1.0, 0.0).to(TC))
     tl.debug_barrier()
     if rank * GRADED < n:
-        multiply(p_z, p_x, PLAIN, False, p_u, PLAIN, False, n, RC, BM, BK, TC)
+        multiply(p_z, p_x, WHOLE, False, p_u, WHOLE, False, n, RC, BM, BK, TC)
         tl.debug_barrier()
         sort_columns(p_z, p_t + RC * RC, p_u, n, RC, BM)
         orthogonal_factor(p_u, p_t, n, RC, TC)
@@ -165,7 +165,7 @@ def sort_columns(p_z, p_norms, p_u, n, RC: tl.constexpr, BM: tl.constexpr):
 @triton.jit
 def orthogonalise(p_u, p_z, n, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, TC: tl.constexpr):
     """One Newton-Schulz step `U <- U (3 I - U^T U) / 2` of slot `p_u`; slot `p_z` is scratch."""
-    multiply(p_z, p_u, PLAIN, True, p_u, PLAIN, False, n, RC, BM, BK, TC)
+    multiply(p_z, p_u, WHOLE, True, p_u, WHOLE, False, n, RC, BM, BK, TC)
     tl.debug_barrier()
     schulz_panels(p_u, p_z, 1.5, 0.5, n, RC, BM, BK, TC)
     tl.debug_barrier()
@@ -181,8 +181,8 @@ def correction(p_e, p_h, RC: tl.constexpr, BM: tl.constexpr, TC: tl.constexpr):
     # E^2 is what one Newton-Schulz step mends
     most = 0.3 * tl.sqrt(tl.sqrt(rounding(TC)))
     square = tl.full((), 0.0, TC)
-    for top in range(0, RC, BM):
-        i = top + tl.arange(0, BM)[:, None]
+    for first in range(0, RC, BM):
+        i = first + tl.arange(0, BM)[:, None]
         h = 0.5 * (tl.load(p_h + i * RC + j) + tl.load(p_h + j * RC + i))
         gap = tl.load(p_h + j * RC + j) - tl.load(p_h + i * RC + i)
         simple = (i != j) & (gap != 0.0) & (tl.abs(h) <= most * tl.abs(gap))

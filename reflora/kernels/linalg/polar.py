@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..solve import PLAIN, frobenius, invert_transposed, multiply, polar_factor, rounding, tall
+from ..solve import WHOLE, frobenius, invert_transposed, multiply, polar_factor, rounding, tall
 from .matrices import configuration, load_scaled, matrix_slot, store_result
 
 
@@ -26,7 +26,7 @@ def polar_kernel(
     )
     exponent, usable = load_scaled(p_X, index, n, p_first, False, RC, BM, TC)
     orthogonal(p_first, p_x, p_y, n, RC, BM, BK, TC)
-    multiply(p_y, p_x, PLAIN, True, p_first, PLAIN, False, n, RC, BM, BK, TC)
+    multiply(p_y, p_x, WHOLE, True, p_first, WHOLE, False, n, RC, BM, BK, TC)
     tl.debug_barrier()
     store_result(p_Q, index, n, p_x, exponent * 0, usable, False, RC, BM)
     store_result(p_H, index, n, p_y, exponent, usable, True, RC, BM)

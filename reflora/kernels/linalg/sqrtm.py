@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..solve import FACTOR_INVERSE, FACTOR_T, PLAIN, multiply, polar_factor, read, tall
+from ..solve import FACTOR_INVERSE, FACTOR_T, WHOLE, multiply, polar_factor, read, tall
 from .matrices import configuration, load_factor, matrix_slot, store_result
 
 
@@ -27,10 +27,10 @@ def sqrtm_kernel(
     tl.debug_barrier()
     polar_factor(p_q, p_y, n, RC, BM, BK, TC)
     if INVERSE:
-        multiply(p_y, p_l, FACTOR_INVERSE, True, p_q, PLAIN, False, n, RC, BM, BK, TC)
+        multiply(p_y, p_l, FACTOR_INVERSE, True, p_q, WHOLE, False, n, RC, BM, BK, TC)
         exponent = -exponent
     else:
-        multiply(p_y, p_q, PLAIN, True, p_l, FACTOR_T, False, n, RC, BM, BK, TC)
+        multiply(p_y, p_q, WHOLE, True, p_l, FACTOR_T, False, n, RC, BM, BK, TC)
     tl.debug_barrier()
     store_result(p_root, index, n, p_y, exponent >> 1, sound, True, RC, BM)
 

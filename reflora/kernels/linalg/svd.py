@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..solve import PLAIN, finish, multiply, rounding, schulz_panels
+from ..solve import WHOLE, finish, multiply, rounding, schulz_panels
 from .arrange import arrange, store_values
 from .jacobi import configuration, eigen, normalise, orthogonalise
 from .matrices import load_scaled, matrix_slot, panel_offsets, store_result
@@ -31,19 +31,19 @@ def svd_kernel(
     exponent, usable = load_scaled(p_X, index, n, p_u, False, RC, BM, TC)
     exponent = normalise(p_u, exponent, usable, RC, BM)
     orthogonal(p_u, p_q, p_v, n, RC, BM, BK, TC)
-    multiply(p_t, p_q, PLAIN, True, p_u, PLAIN, False, n, RC, BM, BK, TC)
+    multiply(p_t, p_q, WHOLE, True, p_u, WHOLE, False, n, RC, BM, BK, TC)
     tl.debug_barrier()
     finish(p_h, p_t, tl.full((), 1.0, tl.float64), float("inf"), True, RC, BM, TC)
     tl.debug_barrier()
     exponent = normalise(p_h, exponent, usable, RC, BM)
     eigen(p_h, p_v, p_u, p_t, n, 0, RC, BM, BK, TC)
-    multiply(p_u, p_q, PLAIN, False, p_v, PLAIN, False, n, RC, BM, BK, TC)
+    multiply(p_u, p_q, WHOLE, False, p_v, WHOLE, False, n, RC, BM, BK, TC)
     # Q of a nearly singular X is so far off that Q^T X is not symmetric to rounding, which N = U^T X V shows
     original, usable = load_scaled(p_X, index, n, p_h, False, RC, BM, TC)
     normalise(p_h, original, usable, RC, BM)
-    multiply(p_t, p_h, PLAIN, False, p_v, PLAIN, False, n, RC, BM, BK, TC)
+    multiply(p_t, p_h, WHOLE, False, p_v, WHOLE, False, n, RC, BM, BK, TC)
     tl.debug_barrier()
-    multiply(p_q, p_u, PLAIN, True, p_t, PLAIN, False, n, RC, BM, BK, TC)
+    multiply(p_q, p_u, WHOLE, True, p_t, WHOLE, False, n, RC, BM, BK, TC)
     tl.debug_barrier()
     skew_correction(p_t, p_q, RC, BM, TC)
     tl.debug_barrier()
@@ -68,8 +68,8 @@ def skew_correction(p_e, p_n, RC: tl.constexpr, BM: tl.constexpr, TC: tl.constex
     Slot `p_n` holds `N = U^T X V`. E is 0 between singular values of the size of rounding.
     """
     j = tl.arange(0, RC)[None, :]
-    for top in range(0, RC, BM):
-        i = top + tl.arange(0, BM)[:, None]
+    for first in range(0, RC, BM):
+        i = first + tl.arange(0, BM)[:, None]
         skew = 0.5 * (tl.load(p_n + i * RC + j) - tl.load(p_n + j * RC + i))
         both = tl.load(p_n + i * RC + i) + tl.load(p_n + j * RC + j)
         # E^2 must be within rounding

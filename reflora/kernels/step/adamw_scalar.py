@@ -40,14 +40,14 @@ def due(steps, warmup, start, interval):
 @triton.jit
 def step_chunk(
     p_row, parts, header, hypers, unscale, root, move, turn, seed, chunk, chunks_a, width, r, code,
-    CHECK: tl.constexpr, AMSGRAD: tl.constexpr, MASTER: tl.constexpr, KEEP: tl.constexpr, RC: tl.constexpr,
+    CHECK: tl.constexpr, AMSGRAD: tl.constexpr, MASTER: tl.constexpr, STORE: tl.constexpr, RC: tl.constexpr,
     BN: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """The update of a chunk. root, move: factors of A and its moments before it; turn: of A after. B: the inverse."""
     if chunk < chunks_a:
         step_side(
             p_row, parts, header, hypers, unscale / root, root, move, turn, seed, chunk, chunk, width, r, code,
-            col.A_SIDE, CHECK, AMSGRAD, MASTER, KEEP, RC, BN, DTYPE, STATE, WIDE, VECTOR,
+            col.A_SIDE, CHECK, AMSGRAD, MASTER, STORE, RC, BN, DTYPE, STATE, WIDE, VECTOR,
         )  # fmt: skip
     else:
         back = turn
@@ -55,7 +55,7 @@ def step_chunk(
             back = 1.0 / turn
         step_side(
             p_row, parts, header, hypers, unscale * root, 1.0 / root, 1.0 / move, back, seed, chunk, chunk - chunks_a,
-            width, r, code, col.B_SIDE, CHECK, AMSGRAD, MASTER, KEEP, RC, BN, DTYPE, STATE, WIDE, VECTOR,
+            width, r, code, col.B_SIDE, CHECK, AMSGRAD, MASTER, STORE, RC, BN, DTYPE, STATE, WIDE, VECTOR,
         )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from .. import table as col
 from ..dtypes import load, store
 from .chunks import FACTOR_A, FACTOR_B, MATRIX, NUMBER, RUN, counts, span
 from .gather import part
-from .launch import Group, taken
+from .launch import RankClass, taken
 from .mean import mixer
 from .pair import block_zeros, column, load_columns, offsets
 from .update import product
@@ -133,7 +133,7 @@ def apply_kernel(
             )  # fmt: skip
 
 
-def apply_chunks(group: Group, table: Tensor, constants: dict[str, Any], **own: Any) -> None:
+def apply_chunks(group: RankClass, table: Tensor, constants: dict[str, Any], **own: Any) -> None:
     """own: COLUMN, MATRICES, STORED and TYPE."""
     kept = {**constants, **own}
     blocks, options = apply_options(group, kept)
@@ -143,13 +143,13 @@ def apply_chunks(group: Group, table: Tensor, constants: dict[str, Any], **own: 
     )  # fmt: skip
 
 
-def product_type(group: Group, constants: dict[str, Any]) -> Any:
+def product_type(group: RankClass, constants: dict[str, Any]) -> Any:
     """Of S with gradients: float64 where tensor cores make that faster, rounded once; else the type S is kept in."""
     whole = constants["BK"] == constants["RC"] and group.capability in routes.FLOAT64_TENSOR_CORES
     return constants["TC"] if whole and constants["TC"] == tl.float64 else constants["WIDE"]
 
 
-def apply_options(group: Group, constants: dict[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
+def apply_options(group: RankClass, constants: dict[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
     """Sizes of blocks and launch options: as an update's where the products are in float32, as a solve's in float64."""
     if constants["TYPE"] != tl.float32:
         return {}, group.options

@@ -26,7 +26,7 @@ from .update import (
 @triton.jit
 def step_side(
     p_row, parts, header, hypers, unscale, root, move, turn, seed, chunk, own_chunk, width, r, code,
-    SIDE: tl.constexpr, CHECK: tl.constexpr, AMSGRAD: tl.constexpr, MASTER: tl.constexpr, KEEP: tl.constexpr,
+    SIDE: tl.constexpr, CHECK: tl.constexpr, AMSGRAD: tl.constexpr, MASTER: tl.constexpr, STORE: tl.constexpr,
     RC: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr,
     VECTOR: tl.constexpr,
 ):  # fmt: skip
@@ -39,7 +39,7 @@ def step_side(
     g_factor, limit, beta1, beta2, eps, amsgrad = hypers_of(p_row, hypers, unscale, SIDE, WIDE)
     state = column(p_row, col.STATE).to(tl.int32)
     begin, end = span(p_row, own_chunk, width, SIDE)
-    if KEEP:
+    if STORE:
         step_size, correction, decay, count = side_scalars(header, SIDE)
     else:
         step_size, correction, decay, count = step_scalars(p_row, hypers, SIDE)
@@ -64,18 +64,18 @@ def step_side(
         m, v, x, second = moments(
             m, v, x, bounded(g * g_factor, limit), m_factor, beta1, beta2, chosen, AMSGRAD, WIDE
         )  # fmt: skip
-        if not KEEP:
+        if not STORE:
             old, old_exponent = add_squares(old, old_exponent, p, WIDE)
         p = weights(at, p, w, code, MASTER, DTYPE)
         p = advance((p.to(tl.float64) * root).to(WIDE), m, second, step_size, correction, decay, eps)
-        keep_moments(at, o, mask, chosen, m, v, x, turn, state, AMSGRAD, KEEP, STATE, VECTOR)
+        keep_moments(at, o, mask, chosen, m, v, x, turn, state, AMSGRAD, STORE, STATE, VECTOR)
         p = keep_weights(
-            at, o, mask, p, turn, key, start + tl.arange(0, BN), r, code, SIDE, MASTER, RANDOM, KEEP, RC, DTYPE,
+            at, o, mask, p, turn, key, start + tl.arange(0, BN), r, code, SIDE, MASTER, RANDOM, STORE, RC, DTYPE,
             WIDE, VECTOR,
         )  # fmt: skip
-        if not KEEP:
+        if not STORE:
             new, new_exponent = add_squares(new, new_exponent, p, WIDE)
-    if not KEEP:
+    if not STORE:
         store_squares(parts, chunk, old, old_exponent, BEFORE)
         store_squares(parts, chunk, new, new_exponent, AFTER)
         store_bad(header, chunk, bad)

@@ -235,20 +235,20 @@ def sum_panels(
     p_last = chunk_gram(area, CHUNKS - 1, RC, WIDE).to(tl.pointer_type(TC))
     j = tl.arange(0, RC)[None, :]
     tl.debug_barrier()
-    for top in range(0, RC, BM):
-        i = top + tl.arange(0, BM)[:, None]
+    for first in range(0, RC, BM):
+        i = first + tl.arange(0, BM)[:, None]
         o = packed(tl.minimum(i, j), tl.maximum(i, j), RC)
         a = sum_chunks(area, header, o, None, 0, chunks_a, exponent_a, RC, WIDE, TC, SCALED)
         tl.store(p_a + i * RC + j, a.to(TC))
-    for top in range(0, RC, BM):
-        i = top + tl.arange(0, BM)[:, None]
+    for first in range(0, RC, BM):
+        i = first + tl.arange(0, BM)[:, None]
         o, mask = packed(i, j, RC), i <= j
         b = sum_chunks(area, header, o, mask, chunks_a, chunks, exponent_b, RC, WIDE, TC, SCALED)
         # a chunk Gram may lie there itself: an element is read by the thread that overwrites it, and by no other
         tl.store(p_last + o, b.to(TC), mask=mask)
     tl.debug_barrier()
-    for top in range(0, RC, BM):
-        i = top + tl.arange(0, BM)[:, None]
+    for first in range(0, RC, BM):
+        i = first + tl.arange(0, BM)[:, None]
         b = tl.load(p_last + packed(tl.minimum(i, j), tl.maximum(i, j), RC))
         tl.store(p_b + i * RC + j, b)
     tl.debug_barrier()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import table as col
 from .chunks import CARRIED, HEADER, accumulate, counts, search, span
-from .launch import Group, taken
+from .launch import RankClass, taken
 from .pair import area_of, column
 from .settle import refuse, settle
 
@@ -17,7 +17,7 @@ from .settle import refuse, settle
 def entry(table, rows, headers, work, RC: tl.constexpr, WIDE: tl.constexpr):
     """Of the row of a program: number, columns of a chunk, address, workspace, header, rank, storage.
 
-    rows: Group.entries; headers float64 `[rows, HEADER]`.
+    rows: RankClass.entries; headers float64 `[rows, HEADER]`.
     """
     index = tl.program_id(0)
     row, width = tl.load(rows + 2 * index), tl.load(rows + 2 * index + 1)
@@ -27,7 +27,7 @@ def entry(table, rows, headers, work, RC: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def part(table, items, headers, work, RC: tl.constexpr, WIDE: tl.constexpr):
-    """Of the chunk of a program: place of its row in the launch, number of the chunk, and as `entry`; Group.items."""
+    """Of a program's chunk: place of its row in the launch, number of the chunk, and as `entry`; RankClass.items."""
     item = items + 4 * tl.program_id(0)
     # all that a program reads of its row follows from one read
     index, chunk, row, width = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
@@ -92,13 +92,13 @@ def gather(
 @triton.jit(do_not_specialize=["warmup", "start", "interval"])
 def gram_kernel(
     table, items, headers, arrivals, results, work, hypers, found_inf, warmup, start, interval, APART: tl.constexpr,
-    SCHEDULED: tl.constexpr, KEEP: tl.constexpr, CARRY: tl.constexpr, CHECK: tl.constexpr, KAPPA_MAX: tl.constexpr,
+    SCHEDULED: tl.constexpr, SAVE: tl.constexpr, CARRY: tl.constexpr, CHECK: tl.constexpr, KAPPA_MAX: tl.constexpr,
     RC: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr,
     TC: tl.constexpr, SCALED: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """A program a chunk: its Gram. The last of a row to arrive settles an AdamW step of it, unless APART.
 
-    items: Group.items; arrivals int32 `[rows]`, zeros before and after; headers as in `entry`.
+    items: RankClass.items; arrivals int32 `[rows]`, zeros before and after; headers as in `entry`.
     results, hypers, arrivals and the schedule are of no use to APART.
     """
     index, chunk, row, width, p_row, area, header, r, code = part(table, items, headers, work, RC, WIDE)
@@ -115,7 +115,7 @@ def gram_kernel(
                 tl.store(arrivals + index, 0)
                 settle(
                     p_row, row, area, header, results, hypers, width, r, code, warmup, start, interval, SCHEDULED,
-                    KEEP, KAPPA_MAX, RC, BM, BK, DTYPE, WIDE, TC, SCALED,
+                    SAVE, KAPPA_MAX, RC, BM, BK, DTYPE, WIDE, TC, SCALED,
                 )  # fmt: skip
     else:
         if not APART:
@@ -123,9 +123,9 @@ def gram_kernel(
                 refuse(row, header, results)
 
 
-def gather_chunks(group: Group, table: Tensor, constants: dict[str, Any], check: bool) -> None:
+def gather_chunks(group: RankClass, table: Tensor, constants: dict[str, Any], check: bool) -> None:
     """The Grams of a group's chunks; check: whether their gradients are finite too."""
-    own = {"APART": True, "SCHEDULED": False, "KEEP": False, "CARRY": False, "CHECK": check}
+    own = {"APART": True, "SCHEDULED": False, "SAVE": False, "CARRY": False, "CHECK": check}
     gram_kernel[(len(group.items),)](
         table, group.items, group.headers, None, None, group.workspace, None, None, 0, 0, 1,
         **taken(gram_kernel, {**constants, **own}), **group.gram_options,

@@ -24,7 +24,7 @@ from .pair import SLOTS_FLOAT32, SLOTS_FLOAT64
 LEAST_BLOCKS = 4
 
 
-class Group:
+class RankClass:
     """The rows of a rank class, the longest first, and what their kernels share.
 
     dtype, state: storage codes of factors and moments, MIXED where rows differ. wide: the type S is applied in. rows:
@@ -162,7 +162,7 @@ def aligned(table: Tensor, rows: Sequence[int]) -> bool:
     return bool(whole and (own[:, _FAR] * own[:, _LINES] < 2**31).all())
 
 
-def solve_constants(group: Group, precision: str, target: int | None = None) -> dict[str, Any]:
+def solve_constants(group: RankClass, precision: str, target: int | None = None) -> dict[str, Any]:
     """The compute type, and what follows from it; target: the capability to compile for, the device's for None.
 
     16-bit rows go through the run-time branch in front of a float64 solve: a 16-bit load straight in front of a float64
@@ -178,7 +178,7 @@ def solve_constants(group: Group, precision: str, target: int | None = None) -> 
     }
 
 
-def constants_of(plan: Plan, group: Group, precision: str) -> dict[str, Any]:
+def constants_of(plan: Plan, group: RankClass, precision: str) -> dict[str, Any]:
     """Of the kernels over a group's chunks and rows."""
     own = {"VECTOR": aligned(plan.table, group.rows)}
     return {**group.constants, **solve_constants(group, precision), **own}
@@ -194,11 +194,11 @@ def _branched(code: int, precision: str) -> int:
     return MIXED.value if narrow and precision == "float64" else code
 
 
-def state_constants(group: Group, precision: str) -> dict[str, Any]:
+def state_constants(group: RankClass, precision: str) -> dict[str, Any]:
     return {"STATE": _branched(group.state, precision), "MASTER": group.master}
 
 
-def scalar_constants(group: Group) -> dict[str, Any]:
+def scalar_constants(group: RankClass) -> dict[str, Any]:
     """Of RefLoRA-S, which has no dot and so no need of the branch."""
     kept = {name: group.constants[name] for name in ("RC", "BN", "WIDE")}
     return {**kept, "DTYPE": group.dtype, "STATE": group.state, "MASTER": group.master}
@@ -233,12 +233,12 @@ def prepare(plan: Plan) -> Prepared:
     return prepared
 
 
-def _group(plan: Plan, rank_class: int, numbers: list[int]) -> Group:
+def _group(plan: Plan, rank_class: int, numbers: list[int]) -> RankClass:
     sizes = {n: (plan.rows[n].A.shape[1], plan.rows[n].B.shape[0]) for n in numbers}
     longest = sorted(numbers, key=lambda n: -sum(sizes[n]))
     wide = torch.float64 if STORAGE_DTYPES.index(torch.float64) in plan.table[numbers, DTYPE] else torch.float32
     master = bool((plan.table[numbers][:, [A_SIDE + W, B_SIDE + W]] != 0).any())
-    return Group(
+    return RankClass(
         rank_class, _code(plan, numbers, DTYPE), _code(plan, numbers, STATE), wide, plan.device, longest,
         [sizes[n] for n in longest], master,
     )  # fmt: skip

@@ -7,7 +7,7 @@ from ... import constants
 from .. import table as col
 from ..cholesky import factor_all
 from ..dtypes import normal_range, power_of_two
-from ..solve import FACTOR_INVERSE, FACTOR_T, PLAIN, finish, multiply, orthogonalised, polar_factor, product, read
+from ..solve import FACTOR_INVERSE, FACTOR_T, WHOLE, finish, multiply, orthogonalised, polar_factor, product, read
 from .chunks import any_bad, counts, reduce_chunks
 from .pair import SLOT_A, SLOT_B, SLOT_N, SLOT_X, SLOT_Y, column, slot
 
@@ -17,13 +17,13 @@ SMALL = tl.constexpr(16)
 
 
 @triton.jit
-def decide(
+def sum_and_decide(
     p_row, area, header, width, r, code, weight, KAPPA_MAX: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr,
     WIDE: tl.constexpr, TC: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """Cholesky factors of the Grams that chunks have left, packed into SLOT_A and SLOT_B, and what follows from them.
 
-    weight: as in `judge`. Returns (status, kappa_a, kappa_b, balance, c, norm_a, norm_b): int32 and float64 scalars,
+    weight: as in `decide`. Returns (status, kappa_a, kappa_b, balance, c, norm_a, norm_b): int32 and float64 scalars,
     c = 1 where the ratio of the norms is of no use as a scale; SKIPPED where a chunk has met a gradient not finite.
     """
     chunks_a, chunks = counts(p_row, width)
@@ -33,7 +33,7 @@ def decide(
     )
     c, useful = ratio(norm_a, exponent_a, norm_b, exponent_b, code)
     balance = imbalance(area, scale_a, norm_a, scale_b, norm_b, c, RC, BM, TC)
-    status, kappa_a, kappa_b = judge(
+    status, kappa_a, kappa_b = decide(
         p_row, area, r, scale_a, norm_a, scale_b, norm_b, useful, weight, KAPPA_MAX, RC, TC
     )
     status, c = tl.where(bad, col.SKIPPED, status), tl.where(useful, c, 1.0)
@@ -43,7 +43,7 @@ def decide(
 
 
 @triton.jit
-def judge(
+def decide(
     p_row, area, r, scale_a, norm_a, scale_b, norm_b, useful, weight, KAPPA_MAX: tl.constexpr, RC: tl.constexpr,
     TC: tl.constexpr,
 ):  # fmt: skip
@@ -121,8 +121,8 @@ def imbalance(
     p_a, p_b = slot(area, SLOT_A, RC, TC), slot(area, SLOT_B, RC, TC)
     j = tl.arange(0, RC)
     squares = tl.zeros([2], tl.float64)
-    for top in range(0, RC, BM):
-        o = (top + tl.arange(0, BM))[:, None] * RC + j[None, :]
+    for first in range(0, RC, BM):
+        o = (first + tl.arange(0, BM))[:, None] * RC + j[None, :]
         a = (tl.load(p_a + o) * scale_a).to(tl.float64)
         d = a - (tl.load(p_b + o) * scale_b).to(tl.float64) * (c * c)
         squares += tl.sum(tl.join(tl.sum(d * d, 1), tl.sum(a * a, 1)), 0)
@@ -159,12 +159,12 @@ def form_s(
     p_a, p_b = slot(area, SLOT_A, RC, TC), slot(area, SLOT_B, RC, TC)
     p_x, p_y = slot(area, SLOT_X, RC, TC), slot(area, SLOT_Y, RC, TC)
     p_n = slot(area, SLOT_N, RC, TC)
-    multiply(p_y, p_x, PLAIN, True, p_b, FACTOR_T, False, r, RC, BM, BK, TC)
-    multiply(p_n, p_x, PLAIN, False, p_a, FACTOR_T, False, r, RC, BM, BK, TC)
+    multiply(p_y, p_x, WHOLE, True, p_b, FACTOR_T, False, r, RC, BM, BK, TC)
+    multiply(p_n, p_x, WHOLE, False, p_a, FACTOR_T, False, r, RC, BM, BK, TC)
     tl.debug_barrier()
-    multiply(p_x, p_a, FACTOR_INVERSE, True, p_y, PLAIN, False, r, RC, BM, BK, TC)
+    multiply(p_x, p_a, FACTOR_INVERSE, True, p_y, WHOLE, False, r, RC, BM, BK, TC)
     tl.debug_barrier()
-    multiply(p_y, p_b, FACTOR_INVERSE, True, p_n, PLAIN, False, r, RC, BM, BK, TC)
+    multiply(p_y, p_b, FACTOR_INVERSE, True, p_n, WHOLE, False, r, RC, BM, BK, TC)
     tl.debug_barrier()
     tiny, huge = normal_range(code)
     fits = finish(mixer(area, False, RC, WIDE), p_x, c, huge, True, RC, BM, WIDE)
@@ -204,10 +204,10 @@ def keep(p_out, x, factor, limit, RC: tl.constexpr, TYPE: tl.constexpr):
 
 
 @triton.jit
-def settle_s(
+def solve_s(
     area, r, status, c, code, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr
 ):
-    """S and S^-1 of a row that `judge` has found REFACTORED or DEGENERATE. Returns its status after that."""
+    """S and S^-1 of a row that `decide` has found REFACTORED or DEGENERATE. Returns its status after that."""
     if status == col.REFACTORED:
         if RC <= SMALL:
             fits = form_resident(area, r, c, code, RC, WIDE, TC)

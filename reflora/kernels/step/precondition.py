@@ -12,8 +12,8 @@ from .. import table as col
 from .apply import apply_chunks, product_type
 from .chunks import MATRIX, RUN
 from .gather import entry, gather_chunks
-from .launch import Group, constants_of, prepare, taken
-from .mean import decide, form_scaled_identity, settle_s
+from .launch import RankClass, constants_of, prepare, taken
+from .mean import form_scaled_identity, solve_s, sum_and_decide
 from .pair import column, report
 from .scalar import balance_rows
 from .settle import move_saved, refuse, shrink_weight, steps_of
@@ -34,10 +34,10 @@ def solve_kernel(
         refuse(row, header, results)
     else:
         weight = shrink_weight(steps_of(p_row), start)
-        status, kappa_a, kappa_b, balance, c, norm_a, norm_b = decide(
+        status, kappa_a, kappa_b, balance, c, norm_a, norm_b = sum_and_decide(
             p_row, area, header, width, r, code, weight, KAPPA_MAX, RC, BM, WIDE, TC, SCALED
         )
-        status = settle_s(area, r, status, tl.where(start == 0, c, 1.0), code, RC, BM, BK, WIDE, TC)
+        status = solve_s(area, r, status, tl.where(start == 0, c, 1.0), code, RC, BM, BK, WIDE, TC)
         if SAVE:
             if status == col.SKIPPED:
                 one = tl.full((), 1.0, tl.float64)
@@ -49,7 +49,7 @@ def solve_kernel(
 
 
 def solve_rows(
-    group: Group, table: Tensor, results: Tensor, constants: dict[str, Any], start: int, save: bool
+    group: RankClass, table: Tensor, results: Tensor, constants: dict[str, Any], start: int, save: bool
 ) -> None:  # fmt: skip
     """S and S^-1 of a group's rows; without `save` they are for gradients, which are searched."""
     gather_chunks(group, table, constants, check=not save)

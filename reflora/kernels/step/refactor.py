@@ -11,12 +11,12 @@ from .. import routes
 from .. import table as col
 from ..cholesky import factor
 from ..dtypes import balanced_fits
-from ..solve import FACTOR_INVERSE, FACTOR_T, PLAIN, finish, multiply
+from ..solve import FACTOR_INVERSE, FACTOR_T, WHOLE, finish, multiply
 from .apply import apply_chunks
 from .chunks import FACTOR_A, FACTOR_B, MATRIX, NUMBER, RUN
 from .gather import entry, gather_chunks
 from .launch import constants_of, prepare, taken
-from .mean import decide, mixer, polar_of_pair
+from .mean import mixer, polar_of_pair, sum_and_decide
 from .pair import SLOT_A, SLOT_B, SLOT_N, SLOT_X, SLOT_Y, column, report, slot
 from .scalar import balance_rows
 from .settle import refuse
@@ -32,7 +32,7 @@ def form_p(area, r, c, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, TC:
     p_x, p_y = slot(area, SLOT_X, RC, TC), slot(area, SLOT_Y, RC, TC)
     one = tl.full((), 1.0, tl.float64)
     largest_double = tl.full((), 1.7976931348623157e308, tl.float64)
-    multiply(p_y, p_x, PLAIN, True, slot(area, SLOT_N, RC, TC), PLAIN, False, r, RC, BM, BK, TC)
+    multiply(p_y, p_x, WHOLE, True, slot(area, SLOT_N, RC, TC), WHOLE, False, r, RC, BM, BK, TC)
     tl.debug_barrier()
     finish(p_b, p_y, one, largest_double, True, RC, BM, TC)
     tl.debug_barrier()
@@ -57,7 +57,7 @@ def refactor_kernel(
     if column(p_row, col.ACTIVE) == 0:
         refuse(row, header, results)
     else:
-        status, kappa_a, kappa_b, balance, c, norm_a, norm_b = decide(
+        status, kappa_a, kappa_b, balance, c, norm_a, norm_b = sum_and_decide(
             p_row, area, header, width, r, code, None, KAPPA_MAX, RC, BM, WIDE, TC, SCALED
         )
         status = tl.where(balanced_fits(norm_a, norm_b, code), status, col.SKIPPED)

@@ -34,5 +34,5 @@ def round_randomly(values, elements, key):
     h = fmix32(fmix32(elements.to(tl.uint32) ^ low) + high)
     bits = (values.to(tl.uint32, bitcast=True) + (h >> 16)) & tl.full((), 0xFFFF0000, tl.uint32)
     result = bits.to(tl.float32, bitcast=True)
-    top = tl.full((), 3.3895313892515355e38, tl.float32)
-    return tl.minimum(tl.maximum(result, -top), top)
+    huge = tl.full((), 3.3895313892515355e38, tl.float32)
+    return tl.minimum(tl.maximum(result, -huge), huge)

@@ -13,7 +13,7 @@ from .. import table as col
 from ..dtypes import BFLOAT16, balanced_fits, exponent_of, load, power_of_two
 from .chunks import FACTOR_A, FACTOR_B, NUMBER, RUN, any_bad, counts, never_finite, span, store_bad
 from .gather import entry, part
-from .launch import Group, scalar_constants, taken
+from .launch import RankClass, scalar_constants, taken
 from .mean import ratio
 from .pair import block_zeros, column, offsets, report
 from .settle import refuse
@@ -157,7 +157,7 @@ def balance_kernel(
 
 
 def balance_rows(
-    group: Group, table: Tensor, results: Tensor, constants: dict[str, Any], gradients: bool
+    group: RankClass, table: Tensor, results: Tensor, constants: dict[str, Any], gradients: bool
 ) -> None:  # fmt: skip
     """The balance scalars of a group's rows, for its gradients or its factors."""
     kept = {**constants, **scalar_constants(group), "CHECK": gradients, "GRADIENTS": gradients}

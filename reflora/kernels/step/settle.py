@@ -21,7 +21,7 @@ from .chunks import (
     counts,
     reduce_chunks,
 )
-from .mean import form_scaled_identity, imbalance, judge, mixer, ratio, settle_s
+from .mean import decide, form_scaled_identity, imbalance, mixer, ratio, solve_s
 from .pair import column, report
 
 
@@ -138,16 +138,16 @@ def has_saved(p_row, r, code, RC: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.co
 
 @triton.jit
 def solve_row(
-    p_row, area, r, code, scale_a, norm_a, scale_b, norm_b, useful, used, weight, KEEP: tl.constexpr,
+    p_row, area, r, code, scale_a, norm_a, scale_b, norm_b, useful, used, weight, SAVE: tl.constexpr,
     KAPPA_MAX: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr,
     WIDE: tl.constexpr, TC: tl.constexpr,
 ):  # fmt: skip
     """S and S^-1 of this step, from the Grams; used: their scale. Returns (status, kappa_a, kappa_b)."""
-    status, kappa_a, kappa_b = judge(
+    status, kappa_a, kappa_b = decide(
         p_row, area, r, scale_a, norm_a, scale_b, norm_b, useful, weight, KAPPA_MAX, RC, TC
     )
-    status = settle_s(area, r, status, used, code, RC, BM, BK, WIDE, TC)
-    if KEEP:
+    status = solve_s(area, r, status, used, code, RC, BM, BK, WIDE, TC)
+    if SAVE:
         tl.debug_barrier()
         move_saved(p_row, area, r, code, True, RC, DTYPE, WIDE)
     return status, kappa_a, kappa_b
@@ -156,7 +156,7 @@ def solve_row(
 @triton.jit
 def settle(
     p_row, row, area, header, results, hypers, width, r, code, warmup, start, interval, SCHEDULED: tl.constexpr,
-    KEEP: tl.constexpr, KAPPA_MAX: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    SAVE: tl.constexpr, KAPPA_MAX: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
     DTYPE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """From a row's chunk Grams to its header and S, its new counts, phase and report; by one program."""
@@ -183,7 +183,7 @@ def settle(
         plain, saved = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
         if SCHEDULED:
             plain = tl.where(steps < warmup, 1, 0)
-        if KEEP:
+        if SAVE:
             # a layer that has had no S yet is due now
             if (plain == 0) & ((steps - warmup) % interval != 0):
                 saved = tl.where(has_saved(p_row, r, code, RC, DTYPE, WIDE), 1, 0)
@@ -194,13 +194,13 @@ def settle(
             new_phase = tl.full((), 0.0, tl.float32)
             move = tl.where((phase == col.REFACTORED_UNITS) & useful, c, 1.0)
         elif saved == 1:
-            if KEEP:
+            if SAVE:
                 move_saved(p_row, area, r, code, False, RC, DTYPE, WIDE)
             status = tl.full((), col.REFACTORED, tl.int32)
         else:
             used = tl.where(useful & (start == 0), c, 1.0)
             status, kappa_a, kappa_b = solve_row(
-                p_row, area, r, code, scale_a, norm_a, scale_b, norm_b, useful, used, shrink_weight(steps, start), KEEP,
+                p_row, area, r, code, scale_a, norm_a, scale_b, norm_b, useful, used, shrink_weight(steps, start), SAVE,
                 KAPPA_MAX, RC, BM, BK, DTYPE, WIDE, TC,
             )  # fmt: skip
             balance = between

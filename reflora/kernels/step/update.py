@@ -41,10 +41,10 @@ def side_scalars(header, SIDE: tl.constexpr):
 
 @triton.jit
 def put(
-    address, o, values, factor, mask, code, DTYPE: tl.constexpr, KEEP: tl.constexpr, VECTOR: tl.constexpr
+    address, o, values, factor, mask, code, DTYPE: tl.constexpr, STORE: tl.constexpr, VECTOR: tl.constexpr
 ):  # fmt: skip
-    """Stores values, times a float64 factor where there is one; nothing unless KEEP."""
-    if KEEP:
+    """Stores values, times a float64 factor where there is one; nothing unless STORE."""
+    if STORE:
         if factor is not None:
             values = values.to(tl.float64) * factor
         store(address, o, values, mask, code, DTYPE, VECTOR)
@@ -103,7 +103,7 @@ def moments(m, v, x, g, m_factor, beta1, beta2, chosen, AMSGRAD: tl.constexpr, W
 
 @triton.jit
 def keep_moments(
-    at, o, mask, chosen, m, v, x, turn, state, AMSGRAD: tl.constexpr, KEEP: tl.constexpr, STATE: tl.constexpr,
+    at, o, mask, chosen, m, v, x, turn, state, AMSGRAD: tl.constexpr, STORE: tl.constexpr, STATE: tl.constexpr,
     VECTOR: tl.constexpr,
 ):  # fmt: skip
     """turn: what the factor is multiplied by after the step, which moves what is kept once more; None for 1."""
@@ -111,10 +111,10 @@ def keep_moments(
     back, back_squared = turn, turn
     if turn is not None:
         back, back_squared = 1.0 / turn, 1.0 / (turn * turn)
-    put(p_m, o, m, back, mask, state, STATE, KEEP, VECTOR)
-    put(p_v, o, v, back_squared, mask, state, STATE, KEEP, VECTOR)
+    put(p_m, o, m, back, mask, state, STATE, STORE, VECTOR)
+    put(p_v, o, v, back_squared, mask, state, STATE, STORE, VECTOR)
     if AMSGRAD:
-        put(p_x, o, x, back_squared, chosen, state, STATE, KEEP, VECTOR)
+        put(p_x, o, x, back_squared, chosen, state, STATE, STORE, VECTOR)
 
 
 @triton.jit
@@ -128,13 +128,13 @@ def weights(at, p, w, code, MASTER: tl.constexpr, DTYPE: tl.constexpr):
 @triton.jit
 def keep_weights(
     at, o, mask, p, turn, key, columns, r, code, SIDE: tl.constexpr, MASTER: tl.constexpr, RANDOM: tl.constexpr,
-    KEEP: tl.constexpr, RC: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr,
+    STORE: tl.constexpr, RC: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Keeps updated weights, times turn where there is one. Returns them rounded as the factor's, 0 where masked."""
     p_p, _, _, _, p_w = at
     if MASTER:
-        top = tl.where(code == FLOAT16, 65504.0, 3.3895313892515355e38).to(WIDE)
-        put(p_w, o, bounded(p, top), turn, mask & (p_w != 0), FLOAT32, FLOAT32, KEEP, VECTOR)
+        huge = tl.where(code == FLOAT16, 65504.0, 3.3895313892515355e38).to(WIDE)
+        put(p_w, o, bounded(p, huge), turn, mask & (p_w != 0), FLOAT32, FLOAT32, STORE, VECTOR)
     kept = rounded(p, code, DTYPE)
     if RANDOM:
         i = tl.arange(0, RC).to(tl.int64)
@@ -144,15 +144,15 @@ def keep_weights(
             elements = columns.to(tl.int64)[:, None] * r + i[None, :]
         random = round_randomly(within_bfloat16(p), elements, key).to(WIDE)
         kept = tl.where((code == BFLOAT16) & (p_w == 0), random, kept)
-    put(p_p, o, kept, turn, mask, code, DTYPE, KEEP, VECTOR)
+    put(p_p, o, kept, turn, mask, code, DTYPE, STORE, VECTOR)
     return tl.where(mask, kept, 0.0)
 
 
 @triton.jit
 def within_bfloat16(p):
-    top = tl.full((), 3.3895313892515355e38, tl.float32)
+    huge = tl.full((), 3.3895313892515355e38, tl.float32)
     p = p.to(tl.float32)
-    return bounded(p, top)
+    return bounded(p, huge)
 
 
 @triton.jit
