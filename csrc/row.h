@@ -7,6 +7,9 @@ namespace REFLORA_ISA {
 
 static_assert(sizeof(void*) == 8, "the table holds 64-bit pointers");
 
+// where the S of a step comes from: warm-up, computed now, kept from an earlier step
+enum Source { IDENTITY, FRESH, SAVED_S };
+
 constexpr int64_t KEPT_HEADER = 8;  // doubles before the Grams that are carried to the next step
 
 // S: storage, T: type that the matrix S is applied in; Grams and solve are in double

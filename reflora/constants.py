@@ -6,7 +6,8 @@ import math
 
 import torch
 
-BACKENDS = ("triton", "cpp", "torch")
+# by name, the devices that it is the first choice for; "torch" serves what the others cannot
+BACKENDS = {"triton": ("cuda",), "cpp": ("cpu",), "torch": ()}
 PRECISIONS = ("float64", "float32")
 STORAGE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 RANK_CLASSES = (16, 32, 64, 128)

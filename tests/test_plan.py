@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from reflora import constants
 from reflora import plan as col
 from reflora.pairs import LoRAPair, as_pairs
 from reflora.plan import A_SIDE, B_SIDE, Plan
@@ -23,12 +24,19 @@ def enum(name):
     return values
 
 
-@pytest.mark.parametrize("name, size", [("Side", 14), ("Row", 10), ("Result", 8), ("Hyper", 10)])
+@pytest.mark.parametrize(
+    "name, size", [("Side", 14), ("Row", 10), ("Phase", 2), ("Result", 8), ("Hyper", 10), ("Status", 4)]
+)
 def test_header_mirrors_the_columns(name, size):
     values = enum(name)
     assert len(values) == size
     for key, value in values.items():
-        assert getattr(col, key) == value, key
+        assert getattr(col, key, getattr(constants, key, None)) == value, key
+
+
+def test_header_mirrors_the_storage_types():
+    names = {"F32": torch.float32, "F64": torch.float64, "BF16": torch.bfloat16, "F16": torch.float16}
+    assert {name: constants.STORAGE_DTYPES.index(dtype) for name, dtype in names.items()} == enum("DType")
 
 
 def read(row, side, i, k, tensor):

@@ -15,20 +15,18 @@ import torch
 from torch import Tensor
 
 from ..checks import check_backend, fail
+from ..constants import BACKENDS
 from ..plan import Plan
-
-# where the S of an AdamW step comes from: warm-up, computed now, kept from an earlier step
-IDENTITY, FRESH, SAVED = range(3)
 
 
 @dataclass(frozen=True)
 class AdamWStep:
     """What one fused step does, beside what the plan's table points at.
 
-    Every row finds from its own counter n (COUNT) where its S comes from: IDENTITY for n < warmup_steps, FRESH every
-    `interval` steps from there on, SAVED in between. start: 0 for the paper's S; else S comes of Grams that are shrunk
-    with the weight reference.shrink_weight(n, start), and without its scale c, and a step before which a factor is 0
-    counts as the first. scalar: RefLoRA-S, at the same steps.
+    Every row finds from its own counter n (COUNT) where its S comes from: I for n < warmup_steps, computed every
+    `interval` steps from there on, the last one in between. start: 0 for the paper's S; else S comes without its scale
+    c, of Grams shrunk with the weight reference.shrink_weight(n, start), and a step before which a factor is 0 counts
+    as the first. scalar: RefLoRA-S, at the same steps.
 
     hypers: float64 `[groups, HYPERS]` on the CPU. lrs: by group, the tensor on the device behind LR_AT, or None.
     check: search the gradients for inf and nan and skip a row that has one. carry: keep the Grams of the updated
@@ -127,8 +125,7 @@ def resolve(name: str | None, device: torch.device) -> Backend:
                 RuntimeError,
             )
         return backend
-    for candidate in ("triton",) if device.type == "cuda" else ("cpp",):
-        backend = load(candidate)
-        if backend.unavailable(device) is None:
-            return backend
+    for candidate, devices in BACKENDS.items():
+        if device.type in devices and load(candidate).unavailable(device) is None:
+            return load(candidate)
     return load("torch")

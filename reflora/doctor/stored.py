@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checks import fail
 from ..constants import STORAGE_DTYPES
 from ..integrations.peft import SCALED_INSIDE
-from ..pairs import LoRAPair
+from ..pairs import LoRAPair, layout_of
 from .rules import Rules, shown
 
 PREFIX = "base_model.model."
@@ -62,7 +62,7 @@ def read_stored(tensors: Mapping[str, Tensor], rules: Rules) -> list[Stored]:
     layers = []
     for (name, embedding, _), (key_A, key_B) in found.items():
         layout = unfit.get(name) or _layout(name, tensors.get(key_A), tensors.get(key_B), embedding, rules)
-        if layout in ("linear", "embedding", "conv") or layout.startswith("experts("):
+        if layout_of(layout) is not None:
             layers.append(Stored(name, key_A, key_B, LoRAPair(name, tensors[key_A], tensors[key_B], layout)))
         else:
             layers.append(Stored(name, key_A, key_B, None, layout))
