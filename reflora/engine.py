@@ -88,7 +88,7 @@ class Engine:
 
     def _done(self, written: Sides) -> Tensor:
         self.plan.release_grads()
-        mark_written([t for sides in written if None not in sides for t in sides if t is not None])
+        mark_written([t for a, b in written if a is not None and b is not None for t in (a, b)])
         assert self.results is not None
         return self.results
 
@@ -136,12 +136,15 @@ class Engines(Generic[E]):
         plans, results = [engine.plan for engine, _ in done], [found for _, found in done]
         return diagnose(self.pairs, [engine.chosen for engine, _ in done], plans, results, reuses)
 
-    def reports(self) -> dict[int, Tensor]:
-        """Of the last call, by pair: its rows of the result table, `[experts, RESULTS]` on the pair's device."""
+    def reports(self, of: Callable[[Tensor], Tensor] = lambda results: results) -> dict[int, Tensor]:
+        """Of the last call, by pair: its rows of the result table, `[experts, RESULTS]` on the pair's device.
+
+        of: what to make of an engine's results `[rows, RESULTS]` before they are split.
+        """
         found: dict[int, Tensor] = {}
         for engine in self._engines:
             if engine.results is not None:
-                found.update(zip(engine.chosen, engine.results.split([pair.experts for pair in engine.pairs])))
+                found.update(zip(engine.chosen, of(engine.results).split([pair.experts for pair in engine.pairs])))
         return found
 
 

@@ -87,7 +87,10 @@ class PairOps:
 
     def started(self) -> dict[int, Tensor]:
         """Of the last call, by pair: 0 where a factor was 0, else 1, float32 `[experts]`."""
-        return {index: outcome.started for index, outcome in self.outcome().items()}
+        if self._solved is not None:
+            inner, chosen = self._solved
+            return {chosen[index]: flags for index, flags in inner.started().items()}
+        return self._engines.reports(lambda results: Outcome.of(results).started)
 
     def with_finite_grads(self, active: Sequence[bool]) -> list[bool]:
         """Those that are to be asked for: of pairs held whole the kernels look themselves."""
