@@ -1,4 +1,4 @@
-"""RefLoRAAdamW: AdamW whose LoRA pairs take the step of the optimally refactored pair, in one fused call a device."""
+"""RefLoRAAdamW: AdamW whose LoRA pairs take the step of the optimally refactored pair, in one fused call per device."""
 
 from __future__ import annotations
 
@@ -40,52 +40,53 @@ class RefLoRAAdamW(CompiledStep, GroupedPairs, torch.optim.AdamW):  # type: igno
     """AdamW (decoupled weight decay) with RefLoRA preconditioning of LoRA pairs (arXiv 2505.18877).
 
     A layer with a non-finite gradient or factor is skipped, its state untouched, and counted in `diagnostics()`.
-    State per parameter is torch.optim.AdamW's; what else steers a resumed run is in the state_dict too.
+    State per parameter is torch.optim.AdamW's; the state_dict also holds whatever else a resumed run needs.
 
     Args:
         params: What torch optimizers take (parameters, groups, named parameters), or a bare list of pairs.
         pairs: The LoRA pairs among them, as LoRAPair or `(A [r, n_in], B [n_out, r])`, such as
             `reflora.find_pairs(model)`. A and B may sit in different groups. Parameters in no pair, and pairs where
             only one factor has a gradient, get plain AdamW.
-        lr: Learning rate; a tensor on the device where a CUDA graph or torch.compile is to hear a scheduler.
+        lr: Learning rate; a tensor on the device where a CUDA graph or torch.compile must follow a scheduler.
         betas: Decay of the first and second moment.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled, as torch.optim.AdamW's.
         amsgrad: As torch.optim.AdamW's.
         maximize: As torch.optim.AdamW's.
-        scalar: RefLoRA-S, the scalar refactoring after every step (Theorem 5), in place of S (Theorem 3).
-        interval: Recompute S every that many steps and reuse it in between.
-        warmup_steps: None enters S gradually, layer by layer: after n steps of a layer its Grams count in S with the
-            weight `n^2 / (n^2 + 400^2)`, a multiple of I with the rest. From B = 0 the exact S would keep B near the
-            rank of one that Adam's first step gives it. A number takes that many first steps with S = I, then the exact
-            S, as published; 0 is the exact S from the first step on, `10**9` AdamW itself. With scalar=True, None
-            leaves a layer alone until the smaller of ||A|| and ||B|| has come up to the other. That may be never,
-            where n_out < n_in or the rate is low: such a layer is LoRA's, and `diagnostics().inactive` counts it.
+        scalar: RefLoRA-S, the scalar refactoring after every step (Theorem 5), instead of S (Theorem 3).
+        interval: Recompute S every `interval` steps and reuse it in between.
+        warmup_steps: None phases S in gradually, layer by layer: after n steps of a layer its Grams count in S with the
+            weight `n^2 / (n^2 + 400^2)`, a multiple of I with the rest. From B = 0 the exact S would keep B near rank
+            one, which is what Adam's first step gives it. A number takes that many first steps with S = I, then the
+            exact S, as published; 0 is the exact S from the first step, `10**9` is AdamW itself. With scalar=True, None
+            leaves a layer alone until the smaller of ||A|| and ||B|| has caught up with the other. Where n_out < n_in
+            or the rate is low that may never happen: such a layer stays plain LoRA and counts as
+            `diagnostics().inactive`.
         backend: None (the fastest that can serve the device), "triton", "cpp" or "torch".
-        precision: "float64" or, faster on GPUs with slow float64, "float32": of Grams and solve.
-        carry_grams: Keep the factors' Grams from one step to the next, which saves reading them once (4 of 36 bytes a
-            float32 parameter; on a GPU up to r = 32). Writes that bump `_version` are seen; after one that does not,
-            through `.data`, raw memory or torch's own fused optimizers, call `invalidate()`. Never used while a CUDA
-            graph is captured, nor after.
+        precision: Of Grams and solve: "float64" or, faster on GPUs with slow float64, "float32".
+        carry_grams: Keep the factors' Grams from one step to the next, which saves one read of the factors (4 of 36
+            bytes per float32 parameter; on a GPU up to r = 32). Writes that bump `_version` are noticed; after one that
+            does not, through `.data`, raw memory or torch's own fused optimizers, call `invalidate()`. Never used while
+            a CUDA graph is captured, nor after.
         check_grads: Skip a layer whose gradient is not finite, which costs one more read of it. With False, and under
-            a GradScaler, which has looked already, a NaN or inf may take its column along (the r entries that S mixes):
-            what is NaN after that counts as 0, what is infinite as the largest number that can be squared.
+            a GradScaler, which has checked already, a NaN or inf may spread over its column (the r entries that S
+            mixes): NaN then counts as 0, infinity as the largest number that can be squared.
         state_dtype: torch.float32 keeps the moments of 16-bit factors in float32; None, like torch, in the factor's
             dtype.
         master_weights: float32 copies of 16-bit factors (state "master"), with moments in float32.
         stochastic_rounding: bfloat16 factors of pairs are rounded up or down with the probability that makes the mean
-            exact; reproducible, the seed is drawn from torch's generator here and kept in the param_groups.
+            exact. Reproducible: the seed is drawn from torch's generator here and kept in the param_groups.
         foreach: Accepted for compatibility with torch; ignored.
-        fused: The step is always fused. False, as in torch, has a GradScaler unscale the gradients before the step,
-            which Lightning's clipping under fp16 asks for.
+        fused: The step is always fused. False, as in torch, makes a GradScaler unscale the gradients before the step,
+            which Lightning's clipping under fp16 requires.
         capturable: Accepted for compatibility with torch. With Triton and r <= 128 a step can be captured in a CUDA
-            graph, after one that was not (two with carry_grams). Capture again after load_state_dict, add_param_group
-            or moving the model.
-        differentiable: Refused where True.
+            graph, after one outside it (two with carry_grams). Capture again after load_state_dict, add_param_group or
+            moving the model.
+        differentiable: True is refused.
 
     Raises:
-        ValueError: Pairs or options that cannot be served.
-        TypeError: The same, of a wrong type.
+        ValueError: Pairs or options that are not supported.
+        TypeError: Pairs or options of a wrong type.
         RuntimeError: The backend cannot serve the device, with the reason.
     """
 
@@ -148,7 +149,7 @@ class RefLoRAAdamW(CompiledStep, GroupedPairs, torch.optim.AdamW):  # type: igno
         }  # fmt: skip
         if stochastic_rounding:
             defaults[SEED] = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
-        Optimizer.__init__(self, params, defaults)  # an AdamW to whoever asks; nothing of torch's runs
+        Optimizer.__init__(self, params, defaults)  # isinstance sees torch's AdamW; none of its code runs
         check_group_options(self.param_groups, own)
         for group in self.param_groups:
             check_group(group)
@@ -162,7 +163,7 @@ class RefLoRAAdamW(CompiledStep, GroupedPairs, torch.optim.AdamW):  # type: igno
 
     @property
     def _step_supports_amp_scaling(self) -> bool:  # type: ignore[override]
-        """Whether a GradScaler hands over its scale and found_inf, which avoids a wait for the device."""
+        """Whether a GradScaler hands over its scale and found_inf, which avoids a sync."""
         return not watched(self) and all(group.get("fused") is not False for group in self.param_groups)
 
     @property
@@ -171,7 +172,7 @@ class RefLoRAAdamW(CompiledStep, GroupedPairs, torch.optim.AdamW):  # type: igno
         return {str(p.A.device): resolve(self.backend, p.A.device).NAME for p in self.pairs}
 
     def diagnostics(self) -> Diagnostics:
-        """What the last step did, layer by layer; reading its properties synchronises with the device."""
+        """What the last step did, layer by layer; reading its properties syncs with the device."""
         reuses = self.options.keeps_S
         if self.last_was_traced and self._traced_results is not None:
             names = row_names(self.stepped_pairs())
@@ -205,14 +206,14 @@ class RefLoRAAdamW(CompiledStep, GroupedPairs, torch.optim.AdamW):  # type: igno
         self._see_version()
 
     def _only_makes_state(self) -> bool:
-        """Whether this is the step without gradients that torch.distributed.checkpoint takes before it loads."""
+        """Whether this is the step with lr = 0 and no gradient that torch.distributed.checkpoint takes to load."""
         if self.state or any(float(group["lr"]) for group in self.param_groups):
             return False
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         return bool(grads) and not any(bool(grad.any()) for grad in grads)
 
     def invalidate(self) -> None:
-        """Forget carried Grams (carry_grams=True); for after a write to a factor that autograd does not see."""
+        """Forget carried Grams (carry_grams=True), after a write to a factor that autograd does not see."""
         for engines in (self._engines, self._compiled.engines):
             for engine in engines.made if engines else ():
                 engine.invalidate()
@@ -226,7 +227,7 @@ class RefLoRAAdamW(CompiledStep, GroupedPairs, torch.optim.AdamW):  # type: igno
         Group options that the loaded state lacks keep the constructor's values.
 
         Raises:
-            ValueError: A loaded tensor has not the shape that its parameter asks for. Nothing has changed then.
+            ValueError: A loaded tensor has the wrong shape for its parameter. Nothing has changed then.
         """
         with outside_inference(self.param_groups[0]["params"][:1]):
             self._load(state_dict)
@@ -266,5 +267,5 @@ class RefLoRAAdamW(CompiledStep, GroupedPairs, torch.optim.AdamW):  # type: igno
 
 @functools.cache
 def _like_torch() -> dict[str, Any]:
-    """What torch's AdamW has in its groups, which checkpoints are matched to key by key."""
+    """What torch's AdamW has in its groups: checkpoints are matched to them key by key."""
     return torch.optim.AdamW([torch.zeros(1, dtype=torch.float32, device="cpu")]).defaults

@@ -25,7 +25,7 @@ _DTYPE, _LAYOUT, _VERSION = map(attrgetter, ("dtype", "layout", "_version"))
 
 
 class AdamWEngine(Engine):
-    """An engine that steps pairs with the state of their optimizer, and binds again only what has changed.
+    """An engine that steps pairs with their optimizer's state and rebinds only what has changed.
 
     captured: not empty once a step has gone into a CUDA graph; all engines of an optimizer share it.
     """
@@ -39,7 +39,7 @@ class AdamWEngine(Engine):
         self._owner: Any = None
         self._bound: list[Tensor] = []
         self._owned: list[list[Tensor]] = [[], []]
-        # owned pairs, by number, without state: they have had no gradient
+        # numbers of owned pairs without state: they have had no gradient
         self._idle: set[int] = set()
         self._options: tuple[Any, ...] = ()
         # factors that the next step updates
@@ -57,9 +57,9 @@ class AdamWEngine(Engine):
         self, state: MutableMapping[Tensor, Any], slots: list[Slot | None], grads: Sequence[Tensor | None],
         amsgrad: bool, keep_S: bool,
     ) -> None:  # fmt: skip
-        """Point at moments, step counts and what else the step reads; slots: the groups of each pair's A and B.
+        """Point at moments, step counts and whatever else the step reads; slots: the groups of each pair's A and B.
 
-        grads: of A and B in turns. As in torch, a pair has no state before its first gradient.
+        grads: of A and B alternately. As in torch, a pair has no state before its first gradient.
         """
         masters = all(map(self.storage.has_master, self.plan.factors))
         names = (*MOMENTS[: 3 if amsgrad else 2], "step", *([MASTER] if masters else []))
@@ -110,7 +110,7 @@ class AdamWEngine(Engine):
         return found
 
     def _now(self, state: MutableMapping[Tensor, Any]) -> list[Tensor]:
-        """The state tensors of every owned pair, to see whether one has been replaced; none if one is missing."""
+        """The state tensors of every owned pair, to detect replaced ones; empty if one is missing."""
         slots, names, keep_S = self._options
         per_pair = (*names, PHASE, STEPS, *([SAVED] if keep_S else []))
         try:
@@ -125,9 +125,9 @@ class AdamWEngine(Engine):
     def bind_grads(
         self, state: MutableMapping[Tensor, Any], grads: Sequence[Tensor | None]
     ) -> list[tuple[Tensor, int]]:
-        """Point at this step's gradients, of A and B in turns.
+        """Point at this step's gradients, of A and B alternately.
 
-        Returns factors whose partner has none, with their group: they take plain steps, so the moments of such a pair
+        Returns factors whose partner has none, with their group: they take plain steps, so the moments of their pairs
         are moved back to units of S = I.
         """
         slots, factors = self._options[0], self.plan.factors
@@ -154,7 +154,7 @@ class AdamWEngine(Engine):
         return strays
 
     def _check(self, factors: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-        """Gradients are dense, of their factors' type, and no lazy negatives of what lies in memory."""
+        """Gradients are dense, of their factors' dtype, and no lazy negatives."""
         if any(map(Tensor.is_neg, grads)):
             remedy = "Call .resolve_neg() first."
             fail("a gradient", "the values themselves in memory", "their negatives (is_neg)", remedy)
@@ -182,13 +182,13 @@ class AdamWEngine(Engine):
             self._versions = list(map(_VERSION, self.plan.factors))
 
     def _carried(self, step: AdamWStep) -> AdamWStep:
-        """Tell the table whose Grams of the last step are still those of the factors.
+        """Mark the rows whose factors still have the Grams of the last step.
 
-        A replayed graph writes the factors and runs no Python: none are carried there, nor after it.
+        A replayed graph writes factors without running Python: nothing is carried in a capture, nor after one.
         """
         if capturing(self.plan.device):
             self.captured.add("yes")
-        # nor in the first step: what a capture launches must have been launched before
+        # nor in the first step: a capture may launch only what has been launched before
         if self.captured or not self.stepped:
             return replace(step, carry=False)
         now = list(map(_VERSION, self.plan.factors))
@@ -205,5 +205,5 @@ class AdamWEngine(Engine):
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether what is launched on `device` now goes into a CUDA graph."""
+    """Whether launches on `device` now go into a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

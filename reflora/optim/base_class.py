@@ -1,4 +1,4 @@
-"""What an optimizer class must be like to be wrapped, and which of its options have names of ours."""
+"""Which optimizer classes can be wrapped, and which of their options share a name with ours."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from ..checks import fail
 from .membership import check_single
 
-# raises where no closure is given, whatever its signature says
+# raises without a closure, whatever its signature says
 _WANTS_CLOSURE = re.compile(r"if closure is None:\s*raise\b|assert closure\b")
 
 # AdaHessian, SophiaH
@@ -20,7 +20,7 @@ _SECOND_ORDER = re.compile(r"hutchinson|autograd\.grad\(|\.get_trace\(")
 
 
 def check_base(base: Any) -> None:
-    """Raises TypeError for what is no optimizer class or preconditions by itself, ValueError if it needs a closure."""
+    """TypeError unless it is a plain optimizer class without RefLoRA; ValueError for a required closure or 2nd order."""
     if not (isinstance(base, type) and issubclass(base, Optimizer)):
         fail("optimizer_cls", "a subclass of torch.optim.Optimizer", repr(base), "Pass the class itself.", TypeError)
     check_single(base)
@@ -42,7 +42,7 @@ def check_base(base: Any) -> None:
 
 
 def _takes_optimizer(base: type[Optimizer]) -> bool:
-    """Whether it is made of an optimizer in place of parameters: Lookahead, TRAC."""
+    """Whether it is built from an optimizer instead of parameters: Lookahead, TRAC."""
     first = next(iter(inspect.signature(base).parameters), "")
     return first in ("optimizer", "base_optimizer")
 
@@ -58,7 +58,7 @@ def _needs_closure(base: type[Optimizer]) -> bool:
 def _source(function: Any) -> str:
     try:
         return inspect.getsource(function)
-    except (OSError, TypeError):  # compiled, say
+    except (OSError, TypeError):  # a compiled class, for example
         return ""
 
 
@@ -69,9 +69,9 @@ def takes_closure(base: type[Optimizer]) -> bool:
 def separate(
     base: type[Optimizer], ours: Mapping[str, Any], base_options: Mapping[str, Any] | None, kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The options of the base class among names that it shares with RefLoRA.
+    """The base class's options among the names that it shares with RefLoRA.
 
-    ours: what was given for RefLoRA and is not the default; kwargs: other keywords. Raises TypeError where a name could
+    ours: RefLoRA's options that are not at their defaults; kwargs: other keywords. Raises TypeError where a name could
     mean either, or is given twice.
     """
     if not isinstance(base_options, (Mapping, type(None))):
@@ -91,7 +91,7 @@ def separate(
 
 
 def check_kept(optimizer: Optimizer, ours: Mapping[str, Any]) -> None:
-    """Raises TypeError where the base class's constructor has taken an attribute of ours for its own."""
+    """Raises TypeError where the base class's constructor has overwritten an attribute of ours."""
     for name, value in ours.items():
         if getattr(optimizer, name) is not value:
             base = optimizer.base.__name__  # type: ignore[attr-defined]
@@ -100,7 +100,7 @@ def check_kept(optimizer: Optimizer, ours: Mapping[str, Any]) -> None:
 
 
 def evaluated(loss: Any, unchanged: Callable[[], bool]) -> Callable[[], Any]:
-    """A closure for the base class, which has been evaluated: it may ask for the loss, not for other gradients."""
+    """A closure for the base class, already evaluated: it gives the loss, but no new gradients."""
     asked: list[bool] = []
 
     def closure() -> Any:

@@ -1,7 +1,7 @@
 """RefLoRAAdamW.step() under torch.compile: one opaque, mutating operator, `torch.ops.reflora.adamw_`.
 
-It is the functional step over the tensors that it is given, which may be copies. A text describes what does not change
-from step to step. Engines are kept from call to call under the table of results, for as long as that lives.
+It is the functional step over the tensors that it is given, which may be copies. A string describes what does not
+change from step to step. Engines are kept between calls, keyed by the table of results, as long as that lives.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from .state import LIKE_TORCH, Storage, fit, init_pair, init_param
 from .step import Members, Options, adamw_, engines_of
 
 SEED = "reflora_seed"
-# of a group, as floats; lr is 0 where it is a tensor
+# per group, as floats; lr is 0 where it is a tensor
 GROUP_HYPERS = ("lr", "beta1", "beta2", "eps", "weight_decay", "amsgrad", "maximize")
 
 
 @dataclass
 class Compiled:
-    """What compiled steps keep: engines over the tensors of the last call, at these addresses.
+    """What compiled steps keep: engines over the tensors of the last call, and their addresses.
 
     captured: as in AdamWEngine, shared with the optimizer's own engines.
     """
@@ -54,7 +54,7 @@ class Compiled:
     told: set[str] = field(default_factory=set)
 
     def over(self, described: str, params: list[Tensor], state: list[Tensor]) -> dict[str, Any]:
-        """Make engines anew where these are other tensors than in the last call. Returns the description."""
+        """Make new engines where these are not the tensors of the last call. Returns the description."""
         wanted, addresses = _read(described), [t.data_ptr() for t in (*params, *state)]
         if (self.described, self.addresses) == (described, addresses):
             return wanted
@@ -90,12 +90,12 @@ def parameters(optimizer: Any) -> list[Tensor]:
 
 
 def empty_results(pairs: list[LoRAPair]) -> Tensor:
-    """Float64 `[rows of all pairs, REPORTED]` of a step that has not been taken, on the device of the first."""
+    """Float64 `[rows of all pairs, REPORTED]` of a step not yet taken, on the device of the first pair."""
     return uniform(pairs, PLAIN).tables[0]
 
 
 class CompiledStep(Optimizer):
-    """What RefLoRAAdamW has for torch.compile."""
+    """The part of RefLoRAAdamW for torch.compile."""
 
     pairs: list[LoRAPair]
     scalar: bool
@@ -112,7 +112,7 @@ class CompiledStep(Optimizer):
     _compiled: Compiled
     _described: str
     _state_names: list[tuple[str, ...]]
-    # results of the last compiled step, and their version when the last eager step was taken
+    # results of the last compiled step, and their version at the last eager step
     _traced_results: Tensor | None
     _seen_version: int
 
@@ -131,13 +131,13 @@ class CompiledStep(Optimizer):
 
     @property
     def seed(self) -> int | None:
-        """Of stochastic rounding."""
+        """The seed of stochastic rounding."""
         return self.param_groups[0][SEED] if self.stochastic_rounding else None
 
     def _step_traced(self) -> None:
         """The whole step as one operator in the traced graph.
 
-        It works on detached tensors: a graph would not leave `no_grad` where the operator fails.
+        It works on detached tensors: a graph would stay in `no_grad` where the operator fails.
         """
         self._init_group()
         params = [p for group in self.param_groups for p in group["params"]]
@@ -160,7 +160,7 @@ class CompiledStep(Optimizer):
         )  # fmt: skip
 
     def _init_group(self) -> None:
-        """Make all state, so that a trace finds it. Dynamo runs this as it traces, on the real parameters."""
+        """Make all state, so that a trace finds it. Dynamo runs this while tracing, on the real parameters."""
         amsgrad = any(group["amsgrad"] for group in self.param_groups)
         pairs = self.stepped_pairs()
         owners = {t: pair for pair in pairs for t in (pair.A, pair.B)}
@@ -203,7 +203,7 @@ class CompiledStep(Optimizer):
         return self._traced_results is not None and self._traced_results._version != self._seen_version
 
     def _register(self) -> None:
-        """For an optimizer that is made, copied or loaded."""
+        """Called when an optimizer is made, copied or loaded."""
         self.captured = set()
         self._compiled = Compiled(self.captured)
         self._traced_results, self._state_names, self._described, self._seen_version = None, [], "", 0
@@ -215,7 +215,7 @@ def adamw_op(
     hypers: list[float], lrs: list[Tensor], lr_groups: list[int], grad_scale: Tensor | None,
     found_inf: Tensor | None, described: str,
 ) -> None:  # fmt: skip
-    """One step. params: all, in group order; graded: which have the gradients; state: entries of each param in turns.
+    """One step. params: all, in group order; graded: which have the gradients; state: entries of each param in turn.
 
     results: see empty_results. hypers: GROUP_HYPERS of each group; lrs: rates that are tensors, of groups lr_groups.
     """

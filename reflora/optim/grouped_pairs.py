@@ -1,4 +1,4 @@
-"""The pairs that RefLoRAAdamW steps, also those added later, and a word on the rest."""
+"""The pairs that RefLoRAAdamW steps, including those added later, and warnings about the rest."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REPLACED = (
 
 
 class GroupedPairs(Optimizer):
-    """What RefLoRAAdamW knows of its pairs and groups."""
+    """What RefLoRAAdamW knows about its pairs and groups."""
 
     pairs: list[LoRAPair]
     backend: str | None
@@ -38,8 +38,8 @@ class GroupedPairs(Optimizer):
     _built = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's, for parameters added later. LoRA pairs among them are stepped as RefLoRA where `pairs=` came from
-        `find_pairs`, which looks at the model again; those of another list go into the group's entry "pairs".
+        """As torch's, for parameters added later. Where `pairs=` came from `find_pairs`, the model is searched again and
+        new LoRA pairs are stepped with RefLoRA; otherwise list them in the group's entry "pairs".
         """
         if not self._built:  # torch's own constructor
             return super().add_param_group(param_group)

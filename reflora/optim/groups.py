@@ -18,7 +18,7 @@ LR_DTYPES = (torch.float32, torch.float64)
 def hyper_table(groups: Sequence[dict[str, Any]], device: torch.device) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """(float64 `[groups, HYPERS]` on the CPU, by group the learning rate where it is a tensor on `device`, or None).
 
-    Such a tensor is read by the step itself: nothing waits for it, and a replayed graph sees what a scheduler writes.
+    The step itself reads such a tensor: without a sync, and a replayed graph follows a scheduler.
     """
     table = torch.tensor([_row(group) for group in groups], dtype=torch.float64, device="cpu")
     lrs = tuple(_on_device(group["lr"], device) for group in groups)
@@ -37,7 +37,7 @@ def _on_device(lr: Any, device: torch.device) -> Tensor | None:
 
 
 def check_group(group: dict[str, Any]) -> None:
-    """Raises TypeError or ValueError for a hyperparameter that cannot be stepped with."""
+    """Raises TypeError or ValueError for an unusable hyperparameter."""
     _row(group)
 
 
@@ -52,15 +52,15 @@ def _row(group: dict[str, Any]) -> list[float]:
 
 
 def lr_on_host(lr: Any) -> float:
-    """The learning rate, 0 for one on a device: reading it would wait for the device."""
+    """The learning rate; 0 for one on a device, which only a sync could read."""
     check_number("lr", lr)
     return 0.0 if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr)
 
 
 def flatten(params: Iterable[Any], pairs: Iterable[PairLike] | None) -> tuple[Any, Iterable[PairLike]]:
-    """A bare list of pairs as parameters and pairs; torch alone would read a tuple as (name, parameter)."""
+    """Split a bare list of pairs into parameters and pairs; torch alone would read a tuple as (name, parameter)."""
     if isinstance(params, Tensor) or not isinstance(params, Iterable):
-        return params, pairs or []  # torch words this error itself
+        return params, pairs or []  # torch raises an error of its own
     params = list(params)
     bare = [isinstance(p, LoRAPair) or (isinstance(p, tuple) and all(isinstance(t, Tensor) for t in p)) for p in params]
     if any(bare):

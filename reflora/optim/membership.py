@@ -1,4 +1,4 @@
-"""Which of an optimizer's parameters make up pairs, and a word on LoRA that is stepped without RefLoRA."""
+"""Which of an optimizer's parameters make up pairs, and warnings about LoRA that is stepped without RefLoRA."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checks import fail
 from ..pairs import LoRAPair, as_pairs, check_unhooked
 
-PARTED = "ZeroRedundancyOptimizer parts them: use reflora.GradientHooks and a plain optimizer class"
+PARTED = "ZeroRedundancyOptimizer separates them: use reflora.GradientHooks and a plain optimizer class"
 HALVED = f"only one factor of each is among the optimizer's parameters. Pass both; {PARTED}"
 NOWHERE = "neither factor is among the optimizer's parameters. Take the pairs from the model that it trains"
 REVERSED = "r is larger than both n_in and n_out, so S does not exist. Is B given before A? A is [r, n_in]"
@@ -19,14 +19,14 @@ LONE = "only one factor of each has a gradient. Train both, or leave these pairs
 NO_GRADIENT = (
     "no LoRA pair of the optimizer has a gradient in this step: none is trained. Is another adapter active? Was the "
     "model sharded, or its parameters replaced, after the optimizer was made? Does a checkpointed block get inputs "
-    "without one (enable_input_require_grads)?"
+    "that require no gradient (enable_input_require_grads)?"
 )
-# classes that precondition LoRA's gradients themselves, all of PEFT's
+# PEFT's classes that precondition LoRA's gradients themselves
 PRECONDITION = ("RiemannianPreconditionedOptimizer", "LoraFAOptimizer")
 
 
 class FoundPairs(list[LoRAPair]):
-    """The pairs of a model, and how to look for them again once it has more; copies and pickles are plain lists."""
+    """The pairs of a model, and how to find them again once it has more; copies and pickles are plain lists."""
 
     def __init__(self, pairs: Iterable[LoRAPair], again: Callable[[], list[LoRAPair]]):
         super().__init__(pairs)
@@ -37,7 +37,7 @@ class FoundPairs(list[LoRAPair]):
 
 
 def listed(names: Sequence[str], most: int = 3) -> str:
-    """The first of the names, shortened: layers of deep models have long ones."""
+    """The first few names, shortened: layers of deep models have long ones."""
     shown = [name if len(name) <= 40 else f"...{name[-37:]}" for name in names[:most]]
     return ", ".join(shown) + (", ..." if len(names) > most else "")
 
@@ -50,12 +50,12 @@ def say_plain(names: Sequence[str], why: str, stacklevel: int) -> None:
 
 
 def halved(pairs: Sequence[LoRAPair], owned: Container[Tensor]) -> list[str]:
-    """Names of the pairs of which one factor alone is among the parameters."""
+    """Names of the pairs with only one factor among the parameters."""
     return [pair.name for pair in pairs if (pair.A in owned) != (pair.B in owned)]
 
 
 def nowhere(pairs: Sequence[LoRAPair], owned: Container[Tensor]) -> list[str]:
-    """Names of the pairs of which neither factor is among the parameters."""
+    """Names of the pairs with neither factor among the parameters."""
     return [pair.name for pair in pairs if pair.A not in owned and pair.B not in owned]
 
 
@@ -70,13 +70,13 @@ def reversed_(pairs: Sequence[LoRAPair]) -> list[str]:
 
 
 def check_whole(halves: Sequence[str]) -> None:
-    """Raises RuntimeError where there are such pairs; for an optimizer that has no other."""
+    """Raises RuntimeError for `halved` pairs, in an optimizer without whole ones."""
     if halves:
         fail("param_groups", "both factors of each pair", f"one, of {listed(halves)}", f"{PARTED}.", RuntimeError)
 
 
 def further_pairs(optimizer: Any, given: Iterable[Any] = (), sharded: bool = False) -> list[LoRAPair]:
-    """Pairs that the optimizer lacks: those given, and those of its model of which it has both factors."""
+    """Pairs that the optimizer lacks: those given, and those of its model whose factors it both has."""
     pairs: list[LoRAPair] = optimizer.pairs
     owned = {param for group in optimizer.param_groups for param in group["params"]}
     known = {id(factor) for pair in pairs for factor in (pair.A, pair.B)}
@@ -94,7 +94,7 @@ def further_pairs(optimizer: Any, given: Iterable[Any] = (), sharded: bool = Fal
 
 
 def pairs_of_added(optimizer: Any, given: Iterable[Any], sharded: bool = False) -> list[LoRAPair]:
-    """`further_pairs` after a group was added. Where they are refused, so is the group."""
+    """`further_pairs` after a group was added. If they are refused, so is the group."""
     try:
         return further_pairs(optimizer, given, sharded)
     except BaseException:
@@ -103,7 +103,7 @@ def pairs_of_added(optimizer: Any, given: Iterable[Any], sharded: bool = False) 
 
 
 def pairs_of_unseen(optimizer: Any, sharded: bool = False) -> list[LoRAPair]:
-    """`further_pairs` where a parameter in no pair has its first gradient: it was frozen, or of an idle adapter."""
+    """`further_pairs` once a parameter in no pair has its first gradient: it was frozen, or its adapter was idle."""
     seen: set[int] = optimizer._seen
     if not seen:
         seen.update(id(factor) for pair in optimizer.pairs for factor in (pair.A, pair.B))
@@ -114,7 +114,7 @@ def pairs_of_unseen(optimizer: Any, sharded: bool = False) -> list[LoRAPair]:
 
 
 class Unserved:
-    """Says once which pairs of a model GradientHooks or a Refactorer do not have; looks in calls 2, 4, 8, ..."""
+    """Warns once of a model's pairs that GradientHooks or a Refactorer lack; looks in calls 2, 4, 8, ..."""
 
     def __init__(self, found: Sequence[LoRAPair], remedy: str):
         self.again, self.remedy, self.calls = getattr(found, "again", None), remedy, 0
@@ -130,7 +130,7 @@ class Unserved:
 
 
 def check_single(cls: type) -> None:
-    """Raises TypeError for an optimizer class that preconditions the gradients of LoRA by itself."""
+    """Raises TypeError for an optimizer class that preconditions LoRA's gradients by itself."""
     for name in (parent.__name__ for parent in cls.__mro__):
         if name in PRECONDITION:
             remedy = "Use one of the two: the gradients would be preconditioned twice."

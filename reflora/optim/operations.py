@@ -1,4 +1,4 @@
-"""The operations that serve a list of pairs, whether a process holds them whole or in part."""
+"""Which operations serve a list of pairs: those for whole pairs, or those for sharded ones."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 def ops_of(pairs: Sequence[LoRAPair], backend: str | None = None, precision: str = "float64") -> PairOps | ShardedOps:
-    """The operations on these pairs, whether a process holds them whole or in part."""
+    """The operations on these pairs: PairOps where all are whole, else ShardedOps."""
     if any(pair.sharded for pair in pairs):
-        from .sharded import ShardedOps  # torch.distributed.tensor takes its time to load
+        from .sharded import ShardedOps  # torch.distributed.tensor is slow to import
 
         return ShardedOps(pairs, backend, precision)
     return PairOps(pairs, backend, precision)

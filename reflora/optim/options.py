@@ -1,4 +1,4 @@
-"""Checks of options against the groups, pairs and class that they are for."""
+"""Checks of options against their groups, pairs and class."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..pairs import LoRAPair
 
 
 def short(value: object) -> str:
-    """A value of an option, without the tensors of a list of pairs."""
+    """An option's value in a message, without the tensors of a list of pairs."""
     return repr(value) if isinstance(value, (Real, str, type(None))) else f"a {type(value).__name__}"
 
 
@@ -40,7 +40,7 @@ def check_like_defaults(cls: type, options: Mapping[str, Any]) -> None:
 
 
 def on_host(value: Any) -> bool:
-    """Whether it is a number that can be read without a wait for a device."""
+    """Whether it is a number that can be read without a sync."""
     return isinstance(value, Real) or (isinstance(value, Tensor) and value.device.type == "cpu")
 
 
@@ -51,9 +51,9 @@ def _defaults_of(cls: type) -> dict[str, Any]:
 
 
 def check_group_options(groups: Sequence[dict[str, Any]], own: Mapping[str, Any]) -> None:
-    """No group holds one of these options of the whole optimizer, unless it is the very same.
+    """No group holds one of these options of the whole optimizer, unless with the very same value.
 
-    SAM and ZeroRedundancyOptimizer leave what they hand on in the groups, from where it is taken out.
+    SAM and ZeroRedundancyOptimizer leave the options that they pass on in the groups; those are taken out.
     """
     for number, group in enumerate(groups):
         for name in own:
@@ -66,10 +66,10 @@ def check_group_options(groups: Sequence[dict[str, Any]], own: Mapping[str, Any]
 
 
 def check_added(group: Mapping[str, Any], names: Iterable[str]) -> None:
-    """A group that is added later holds none of these options of the whole optimizer."""
+    """A group added later holds none of these options of the whole optimizer."""
     for name in names:
         if name in group:
-            remedy = "It is the whole optimizer's: pass it to the constructor."
+            remedy = "It is an option of the whole optimizer: pass it to the constructor."
             fail("add_param_group", f"no {name!r}", short(group[name]), remedy)
 
 

@@ -33,13 +33,13 @@ if TYPE_CHECKING:
     from .pairs import Counts, PairOps
     from .sharded import ShardedOps
 
-# what is kept of a pair in the state of its A, and in which type
+# what is kept of a pair in the state of its A, with its dtype
 DTYPES = {SAVED: None, PHASE: torch.float32, STEPS: torch.float32, UNIT: torch.float64}
 OPTIONS = ("pairs", *DEFAULTS, "_places")
 
 REEVALUATED = (
-    "{} has replaced the gradients inside its step: what it steps with there is not RefLoRA's. Use a class that takes "
-    "them as they are, or put RefLoRA inside of it."
+    "{} has replaced the gradients inside its step, so RefLoRA has not preconditioned them. Use a class that takes "
+    "them as they are, or put RefLoRA inside it."
 )
 Written = list[tuple[Tensor, int]]
 
@@ -49,7 +49,7 @@ _classes: dict[type[Optimizer], type[Wrapped]] = {}
 def reflora_class(base: type[Optimizer]) -> type[Wrapped]:
     """The subclass of `base` that steps with RefLoRA; the same one for every call.
 
-    Raises as `check_base`.
+    Raises what `check_base` raises.
     """
     if base in _classes:
         return _classes[base]
@@ -64,21 +64,21 @@ def reflora_class(base: type[Optimizer]) -> type[Wrapped]:
 class Wrapped(ScalarStep, OwnPairs):
     """Mixed into an optimizer class by `reflora_class`.
 
-    pairs, scalar, interval, warmup_steps, backend, precision: as in RefLoRAAdamW; other arguments go to the base class,
-    and so does `base_options`, for those of its options that have one of these names.
+    pairs, scalar, interval, warmup_steps, backend, precision: as in RefLoRAAdamW. Other arguments go to the base class,
+    as does `base_options`, for options of its own that have one of these names.
 
     A step evaluates the closure, if any, then preconditions once, then takes the base class's step. Hooks run once.
-    A step in which a gradient is not finite, or the gradient scaler found one, is skipped whole: no parameter,
-    state or counter changes. On a GPU that check is one read of the gradients and one host synchronisation a step;
-    RefLoRAAdamW skips single layers without either.
+    If a gradient is not finite, or the gradient scaler has found one, the whole step is skipped: no parameter, state
+    or step count changes. On a GPU that check costs one read of the gradients and one sync per step; RefLoRAAdamW
+    skips single layers without either.
     By default S comes without its scale, and the gradients stay in the units of S = I. In front of SGD, whose steps
     grow with the gradient, and with warmup_steps, S has its scale: where it stops being I (after a warm-up, or once B
-    is no longer 0), state that the table of transport.py knows is moved to the new unit of the gradients; in front of
-    another class the gradients are kept in the old one.
+    is no longer 0), state that the table of transport.py knows is moved to the gradients' new unit; in front of any
+    other class the gradients keep the old one.
     scalar=True refactors after each step and moves the state; it needs a class in that table. By default a pair waits
-    until its norms have met, experts in one pair for the last of them; with warmup_steps=0, and in front of SGD, it is
-    refactored before the first step as well. The start is counted in the steps that a pair has taken part in, warm-up
-    and interval in those of the optimizer.
+    until its norms have met (experts in one pair: until all have); with warmup_steps=0, and in front of SGD, it is
+    refactored before the first step as well. S is phased in over the steps that a pair has taken part in; warm-up and
+    interval count those of the optimizer.
     """
 
     scalar: bool
@@ -116,12 +116,12 @@ class Wrapped(ScalarStep, OwnPairs):
             check_movable(self.base)
         self.pairs = as_pairs(pairs, sharded=True)
         vars(self).update(own)
-        # after a step of the base class that failed: gradients that are preconditioned, and what is to be kept of them
+        # after a failed step of the base class: gradients already preconditioned, and entries still to be kept
         self._pending: tuple[Written, dict[Tensor, dict[str, Tensor]]] | None = None
         self._told: set[str] = set()
         self._seen: set[int] = set()
         self._hooked = -1
-        self._balanced: set[int] = set()  # pairs of RefLoRA-S whose norms have met, by number
+        self._balanced: set[int] = set()  # numbers of the pairs of RefLoRA-S whose norms have met
         self._skip: Diagnostics | None = None
         check_unhooked(self.pairs)
         super().__init__(params, **kwargs)
@@ -132,14 +132,14 @@ class Wrapped(ScalarStep, OwnPairs):
             group[STEPS], group[SKIPS] = 0, 0
         place = {param: number for number, param in enumerate(self._params())}
         self._places = [(place.get(pair.A), place.get(pair.B)) for pair in self.pairs]
-        assert self._ops  # now, for what it refuses
+        assert self._ops  # built now, so that it raises here
         self._again, self._built = getattr(pairs, "again", None), True
         if names := reversed_(self.pairs):
             say_plain(names, REVERSED, stacklevel=3)
 
     @property
     def _gentle(self) -> bool:
-        """Whether S is entered gradually; in front of SGD it need not be, and its scale is part of the step."""
+        """Whether S is phased in; in front of SGD it need not be, and its scale is part of the step."""
         return self.warmup_steps is None and not proportional(self.base)
 
     @functools.cached_property
@@ -152,7 +152,7 @@ class Wrapped(ScalarStep, OwnPairs):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        # torch sets it on the instances of its fused classes, and asks with a default
+        # torch sets it on instances of its fused classes, and reads it with a default
         if "_takes_scale" not in vars(self):
             raise AttributeError("_step_supports_amp_scaling")
         return self._takes_scale and not watched(self)
@@ -163,13 +163,13 @@ class Wrapped(ScalarStep, OwnPairs):
 
     @property
     def skipped_steps(self) -> int:
-        """Steps that were skipped for a non-finite gradient; part of the state_dict."""
+        """Steps skipped because of a non-finite gradient; part of the state_dict."""
         return self.param_groups[0].get(SKIPS, 0)
 
     def diagnostics(self) -> Diagnostics:
-        """What the last preconditioning or refactoring did, layer by layer; reading its properties synchronises.
+        """What the last preconditioning or refactoring did, layer by layer; reading its properties syncs.
 
-        After a step that was skipped whole, that all layers were.
+        After a step that was skipped whole, every layer counts as skipped.
         """
         return self._ops.diagnostics() if self._skip is None else self._skip
 
@@ -206,12 +206,12 @@ class Wrapped(ScalarStep, OwnPairs):
             kept = self._preconditioned(active, steps)
             self._base_step(*given)
             self._pending = None
-            # only now: many optimizers take an empty state for the sign of a first step
+            # only now: many optimizers take empty state as the sign of a first step
             for param, entries in kept.items():
                 self.state[param].update(entries)
             if kept:
                 self._hold_places()
-        if moving or not fresh:  # a loader's step, which only makes state, is none
+        if moving or not fresh:  # a loader's step, which only makes state, does not count
             self._count(STEPS)
             stepped = (self.state.get(pair.A, {}) for pair, on in zip(self.pairs, active) if on)
             if counts := [own[STEPS] for own in stepped if STEPS in own]:
@@ -219,7 +219,7 @@ class Wrapped(ScalarStep, OwnPairs):
         return loss
 
     def _base_step(self, *loss: Any) -> None:
-        """The base class's own; loss: what the closure gave, if there was one."""
+        """The base class's own step; loss: the closure's value, if there was a closure."""
         step, params = _unhooked_step(self.base), self._params()
         grads = [p.grad for p in params]
         if loss and takes_closure(self.base):
@@ -232,7 +232,7 @@ class Wrapped(ScalarStep, OwnPairs):
             warnings.warn(REEVALUATED.format(self.base.__name__), stacklevel=5)
 
     def _preconditioned(self, active: list[bool], steps: int) -> dict[Tensor, dict[str, Tensor]]:
-        """As `_precondition`, but not again after a step of the base class that failed: its gradients still are."""
+        """`_precondition`, but not again after a failed step of the base class: its gradients already are."""
         if self._pending is None or not _same(self._pending[0], _versions(self._params())):
             self._pending = None
             kept = self._precondition(active, steps)
@@ -241,7 +241,7 @@ class Wrapped(ScalarStep, OwnPairs):
 
     @independent()
     def _precondition(self, active: list[bool], steps: int) -> dict[Tensor, dict[str, Tensor]]:
-        """Gradients times S; what is to be kept in the state of A's, once the base class has made its own."""
+        """Gradients times S. Returns what to keep in the state of each A once the base class has made its own."""
         since, gentle = steps - (self.warmup_steps or 0), self._gentle
         chosen = [index for index, on in enumerate(active) if on]
         kept: dict[Tensor, dict[str, Tensor]] = {}
@@ -270,7 +270,7 @@ class Wrapped(ScalarStep, OwnPairs):
         return kept
 
     def _apply_S(self, active: list[bool], chosen: list[int], since: int, counts: Counts | None) -> dict[int, Tensor]:
-        """Gradients times S; with an interval, the matrices newly computed."""
+        """Gradients times S. With an interval, returns the matrices newly computed."""
         if self.interval == 1:
             self._ops.precondition(active, counts=counts)
             return {}
@@ -281,7 +281,7 @@ class Wrapped(ScalarStep, OwnPairs):
         return fresh
 
     def _counts(self, chosen: list[int], steps: int) -> dict[int, Tensor]:
-        """Steps that pairs have taken part in; of a state that does not say, those of both factors."""
+        """Steps that pairs have taken part in; where the state does not say, the fewer of the two factors' own."""
         found = {}
         for i in chosen:
             pair, own = self.pairs[i], self.state.get(self.pairs[i].A, {})
@@ -294,13 +294,13 @@ class Wrapped(ScalarStep, OwnPairs):
         return found
 
     def _count_from_zero(self, counts: dict[int, Tensor]) -> None:
-        """Of pairs whose S was just computed of a factor that is 0: their start is still to come."""
+        """Reset pairs whose S was just computed with a factor at 0: their start is still to come."""
         if counts:
             started = self._ops.started()
             torch._foreach_mul_(list(counts.values()), [started[i] for i in counts])
 
     def _hold_places(self) -> None:
-        """An entry for parameters that the base class keeps nothing for: checkpoints want all of them, or none."""
+        """Add an entry for parameters without state of the base class: checkpoints need state for all or for none."""
         experts = {pair.A: pair.experts for pair in self.pairs}
         for param in self._params():
             if param.grad is not None and not self.state.get(param):
@@ -314,7 +314,7 @@ class Wrapped(ScalarStep, OwnPairs):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what state_dict() gave, or the state of the base class over the same parameters.
 
-        Raises ValueError for what is kept of a pair in another shape.
+        Raises ValueError for a pair's entry of the wrong shape.
         """
         pairs = {pair.A: pair for pair in self.pairs}
         for param, entries in _entries(self, state_dict):
@@ -341,20 +341,20 @@ class Wrapped(ScalarStep, OwnPairs):
 
 
 def _entries(optimizer: Optimizer, state_dict: dict[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
-    """The parameters, each with what a saved state has of it."""
+    """Each parameter with its entries in a saved state."""
     saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     return [(param, state_dict["state"].get(key, {})) for param, key in zip(params, saved)]
 
 
 def scaler_found_inf(optimizer: Optimizer) -> bool:
-    """Whether a gradient scaler handed a base class that supports it a step to be skipped; reads it from the device."""
+    """Whether a gradient scaler tells a base class that supports it to skip the step; syncs."""
     found_inf = getattr(optimizer, "found_inf", None)
     return found_inf is not None and bool(found_inf)
 
 
 def _versions(params: Iterable[Tensor]) -> Written:
-    """The gradients as they were last written."""
+    """The gradients, each with its version."""
     return [(p.grad, p.grad._version) for p in params if p.grad is not None]
 
 
@@ -367,7 +367,7 @@ def _same(one: Written, other: Written) -> bool:
 
 
 def _unhooked_step(base: type[Optimizer]) -> Callable[..., Any]:
-    """`base.step` without the hook runner that torch puts around it: ours runs the hooks already."""
+    """`base.step` without torch's hook runner around it: ours runs the hooks already."""
     step: Any = base.step
     while getattr(step, "hooked", False):
         step = step.__wrapped__
