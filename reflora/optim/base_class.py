@@ -20,7 +20,10 @@ _SECOND_ORDER = re.compile(r"hutchinson|autograd\.grad\(|\.get_trace\(")
 
 
 def check_base(base: Any) -> None:
-    """TypeError unless it is a plain optimizer class without RefLoRA; ValueError for a required closure or 2nd order."""
+    """Raises TypeError unless it is an optimizer class that lacks RefLoRA and takes parameters.
+
+    Raises ValueError if it requires a closure or differentiates gradients.
+    """
     if not (isinstance(base, type) and issubclass(base, Optimizer)):
         fail("optimizer_cls", "a subclass of torch.optim.Optimizer", repr(base), "Pass the class itself.", TypeError)
     check_single(base)

@@ -38,8 +38,8 @@ class GroupedPairs(Optimizer):
     _built = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's, for parameters added later. Where `pairs=` came from `find_pairs`, the model is searched again and
-        new LoRA pairs are stepped with RefLoRA; otherwise list them in the group's entry "pairs".
+        """As torch's, for parameters added later. Where `pairs=` came from `find_pairs`, the model is searched again
+        for LoRA pairs; otherwise list new pairs in the group's entry "pairs".
         """
         if not self._built:  # torch's own constructor
             return super().add_param_group(param_group)

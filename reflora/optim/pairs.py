@@ -20,8 +20,8 @@ from ..engine import Engine, Engines
 from ..pairs import LoRAPair
 from ..plan import by_device
 
-# of pairs, by number: the steps that each has taken part in, float32 `[experts]` on its device. With them S is entered
-# gradually, without its scale c; without them it is the paper's
+# by number of a pair: the steps that it has taken part in, float32 `[experts]` on its device. With them S is phased in,
+# without its scale c; without them it is the paper's
 Counts = Mapping[int, Tensor]
 # the columns of Outcome
 OUTCOME = (col.STATUS, col.SCALE, col.NORM_A, col.NORM_B)
@@ -38,7 +38,7 @@ class Outcome(NamedTuple):
     @classmethod
     def of(cls, report: Tensor) -> Outcome:
         """report: rows of the result table, `[rows, RESULTS]`."""
-        # views: a list of columns would be an index that waits for the device
+        # views: indexing with a list of columns would sync
         return cls(*(report[:, column] for column in OUTCOME))
 
     @property
@@ -53,12 +53,12 @@ class Outcome(NamedTuple):
 
     @property
     def left(self) -> Tensor:
-        """Whether there was an S, and it was not I."""
+        """Whether there was an S other than I."""
         return (self.status != SKIPPED) & ~self.identity
 
 
 class PairOps:
-    """`active` everywhere: one bool a pair; the other pairs are left alone."""
+    """`active`: one bool per pair; inactive pairs are left alone."""
 
     def __init__(self, pairs: Sequence[LoRAPair], backend: str | None = None, precision: str = "float64"):
         check_backend(backend)
@@ -66,7 +66,7 @@ class PairOps:
         self.pairs = list(pairs)
         self.backend, self.precision = backend, precision
         self._engines = Engines(self.pairs, backend, Engine)
-        # the operations on some pairs, and which: of the last solve where it was of some, and of the last that was
+        # operations on a subset, and its numbers: of the last call if that solved a subset; of the latest subset
         self._solved: tuple[PairOps, list[int]] | None = None
         self._some: tuple[PairOps, list[int]] | None = None
 
@@ -75,14 +75,14 @@ class PairOps:
         return self._engines.diagnostics() if self._solved is None else self._solved[0].diagnostics()
 
     def reports(self) -> dict[int, Tensor]:
-        """Of the last call, by pair: its rows of the result table, `[experts, RESULTS]` on the pair's device."""
+        """By pair, its rows of the last call's result table, `[experts, RESULTS]` on the pair's device."""
         if self._solved is not None:
             inner, chosen = self._solved
             return {chosen[index]: report for index, report in inner.reports().items()}
         return self._engines.reports()
 
     def outcome(self) -> dict[int, Outcome]:
-        """Of the last call, by pair, on the pair's device."""
+        """Outcome of the last call by pair, on the pair's device."""
         return {index: Outcome.of(report) for index, report in self.reports().items()}
 
     def started(self) -> dict[int, Tensor]:
@@ -93,11 +93,11 @@ class PairOps:
         return self._engines.reports(lambda results: Outcome.of(results).started)
 
     def with_finite_grads(self, active: Sequence[bool]) -> list[bool]:
-        """Those that are to be asked for: of pairs held whole the kernels look themselves."""
+        """The active pairs themselves: where pairs are whole, the kernels check their gradients."""
         return list(active)
 
     def agree(self, finite: bool, moving: bool) -> tuple[bool, bool]:
-        """Of one process."""
+        """As given: one process needs no vote."""
         return finite, moving
 
     def norms(self, indices: Iterable[int]) -> dict[int, Tensor]:
@@ -121,7 +121,7 @@ class PairOps:
                 engine.precondition(own, scalar, self.precision, _among(engine, counts))
 
     def refactor(self, active: Sequence[bool], scalar: bool) -> list[Tensor]:
-        """`reflora.refactor_` of each active pair. Returns sqrt(s), float64 `[experts]` a pair, 1 where left alone."""
+        """`reflora.refactor_` of each active pair. Returns sqrt(s), float64 `[experts]` per pair, 1 where left alone."""
         with self._ready() as engines:
             for engine in engines:
                 engine.refactor(scalar, self.precision, [active[i] for i in engine.chosen])
@@ -134,7 +134,7 @@ class PairOps:
     ) -> dict[int, Tensor]:  # fmt: skip
         """S and S^-1 of some pairs, `[experts, 2, r, r]` in float32 (float64 for float64 factors), new or in `out`.
 
-        I where a factor is not finite. Nothing synchronises.
+        I where a factor is not finite. Without a sync.
         """
         chosen = list(indices)
         if not chosen:
@@ -172,7 +172,7 @@ class PairOps:
         multiply(views, factors)
 
     def scale_grads(self, index: int, unit: Tensor) -> None:
-        """`gA` times its unit, `gB` over its own, `[experts, 2]`: what S over the units would have given."""
+        """`gA` times A's unit, `gB` over B's, `[experts, 2]`: as if S had been divided by the units."""
         scale_sides(self.pairs[index], self.pairs[index].A.grad, self.pairs[index].B.grad, unit)
 
     @contextmanager
@@ -183,12 +183,12 @@ class PairOps:
 
 
 def _among(engine: Engine, counts: Counts | None) -> Counts | None:
-    """By the engine's own numbers."""
+    """The counts by the engine's own numbers."""
     return counts and {place: counts[i] for place, i in enumerate(engine.chosen) if i in counts}
 
 
 def scale_sides(pair: LoRAPair, A: Tensor | None, B: Tensor | None, unit: Tensor) -> None:
-    """Tensors like the factors of a pair: A's times the unit, B's over it, `[experts]`, or `[experts, 2]` of both."""
+    """Scale tensors like a pair's factors: A's times the unit, B's over it, `[experts]`, or `[experts, 2]` of both."""
     if A is not None and B is not None:
         views = [*pair.views_A(A), *pair.views_B(B)]
         of_A, of_B = unit.unbind(1) if unit.dim() == 2 else (unit, unit)
@@ -196,14 +196,14 @@ def scale_sides(pair: LoRAPair, A: Tensor | None, B: Tensor | None, unit: Tensor
 
 
 def new_units(units: Tensor, phase: Tensor, found: Outcome, kept: bool = False) -> Tensor:
-    """By what to scale the gradients of A (and to divide those of B) for an optimizer whose state cannot be moved.
+    """Factor for A's gradients; B's are divided by it. For an optimizer whose state cannot be moved.
 
-    units: `[experts, 2]` of A and B, 0 for a factor that has had no gradient yet, which is none while the other is 0.
+    units: `[experts, 2]` of A and B, 0 for a factor without state, which gets no gradient while the other is 0.
     phase: `[experts]`, 1 where S was not I before. kept: whether this S serves later steps too, in which both factors
     have gradients.
 
-    Where S stops being I, a factor whose state is in the old unit of gradients keeps it. The other has no unit to keep:
-    that of a tiny c would leave it below Adam's eps.
+    Where S stops being I, a factor with state keeps the old unit of its gradients. A side without state starts at 1;
+    a tiny c would sink it below Adam's eps.
     """
     still = (found.identity & (phase == 0))[:, None]
     touched = torch.stack([found.norm_B > 0, found.norm_A > 0], -1) | kept
@@ -214,7 +214,7 @@ def new_units(units: Tensor, phase: Tensor, found: Outcome, kept: bool = False) 
 
 @independent()
 def multiply(views: Sequence[Tensor], matrices: Sequence[Tensor]) -> None:
-    """Each `[r, n]` view in place by the `[r, r]` matrix in front of it, those of a shape at once."""
+    """Multiply each `[r, n]` view in place by its `[r, r]` matrix from the left, those of a shape at once."""
     groups: dict[tuple, tuple[list[Tensor], list[Tensor]]] = {}
     for view, matrix in zip(views, matrices, strict=True):
         same, factors = groups.setdefault((view.shape, view.dtype, view.device), ([], []))
@@ -232,9 +232,9 @@ def multiply(views: Sequence[Tensor], matrices: Sequence[Tensor]) -> None:
 @independent()
 def finite_and_moving(grads: list[Tensor]) -> tuple[bool, bool]:
     """Whether all are finite, and whether any is not zero."""
-    grads = [grad for grad in grads if grad.numel()]  # of a sharded one this process may hold nothing
+    grads = [grad for grad in grads if grad.numel()]  # this process may hold nothing of a sharded one
     norm = float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
     if not math.isfinite(norm) or (grads and norm == 0):
-        # the 2-norm is the fast one, but may overflow, or vanish, where the largest entry does not
+        # the 2-norm is fast, but may overflow, or vanish, where the largest entry does not
         norm = float(torch.nn.utils.get_total_norm(grads, math.inf))
     return math.isfinite(norm), norm > 0

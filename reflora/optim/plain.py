@@ -22,7 +22,7 @@ FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 def step_stray(
     state: State, param: Tensor, storage: Storage, grad_of: GradOf, group: dict[str, Any], scaler: Scaler, check: bool
 ) -> None:
-    """One step of a factor whose partner has no gradient; none, for check, where it or its gradient is not finite."""
+    """One step of a factor whose partner has no gradient; with check, none if it or its gradient is not finite."""
     grad, (scale, found_inf) = grad_of(param), scaler.on(param.device)
     if check and grad is not None:
         bad = (~(grad.isfinite().all() & param.detach().isfinite().all())).float()
@@ -33,7 +33,7 @@ def step_stray(
 def prepare_plain(
     state: State, params: Sequence[Tensor], grad_of: GradOf, amsgrad: bool, storage: Storage = LIKE_TORCH
 ) -> None:
-    """Make or fit the state of those with a gradient, in front of everything that writes: it is what may fail."""
+    """Make or fit the state of those with a gradient, before anything is written: this is what may fail."""
     for p in params:
         if grad_of(p) is not None:
             init_param(state[p], p, amsgrad, 1, storage)
@@ -56,7 +56,7 @@ def _step_device(
     states: list[dict[str, Any]], params: list[Tensor], grads: Sequence[Tensor | None], group: dict[str, Any],
     scaler: Scaler,
 ) -> None:  # fmt: skip
-    # a factor with its moments in another type is stepped in that type
+    # a factor whose moments have another dtype is stepped in that dtype
     wide = [_wide(p.detach(), state) for p, state in zip(params, states)]
     like = [grad.to(w.dtype) for grad, w in zip(grads, wide) if grad is not None]
     firsts, seconds, largest = ([state[name] for state in states if name in state] for name in MOMENTS)
@@ -77,7 +77,7 @@ def _step_device(
 
 
 def _wide(p: Tensor, state: dict[str, Any]) -> Tensor:
-    """What is stepped: the weights in their moments' type, the master weights where they still round to the factor."""
+    """The weights to step, in their moments' dtype: the master weights where they still round to the factor."""
     if MASTER not in state:
         return p.to(state["exp_avg"].dtype)
     master: Tensor = state[MASTER]

@@ -1,4 +1,4 @@
-"""What a torch.amp.GradScaler leaves on an optimizer for a step that unscales by itself."""
+"""What a torch.amp.GradScaler leaves on an optimizer whose step unscales by itself."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Scaler(NamedTuple):
 
 
 def watched(optimizer: Any) -> bool:
-    """Whether accelerate stands in front of `step`, to see whether a GradScaler calls it: only a skipped call tells it.
+    """Whether accelerate wraps `step` to see if a GradScaler calls it: only a call left out tells it of a skip.
 
-    The scaler must then decide by itself, as it does for optimizers that cannot, and pays its wait for the device.
+    The scaler must then decide by itself, as it does for optimizers that cannot, at the cost of a sync.
     """
     return getattr(vars(optimizer).get("step"), "__module__", None) == "accelerate.optimizer"

@@ -1,9 +1,9 @@
 """Pairs whose factors are DTensors (FSDP2): every process holds a part of them, and all compute the same S.
 
-S depends on the factors through their r x r Grams alone. These are sums over what the processes hold, so one all-reduce
-of `[pairs, 2, r, r]` a step is all that S needs; the gradients are multiplied where they lie. A factor that is cut
-along r, as `fully_shard` cuts A by itself, is first dealt out anew along its other side, by an all-to-all of it and of
-its gradient: `reflora.shard_placement` spares both.
+S depends on the factors only through their r x r Grams. These are sums over what the processes hold, so one all-reduce
+of `[pairs, 2, r, r]` per step is all that S needs; the gradients are multiplied in place. A factor that is cut along r,
+as `fully_shard` cuts A by default, is first resharded along its other side, by an all-to-all of it and of its gradient:
+`reflora.shard_placement` avoids both.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 class ShardedOps:
-    """As PairOps, for pairs of which some are sharded. `active` must be the same in every process."""
+    """As PairOps, for pairs some of which are sharded. `active` must be the same in every process."""
 
     def __init__(self, pairs: Sequence[LoRAPair], backend: str | None = None, precision: str = "float64"):
         check_backend(backend)
         check_precision(precision)
         self.pairs, self.backend, self.precision = list(pairs), backend, precision
-        # of the last solve, by pair: its rows of the result table
+        # by pair, its rows of the last solve's result table
         self._reports: dict[int, Tensor] = {}
 
     def diagnostics(self) -> Diagnostics:
-        """What the last call did, layer by layer; of those that it was about."""
+        """What the last call did, layer by layer, with the layers of its pairs only."""
         names = row_names([self.pairs[index] for index in self._reports])
         return Diagnostics(names, list(self._reports.values()), list(range(len(names))))
 
     def outcome(self) -> dict[int, Outcome]:
-        """Of the last call, by pair."""
+        """Outcome of the last call by pair."""
         return {index: Outcome.of(report) for index, report in self._reports.items()}
 
     def started(self) -> dict[int, Tensor]:
-        """Of the last call, by pair: 0 where a factor was 0, else 1, float32 `[experts]`."""
+        """By pair, 0 where the last call found a factor at 0, else 1, float32 `[experts]`."""
         return {index: outcome.started for index, outcome in self.outcome().items()}
 
     def norms(self, indices: Iterable[int]) -> dict[int, Tensor]:
@@ -87,7 +87,7 @@ class ShardedOps:
     def precondition(self, active: Sequence[bool], scalar: bool = False, counts: Counts | None = None) -> None:
         """`gA <- S^-1 gA`, `gB <- gB S` of each active pair's `.grad`."""
         if scalar:
-            fail("scalar", "False for a sharded preconditioning", True, "RefLoRA-S refactors: it has refactor().")
+            fail("scalar", "False for a sharded preconditioning", True, "RefLoRA-S refactors: call refactor().")
         self.apply(self.solve((index for index, on in enumerate(active) if on), counts))
 
     def apply(self, saved: Mapping[int, Tensor]) -> None:
@@ -110,13 +110,13 @@ class ShardedOps:
             _put_back(grad, side, whole)
 
     def scale_grads(self, index: int, unit: Tensor) -> None:
-        """`gA` times its unit, `gB` over its own, `[experts, 2]`."""
+        """`gA` times A's unit, `gB` over B's, `[experts, 2]`."""
         pair = self.pairs[index]
         if pair.A.grad is not None and pair.B.grad is not None:
             scale_sides(pair, local(pair.A.grad), local(pair.B.grad), unit)
 
     def with_finite_grads(self, active: Sequence[bool]) -> list[bool]:
-        """The active pairs whose gradients are finite in every process; waits for the device."""
+        """The active pairs whose gradients are finite in every process; syncs."""
         found = []
         for pair, on in zip(self.pairs, active):
             for side, factor in ((1, pair.A), (0, pair.B)):
@@ -128,7 +128,7 @@ class ShardedOps:
         return [on and not (of_A or of_B) for on, of_A, of_B in zip(active, bads[::2], bads[1::2])]
 
     def agree(self, finite: bool, moving: bool) -> tuple[bool, bool]:
-        """Whether it is finite in every process that holds a part of the pairs, and moving in any."""
+        """Whether every process that holds a part of the pairs says finite, and whether any says moving."""
         votes: tuple[float, ...] = float(finite), float(not moving)
         # in the order of the pairs, which all processes share
         sharded = (factor for pair in self.pairs for factor in (pair.A, pair.B) if isinstance(factor, DTensor))
@@ -141,7 +141,7 @@ class ShardedOps:
 
     @torch.no_grad()
     def refactor(self, active: Sequence[bool], scalar: bool) -> list[Tensor]:
-        """RefLoRA-S: A times sqrt(s), B over it. Returns sqrt(s), float64 `[experts]` a pair, 1 where left alone."""
+        """RefLoRA-S: A times sqrt(s), B over it. Returns sqrt(s), float64 `[experts]` per pair, 1 where left alone."""
         if not scalar:
             remedy = "Precondition the gradients instead, as the optimizers do: the step is the same."
             fail("refactoring sharded factors", "scalar=True", scalar, remedy, NotImplementedError)
@@ -165,7 +165,7 @@ class ShardedOps:
 
 
 def _sides(pairs: Sequence[LoRAPair], r: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """n_in and n_out of every row; the factors' own, not of what a process holds."""
+    """n_in and n_out of every row: of the whole factors, not of this process's part."""
     rows = [(pair.A.numel(), pair.B.numel(), pair.experts * r) for pair in pairs for _ in range(pair.experts)]
     sides = torch.tensor([(of_A // size, of_B // size) for of_A, of_B, size in rows], dtype=torch.int64, device=device)
     return sides[:, 0], sides[:, 1]
@@ -197,7 +197,7 @@ def _summed(parts: Sequence[tuple[LoRAPair, int, Tensor]]) -> list[Tensor]:
 
 
 def _along(tensor: Tensor, dim: int) -> Tensor:
-    """What this process has of it when it is cut along `dim`: its own memory where it already is, else a new tensor."""
+    """This process's part when cut along `dim`: its own memory where it is cut so already, else a new tensor."""
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
         return tensor
@@ -209,7 +209,7 @@ def _cut_along(tensor: DTensor, dim: int) -> list[Any]:
 
 
 def _put_back(tensor: Tensor, dim: int, part: Tensor) -> None:
-    """Write `part`, of `_along`, into the tensor itself."""
+    """Write `part`, from `_along`, back into the tensor."""
     if not isinstance(tensor, DTensor):
         return
     wanted = _cut_along(tensor, dim)

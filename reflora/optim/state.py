@@ -1,4 +1,4 @@
-"""The state RefLoRAAdamW keeps for a parameter: how it is made, and how a loaded one is fitted to its parameter."""
+"""The state that RefLoRAAdamW keeps for a parameter: how it is made, and how loaded state is fitted."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Storage:
     master: bool = False
 
     def dtype(self, factor: Tensor) -> torch.dtype:
-        """Of the moments of a factor."""
+        """The dtype of a factor's moments."""
         return torch.float32 if self.moments and factor.dtype in HALF else factor.dtype
 
     def has_master(self, factor: Tensor) -> bool:
@@ -49,7 +49,7 @@ def fit(state: dict[str, Any], param: Tensor, experts: int, storage: Storage) ->
     """Make moments and step count match their parameter in dtype, device and strides, which the kernels rely on.
 
     Needed after a load, and after `model.to(...)` has replaced the parameter's data. Raises ValueError where a moment
-    has not the parameter's shape.
+    does not have the parameter's shape.
     """
     for name in (*MOMENTS, MASTER):
         kept = state.get(name)
@@ -69,7 +69,7 @@ def fit(state: dict[str, Any], param: Tensor, experts: int, storage: Storage) ->
 
 
 def _counts(step: Any, param: Tensor, experts: int) -> Tensor:
-    """A step count as one float32 an expert, or as a scalar, on the parameter's device."""
+    """A step count as one float32 per expert, or as a scalar, on the parameter's device."""
     step = torch.as_tensor(step, dtype=torch.float32, device=param.device)
     if experts > 1:
         return step if step.dim() else step.expand(experts).clone()
@@ -77,7 +77,7 @@ def _counts(step: Any, param: Tensor, experts: int) -> Tensor:
 
 
 def init_param(state: dict[str, Any], param: Tensor, amsgrad: bool, experts: int, storage: Storage) -> None:
-    """torch.optim.AdamW's entries; `step` has one count an expert for experts pairs, `[E]`, else it is a scalar.
+    """torch.optim.AdamW's entries; `step` is `[E]` for experts pairs, one count per expert, else a scalar.
 
     master: float32, like the factor, where storage asks for it.
     """
@@ -93,10 +93,10 @@ def init_param(state: dict[str, Any], param: Tensor, amsgrad: bool, experts: int
 def init_pair(state: dict[str, Any], pair: LoRAPair, keep_S: bool) -> None:
     """Entries of A for its pair.
 
-    reflora_phase `[E]` float32: 1 where the moments are in units of a refactored layer, 0 where S = I was last used; 2
-    where RefLoRA-S balances the layer (moments in units of I).
-    reflora_steps `[E]` float32: steps that the pair has taken part in, which steer start, warm-up and interval. In the
-    start those before which a factor was 0 count as one.
+    reflora_phase `[E]` float32: 0 where S = I was last used, 1 where the moments are in units of S, 2 where RefLoRA-S
+    balances the layer (moments in units of I).
+    reflora_steps `[E]` float32: steps that the pair has taken part in, which drive phasing in, warm-up and interval.
+    While S is phased in, steps that began with a factor at 0 count as one.
     reflora_S `[E, 2, r, r]`: the last S and S^-1, kept only for interval > 1; zeros before the first.
     """
     device, experts, r = pair.A.device, pair.experts, pair.rank
@@ -113,8 +113,8 @@ def init_pair(state: dict[str, Any], pair: LoRAPair, keep_S: bool) -> None:
 
 
 def check_shapes(entries: dict[str, Any], param: Tensor, pair: LoRAPair | None) -> None:
-    """Raises ValueError for the state of another optimizer, and for an entry of another shape than it should have."""
-    remedy = "The state belongs to another optimizer: load one of AdamW's."
+    """Raises ValueError for another optimizer's state, and for an entry of the wrong shape."""
+    remedy = "The state belongs to another optimizer: load one saved by AdamW."
     if entries and (missing := [name for name in ("step", *MOMENTS[:2]) if name not in entries]):
         fail("loaded state", "step, exp_avg and exp_avg_sq", f"one without {', '.join(missing)}", remedy)
     step = entries.get("step", 0)
@@ -130,7 +130,7 @@ def check_shapes(entries: dict[str, Any], param: Tensor, pair: LoRAPair | None) 
 
 
 def shapes_of_pair(pair: LoRAPair) -> dict[str, tuple[int, ...]]:
-    """Of the entries of `init_pair`."""
+    """Shapes of the entries of `init_pair`."""
     return {PHASE: (pair.experts,), STEPS: (pair.experts,), SAVED: (pair.experts, 2, pair.rank, pair.rank)}
 
 
@@ -145,7 +145,7 @@ def compare_shapes(entries: dict[str, Any], wanted: dict[str, tuple[int, ...]]) 
 
 
 def leave_units(state_A: dict[str, Any], state_B: dict[str, Any], pair: LoRAPair) -> None:
-    """Moments of a pair that takes plain steps from here on, back in units of S = I; nothing where they are already."""
+    """Move a pair's moments back to units of S = I, before it takes plain steps; nothing where they already are."""
     if PHASE not in state_A:
         return
     phases = state_A[PHASE]
@@ -160,9 +160,9 @@ def leave_units(state_A: dict[str, Any], state_B: dict[str, Any], pair: LoRAPair
 
 
 def adopt(state: dict[str, Any], raw: dict[str, Any], param: Tensor, experts: int, storage: Storage) -> None:
-    """Fit a loaded state to its parameter.
+    """Fit loaded state to its parameter.
 
-    torch casts every loaded tensor to the parameter's dtype, which would round what is kept in a wider one: take that
+    torch casts every loaded tensor to the parameter's dtype, which would round what is kept in a wider one: that comes
     from `raw`. Raises ValueError for a moment whose shape is not the parameter's.
     """
     if "step" in raw:

@@ -1,4 +1,4 @@
-"""The step of RefLoRAAdamW as a function of groups, gradients and state; what a compiled graph holds, too."""
+"""The step of RefLoRAAdamW as a function of groups, gradients and state; compiled graphs hold it too."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .state import LIKE_TORCH, Storage
 
 @dataclass(frozen=True)
 class Options:
-    """How pairs are stepped; as the arguments of RefLoRAAdamW."""
+    """How pairs are stepped; the arguments of RefLoRAAdamW."""
 
     scalar: bool = False
     interval: int = 1
@@ -43,7 +43,7 @@ class Options:
 
 
 class Members(NamedTuple):
-    """slots: the groups of each pair's A and B, None where either is in no group. plain: by group, the others."""
+    """slots: the groups of each pair's A and B, None where either is in no group. plain: other parameters, by group."""
 
     slots: list[Slot | None]
     plain: list[list[Tensor]]
@@ -60,10 +60,10 @@ def adamw_(
     engines: Engines[AdamWEngine], members: Members, groups: Sequence[dict[str, Any]], state: State, grad_of: GradOf,
     options: Options, scaler: Scaler, seed: int | None, told: set[str],
 ) -> None:  # fmt: skip
-    """One step, in place: of pairs by their engines, of other parameters by torch's own AdamW.
+    """One step, in place: pairs by their engines, other parameters by torch's own AdamW.
 
     groups: as an optimizer's param_groups. state: by parameter, made where it is missing. seed: of stochastic rounding,
-    or None. told: what has been warned of.
+    or None. told: what has been warned about.
     """
     _refuse(members, grad_of)
     ready = engines.ready()
@@ -89,7 +89,7 @@ def adamw_(
 
 
 def _refuse(members: Members, grad_of: GradOf) -> None:
-    """What a step refuses in the parameters of no pair is refused before anything has changed."""
+    """Refuse unusable gradients of plain parameters before anything has changed."""
     for grad in (grad_of(p) for params in members.plain for p in params):
         if grad is not None and grad.layout is not torch.strided:
             fail("a gradient", "a dense tensor", grad.layout, "Use sparse=False.", RuntimeError)
@@ -101,7 +101,7 @@ def _bind(
 ) -> dict[int, list[Tensor]]:  # fmt: skip
     """Point every engine at this step's gradients.
 
-    Returns, by group, parameters of pairs that cannot be preconditioned because their partner has no gradient.
+    Returns, by group, factors that cannot be preconditioned because their partner has no gradient.
     """
     amsgrad = any(group["amsgrad"] for group in groups)
     strays: dict[int, list[Tensor]] = {}

@@ -1,4 +1,4 @@
-"""Optimizer state carried to refactored factors: what is in units of a gradient, and to which power.
+"""Optimizer state carried to refactored factors: which entries are in units of the gradient, and to which power.
 
 Refactoring by the scalar s multiplies A by sqrt(s), hence A's gradients by 1 / sqrt(s), and does the reverse for B.
 """
@@ -19,7 +19,7 @@ ADAM = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
 POWERS: dict[type[Optimizer], dict[str, int]] = {
     Adam: ADAM, AdamW: ADAM, NAdam: ADAM, RAdam: ADAM, SGD: {"momentum_buffer": 1},
 }  # fmt: skip
-# counts and schedules, which no unit of the gradient enters
+# counts and schedules, which do not depend on the gradient's unit
 UNITLESS = ("step", "mu_product")
 OWN = "reflora_"
 
@@ -35,7 +35,7 @@ def proportional(cls: type[Optimizer]) -> bool:
 
 
 def check_movable(cls: type[Optimizer]) -> None:
-    """Raises ValueError for a class whose state nothing is known about."""
+    """Raises ValueError for a class whose state is unknown."""
     if not movable(cls):
         known = ", ".join(parent.__name__ for parent in POWERS)
         remedy = "Use one of these or RefLoRAAdamW, or the full RefLoRA (scalar=False), which moves no state."
@@ -43,10 +43,10 @@ def check_movable(cls: type[Optimizer]) -> None:
 
 
 class StateMove:
-    """What of an optimizer's state is in units of the gradients of `pairs`, gathered before anything changes.
+    """The optimizer state in units of the gradients of `pairs`, gathered before anything changes.
 
-    Parameters without state are left alone; with_grads takes `.grad` along. A class outside the table is served where
-    its state has Adam's names and shapes (8-bit state has not). Raises ValueError for state that cannot be moved.
+    Parameters without state are left alone; with_grads includes `.grad`. A class outside the table is supported if its
+    state has Adam's names and shapes (8-bit state does not). Raises ValueError for state that cannot be moved.
     """
 
     def __init__(self, optimizer: Optimizer, pairs: Sequence[LoRAPair], with_grads: bool = False):
@@ -69,7 +69,7 @@ class StateMove:
 
 
 def _entries(optimizer: Optimizer, name: str, param: Tensor) -> list[tuple[Tensor, int]]:
-    """What of a parameter's state is in units of its gradient, with the power of the unit."""
+    """The parts of a parameter's state in units of its gradient, with the power of the unit."""
     state: Mapping[str, Any] = optimizer.state.get(param, {})
     powers = next((POWERS[cls] for cls in type(optimizer).__mro__ if cls in POWERS), ADAM)
     entries = []

@@ -24,20 +24,20 @@ UNIT = "reflora_unit"
 class Units:
     """Where S stops or starts being I, state that the table of transport.py knows is moved by c.
 
-    In front of any other class the gradients are kept in the unit that the state is in: reflora_unit `[experts, 2]`, of
-    `new_units`, by which A's are multiplied, and B's divided.
+    In front of any other class the gradients keep the unit of the state: reflora_unit `[experts, 2]`, from `new_units`,
+    by which A's are multiplied and B's divided.
     """
 
     def __init__(self, owner: Wrapped):
         self.owner = owner
-        # pairs, by number, that need not be looked at again, since S is not I or since the state is in units of I; and
-        # those among the latter whose gradients are kept in others
+        # numbers of pairs that need no further look: S is not I, or the state is in units of I; and those of the latter
+        # whose gradients are kept in other units
         self._settled: set[int] = set()
         self._at_identity: set[int] = set()
         self._scaled: set[int] = set()
 
     def identity(self, pair: LoRAPair) -> dict[str, Tensor]:
-        """What a plain step leaves in the state: all there will be, since a checkpoint is loaded key by key."""
+        """What a plain step leaves in the state: every key there will be, since checkpoints are loaded key by key."""
         factor = local(pair.A)
         kept = {PHASE: torch.zeros(pair.experts, dtype=torch.float32, device=factor.device)}
         if not movable(self.owner.base):
@@ -48,9 +48,9 @@ class Units:
         return kept
 
     def return_to_identity(self, chosen: Iterable[int]) -> None:
-        """Where a loaded state is in units of S, it is moved to those of I, or the gradients are kept in its own.
+        """Move loaded state in units of S to those of I, or keep the gradients in its units.
 
-        Reads a flag of each pair from the device, once.
+        Reads a flag per pair from the device, once.
         """
         asked = [i for i in chosen if i not in self._at_identity]
         self._at_identity.update(asked)
@@ -87,11 +87,11 @@ class Units:
             move.apply([1 / unit for unit in units])
 
     def leave_identity(self, chosen: Iterable[int]) -> dict[int, dict[str, Tensor]]:
-        """Where a layer's S has just stopped being I: its state moved by c, or from now on its gradients by 1 / c.
+        """Where a layer's S has just stopped being I, move its state by c, or from now on its gradients by 1 / c.
 
-        Returns what is to be kept of these layers: reflora_phase `[experts]`, 1 where S is not I, and for a class whose
-        state cannot be moved reflora_unit `[experts, 2]`, of `new_units`. Reads one flag a layer from the device until
-        that layer has left I, nothing afterwards.
+        Returns what to keep for these layers: reflora_phase `[experts]`, 1 where S is not I, and for a class whose
+        state cannot be moved reflora_unit `[experts, 2]`, from `new_units`. Reads one flag per layer from the device
+        until that layer has left I, nothing afterwards.
         """
         unsettled = [i for i in chosen if i not in self._settled]
         if not unsettled:
@@ -116,8 +116,8 @@ class Units:
         return kept
 
     def scale_grads(self, chosen: Iterable[int], kept: Mapping[Tensor, Mapping[str, Tensor]], everywhere: bool) -> None:
-        """Gradients into the units of a state that cannot be moved. kept: what is about to enter it; everywhere: of all
-        the pairs, not of those alone that have been seen to need it.
+        """Scale gradients into the units of state that cannot be moved. kept: entries about to be added to it;
+        everywhere: for all pairs, not only those known to need it.
         """
         if movable(self.owner.base):
             return

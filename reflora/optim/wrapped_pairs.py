@@ -1,4 +1,4 @@
-"""The pairs that a wrapped optimizer steps, also those added later or with other parameters, and a word on the rest."""
+"""The pairs that a wrapped optimizer steps, including those added or replaced later, and warnings about the rest."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FLATTENED = (
 
 
 class OwnPairs(Optimizer):
-    """What Wrapped knows of its pairs and parameters."""
+    """What Wrapped knows about its pairs and parameters."""
 
     base: type[Optimizer]
     pairs: list[LoRAPair]
@@ -31,7 +31,7 @@ class OwnPairs(Optimizer):
     _told: set[str]
     _again: Callable[[], list[LoRAPair]] | None
     _built = False
-    # the active pairs of the last step that was looked at
+    # the active pairs of the last step that was checked
     _looked: list[bool] | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -55,7 +55,7 @@ class OwnPairs(Optimizer):
             self.__dict__.pop("_ops", None)
 
     def _say_plain(self, active: list[bool]) -> None:
-        """Warn once of pairs of which one factor alone is stepped, and of those of which one alone has a gradient."""
+        """Warn once about pairs with only one factor stepped, and about those with only one gradient or no factor."""
         if all(active) or active == self._looked or self._told >= {HALVED, LONE, NOWHERE}:
             return
         self._looked = active
@@ -69,7 +69,7 @@ class OwnPairs(Optimizer):
                 say_plain(names, why, stacklevel=5)
 
     def _active(self) -> list[bool]:
-        """Pairs with both gradients whose factors this optimizer steps."""
+        """By pair, whether this optimizer steps both factors and both have a gradient."""
         params = self._params()
         owned = set(params)
         if not all(p.A in owned and p.B in owned for p in self.pairs):
@@ -78,7 +78,7 @@ class OwnPairs(Optimizer):
         return [p.A.grad is not None and p.B.grad is not None and p.A in owned and p.B in owned for p in self.pairs]
 
     def _follow(self, params: list[Tensor], owned: set[Tensor]) -> None:
-        """Take what stands where the factors stood: accelerate shards a model, and swaps the parameters one by one."""
+        """Adopt what has replaced the factors: accelerate shards a model and swaps its parameters one by one."""
         pairs = []
         for pair, places in zip(self.pairs, self._places):
             now = [params[place] for place in places if place is not None and place < len(params)]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class ScalarStep(Optimizer):
-    """What Wrapped has for scalar=True."""
+    """The part of Wrapped for scalar=True."""
 
     pairs: list[LoRAPair]
     interval: int
@@ -47,13 +47,13 @@ class ScalarStep(Optimizer):
         def _ops(self) -> PairOps | ShardedOps: ...
 
     def _scalar_step(self, active: list[bool], steps: int, moving: bool, *loss: Any) -> None:
-        """RefLoRA-S. `moving` False is a step that only makes state, as loaders take one."""
+        """RefLoRA-S. `moving` is False in a step that only makes state, such as a loader's."""
         gentle = self._gentle
         self._units.return_to_identity(i for i, on in enumerate(active) if on)
         if steps == 0 and not gentle and not self.warmup_steps and moving:
             self._refactor(active, with_grads=True)
         waiting = [i for i, on in enumerate(active) if on and gentle and i not in self._balanced]
-        StateMove(self, [self.pairs[i] for i in waiting])  # refuses now what it would refuse once a pair begins
+        StateMove(self, [self.pairs[i] for i in waiting])  # fails now rather than once a pair begins
         before = self._ops.norms(waiting)
         self._base_step(*loss)
         if waiting:
@@ -68,7 +68,7 @@ class ScalarStep(Optimizer):
 
     @independent()
     def _look(self, before: dict[int, Tensor], after: dict[int, Tensor]) -> None:
-        """Settle pairs whose norms `[2, experts]` have met, in all of their experts; kept in the states of the A."""
+        """Settle pairs whose norms `[2, experts]` have met in all their experts; recorded in the state of each A."""
         begun: list[Tensor] = []
         for i, norms in after.items():
             own = self.state[self.pairs[i].A]
