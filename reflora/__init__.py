@@ -1,6 +1,6 @@
 """RefLoRA: the optimally refactored LoRA step for the price of an AdamW step.
 
-Names are loaded on first use, so that `import reflora` pulls in neither torch, triton, peft nor transformers.
+Names are loaded on first use: `import reflora` imports neither torch, triton, peft nor transformers.
 """
 
 from __future__ import annotations

@@ -19,17 +19,17 @@ from .functional import refactor_
 from .reference import refactoring
 
 PACKAGES = ("reflora", "torch", "triton", "peft", "transformers", "accelerate")
-# of a float32 pair, relative
+# relative error of a float32 pair
 TOLERANCE = 1e-3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show is no failure
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show must not fail
         sys.stdout.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(prog="python -m reflora", description=__doc__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     examined = commands.add_parser("doctor", help="condition, balance and effective rank of a saved PEFT adapter")
-    examined.add_argument("folder", type=Path, help="what PeftModel.save_pretrained has written")
+    examined.add_argument("folder", type=Path, help="written by PeftModel.save_pretrained")
     examined.add_argument(
         "--refactor", type=Path, metavar="OUT", help="write a balanced copy with the same merged weights"
     )
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def show() -> int:
-    """What is installed, and which backend serves which device; 1 where one that serves is wrong."""
+    """Print what is installed and which backend serves which device. Returns 1 if one gives wrong results, else 0."""
     print(", ".join(f"{name} {_version(name)}" for name in PACKAGES))
     failed = 0
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -60,7 +60,7 @@ def show() -> int:
 
 
 def self_test(backend: str, device: torch.device) -> tuple[float, float]:
-    """Worst error of a balanced float32 pair against the float64 reference, and the seconds of a call."""
+    """Worst error of a balanced float32 pair against the float64 reference, and the seconds per call."""
     generator = torch.Generator().manual_seed(0)
     pairs = []
     for index in range(24):
@@ -68,7 +68,7 @@ def self_test(backend: str, device: torch.device) -> tuple[float, float]:
         A, B = (torch.randn(shape, generator=generator) for shape in ((r, 96), (64, r)))
         pairs.append((A.to(device), 0.01 * B.to(device)))
     before = [(A.double().cpu(), B.double().cpu()) for A, B in pairs]
-    refactor_([(A.clone(), B.clone()) for A, B in pairs], backend=backend)  # compiles what there is to compile
+    refactor_([(A.clone(), B.clone()) for A, B in pairs], backend=backend)  # compiles whatever needs it
     began = time.perf_counter()
     report = refactor_(pairs, backend=backend)
     if not bool((report.status == REFACTORED).all()):

@@ -1,4 +1,4 @@
-"""Under which name the operators are registered; a copy from the Hugging Face kernels hub has a name of its own."""
+"""The name under which the operators are registered; a copy from the Hugging Face kernels hub has its own."""
 
 import torch
 

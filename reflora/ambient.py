@@ -1,4 +1,4 @@
-"""Arithmetic is the same wherever it is called: what a caller has set around it does not reach in.
+"""Arithmetic is the same wherever it is called: a caller's settings do not reach it.
 
 Default dtype and default device need nothing here: every tensor that the package makes names both.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 _DEVICES = ("cpu", "cuda")
-# by the product, what it inherits its precision from
+# each product, with what it inherits its precision from
 _PRODUCTS: tuple[tuple[Any, Any], ...] = (
     (torch.backends.cuda.matmul, torch.backends),
     (torch.backends.mkldnn.matmul, torch.backends.mkldnn),  # type: ignore[attr-defined]
@@ -26,8 +26,7 @@ _EXACT = ("none", "ieee")
 class independent(ContextDecorator):
     """Without autocast, and with products of float32 matrices in float32: `with independent():` or `@independent()`.
 
-    The latter is a switch of the whole process: while a step runs, products of other threads are not TF32 or bfloat16
-    either.
+    The latter is a process-wide switch: while a step runs, products of other threads use no TF32 or bfloat16 either.
     """
 
     def __enter__(self) -> None:
@@ -42,13 +41,13 @@ class independent(ContextDecorator):
             autocast.__exit__(*error)
 
     def _recreate_cm(self) -> independent:
-        return independent()  # a call has its own
+        return independent()  # each call has its own
 
 
 def outside_inference(params: Sequence[Tensor]) -> AbstractContextManager[None]:
-    """For state that is made on the way: what is made in inference mode could be written nowhere else.
+    """For making state: a tensor made in inference mode cannot be written outside it.
 
-    Parameters that were made in it can be written in it alone, and so can their state.
+    Parameters made in inference mode can be written only in it, and so can their state.
     """
     if not torch.is_inference_mode_enabled() or any(param.is_inference() for param in params):
         return nullcontext()
@@ -62,7 +61,7 @@ def _outside_inference() -> Iterator[None]:
 
 
 class _ExactProducts:
-    """Put in place by the first thread that enters, and taken back by the last that leaves."""
+    """Switched on by the first thread to enter, and back by the last to leave."""
 
     def __init__(self) -> None:
         self.lock, self.inside = Lock(), 0
@@ -83,7 +82,7 @@ class _ExactProducts:
 
 
 def _make_exact() -> list[Callable[[], None]]:
-    """What takes it back, unless somebody has chosen another precision since."""
+    """Returns the calls that undo it, unless another precision has been chosen since."""
     reduced = [(own, own.fp32_precision, parent.fp32_precision) for own, parent in _PRODUCTS]
     reduced = [entry for entry in reduced if entry[1] not in _EXACT]
     legacy = _legacy()

@@ -1,6 +1,6 @@
-"""Checks of what a caller passes in, but for pairs (pairs.py). Inner code trusts what has passed here.
+"""Checks of what a caller passes in, except pairs (pairs.py). Inner code trusts what has passed here.
 
-An error names what was expected, what came, and the remedy.
+An error names what was expected, what was given, and the remedy.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from .overlap import extent, overlaps_itself, shared
 
 
 def fail(what: str, expected: object, got: object, remedy: str, error: type[Exception] = ValueError) -> NoReturn:
-    """Raise `error` with the one wording every error of this package has, in under 300 characters.
+    """Raise `error` in the form that every error of this package has, in under 300 characters.
 
-    Of a long `what`, the path of a layer, the end is shown, and of a long `got` the beginning.
+    A long `what`, such as a layer's path, keeps its end, and a long `got` its beginning.
     """
     what = what if len(what) <= 80 else f"...{what[-77:]}"
     shown = str(got)
@@ -37,20 +37,20 @@ def check_shaped(what: str, tensor: Tensor) -> None:
 
 
 def check_memory(what: str, tensor: Tensor) -> None:
-    """What is read and written by its address has memory for each of its elements, which holds their values."""
+    """A tensor read and written by address has memory for each of its elements, which holds their values."""
     check_plain(what, tensor)
     check_there(what, tensor)
 
 
 def check_there(what: str, tensor: Tensor) -> None:
-    """There is memory at every address of its elements."""
+    """There is memory at the address of every element."""
     try:
         storage = tensor.untyped_storage()
-        # a fake tensor says that it is on a device, its storage that it is not
+        # a fake tensor claims a device that its storage does not
         first, end = extent(tensor) if storage.device == tensor.device else (0, 0)
         room = storage.nbytes() - tensor.storage_offset() * tensor.element_size()
         there = tensor.numel() == 0 or (first != 0 and end - first <= room)
-    except (RuntimeError, NotImplementedError):  # no storage at all: inside torch.func, subclasses that wrap others
+    except (RuntimeError, NotImplementedError):  # no storage at all: inside torch.func, and in wrapper subclasses
         there = False
     if not there:
         remedy = "Fake tensors, those inside torch.func and those whose storage was freed have none."
@@ -71,9 +71,9 @@ def check_places(what: str, tensor: Tensor) -> None:
 
 
 def check_writable(what: str, tensor: Tensor) -> None:
-    """torch writes what was made in inference mode nowhere else."""
+    """torch writes a tensor made in inference mode only in inference mode."""
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
-        remedy = "Call under torch.inference_mode(), or pass a clone() made outside of it."
+        remedy = "Call under torch.inference_mode(), or pass a clone() made outside it."
         fail(what, "a tensor that can be written here", "one made in inference mode", remedy, RuntimeError)
 
 
@@ -99,7 +99,7 @@ def check_precision(precision: str) -> None:
 
 
 def told(value: Any, *expected: type) -> str:
-    """How an error shows a value, with its type where that is none of these."""
+    """How an error shows a value, with its type unless that is one of these."""
     if value is None or isinstance(value, expected):
         return repr(value)
     module, kind = type(value).__module__, type(value).__name__
@@ -108,7 +108,7 @@ def told(value: Any, *expected: type) -> str:
 
 
 def check_count(what: str, value: Any, minimum: int, or_none: str = "") -> None:
-    """or_none: what None, which the caller has seen to, stands for."""
+    """or_none: what None, which the caller lets through, stands for."""
     expected, remedy = f"an integer >= {minimum}", "It is a count."
     if or_none:
         expected, remedy = f"None or {expected}", f"None, the default, {or_none}."
@@ -118,18 +118,18 @@ def check_count(what: str, value: Any, minimum: int, or_none: str = "") -> None:
     if value < minimum:
         fail(what, expected, repr(value), remedy)
     if value >= 2**31:
-        fail(what, f"{expected}, less than 2^31", f"one of {value.bit_length()} bits", "10**9 is never.")
+        fail(what, f"{expected}, less than 2^31", f"one of {value.bit_length()} bits", "10**9 means never.")
 
 
 def check_flags(flags: dict[str, Any], or_none: bool = False) -> None:
     for name, value in flags.items():
         if not isinstance(value, bool) and not (or_none and value is None):
             expected = "True, False or None" if or_none else "True or False"
-            fail(name, expected, typed(value), "Text and numbers are no flags.", TypeError)
+            fail(name, expected, typed(value), "Text and numbers are not flags.", TypeError)
 
 
 def check_number(name: str, value: Any) -> None:
-    """A number, or a tensor of one; text out of a YAML file is none."""
+    """A number, or a tensor of one; text from a YAML file is neither."""
     if type(value) is float or (isinstance(value, Real) and not isinstance(value, bool)):
         return
     if not (isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point()):
@@ -143,7 +143,7 @@ def typed(value: object) -> str:
 
 
 def check_hypers(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
-    """At construction and before every step, since schedulers write param_groups; nan fails too."""
+    """Called at construction and before every step, since schedulers write param_groups; nan fails too."""
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
         check_number(name, value)
     if not (0 <= lr < math.inf and 0 <= eps < math.inf and 0 <= weight_decay < math.inf):
@@ -169,7 +169,7 @@ def check_options(
 def check_schedule(interval: int, warmup_steps: int | None) -> None:
     check_count("interval", interval, 1)
     if warmup_steps is not None:
-        check_count("warmup_steps", warmup_steps, 0, "enters S gradually")
+        check_count("warmup_steps", warmup_steps, 0, "phases S in gradually")
 
 
 def check_storage(

@@ -12,9 +12,9 @@ PRECISIONS = ("float64", "float32")
 STORAGE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 RANK_CLASSES = (16, 32, 64, 128)
 
-# a factor is degenerate past this Frobenius condition estimate ||L||_F ||L^-1||_F of the Cholesky
-# factor of its Gram (at least k, at most r k / 2 + 1), and past the second times sqrt(r): the rounding of a singular
-# Gram in float32 read as 830 sqrt(r) and more in 11 000 draws, n up to 32768. On every backend
+# a factor is degenerate past this Frobenius condition estimate ||L||_F ||L^-1||_F of the Cholesky factor of its Gram
+# (at least k, at most r k / 2 + 1), and past KAPPA_OF_RANK times sqrt(r): rounded to float32, singular Grams gave
+# 830 sqrt(r) and more in 11 000 draws, n up to 32768. On every backend
 KAPPA_MAX = {"float64": 1e6, "float32": 1e4}
 KAPPA_OF_RANK = {"float64": math.inf, "float32": 800.0}
 

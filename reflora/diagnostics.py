@@ -14,17 +14,17 @@ from .plan import Plan
 
 
 class Diagnostics:
-    """What a step did, layer by layer. Tensors stay on their devices: reading a property synchronises.
+    """What a step did, layer by layer. Tensors stay on their devices: reading a property syncs.
 
-    `names[i]` is the layer of entry i; an experts pair has one entry an expert. Measured are the factors before the
-    step, as far as it needed them: everything is NaN for a layer that was skipped or is inactive, and in a step that
-    used the S of an earlier one; RefLoRA-S measures `scale` alone.
+    `names[i]` is the layer of entry i; an experts pair has one entry per expert. Measurements are of the factors before
+    the step, as far as it needed them: all are NaN for a layer that was skipped or is inactive, and in a step that
+    reused an earlier S; RefLoRA-S measures `scale` alone.
     """
 
     # entry i is row order[i] of the concatenated results, columns in reflora/plan.py
 
     def __init__(self, names: list[str], results: list[Tensor], order: list[int], reuses: bool = False):
-        """reuses: S may be of an earlier step, which a backend may have measured for."""
+        """reuses: S may come from an earlier step; a row without condition numbers was then not measured at all."""
         self.names = names
         self.tables, self.order, self.reuses = results, order, reuses
 
@@ -32,7 +32,7 @@ class Diagnostics:
         return self._rows()[:, column]
 
     def _rows(self) -> Tensor:
-        """The result table on the CPU, with one meaning whichever backend has written it."""
+        """The result table on the CPU, with the same meaning from every backend."""
         if not self.tables:
             return torch.empty(0, col.REPORTED, dtype=torch.float64, device="cpu")
         rows = torch.cat([table[:, : col.REPORTED].cpu() for table in self.tables])[self.order]
@@ -41,7 +41,7 @@ class Diagnostics:
         # a zero factor has no condition, though its shrunk Gram may have one
         zero = rows[:, col.NORM_A : col.NORM_B + 1] == 0
         kappas.masked_fill_(zero & solved[:, None], torch.inf)
-        # factors so far apart that their squares are not in range
+        # factors so far apart that their squares are out of range
         balance = rows[:, col.BALANCE]
         balance.masked_fill_(balance.isnan() & solved, torch.inf)
         unmeasured = (status == SKIPPED) | (status == PLAIN)
@@ -60,7 +60,7 @@ class Diagnostics:
 
     @property
     def degenerate(self) -> int:
-        """Layers without such an S, which used c I, or I where a norm is zero, and by default."""
+        """Layers without such an S: they used c I, or I where a norm is zero, and by default."""
         return self._count(DEGENERATE)
 
     @property
@@ -70,7 +70,7 @@ class Diagnostics:
 
     @property
     def inactive(self) -> int:
-        """Layers that took a plain step, or none: no gradient for both factors, a warm-up step, or RefLoRA-S before
+        """Layers that took a plain step, or none: a gradient was missing, it was a warm-up step, or RefLoRA-S before
         the norms of A and B have met.
         """
         return self._count(PLAIN)
@@ -87,14 +87,14 @@ class Diagnostics:
 
     @property
     def balance(self) -> Tensor:
-        """The same as `imbalance`, under the name that it has had."""
+        """`imbalance`, under its former name."""
         return self.imbalance
 
     @property
     def condition_A(self) -> Tensor:
-        """`||L||_F ||L^-1||_F` of the Cholesky factor of `A A^T`, `[layers]`; inf where numerically singular, or A 0.
+        """`||L||_F ||L^-1||_F` of the Cholesky factor of `A A^T`, `[layers]`; inf if numerically singular or A = 0.
 
-        By default `A A^T` is shrunk towards a multiple of I, the less the longer the layer has trained.
+        By default `A A^T` is shrunk towards a multiple of I, less and less as the layer trains.
         """
         return self._column(col.KAPPA_A)
 
@@ -105,9 +105,9 @@ class Diagnostics:
 
     @property
     def scale(self) -> Tensor:
-        """`||B||_F / ||A||_F`, `[layers]`; 1 where that or its inverse is no normal number.
+        """`||B||_F / ||A||_F`, `[layers]`; 1 where that or its inverse is not a normal number.
 
-        RefLoRA-S has 1 also where the balanced factors have no room, and for 16-bit factors the nearest power of four.
+        RefLoRA-S also has 1 where balanced factors could not be stored, and the nearest power of four for 16-bit ones.
         """
         return self._column(col.SCALE)
 
@@ -128,7 +128,7 @@ class Diagnostics:
 
 
 def uniform(pairs: Sequence[LoRAPair], status: int) -> Diagnostics:
-    """Of a step that did the same with every layer and measured none: it was skipped, or not taken."""
+    """Diagnostics of a step that treated all layers alike and measured none: skipped, or not taken."""
     names = row_names(pairs)
     device = pairs[0].A.device if pairs else "cpu"
     results = torch.full((len(names), col.REPORTED), torch.nan, dtype=torch.float64, device=device)

@@ -1,4 +1,4 @@
-"""Refactoring and preconditioning of pairs as they are called outside of graphs, and the checks of gradients."""
+"""Refactoring and preconditioning of pairs outside of graphs, and the checks of gradients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .diagnostics import Diagnostics
 from .engine import Engine, Engines
 from .pairs import LoRAPair, PairLike, as_pairs, check_unhooked
 
-# one (gA, gB) a pair
+# one (gA, gB) per pair
 Grads = Sequence[tuple[Tensor | None, Tensor | None]]
 
 
@@ -34,7 +34,7 @@ def precondition(
 
 @independent()
 def refactor_checked(pairs: list[LoRAPair], scalar: bool, backend: str | None, precision: str) -> Diagnostics:
-    """Of pairs that have been checked."""
+    """For pairs already checked."""
     engines = Engines(pairs, backend, Engine)
     for engine in engines.ready():
         engine.refactor(scalar, precision)
@@ -45,7 +45,7 @@ def refactor_checked(pairs: list[LoRAPair], scalar: bool, backend: str | None, p
 def precondition_checked(
     pairs: list[LoRAPair], grads: Grads, scalar: bool, backend: str | None, precision: str
 ) -> Diagnostics:
-    """Of pairs and gradients that have been checked."""
+    """For pairs and gradients already checked."""
     engines = Engines(pairs, backend, Engine)
     for engine in engines.ready():
         engine.precondition([grads[index] for index in engine.chosen], scalar, precision)
@@ -61,11 +61,11 @@ def writable_pairs(pairs: Iterable[PairLike]) -> list[LoRAPair]:
 
 
 def grads_of(pairs: Sequence[LoRAPair], grads: Grads | None) -> list[tuple[Tensor | None, Tensor | None]]:
-    """One `(gA, gB)` a pair, tensors that match their factors, or None."""
+    """One `(gA, gB)` per pair, tensors that match their factors, or None."""
     if grads is None:
         given = [(pair.A.grad, pair.B.grad) for pair in pairs]
     elif isinstance(grads, (Tensor, Mapping, str)) or not isinstance(grads, Iterable):
-        remedy = "Pass one (gA, gB) a pair, in their order."
+        remedy = "Pass one (gA, gB) per pair, in the same order."
         fail("grads", "a list of (gA, gB)", type(grads).__name__, remedy, TypeError)
     else:
         given = list(grads)
@@ -97,12 +97,12 @@ def check_grad(what: str, factor: Tensor, grad: Tensor) -> None:
     if want != got:
         wanted, found = (f"{tuple(shape)} {dtype} on {device}" for shape, dtype, device in (want, got))
         fail(what, wanted, found, "Gradients are shaped like their factors.")
-    if not torch.compiler.is_compiling():  # in a graph it is the operator that knows
+    if not torch.compiler.is_compiling():  # in a graph only the operator can tell
         check_plain(what, grad)
 
 
 def check_grads_apart(pairs: Sequence[LoRAPair], grads: Grads) -> None:
-    """What is written has memory, which is neither another gradient's nor a factor's."""
+    """Gradients to be written have memory, shared with no other gradient and no factor."""
     named: list[tuple[str, Tensor]] = []
     for pair, (gA, gB) in zip(pairs, grads):
         named += [(f"{pair.name}, A", pair.A), (f"{pair.name}, B", pair.B)]

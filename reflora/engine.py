@@ -1,4 +1,4 @@
-"""Pairs on a backend: one engine a device, with their table and what is kept for them between calls."""
+"""Pairs on a backend: one engine per device, with their table and what is kept for them between calls."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .diagnostics import Diagnostics, diagnose
 from .pairs import LoRAPair, as_pairs
 from .plan import Plan, by_device
 
-# one (of A, of B) a pair; None: the pair does not take part
+# one (of A, of B) per pair; None: the pair does not take part
 Sides = Sequence[tuple[Tensor | None, Tensor | None]]
 _DEVICE = attrgetter("device")
 
@@ -43,7 +43,7 @@ class Engine:
         return {*map(_DEVICE, self.plan.factors)} != {self.plan.device}
 
     def refresh(self) -> bool:
-        """Whether a factor lies elsewhere than the table says. Then all are checked and read again; nothing is kept."""
+        """Whether a factor is not where the table says. If so, all are checked and read again, and nothing is kept."""
         if not self.plan.moved():
             return False
         as_pairs(self.pairs)
@@ -52,7 +52,7 @@ class Engine:
         return True
 
     def refactor(self, scalar: bool, precision: str, active: Sequence[bool] | None = None) -> Tensor:
-        """`reflora.refactor_` of the active pairs; None: of all."""
+        """`reflora.refactor_` of the active pairs; active=None: of all."""
         on = active or [True] * len(self.pairs)
         factors = [(p.A, p.B) if each else (None, None) for p, each in zip(self.pairs, on)]
         self.plan.bind_grads(factors)
@@ -97,9 +97,9 @@ E = TypeVar("E", bound=Engine)
 
 
 class Engines(Generic[E]):
-    """The engines of pairs on any devices, made when they are first asked for, and again where a pair has moved.
+    """The engines of pairs on any devices, made on first use, and again where a pair has moved.
 
-    make: an engine of pairs, their places among all, their first rows, and the backend.
+    make: builds an engine from pairs, their places among all, their first rows, and the backend.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Engines(Generic[E]):
             resolve(backend, device)
 
     def ready(self) -> list[E]:
-        """One a device, none of them stale."""
+        """One per device, none of them stale."""
         if any(engine.parted for engine in self._engines):
             self._engines = []
         if not self._engines:
@@ -127,7 +127,7 @@ class Engines(Generic[E]):
 
     @property
     def made(self) -> list[E]:
-        """Those that there are."""
+        """The engines made so far."""
         return self._engines
 
     def diagnostics(self, reuses: bool = False) -> Diagnostics:
@@ -154,7 +154,7 @@ def mark_written(tensors: Sequence[Tensor]) -> None:
 
 
 def apply_dtype(pair: LoRAPair) -> torch.dtype:
-    """What S is kept and applied in."""
+    """The dtype in which S is kept and applied."""
     return torch.float64 if pair.A.dtype == torch.float64 else torch.float32
 
 
@@ -163,5 +163,5 @@ def _no_steps(pair: LoRAPair) -> Tensor:
 
 
 def _room(pair: LoRAPair) -> Tensor:
-    """For S and S^-1 of a pair."""
+    """Memory for S and S^-1 of a pair."""
     return torch.empty(pair.experts, 2, pair.rank, pair.rank, dtype=apply_dtype(pair), device=pair.A.device)

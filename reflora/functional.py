@@ -19,24 +19,24 @@ from .pairs import PairLike
 def refactor_(
     pairs: Iterable[PairLike], scalar: bool = False, backend: str | None = None, precision: str = "float64"
 ) -> Diagnostics:
-    """Refactor every pair: `A <- P^T A`, `B <- B P^-T`, then `A A^T = B^T B` and `B A` is as before.
+    """Refactor every pair: `A <- P^T A`, `B <- B P^-T`, so that `A A^T = B^T B` and `B A` stays the same.
 
-    Degenerate pairs get the scalar refactoring, pairs with a zero or non-finite factor are left alone. Optimizer state
-    is not moved: inside training use RefLoRAAdamW. Paper, section 3.
+    Degenerate pairs get the scalar refactoring; pairs with a zero or non-finite factor are left alone. Optimizer state
+    is not moved: in training use RefLoRAAdamW. Paper, section 3.
 
     Args:
         pairs: LoRAPairs, or tuples `(A [r, n_in], B [n_out, r])`; float32, float64, bfloat16 or float16.
         scalar: RefLoRA-S, `A <- sqrt(s) A`, `B <- B / sqrt(s)` with `s = ||B||_F / ||A||_F`.
         backend: None (the fastest that can serve the device), "triton", "cpp" or "torch".
-        precision: "float64" or, faster on GPUs with slow float64, "float32": of Grams and solve.
+        precision: of Grams and solve: "float64" or, faster on GPUs with slow float64, "float32".
 
     Returns:
-        What was done, layer by layer; condition and balance are those before.
+        What was done, layer by layer; condition and imbalance are those before.
 
     Raises:
-        TypeError: no tensors, an unsupported dtype.
+        TypeError: factors that are not tensors, an unsupported dtype.
         ValueError: shapes that do not match, factors that overlap, two devices or dtypes in a pair.
-        RuntimeError: the backend cannot serve the device, with the reason; factors made in inference mode, outside it.
+        RuntimeError: the backend cannot serve the device, with the reason; factors made in inference mode, used outside it.
     """
     _check_options(scalar, backend, precision)
     run = operators.refactor_traced if torch.compiler.is_compiling() else direct.refactor
@@ -57,8 +57,8 @@ def precondition_(
 
     Args:
         pairs: as in `refactor_`.
-        grads: one `(gA, gB)` a pair, shaped like the factors; default their `.grad`. Pairs where either is None are
-            left alone. As they are written, they share memory neither with one another nor with a factor.
+        grads: one `(gA, gB)` per pair, shaped like the factors; default their `.grad`. Pairs where either is None are
+            left alone. They are written, so they must share no memory with one another or with a factor.
         scalar: `S = c I` for every pair.
         backend: as in `refactor_`.
         precision: as in `refactor_`.
@@ -68,7 +68,7 @@ def precondition_(
 
     Raises:
         TypeError: gradients that are not pairs of tensors, or None; and as `refactor_`.
-        ValueError: gradients that do not match their factors, or share memory; `.grad` that GradientHooks precondition;
+        ValueError: gradients that do not match their factors, or share memory; `.grad` that GradientHooks precondition already;
             and as `refactor_`.
     """
     _check_options(scalar, backend, precision)

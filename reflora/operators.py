@@ -24,7 +24,7 @@ from .direct import (
 from .pairs import LoRAPair, PairLike, as_pairs, named_pairs
 from .plan import REPORTED
 
-# a table of addresses is no use to a graph that inductor captures by itself
+# a table of addresses is useless in a CUDA graph that inductor captures by itself
 OP_TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
 
 
@@ -58,7 +58,7 @@ def _reported(pairs: list[LoRAPair], results: Tensor | None) -> Diagnostics:
 
 
 def _flat(pairs: list[LoRAPair]) -> tuple[list[Tensor], str]:
-    """(A and B in turns, layouts) as an operator takes them, which does the rest of the checking.
+    """(A and B alternately, layouts) as an operator takes them; it does the rest of the checking.
 
     Detached, not under no_grad: an error that the operator raises in a graph would leave gradients off.
     """
@@ -68,14 +68,14 @@ def _flat(pairs: list[LoRAPair]) -> tuple[list[Tensor], str]:
 def _unflat(factors: list[Tensor], layouts: str) -> list[LoRAPair]:
     named = layouts.split(";") if layouts else []
     if len(factors) != 2 * len(named):
-        remedy = "Pass A and B of each pair in turns, and the layouts of the pairs with ; in between."
+        remedy = "Pass A and B of each pair alternately, and the layouts of the pairs separated by ;."
         fail("factors", f"two for each of {len(named)} layouts", len(factors), remedy)
     sides = zip(factors[::2], factors[1::2], named)
     return [LoRAPair(f"pair {i}", A, B, layout) for i, (A, B, layout) in enumerate(sides)]
 
 
 def _ordered(found: Diagnostics, device: torch.device) -> Tensor:
-    """Results in the order of the pairs, on one device; a table of their own, which an operator must return."""
+    """Results in the order of the pairs, on one device; a new table, as an operator must return."""
     tables = [table[:, :REPORTED].to(device) for table in found.tables]
     if not tables:
         return torch.empty(0, REPORTED, dtype=torch.float64, device=device)
@@ -86,7 +86,7 @@ def _ordered(found: Diagnostics, device: torch.device) -> Tensor:
 
 
 def _given(pairs: list[LoRAPair], grads: list[Tensor], both: list[int]) -> Grads:
-    """Gradients of the pairs numbered `both`, in turns, as one `(gA, gB)` a pair."""
+    """Gradients of the pairs numbered `both`, alternately of A and B, as one `(gA, gB)` per pair."""
     given: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(pairs)
     if len(grads) != 2 * len(both) or sorted({*both} & {*range(len(pairs))}) != sorted(both):
         expected = f"gA and gB for each of {len(both)} pairs, numbered below {len(pairs)}"
@@ -98,10 +98,10 @@ def _given(pairs: list[LoRAPair], grads: list[Tensor], both: list[int]) -> Grads
 
 @torch.library.custom_op(add_op_namespace_prefix("checked"), mutates_args=(), tags=OP_TAGS)
 def _checked_op(factors: list[Tensor], grads: list[Tensor], both: list[int] | None, layouts: str) -> Tensor:
-    """What the operators below would check: a graph may hand them copies, which share no memory.
+    """The checks of the operators below: a graph may hand those copies, which share no memory.
 
-    both: None where it is the factors that are written. The result is empty. They take it, so that a graph keeps this
-    call and has it come first.
+    both: None where the factors are written. The result is empty; the operators take it, so that a graph keeps this
+    call and runs it first.
     """
     if both is None:
         writable_pairs(_unflat(factors, layouts))
@@ -117,9 +117,9 @@ def _checked_op(factors: list[Tensor], grads: list[Tensor], both: list[int] | No
 def _refactor_op(
     factors: list[Tensor], layouts: str, scalar: bool, backend: str, precision: str, checked: Tensor | None = None
 ) -> Tensor:
-    """factors: A and B of each pair in turns. Returns float64 `[rows, REPORTED]` (reflora/plan.py).
+    """factors: A and B of each pair alternately. Returns float64 `[rows, REPORTED]` (reflora/plan.py).
 
-    checked: of the operator of that name; None: not yet.
+    checked: the result of the operator of that name; None: not checked yet.
     """
     pairs = _unflat(factors, layouts)
     run = refactor if checked is None else refactor_checked
@@ -137,7 +137,7 @@ def _precondition_op(
     precision: str,
     checked: Tensor | None = None,
 ) -> Tensor:
-    """grads: of A and B in turns, of the pairs numbered `both`. Returns as `reflora::refactor_`."""
+    """grads: of A and B alternately, of the pairs numbered `both`. Returns as `reflora::refactor_`."""
     pairs = _unflat(factors, layouts)
     run = precondition if checked is None else precondition_checked
     return _ordered(run(pairs, _given(pairs, grads, both), scalar, backend or None, precision), _device(factors))
@@ -166,7 +166,7 @@ def _(factors: list[Tensor], grads: list[Tensor], both: list[int], layouts: str,
 
 
 def _break_where_shared(factors: list[Tensor], grads: list[Tensor]) -> None:
-    """NotImplementedError of a fake implementation breaks the graph, and the error comes as it does eagerly."""
+    """NotImplementedError in a fake implementation breaks the graph, so the error comes as in eager mode."""
     named = [(f"pair {place // 2}, {'AB'[place % 2]}", t) for place, t in enumerate(factors)]
     check_disjoint([*named, *((f"gradient {place}", t) for place, t in enumerate(grads))], NotImplementedError)
 

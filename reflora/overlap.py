@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-# so many numbers are tried for one question; what is not settled by then counts as shared
+# numbers tried per question; what is not settled by then counts as shared
 TRIES = 20_000
 # (stride, largest index) of a dimension
 Term = tuple[int, int]
 
 
 def extent(t: Tensor) -> tuple[int, int]:
-    """Addresses of the first byte of a dense tensor, and past its last; of a fake one, within its storage."""
+    """Addresses of a dense tensor's first byte and past its last; of a fake one, within its storage."""
     first = int(t.storage_offset()) * t.element_size() if isinstance(t, FakeTensor) else t.data_ptr()
     if t.is_contiguous():
         return first, first + t.nbytes
@@ -25,7 +25,7 @@ def extent(t: Tensor) -> tuple[int, int]:
 
 
 def overlaps_itself(t: Tensor) -> bool:
-    """Whether two of its elements lie at one address."""
+    """Whether two of its elements have the same address."""
     if t.is_contiguous():
         return False
     dims = sorted((s, n - 1) for s, n in zip(t.stride(), t.shape) if n > 1)
@@ -40,7 +40,7 @@ def overlaps_itself(t: Tensor) -> bool:
 def shared(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
     """Numbers of two tensors that share memory; None where each has its own. None of them overlaps itself.
 
-    Fake tensors, those of a graph as it is traced, share a storage where the real ones do.
+    Fake tensors, those of a graph being traced, share a storage where the real ones do.
     """
     places: dict[torch.device | int, list[int]] = {}
     for number, t in enumerate(tensors):
@@ -58,7 +58,7 @@ def shared(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
 
 
 def _clusters(spans: list[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:
-    """Of sorted (begin, end, number), those whose extents hang together; none of a single one."""
+    """Groups of two or more among sorted (begin, end, number) whose extents overlap."""
     first, top = 0, 0
     for place, (begin, end, _) in enumerate(spans):
         if begin >= top:
@@ -71,7 +71,7 @@ def _clusters(spans: list[tuple[int, int, int]]) -> Iterator[list[tuple[int, int
 
 
 def _families(tensors: Sequence[Tensor], cluster: list[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:
-    """The cluster in parts that cannot meet: by addresses modulo what divides every stride, elements stay in place."""
+    """The cluster in parts that cannot meet: a tensor's elements agree modulo what divides every stride."""
     own = [tensors[number] for _, _, number in cluster]
     common = gcd(*(s * t.element_size() for t in own for s, n in zip(t.stride(), t.shape) if n > 1))
     inside = [(begin % common, begin % common + t.element_size()) for t, (begin, _, _) in zip(own, cluster) if common]
@@ -86,7 +86,7 @@ def _families(tensors: Sequence[Tensor], cluster: list[tuple[int, int, int]]) ->
 def _candidates(tensors: Sequence[Tensor], cluster: list[tuple[int, int, int]]) -> Iterator[tuple[int, int]]:
     """Pairs of numbers that may share memory.
 
-    Slices of one buffer have its outermost stride: by columns they are looked for among their addresses modulo that.
+    Slices of one buffer share its outermost stride: modulo that, column slices have addresses of their own.
     """
     strides = {_outermost(tensors[number]) for _, _, number in cluster}
     period = strides.pop() if len(strides) == 1 else 0
@@ -106,7 +106,7 @@ def _candidates(tensors: Sequence[Tensor], cluster: list[tuple[int, int, int]]) 
 
 
 def _outermost(t: Tensor) -> int:
-    """The largest stride in bytes, where what lies along the other dimensions fits in between; else 0."""
+    """The largest stride in bytes, if the extent of the other dimensions fits within it; else 0."""
     stride, last = max(((s, n - 1) for s, n in zip(t.stride(), t.shape) if n > 1), default=(0, 0))
     begin, end = extent(t)
     period = stride * t.element_size()
@@ -114,7 +114,7 @@ def _outermost(t: Tensor) -> int:
 
 
 def _meet(a: Tensor, b: Tensor) -> bool:
-    """Whether an element of one lies where one of the other does: `a + sum i s = b + sum j t` has a solution."""
+    """Whether an element of one overlaps one of the other: `a + sum i s = b + sum j t` has a solution."""
     (begin_a, end_a), (begin_b, end_b) = extent(a), extent(b)
     if end_a <= begin_b or end_b <= begin_a:
         return False
@@ -130,7 +130,7 @@ def _meet(a: Tensor, b: Tensor) -> bool:
 
 
 def _meets_itself(dims: list[Term]) -> bool:
-    """Whether `sum x s = 0` for |x| up to the last indices, not all 0: the first that is not may be taken positive."""
+    """Whether `sum x s = 0` for |x| up to the last indices, not all 0: the first nonzero one may be taken positive."""
     dims = dims[::-1]
     for place, (stride, last) in enumerate(dims):
         rest = dims[place + 1 :]
@@ -149,7 +149,7 @@ def _merged(terms: list[Term]) -> list[Term]:
 
 
 def _reaches(total: int, terms: list[Term]) -> bool:
-    """Whether `total = sum i s` for some 0 <= i <= last of each term, or has not been refuted after TRIES."""
+    """Whether `total = sum i s` for some 0 <= i <= last of each term, or is not refuted within TRIES."""
     tops = [sum(s * n for s, n in terms[place:]) for place in range(len(terms) + 1)]
     common = [gcd(*(s for s, _ in terms[place:])) for place in range(len(terms))]
     left = TRIES

@@ -14,7 +14,7 @@ from .constants import STORAGE_DTYPES
 
 
 class Layout:
-    """How the tensors of a pair are read as matrices; `"linear"` and `"embedding"`: they are matrices."""
+    """How the tensors of a pair are read as matrices; `"linear"` and `"embedding"`: they are matrices already."""
 
     experts = 1
     expected = "A [r, n_in] and B [n_out, r]"
@@ -22,15 +22,15 @@ class Layout:
     storage_order = False
 
     def fits(self, A: Tensor, B: Tensor) -> bool:
-        """Whether the shapes are those of a pair."""
+        """Whether the shapes make a pair."""
         return A.dim() == 2 and B.dim() == 2 and A.shape[0] == B.shape[1]
 
     def views_A(self, tensor: Tensor) -> list[Tensor]:
-        """One `[r, n_in]` view for each expert."""
+        """One `[r, n_in]` view per expert."""
         return [tensor]
 
     def views_B(self, tensor: Tensor) -> list[Tensor]:
-        """One `[n_out, r]` view for each expert."""
+        """One `[n_out, r]` view per expert."""
         return [tensor]
 
 
@@ -44,7 +44,7 @@ class Conv(Layout):
         return A.dim() > 2 and B.dim() > 2 and A.shape[0] == B.shape[1] and B.shape[2:].numel() == 1
 
     def views_A(self, tensor: Tensor) -> list[Tensor]:
-        """As `[r, in * kernel]` in storage order: rows are mixed as wholes, any order will do."""
+        """As `[r, in * kernel]` in storage order: rows are mixed whole, so any order works."""
         strides = tensor.stride()
         order = sorted(range(1, tensor.dim()), key=lambda d: -strides[d])
         return [tensor.permute(0, *order).view(tensor.shape[0], tensor.shape[1:].numel())]
@@ -82,7 +82,7 @@ LAYOUTS = {"linear": Layout(), "embedding": Layout(), "conv": Conv()}
 
 
 def layout_of(name: str) -> Layout | None:
-    """The layout of that name, None for no layout. In terms that torch.compile can trace."""
+    """The layout of that name, or None. Written so that torch.compile can trace it."""
     if name in LAYOUTS:
         return LAYOUTS[name]
     number = name.removeprefix("experts(").removesuffix(")")
@@ -108,7 +108,7 @@ class LoRAPair:
 
     @property
     def read(self) -> Layout:
-        """The layout itself; that of matrices for a name that `check_pair` would refuse."""
+        """The layout itself; the plain one for a name that `check_pair` would refuse."""
         return layout_of(self.layout) or LAYOUTS["linear"]
 
     @property
@@ -117,7 +117,7 @@ class LoRAPair:
 
     @property
     def sharded(self) -> bool:
-        """Whether a process holds either factor in part; tensor parallelism cuts one of the two."""
+        """Whether a process holds only part of either factor; tensor parallelism cuts one of the two."""
         return is_sharded(self.A) or is_sharded(self.B)
 
     @property
@@ -126,16 +126,16 @@ class LoRAPair:
 
     @property
     def row_names(self) -> list[str]:
-        """One a row of the table: the pair's, and of experts that with their number."""
+        """One name per row of the table: the pair's, with a number for experts."""
         several = isinstance(self.read, Experts)
         return [f"{self.name}[{expert}]" for expert in range(self.experts)] if several else [self.name]
 
     def views_A(self, tensor: Tensor) -> list[Tensor]:
-        """`tensor`, shaped and laid out like A, as one `[r, n_in]` view for each expert (no copy)."""
+        """`tensor`, shaped and laid out like A, as one `[r, n_in]` view per expert (no copy)."""
         return self.read.views_A(tensor)
 
     def views_B(self, tensor: Tensor) -> list[Tensor]:
-        """`tensor`, shaped and laid out like B, as one `[n_out, r]` view for each expert (no copy)."""
+        """`tensor`, shaped and laid out like B, as one `[n_out, r]` view per expert (no copy)."""
         return self.read.views_B(tensor)
 
 
@@ -143,17 +143,17 @@ PairLike = LoRAPair | tuple[Tensor, Tensor]
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a process holds it in part: a DTensor of torch.distributed."""
+    """Whether a process holds only part of it: a DTensor of torch.distributed."""
     return type(tensor).__name__ == "DTensor"
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of it; the same memory."""
+    """The part that this process holds; the same memory."""
     return tensor.detach().to_local() if is_sharded(tensor) else tensor.detach()  # type: ignore[attr-defined]
 
 
 def as_pairs(pairs: Iterable[PairLike], sharded: bool = False) -> list[LoRAPair]:
-    """`(A, B)` tuples become LoRAPairs; every pair is checked. sharded: DTensors will do.
+    """`(A, B)` tuples become LoRAPairs; every pair is checked. sharded: DTensors are accepted.
 
     Raises ValueError or TypeError naming the pair: shapes that do not match, a dtype outside
     float32/float64/bfloat16/float16, two devices or dtypes in a pair, overlapping storage.
@@ -250,19 +250,19 @@ def _check_cut(pair: LoRAPair) -> None:
             fail(f"{pair.name}, {side}", "expert factors that are not cut across experts", cut, remedy)
 
 
-# how many GradientHooks have been made, in a list so that all read the same
+# how many GradientHooks have been made; a list, so that every importer sees the same count
 HOOKED = [0]
 
 
 def check_unhooked_since(pairs: Iterable[LoRAPair], seen: int) -> int:
-    """As `check_unhooked`, where more of them have been made than were `seen`. Returns how many there are."""
+    """`check_unhooked` if more GradientHooks have been made than were `seen`. Returns how many."""
     if HOOKED[0] != seen:
         check_unhooked(pairs)
     return HOOKED[0]
 
 
 def check_unhooked(pairs: Iterable[LoRAPair]) -> None:
-    """Raises ValueError where GradientHooks precondition already: S would be applied twice."""
+    """Raises ValueError where GradientHooks already precondition: S would be applied twice."""
     for pair in pairs:
         if any(getattr(hook, "preconditions", False) for hook in (pair.A._backward_hooks or {}).values()):
             remedy = "Call their remove() first: S would be applied twice."

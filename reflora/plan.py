@@ -1,8 +1,8 @@
 """Where everything lies: pairs become table rows of raw pointers, strides and sizes. No numerics.
 
-One row is one `[r, n_in]` x `[n_out, r]` factor pair (an expert of an experts pair has a row of its own). Both sides
-are read the same way, element (i, k) of a side at `P + i * SR + k * SN` with i < r, so that B is read as its transpose.
-reflora/kernels/table.py is made of the columns; csrc/table.h repeats them, and tests/test_plan.py compares.
+One row is one `[r, n_in]` x `[n_out, r]` factor pair (an expert of an experts pair has its own row). Both sides are
+read the same way, element (i, k) of a side at `P + i * SR + k * SN` with i < r, so that B is read as its transpose.
+reflora/kernels/table.py is made from the columns; csrc/table.h repeats them, and tests/test_plan.py compares.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from .pairs import LoRAPair
 P, P_SR, P_SN, G, G_SR, G_SN, M, V, X, W, STEP, HYPER, N = range(13)
 SIDE = 13
 A_SIDE, B_SIDE = 0, SIDE
-# columns of the row; PHASE, COUNT and SAVED are pointers, 0 where unused. KEPT: 1 where nobody has written the factors
-# since the last step. TAG: the row's number among all of the optimizer's, whatever the device
+# columns of the row; PHASE, COUNT and SAVED are pointers, 0 where unused. KEPT: 1 where nothing has written the factors
+# since the last step. TAG: the row's number in the whole optimizer, across devices
 R, DTYPE, STATE, ACTIVE, PHASE, COUNT, SAVED, KEPT, TAG = range(2 * SIDE, 2 * SIDE + 9)
 COLUMNS = 40
 
-# what PHASE points at, but for 0: the moments are in units of a refactored layer; RefLoRA-S balances the layer
+# what PHASE points at, besides 0: the moments are in units of S; RefLoRA-S balances the layer
 REFACTORED_UNITS, BALANCED = 1, 2
 
-# columns of the float64 result table, one row a table row
+# columns of the float64 result table, one row per table row
 STATUS, KAPPA_A, KAPPA_B, BALANCE, SCALE, NORM_A, NORM_B = range(7)
 RESULTS, REPORTED = 8, 7
 
-# columns of the float64 hyperparameter table, one row a parameter group
-# LR_AT: address of a tensor on the device to read the learning rate from in place of LR, 0: none; LR_DTYPE: its type
+# columns of the float64 hyperparameter table, one row per parameter group
+# LR_AT: address of a tensor on the device to read the learning rate from instead of LR, 0: none; LR_DTYPE: its dtype
 LR, BETA1, BETA2, EPS, WEIGHT_DECAY, AMSGRAD, MAXIMIZE, LR_AT, LR_DTYPE = range(9)
 HYPERS = 10
 
@@ -48,7 +48,7 @@ K = TypeVar("K")
 
 @dataclass(frozen=True)
 class Row:
-    """A row's owner: pair `pair` of the plan, expert `expert` of it, with 2-D views of its factors."""
+    """A row's owner: pair `pair` of the plan, its expert `expert`, with 2-D views of its factors."""
 
     pair: int
     expert: int
@@ -59,8 +59,8 @@ class Row:
 class Plan:
     """The rows of pairs that share a device, as an int64 table on the CPU, `[rows, COLUMNS]`.
 
-    What a column points at is also kept as tensors, one a pair, in `tensors[side + column]` and
-    `pair_tensors[column]`, for the backend that works on tensors. What a backend keeps is gone once a factor has moved.
+    What a column points at is also kept as tensors, one per pair, in `tensors[side + column]` and
+    `pair_tensors[column]`, for the backend that works on tensors. What a backend keeps is lost once a factor moves.
     """
 
     def __init__(self, pairs: Sequence[LoRAPair]):
@@ -100,7 +100,7 @@ class Plan:
             self._offsets[side] = self._starts[side] // _sizes(factors)[self._pair_of_row]
 
     def kept(self, cls: Callable[[Plan], K]) -> K:
-        """What a backend keeps for these rows between calls: a `cls` of its own, made at the first."""
+        """What a backend keeps for these rows between calls: a `cls` of its own, made on first use."""
         if cls not in self._kept:
             self._kept[cls] = cls(self)
         found: K = self._kept[cls]
@@ -110,7 +110,7 @@ class Plan:
         self._kept.pop(cls, None)
 
     def moved(self) -> bool:
-        """Whether a factor is not where, or not what, the table says: `.data` may have been replaced."""
+        """Whether a factor differs from what the table says, in place or form: `.data` may have been replaced."""
         return self._where() != self._seen
 
     def _where(self) -> list[list[object]]:
@@ -126,7 +126,7 @@ class Plan:
         return groups
 
     def bind_grads(self, grads: Sequence[tuple[Tensor | None, Tensor | None]]) -> None:
-        """Point at this step's gradients, one `(gA, gB)` a pair; a pair without both is inactive."""
+        """Point at this step's gradients, one `(gA, gB)` per pair; a pair without both is inactive."""
         tensors: list[Any] = list(chain.from_iterable(grads))
         self.table[:, ACTIVE] = 1
         if not all(map(is_not, tensors, repeat(None))):
@@ -137,7 +137,7 @@ class Plan:
         addresses = list(map(Tensor.data_ptr, tensors))
         if 0 in addresses:
             name = self.pairs[addresses.index(0) // 2].name
-            fail(f"{name}, gradient", "a tensor with memory", "one whose storage was freed", "Make the gradients anew.")
+            fail(f"{name}, gradient", "a tensor with memory", "one whose storage was freed", "Compute it again.")
         if list(map(Tensor.numel, tensors)) != self._counts:
             self._check_shapes(tensors)
         pointers = _integers(addresses).view(-1, 2)[self._pair_of_row]
@@ -153,18 +153,18 @@ class Plan:
                     self._bind_strided((A_SIDE, B_SIDE)[index % 2], index // 2, tensor)
 
     def release_grads(self) -> None:
-        """Let go of the gradients, which would otherwise outlive zero_grad."""
+        """Release the gradients, which would otherwise outlive zero_grad."""
         for side in (A_SIDE, B_SIDE):
             self.tensors.pop(side + G, None)
 
     def bind(self, side: int, column: int, tensors: Sequence[Tensor]) -> None:
-        """Point `column` at one tensor a pair that is laid out like the factor itself, of any type."""
+        """Point `column` at one tensor per pair, laid out like the factor itself, of any dtype."""
         self.tensors[side + column] = list(tensors)
         starts = self._offsets[side] * _sizes(tensors)[self._pair_of_row]
         self.table[:, side + column] = _pointers(tensors)[self._pair_of_row] + starts
 
     def bind_some(self, side: int, column: int, tensors: Sequence[Tensor | None]) -> None:
-        """As `bind`; 0 for a pair that has none."""
+        """As `bind`; 0 for a pair without one."""
         if any(t is not None for t in tensors):
             factors = self.factors[0 if side == A_SIDE else 1 :: 2]
             self.bind(side, column, [factor if t is None else t for t, factor in zip(tensors, factors)])
@@ -174,7 +174,7 @@ class Plan:
             self.table[:, side + column] = 0
 
     def bind_once(self, column: int, tensors: Sequence[Tensor]) -> None:
-        """Point `column` at one contiguous tensor a pair, `[E, ...]` with an entry an expert, or a scalar."""
+        """Point `column` at one contiguous tensor per pair, `[E, ...]` with an entry per expert, or a scalar."""
         self.pair_tensors[column] = list(tensors)
         stride = _integers([t.stride(0) * t.element_size() if t.dim() else 0 for t in tensors])
         self.table[:, column] = _pointers(tensors)[self._pair_of_row] + stride[self._pair_of_row] * self._expert_of_row
@@ -184,7 +184,7 @@ class Plan:
         self.set(side + HYPER, groups)
 
     def set(self, column: int, values: Sequence[int]) -> None:
-        """One number a pair into `column` of all its rows."""
+        """Write one number per pair into `column` of all its rows."""
         self.table[:, column] = _integers(values)[self._pair_of_row]
 
     def tag(self, first: Sequence[int]) -> None:
@@ -193,7 +193,7 @@ class Plan:
         self.table[:, TAG] += self._expert_of_row
 
     def _check_shapes(self, tensors: Sequence[Tensor]) -> None:
-        """A gradient keeps its shape where `.data` is replaced, its own or its parameter's."""
+        """A gradient keeps its shape when `.data`, its own or its parameter's, is replaced."""
         for index, (tensor, factor) in enumerate(zip(tensors, self.factors)):
             if tensor.shape != factor.shape:
                 what = f"{self.pairs[index // 2].name}, gradient of {'AB'[index % 2]}"

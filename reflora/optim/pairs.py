@@ -121,7 +121,7 @@ class PairOps:
                 engine.precondition(own, scalar, self.precision, _among(engine, counts))
 
     def refactor(self, active: Sequence[bool], scalar: bool) -> list[Tensor]:
-        """`reflora.refactor_` of each active pair. Returns sqrt(s), float64 `[experts]` per pair, 1 where left alone."""
+        """`reflora.refactor_` of each active pair. Returns sqrt(s), float64 `[experts]` per pair, 1 if left alone."""
         with self._ready() as engines:
             for engine in engines:
                 engine.refactor(scalar, self.precision, [active[i] for i in engine.chosen])
