@@ -36,7 +36,7 @@ def refactor_(
     Raises:
         TypeError: factors that are not tensors, an unsupported dtype.
         ValueError: shapes that do not match, factors that overlap, two devices or dtypes in a pair.
-        RuntimeError: the backend cannot serve the device, with the reason; factors made in inference mode, used outside it.
+        RuntimeError: the backend cannot serve the device, with the reason; factors of inference mode, outside it.
     """
     _check_options(scalar, backend, precision)
     run = operators.refactor_traced if torch.compiler.is_compiling() else direct.refactor
@@ -68,8 +68,8 @@ def precondition_(
 
     Raises:
         TypeError: gradients that are not pairs of tensors, or None; and as `refactor_`.
-        ValueError: gradients that do not match their factors, or share memory; `.grad` that GradientHooks precondition already;
-            and as `refactor_`.
+        ValueError: gradients that do not match their factors, or share memory; `.grad` that GradientHooks already
+            precondition; and as `refactor_`.
     """
     _check_options(scalar, backend, precision)
     run = operators.precondition_traced if torch.compiler.is_compiling() else direct.precondition

@@ -14,7 +14,7 @@ from .optimizer import OptimizerFactory, adamw_options
 LOG = logging.getLogger(__name__)
 # options that make parameter groups, which the factory's one group would silently undo
 GROUPED = ("loraplus_lr_ratio", "lr_groups", "embedding_lr", "embedding_lr_scale")
-# words of YAML as Python has them
+# words of YAML and their Python spelling
 YAML = {"true": "True", "false": "False", "none": "None", "null": "None", "~": "None"}
 SERVED = ("adamw_torch", "adamw_torch_fused")
 
@@ -25,7 +25,7 @@ class RefLoRAPlugin(BasePlugin):
     `optim_args` there are further arguments of `reflora.create_reflora_optimizer`, such as `scalar: true`.
 
     Raises:
-        ValueError: An `optimizer:` other than adamw_torch and adamw_torch_fused, or learning rates by group.
+        ValueError: An `optimizer:` other than adamw_torch and adamw_torch_fused, or learning rates per group.
     """
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
@@ -42,7 +42,7 @@ class RefLoRAPlugin(BasePlugin):
 
 
 def parsed(optim_args: Any) -> dict[str, Any]:
-    """A mapping as it is; of "scalar=True,interval=2" the values as Python literals, words as they stand."""
+    """A mapping as it is; "scalar=True,interval=2" with its values as Python literals, other words as text."""
     if not isinstance(optim_args, str):
         return dict(optim_args or {})
     found: dict[str, Any] = {}

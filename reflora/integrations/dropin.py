@@ -31,15 +31,15 @@ class Refactorer:
 
     Layers where S does not exist use `c I` (see reflora.precondition_); a layer without a gradient, or with a
     non-finite one, is left alone. `skip_steps` lives in the integrated optimizer's state_dict, so that a resumed run
-    does not warm up again. Raises as `reflora.find_pairs`.
+    does not warm up again. Raises what `reflora.find_pairs` raises.
 
     Args:
         model: A PEFT model.
         warmup_steps: Steps before the first refactoring. From B = 0 the published scripts take 100 or 200; fewer are
             safe, but B A then stays near rank one for long.
-        re_init: Draw A and B anew and take the difference out of the base weights, which no other layer and no other
-            adapter may share. With the adapter disabled the model is another one afterwards.
-        interval: Refactor every that many steps; the steps between are plain ones.
+        re_init: Draw random A and B and subtract the change from the base weights, which no other layer or adapter
+            may share. Afterwards the model with its adapter disabled is a different one.
+        interval: Refactor every `interval` steps; the steps in between are plain.
         use_scalar: RefLoRA-S, which refactors in `integrate_into_optimizer` and after each step, and moves the state.
     """
 
@@ -79,7 +79,7 @@ class Refactorer:
 
     @property
     def skip_steps(self) -> int:
-        """Steps still to be left plain before the next refactoring."""
+        """Plain steps left before the next refactoring."""
         groups = self._optimizer.param_groups if self._optimizer is not None else [{}]
         return groups[0].get(SKIP_STEPS, self._skip_steps)
 
@@ -91,7 +91,7 @@ class Refactorer:
 
     @torch.no_grad()
     def dummy_step(self) -> None:
-        """Precondition the gradients in place: the same step as that of refactored factors, which are not touched."""
+        """Precondition the gradients in place: the same step as with refactored factors, but these stay untouched."""
         if not self._due():
             return
         self._precondition()
@@ -114,11 +114,11 @@ class Refactorer:
         move.apply(self._ops.refactor(everything, scalar=True))
 
     def integrate_into_optimizer(self, optimizer: Optimizer) -> None:
-        """Register the hooks that refactor around each `optimizer.step()`; once for an optimizer.
+        """Register the hooks that refactor around each `optimizer.step()`; once per optimizer.
 
-        use_scalar without a warm-up refactors at once. A state_dict loaded before the first step takes that back, since
-        it belongs to the factors as they were saved. Raises RuntimeError for an optimizer that steps none of the pairs,
-        ValueError for one that does all this by itself. Of accelerate's wrapper it is the optimizer inside.
+        use_scalar without a warm-up refactors at once. A state_dict loaded before the first step undoes that, since it
+        belongs to the factors as they were saved. Raises RuntimeError for an optimizer that steps none of the pairs,
+        ValueError for one that refactors by itself. For accelerate's wrapper, the optimizer inside is used.
         """
         optimizer = _inside(optimizer)
         self._check_alone(optimizer)
@@ -127,7 +127,7 @@ class Refactorer:
         self._optimizer = optimizer
         self._check_members(optimizer)
         if isinstance(optimizer, (RefLoRAAdamW, Wrapped)):
-            remedy = "It needs no Refactorer, and a Refactorer wants a plain one, such as torch.optim.AdamW."
+            remedy = "It needs no Refactorer; a Refactorer needs a plain optimizer, such as torch.optim.AdamW."
             fail("optimizer", "one that does not refactor by itself", type(optimizer).__name__, remedy)
         if self.use_scalar:
             check_movable(type(optimizer))
@@ -144,7 +144,7 @@ class Refactorer:
             self._first = [(p, old, p.detach().cpu().clone()) for p, old in zip(self._factors(), before)]
 
     def diagnostics(self) -> Diagnostics:
-        """What the last refactoring did, layer by layer; reading its properties synchronises."""
+        """What the last refactoring did, layer by layer; reading its properties syncs."""
         return self._ops.diagnostics()
 
     def integrated_into(self, optimizer: Optimizer) -> bool:
@@ -152,7 +152,7 @@ class Refactorer:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        # torch runs hooks for a class and again for its parent's step: a nested run finds the gradients written
+        # torch runs the hooks again in a parent class's step: a nested run finds the gradients written
         if self._depth and (self._written == self._versions() if closure is None else closure is self._closure):
             self._depth += 1
             return None
@@ -161,7 +161,7 @@ class Refactorer:
         if self.use_scalar or scaler_found_inf(optimizer):
             return None
         if closure is not None and self._due():
-            # the gradients to be preconditioned are those that it makes
+            # the gradients to precondition are those that it makes
             self._closure = self._after(closure)
             if "closure" in kwargs:
                 return args, {**kwargs, "closure": self._closure}
@@ -193,7 +193,7 @@ class Refactorer:
         self.skip_steps = self.skip_steps
         if (
             not optimizer.state
-        ):  # nothing was loaded: accelerate passes an optimizer's own state through as it prepares it
+        ):  # nothing was loaded: accelerate loads an optimizer's own state when it prepares it
             return
         for param, before, after in self._first:
             if torch.equal(param.cpu(), after):
@@ -211,7 +211,7 @@ class Refactorer:
         for hook in optimizer._optimizer_step_pre_hooks.values():
             other = getattr(hook, "__self__", None)
             if isinstance(other, Refactorer) and other is not self:
-                remedy = "Make a new optimizer, or go on with the first Refactorer."
+                remedy = "Make a new optimizer, or keep the first Refactorer."
                 fail("optimizer", "one without a Refactorer", "one that has another", remedy)
 
     def _factors(self) -> list[Tensor]:
@@ -244,7 +244,7 @@ def _inside(optimizer: Any) -> Any:
 
 
 def _base_weight(site: Site) -> Tensor:
-    """What the layer adds its B A to. Raises ValueError where the difference cannot be taken out of it."""
+    """The weight to which the layer adds B A. Raises ValueError where the change cannot be subtracted from it."""
     module: Any = site.module
     if hasattr(module, "get_param"):
         weight = module.get_param()
@@ -253,7 +253,7 @@ def _base_weight(site: Site) -> Tensor:
         weight = getattr(base, "weight", None)
         weight = base.in_proj_weight if weight is None else weight
     if not weight.is_floating_point():
-        remedy = "Pass re_init=False: it is not needed, training starts from B = 0 as well."
+        remedy = "Pass re_init=False: it is not needed, since training can start from B = 0."
         fail(f"re_init of {site.pair.name}", "a floating point base weight", weight.dtype, remedy)
     if getattr(module, "merged_adapters", ()):
         remedy = "Call model.unmerge_adapter() first."
@@ -262,7 +262,7 @@ def _base_weight(site: Site) -> Tensor:
 
 
 def _check_no_others(sites: list[Site]) -> None:
-    """Every adapter of these layers is drawn anew: another one would find other base weights below it."""
+    """These layers have no other adapter, under which the base weights would change."""
     drawn = {(id(site.module), site.adapter) for site in sites}
     for site in sites:
         names = (*getattr(site.module, "lora_A", ()), *getattr(site.module, "lora_embedding_A", ()))
@@ -272,7 +272,7 @@ def _check_no_others(sites: list[Site]) -> None:
 
 
 def _check_unshared(model: nn.Module, sites: list[Site], weights: list[Tensor]) -> None:
-    """Nothing else reads a base weight: it would see another one, and no adapter that makes up for it."""
+    """Nothing else reads a base weight: it would see it changed, without the adapter that makes up for it."""
     spans = []
     for path, module in model.named_modules():
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
@@ -287,14 +287,14 @@ def _check_unshared(model: nn.Module, sites: list[Site], weights: list[Tensor]) 
     for site, weight in zip(sites, weights):
         found = shared.get((str(weight.device), extent(weight)[0]))
         if found:
-            remedy = "Pass re_init=False: it is not needed, training starts from B = 0 as well."
+            remedy = "Pass re_init=False: it is not needed, since training can start from B = 0."
             fail(f"re_init of {listed([site.pair.name])}", "a base weight of its own", listed(found), remedy)
 
 
 @torch.no_grad()
 @independent()
 def _draw_anew(site: Site, weight: Tensor) -> None:
-    """A and B random, and the base weight less by what that changes of their product."""
+    """Draw random A and B, and subtract the change of their product from the base weight."""
     module: Any = site.module
     before = module.get_delta_weight(site.adapter).float()
     for factor in (site.pair.A, site.pair.B):

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 def shard_placement(model: nn.Module, shards: int) -> Callable[[nn.Parameter], Shard | None]:
-    """For `fully_shard(..., shard_placement_fn=)`: A `[r, n_in]` is cut along n_in, all else as FSDP2 does by itself.
+    """For `fully_shard(..., shard_placement_fn=)`: A `[r, n_in]` is cut along n_in, all else as FSDP2 does by default.
 
-    Cut along r, A and its gradient would be dealt out anew in every step. To be called before the model is sharded.
-    Raises as `reflora.find_pairs`.
+    Cut along r, A and its gradient would be resharded in every step. Call it before the model is sharded.
+    Raises what `reflora.find_pairs` raises.
 
     Args:
         model: A PEFT model.
-        shards: The number of processes that a parameter is cut over; an A whose n_in is no multiple of it is left to
+        shards: Number of processes that a parameter is cut over; an A whose n_in is not a multiple of it is left to
             FSDP2.
     """
     check_count("shards", shards, 1)

@@ -1,4 +1,4 @@
-"""Layers of one rank and type on a device, and what GradientHooks keeps of them."""
+"""Layers of one rank and dtype on one device, and what GradientHooks keep for them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ..pairs import LoRAPair
 
 @dataclass
 class HookGroup:
-    """Layers of one rank and type on a device, and what is kept of them, a row an expert.
+    """Layers of one rank and dtype on one device, and what is kept for them, one row per expert.
 
-    units float64 `[rows, 3]`: of A and B as new_units has them, and whether S has been other than I. counts float32
-    `[rows]`, on the host for a schedule that is looked up there: steps that the pair has taken part in. matrices
-    `[rows, 2, r, r]`: S and S^-1 over their units.
+    units float64 `[rows, 3]`: those of A and B, as new_units has them, and whether S has been other than I. counts
+    float32 `[rows]`, on the host for a schedule that is looked up there: steps that the pair has taken part in.
+    matrices `[rows, 2, r, r]`: S and S^-1 over their units.
     """
 
     indices: list[int]
@@ -30,7 +30,7 @@ class HookGroup:
     matrices: Tensor
 
     def moved(self, pairs: Sequence[LoRAPair]) -> bool:
-        """Whether a factor has changed its device, rank or type."""
+        """Whether a factor has changed its device, rank or dtype."""
         ours = self.units.device, *self.matrices.shape[-1:], self.matrices.dtype
         return any(kind_of(pairs[i]) != ours for i in self.indices)
 
@@ -39,7 +39,7 @@ class HookGroup:
         return zip(self.indices, tensor.split(self.experts))
 
     def rows_of(self, indices: Container[int]) -> tuple[list[int], Any]:
-        """Those of the pairs that are among `indices`, and what indexes their rows."""
+        """The pairs of the group that are among `indices`, and an index of their rows."""
         chosen = [i for i in self.indices if i in indices]
         if not chosen or chosen == self.indices:
             return chosen, slice(None)
@@ -48,7 +48,7 @@ class HookGroup:
         return chosen, rows.to(self.units.device, non_blocking=True)
 
     def after(self, backward: Container[int]) -> HookGroup:
-        """With a step of the pairs that have had a backward pass, and room for other matrices."""
+        """A copy with one more step for pairs that have had a backward pass, and room for new matrices."""
         if all(i in backward for i in self.indices):
             counts = self.counts + 1
         else:
@@ -58,7 +58,7 @@ class HookGroup:
         return replace(self, units=self.units.clone(), counts=counts, matrices=torch.empty_like(self.matrices))
 
     def below(self, steps: int) -> list[int]:
-        """The pairs that have taken part in fewer; of counts on the host."""
+        """The pairs that have taken part in fewer steps; for counts on the host."""
         taken = iter(self.counts.tolist())
         most = (max(islice(taken, experts)) for experts in self.experts)
         return [i for i, top in zip(self.indices, most) if top < steps]
@@ -69,7 +69,7 @@ def kind_of(pair: LoRAPair) -> tuple[Any, ...]:
 
 
 def grouped(kind: tuple[Any, ...], indices: list[int], state: Mapping[int, Tensor], host: bool) -> HookGroup:
-    """host: counts are kept there."""
+    """host: whether counts are kept there."""
     device, rank, dtype = kind
     whole = torch.cat([state[i].to(device, torch.float64) for i in indices])
     counts = whole[:, 3].to("cpu" if host else device, torch.float32)
@@ -78,6 +78,6 @@ def grouped(kind: tuple[Any, ...], indices: list[int], state: Mapping[int, Tenso
 
 
 def sides(units: Tensor) -> Tensor:
-    """`[rows, 2, 1, 1]`: what S, of B's gradients, and S^-1, of A's, are multiplied by."""
+    """`[rows, 2, 1, 1]`: what S, for B's gradients, and S^-1, for A's, are multiplied by."""
     of_A, of_B = units.unbind(1)
     return torch.stack([1 / of_B, of_A], 1)[..., None, None]

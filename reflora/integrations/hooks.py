@@ -1,4 +1,4 @@
-"""RefLoRA in front of an optimizer that never sees the factors: DeepSpeed's ZeRO-1 and 2 flatten and share them out."""
+"""RefLoRA in front of an optimizer that never sees the factors: DeepSpeed's ZeRO-1 and 2 flatten and partition them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..pairs import HOOKED, LoRAPair, check_unhooked
 from .hook_groups import HookGroup, grouped, kind_of, sides
 from .peft import find_pairs
 
-LOADED = "Load what state_dict() of GradientHooks over the same model gave."
+LOADED = "Load the state_dict() of GradientHooks over the same model."
 STALE = (
     "GradientHooks: the weights have moved since refresh(), and S is still that of the old ones. Call refresh() once "
     "after every step of the optimizer."
@@ -29,28 +29,27 @@ STALE = (
 class GradientHooks:
     """Preconditions the gradients of a model's LoRA pairs as autograd makes them: `gA <- S^-1 gA`, `gB <- gB S`.
 
-    For use with an Adam-like optimizer of whatever kind steps the parameters, or parts of them. The hooks run before
-    gradients are accumulated, averaged over processes, clipped or shared out. S is linear and stays as it is until
-    `refresh()`, which is to be called once after every step that has moved the weights: so
-    preconditioning commutes with all of that but clipping, which then sees the preconditioned gradients.
+    For any Adam-like optimizer that steps the parameters, or parts of them. The hooks run before gradients are
+    accumulated, averaged over processes, clipped or partitioned. S is linear and stays fixed until `refresh()`, to be
+    called once after every step that has moved the weights. So preconditioning commutes with all of these but
+    clipping, which sees the preconditioned gradients.
 
-    From B = 0 S is entered gradually, without its scale c = ||B||_F / ||A||_F. With warmup_steps S has its scale, and
-    where it leaves I B's gradients are divided by c (A's are multiplied, where it was A that was 0), so that they do
-    not jump. These numbers and the steps so far, of each layer, are in the `state_dict`, for a resumed run.
+    From B = 0, S is phased in gradually, without its scale c = ||B||_F / ||A||_F. With warmup_steps S has its scale,
+    and where it leaves I, B's gradients are divided by c (or A's multiplied, if A was 0), so that they do not jump.
+    These constants and each layer's step count are in the `state_dict`, for a resumed run.
 
     Args:
         model: A PEFT model; under DeepSpeed `engine.module`.
         backend: None, "triton", "cpp" or "torch".
         precision: "float64" or "float32".
-        warmup_steps: None enters S gradually, as RefLoRAAdamW does; a number takes that many first steps of each pair
-            with S = I. A step of a pair is a `refresh()` with a backward pass through it before.
-        follow: Of warmup_steps alone. True divides by the largest c so far, so that the norm of all gradients stays one
-            of both factors, as a clipping of it needs. False divides by c as it was when S left I: what Adam makes of
-            that is RefLoRAAdamW's step up to eps, but B's gradients grow with c, and under a clipped norm A then
-            hardly moves.
+        warmup_steps: None phases S in gradually, as RefLoRAAdamW does; a number takes that many first steps of each
+            pair with S = I. A step of a pair is a `refresh()` after a backward pass through it.
+        follow: Only with warmup_steps. True divides by the largest c so far, so that both factors count in the norm of
+            all gradients, as clipping needs. False divides by c as it was when S left I: Adam then takes RefLoRAAdamW's
+            step up to eps, but B's gradients grow with c, and under a clipped norm A hardly moves.
 
     Raises:
-        ValueError: As `reflora.find_pairs`; sharded factors (FSDP2); a model that has such hooks.
+        ValueError: As `reflora.find_pairs`; sharded factors (FSDP2); a model that already has such hooks.
     """
 
     def __init__(
@@ -72,7 +71,7 @@ class GradientHooks:
             {i: torch.zeros(pair.experts, 4, dtype=torch.float64, device="cpu") for i, pair in enumerate(self.pairs)}
         )
         self._went_backward: set[int] = set()
-        self._in_other_units = False  # a loaded state may be: its gradients are
+        self._in_other_units = False  # loaded state may be, and its gradients with it
         self._matrices: dict[int, Tensor] = {}
         self._witness: _Witness | None = None
         self._told: set[str] = set()
@@ -87,7 +86,7 @@ class GradientHooks:
     @torch.no_grad()
     @independent()
     def refresh(self) -> None:
-        """Take S of the factors as they are now, in a number of launches that does not grow with the model."""
+        """Compute S from the current factors, in a number of launches that does not grow with the model."""
         with outside_inference([pair.A for pair in self.pairs]):
             self._refresh()
         self._unserved.look(stacklevel=5)
@@ -111,14 +110,14 @@ class GradientHooks:
                 self._return_to_identity(kept, found.scale) if gentle else self._leave_identity(kept, found)
             )
             group.matrices[rows] *= sides(units).to(group.matrices)
-            if gentle:  # from a factor that is 0 the start is still to come
+            if gentle:  # where a factor is 0 the start is still to come
                 group.counts[rows] *= found.started
-        # all at once: what fails before leaves the last S, its units and its counts
+        # all at once: a failure before this leaves the last S with its units and counts
         self._groups, self._matrices, self._went_backward = groups, matrices, set()
         self._witness = None
 
     def _note(self, index: int, side: int) -> None:
-        """A backward pass through a pair; of the first to have one its B is kept, to see whether it moves."""
+        """Note a backward pass through a pair; the first one's B is kept, to see whether it moves."""
         self._went_backward.add(index)
         B = self.pairs[index].B
         if side or STALE in self._told or capturing(B.device):
@@ -130,13 +129,13 @@ class GradientHooks:
             warnings.warn(STALE, stacklevel=2)
 
     def _say_lone(self, pair: LoRAPair) -> None:
-        """One of its factors was frozen since: a plain step."""
+        """Warn that one of its factors has been frozen since: it takes a plain step."""
         if LONE not in self._told:
             self._told.add(LONE)
             say_plain([pair.name], LONE, stacklevel=3)
 
     def _plain(self, groups: Sequence[HookGroup], indices: Set[int]) -> dict[int, Tensor]:
-        """S = I; where a loaded state is in other units the matrices that keep gradients in them."""
+        """S = I. Where loaded state is in other units, returns the matrices that keep gradients in them."""
         norms = self._ops.norms(indices) if self._in_other_units else {}
         found: dict[int, Tensor] = {}
         for group in groups:
@@ -154,24 +153,24 @@ class GradientHooks:
     def _return_to_identity(self, kept: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """Units `[rows, 2]` of an S without its scale c, and what to keep of them, `[rows, 3]`.
 
-        Those of a loaded state in which S had its scale go on.
+        Units of loaded state in which S had its scale continue.
         """
         leaves = (kept[:, 2] > 0) & (c > 0) & c.isfinite()
         units = kept[:, :2].where(kept[:, :2] > 0, 1.0) / c.where(leaves, 1.0)[:, None]
         return units, torch.cat([units, torch.zeros_like(kept[:, 2:])], 1)
 
     def _leave_identity(self, kept: Tensor, found: Outcome) -> tuple[Tensor, Tensor]:
-        """The same of an S with its scale c."""
+        """The same for an S with its scale c."""
         units = new_units(kept[:, :2], kept[:, 2], found)
         if self.follow:
             further = torch.stack([units[:, 0].minimum(found.scale), units[:, 1].maximum(found.scale)], 1)
-            # 0 and 1: nothing to keep a unit for
+            # 0 and 1: no unit to keep
             units = further.where(found.left[:, None] & (units > 0) & (units != 1), units)
         settled = kept[:, 2:].maximum(found.left[:, None])
         return units.where(units > 0, 1.0), torch.cat([units, settled], 1)
 
     def _next_groups(self) -> list[HookGroup]:
-        """The groups after the backward passes so far, in tensors of their own; factors may have moved since."""
+        """The groups after the backward passes so far, in new tensors; factors may have moved since."""
         if any(group.moved(self.pairs) for group in self._groups):
             return self._grouped(self._state())
         return [group.after(self._went_backward) for group in self._groups]
@@ -183,17 +182,17 @@ class GradientHooks:
         return [grouped(kind, own, state, host=self.warmup_steps is not None) for kind, own in alike.items()]
 
     def _state(self) -> dict[int, Tensor]:
-        """By pair `[experts, 4]`: its units, and the steps with those whose refresh is still to come."""
+        """By pair `[experts, 4]`: its units, and its steps including one whose refresh is still to come."""
         groups = [group.after(self._went_backward) for group in self._groups]
         columns = [torch.cat([group.units, group.counts.to(group.units)[:, None]], 1) for group in groups]
         return {i: own for group, whole in zip(groups, columns) for i, own in group.split(whole)}
 
     def diagnostics(self) -> Diagnostics:
-        """Of the last `refresh`, layer by layer; reading its properties synchronises."""
+        """What the last `refresh` found, layer by layer; reading its properties syncs."""
         return self._ops.diagnostics()
 
     def remove(self) -> None:
-        """Let the gradients be."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
@@ -202,7 +201,7 @@ class GradientHooks:
         fail("a copy of GradientHooks", "hooks of one model", "copy or pickle", remedy, TypeError)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """By name of the layer `[experts, 4]`: its constants of A and B, whether they are settled, the steps so far."""
+        """By layer name `[experts, 4]`: its constants for A and B, whether they are settled, and its steps so far."""
         state = self._state()
         return {pair.name: state[index].clone() for index, pair in enumerate(self.pairs)}
 
@@ -230,7 +229,7 @@ class GradientHooks:
 
 
 def _entry(own: Any, pair: LoRAPair) -> Tensor:
-    """What a loaded state has of a pair, `[experts, 4]`; earlier states have no fourth column."""
+    """A pair's entry in loaded state, `[experts, 4]`; older states have no fourth column."""
     if not isinstance(own, Tensor):
         fail(pair.name, f"a tensor [{pair.experts}, 4]", type(own).__name__, LOADED, TypeError)
     if own.dim() != 2 or len(own) != pair.experts or own.shape[1] not in (3, 4):
@@ -247,7 +246,7 @@ class _Witness:
         self.index, self.B, self.passes = index, B, 1
 
     def moved(self, B: Tensor) -> bool:
-        """Looked at in backward passes 2, 4, 8, ...: accumulating gradients costs few waits for the device."""
+        """Checked in backward passes 2, 4, 8, ...: accumulating gradients costs few syncs."""
         self.passes += 1
         return self.passes & (self.passes - 1) == 0 and not torch.equal(self.B, B.detach().to(self.B))
 
@@ -255,7 +254,7 @@ class _Witness:
 class _Multiply:
     """The hook of one factor; side 1 is A."""
 
-    preconditions = True  # what check_unhooked asks
+    preconditions = True  # read by check_unhooked
 
     def __init__(self, owner: GradientHooks, index: int, side: int):
         self.owner, self.index, self.side = owner, index, side

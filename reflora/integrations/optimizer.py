@@ -30,44 +30,44 @@ def create_reflora_optimizer(
     precision: str = "float64",
     **kwargs: Any,
 ) -> Optimizer:
-    """An optimizer over the trainable parameters of `model` that steps its LoRA pairs as RefLoRA does.
+    """An optimizer over the trainable parameters of `model` that steps its LoRA pairs with RefLoRA.
 
-    Parameters in no pair take plain steps. A model that is sharded by FSDP2 or by tensor parallelism takes a subclass
-    of torch.optim.AdamW that preconditions inside `step`: its pairs are DTensors, and one all-reduce of their Grams a
+    Parameters in no pair take plain steps. A model sharded by FSDP2 or tensor parallelism gets a subclass of
+    torch.optim.AdamW that preconditions inside `step`: its pairs are DTensors, and one all-reduce of their Grams per
     step gives every process the same S.
 
     Args:
         model: A PEFT model, or any with PEFT's LoRA layers in it.
         optimizer_cls: None and torch.optim.AdamW both give RefLoRAAdamW, which is AdamW with the preconditioning fused
-            in (torch's `foreach` changes nothing, `fused=False` who unscales for a GradScaler). Any other class gives a
-            subclass of it that preconditions inside `step`, with one host synchronisation a step on a GPU, or two while
-            a pair of RefLoRA-S waits for its norms.
+            in (torch's `foreach` changes nothing, `fused=False` only makes a GradScaler unscale before the step). Any
+            other class gives a subclass of it that preconditions inside `step`, with one sync per step on a GPU, or two
+            while a pair of RefLoRA-S waits for its norms.
         lr: Learning rate.
         scalar: RefLoRA-S, as in RefLoRAAdamW.
-        interval: Recompute S every that many steps.
-        warmup_steps: None enters S gradually; a number takes that many first steps with S = I, as published.
+        interval: Recompute S every `interval` steps.
+        warmup_steps: None phases S in gradually; a number takes that many first steps with S = I, as published.
         backend: None, "triton", "cpp" or "torch".
         precision: "float64" or "float32".
-        **kwargs: For the optimizer, such as betas, weight_decay or momentum. Options of another class that have a name
-            of RefLoRA's (schedule-free's warmup_steps) go into `base_options`, a dictionary.
+        **kwargs: For the optimizer, such as betas, weight_decay or momentum. Options of another class that share a
+            name with RefLoRA's (schedule-free's warmup_steps) go into `base_options`, a dictionary.
 
     Raises:
-        ValueError: No LoRA pair is found; a class whose closure is required or, with scalar=True, whose state cannot
-            be moved.
-        TypeError: No optimizer class, or one of PEFT's that preconditions by itself; RefLoRAAdamW's own options where
-            the model is sharded; an option that two have.
+        ValueError: No LoRA pair is found; a class that requires a closure or, with scalar=True, whose state cannot be
+            moved.
+        TypeError: Not an optimizer class, or one of PEFT's that preconditions by itself; RefLoRAAdamW's own options for
+            a sharded model; an option that both classes have.
     """
     pairs = find_pairs(model)
     if any(pair.sharded for pair in pairs) or _will_be_sharded():
         optimizer_cls = optimizer_cls or torch.optim.AdamW
         own = sorted(set(OWN_OPTIONS) & kwargs.keys())
         if own:
-            remedy = "DTensors are stepped by torch's AdamW with the preconditioning in front: leave them out."
+            remedy = "torch's AdamW steps DTensors, with the preconditioning in front: leave these options out."
             fail("a sharded model", "none of RefLoRAAdamW's own options", ", ".join(own), remedy, TypeError)
     elif optimizer_cls is None or optimizer_cls is torch.optim.AdamW:
         optimizer_cls = RefLoRAAdamW
         if "base_options" in kwargs:
-            remedy = "RefLoRAAdamW has no options of the same names: pass all of them as they are."
+            remedy = "RefLoRAAdamW shares no option name with its base class: pass them as keywords."
             fail("base_options", "another optimizer_cls", "RefLoRAAdamW", remedy, TypeError)
     is_ours = isinstance(optimizer_cls, type) and issubclass(optimizer_cls, (RefLoRAAdamW, Wrapped))
     cls: Any = optimizer_cls if is_ours else reflora_class(optimizer_cls)
@@ -82,7 +82,7 @@ class OptimizerFactory:
     """`create_reflora_optimizer` for `transformers.Trainer(optimizer_cls_and_kwargs=(OptimizerFactory, {"lr": ...}))`.
 
     Trainer (transformers 5.3 and later) makes a factory without arguments and calls it with the model, so that the
-    optimizer is built when the model is where it trains. axolotl's trainers add their training arguments.
+    optimizer is built once the model is where it trains. axolotl's trainers add their training arguments.
     """
 
     def __init__(self, *given: object, **kwargs: object):
@@ -91,7 +91,7 @@ class OptimizerFactory:
             fail("OptimizerFactory", "no arguments", f"{len(given) + len(kwargs)}", remedy, TypeError)
 
     def __call__(self, model: nn.Module, training_args: Any = None, **kwargs: Any) -> Optimizer:
-        """kwargs: of create_reflora_optimizer. What they lack of AdamW's options is taken from `training_args`."""
+        """kwargs: of create_reflora_optimizer. AdamW's options that they lack are taken from `training_args`."""
         return create_reflora_optimizer(
             model, **({**adamw_options(training_args), **kwargs} if training_args else kwargs)
         )
@@ -110,15 +110,15 @@ def adamw_options(training_args: Any) -> dict[str, Any]:
 def wrap(optimizer_cls: type[Optimizer]) -> type[Optimizer]:
     """The subclass of an optimizer class that preconditions LoRA pairs in front of its own step.
 
-    `create_reflora_optimizer(model, SomeOptimizer, ...)` makes one by itself. Of torch.optim.AdamW it makes
-    RefLoRAAdamW, which cannot follow parameters that are replaced after it was built (FSDP2 by hand): that is what
-    `wrap(torch.optim.AdamW)` is for.
+    `create_reflora_optimizer(model, SomeOptimizer, ...)` makes one by itself. For torch.optim.AdamW it makes
+    RefLoRAAdamW, which cannot follow parameters that are replaced after it was built (FSDP2 by hand): use
+    `wrap(torch.optim.AdamW)` there.
     Its constructor takes `pairs=` and RefLoRAAdamW's scalar, interval, warmup_steps, backend and precision on top of
     the class's own arguments. Where the class has an option of one of these names, as schedule-free has warmup_steps,
     `base_options={"warmup_steps": 100}` is for the class, and `warmup_steps=` for RefLoRA.
 
     Raises:
-        TypeError: No optimizer class, or one of PEFT's that preconditions by itself.
+        TypeError: Not an optimizer class, or one of PEFT's that preconditions by itself.
         ValueError: A class that needs a closure.
     """
     return reflora_class(optimizer_cls)

@@ -37,26 +37,26 @@ class Site:
 def find_pairs(model: nn.Module, adapter: str | None = None) -> list[LoRAPair]:
     """Every LoRA pair of `model`, named by its module's path and its adapter.
 
-    Serves PEFT LoRA on linear (DoRA's magnitude is left alone), Conv1D, embedding, convolution and attention layers,
-    on quantised base layers and on `target_parameters` (layout "experts(E)"); DDP, PeftModel and torch.compile
-    wrappers are looked through. Layers whose factors are tied to an earlier layer's, grouped convolutions, layers with
-    a scaling between B and A (AdaLoRA, KaSA) and those of which one factor is frozen (LoRA-FA) are no pairs: a warning
-    names them, and they take plain steps. An optimizer that is given this list looks at the model again whenever it is
-    given further parameters.
+    Supports PEFT LoRA on linear (DoRA's magnitude is left alone), Conv1D, embedding, convolution and attention layers,
+    on quantised base layers and on `target_parameters` (layout "experts(E)"), through DDP, PeftModel and
+    torch.compile wrappers. Layers whose factors are tied to an earlier layer's, grouped convolutions, layers with a
+    scaling between B and A (AdaLoRA, KaSA) and layers with one factor frozen (LoRA-FA) are not pairs: a warning names
+    them, and they take plain steps. An optimizer given this list searches the model again whenever it is given further
+    parameters.
 
     Args:
         model: The model, wrapped or not.
-        adapter: None takes each pair whose two factors are trainable, whatever its adapter; a name takes that
+        adapter: None takes each pair whose factors are both trainable, whatever its adapter; a name takes that
             adapter's pairs, trainable or not.
 
     Raises:
-        ValueError: Nothing is left; factors that were flattened, or that cannot be served for another reason.
+        ValueError: No pair is left; factors that were flattened, or are unsupported for another reason.
     """
     return found_in(model, [site.pair for site in find_sites(model, adapter)], adapter)
 
 
 def found_in(model: nn.Module, pairs: list[LoRAPair], adapter: str | None = None) -> FoundPairs:
-    """These pairs of the model, which can be looked for again while it lives."""
+    """These pairs of the model, which can be searched again while it lives."""
     seen = weakref.ref(model)
 
     def again() -> list[LoRAPair]:
@@ -80,7 +80,7 @@ def find_sites(model: nn.Module, adapter: str | None = None) -> list[Site]:
 
 
 def _scan(model: nn.Module, adapter: str | None) -> tuple[list[Site], dict[str, str], set[str]]:
-    """(what can be served, why each other layer cannot, adapters that were not asked for)."""
+    """(supported sites, why each other layer is not supported, adapters that were not asked for)."""
     sites: list[Site] = []
     owners: dict[int, str] = {}
     left_out: dict[str, str] = {}
@@ -114,7 +114,7 @@ def _sites(model: nn.Module) -> Iterator[Site]:
 
 
 def _own_path(path: str) -> str:
-    """A module's path without the wrappers on the way: the same name, compiled or not."""
+    """A module's path without wrappers: the same name, compiled or not."""
     return ".".join(part for part in path.split(".") if part not in WRAPPERS)
 
 
@@ -141,11 +141,11 @@ def _layout(module: nn.Module, A: Tensor, embedding: bool) -> str:
 
 
 def _unfit(site: Site, owners: Mapping[int, str]) -> str | None:
-    """Why this is no `dW = scaling * B @ A` with memory of its own, or None."""
+    """Why this is not a `dW = scaling * B @ A` with memory of its own, or None."""
     pair = site.pair
     for factor in site.factors:
         if isinstance(factor, nn.Module) and not isinstance(factor, PLAIN_FACTORS):
-            return f"{type(factor).__name__} factors"  # of BD-LoRA, say: the weight is not the matrix
+            return f"{type(factor).__name__} factors"  # such as BD-LoRA's: the weight is not the matrix
     for name in SCALED_INSIDE:
         if site.adapter in _by_adapter(site.module, name):
             return f"{name} stands between B and A"
@@ -157,7 +157,7 @@ def _unfit(site: Site, owners: Mapping[int, str]) -> str | None:
 
 
 def _address(tensor: Tensor) -> int:
-    # of a sharded one this process may hold nothing
+    # this process may hold nothing of a sharded one
     return id(tensor) if is_sharded(tensor) else tensor.data_ptr()
 
 
@@ -173,6 +173,6 @@ def _fail_empty(model: nn.Module, adapter: str | None, left_out: Mapping[str, st
         remedy = "Load with is_trainable=True or call model.set_adapter(name); adapter=name finds frozen pairs too."
     elif others:
         got = f"none of adapter {adapter!r} (adapters {listed(sorted(others))})"
-        remedy = "Name one of the adapters there are."
+        remedy = "Pass the name of one of these."
     wanted = "lora_A/lora_B parameter pairs" + (", both trainable" if adapter is None else "")
     fail("model", wanted, got, remedy)

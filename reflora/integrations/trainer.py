@@ -32,17 +32,17 @@ class RefTrainer(Trainer):
 
 
 class RefLoRACallback(TrainerCallback):
-    """Adds to what a Trainer logs: worst balance and condition number of a layer, layers degenerate and skipped.
+    """Adds to a Trainer's logs the worst balance and condition number, and how many layers are degenerate or skipped.
 
     `RefLoRACallback().install(trainer)` puts it in front of the reporters (TensorBoard, W&B), which then see the
-    figures; `callbacks=[RefLoRACallback()]` puts it behind them, and the figures in `state.log_history` alone.
+    figures; `callbacks=[RefLoRACallback()]` puts it behind them, and the figures only in `state.log_history`.
     Keys: "reflora/balance", "reflora/condition", "reflora/degenerate" of the last step, "reflora/skipped" layers since
-    the last log: all of them for a step that was skipped whole. Nothing is read from the device between logs. What is
-    not finite, as the condition number of B = 0, is left out: JSON has no word for it.
+    the last log: all of them for a step that was skipped whole. Nothing is read from the device between logs. Values
+    that are not finite, such as the condition number of B = 0, are left out: JSON has no word for them.
 
     Args:
-        source: What has `diagnostics()`; by default the trainer's optimizer. A RefTrainer's Refactorer is found by
-            `install`, in `callbacks=` it has to be given.
+        source: Anything with `diagnostics()`; by default the trainer's optimizer. `install` finds a RefTrainer's
+            Refactorer; with `callbacks=`, pass it here.
     """
 
     def __init__(self, source: Any = None) -> None:
@@ -57,14 +57,14 @@ class RefLoRACallback(TrainerCallback):
         return self
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Raises ValueError where nothing of RefLoRA is found."""
+        """Raises ValueError where nothing with diagnostics() is found."""
         self._skipped = []
         self._report(kwargs.get("optimizer"))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         tables = self._report(kwargs.get("optimizer")).tables
         for table in tables:
-            if all(table is not old for old in self._seen):  # an interval leaves the last one standing
+            if all(table is not old for old in self._seen):  # an interval keeps the last one
                 self._skipped.append((table[:, col.STATUS] == SKIPPED).sum())
         self._seen = tables
         if len(self._skipped) > 64:
@@ -72,7 +72,7 @@ class RefLoRACallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if self.source is None and kwargs.get("optimizer") is None:
-            return  # an evaluation before there is one
+            return  # an evaluation before training
         report = self._report(kwargs.get("optimizer"))
         if not report.names:
             return

@@ -1,4 +1,4 @@
-"""The functions on a backend: any leading dimensions and floating type in, new results out.
+"""The functions on a backend: any leading dimensions and floating dtype in, new results out.
 
 Arguments have been checked (functions.py). Batches go to a backend as contiguous `[batch, n, n]` of float32 or float64.
 """
@@ -52,13 +52,13 @@ def sqrtm(X: Tensor, inverse: bool, backend: str | None, precision: str) -> list
 
 def inv_root(X: Tensor, p: float, eps: float, backend: str | None, precision: str) -> list[Tensor]:
     serve = resolve(backend, X.device).inv_root
-    # X is known to the rounding of its own type, whatever the arithmetic
+    # X is known only to the rounding of its own dtype, whatever the arithmetic
     unit = max(torch.finfo(X.dtype).eps, torch.finfo(getattr(torch, precision)).eps)
     return into(X, (MATRIX,), lambda own: serve(batch(X), p, eps, unit, precision, own[0]))
 
 
 def wide(X: Tensor) -> torch.dtype:
-    """The type that a batch of X is handed to a backend in."""
+    """The dtype in which a batch of X goes to a backend."""
     return X.dtype if X.dtype in BATCHED else torch.float32
 
 
@@ -75,7 +75,7 @@ def batch(X: Tensor) -> Tensor:
 
 
 def into(X: Tensor, kinds: Sequence[int], run: Callable[[Sequence[Tensor]], object]) -> list[Tensor]:
-    """`run` on new results, `[batch, n, n]` or `[batch, n]`, contiguous; returned in the shape and type of X."""
+    """`run` on new results, `[batch, n, n]` or `[batch, n]`, contiguous; returned in the shape and dtype of X."""
     dtype, shape = wide(X), X.shape
     count, n = math.prod(shape[:-2]), shape[-1]
     flats = [(count, n, n) if kind == MATRIX else (count, n) for kind in kinds]

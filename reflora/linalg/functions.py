@@ -1,4 +1,4 @@
-"""The public functions: arguments are checked here, once. What they share stands in the package's docstring."""
+"""The public functions: arguments are checked here, once. The package's docstring says what they share."""
 
 from __future__ import annotations
 
@@ -49,24 +49,23 @@ def eigh(
 ) -> Eigh:
     """Eigenvalues `[..., n]`, ascending, and eigenvectors `[..., n, n]`, the columns, of symmetric X `[..., n, n]`.
 
-    The component of largest magnitude of each eigenvector, the first where several are, is positive. On a GPU n > 128
-    goes through torch.linalg.eigh, which waits for the device. torch.linalg.eigh returns the same names; it reads the
-    lower triangle of X alone.
+    The component of largest magnitude of each eigenvector (of several, the first) is positive. On a GPU n > 128 goes
+    through torch.linalg.eigh, which syncs. torch.linalg.eigh returns the same names, but reads only the lower triangle
+    of X.
 
-    Differentiable where eigenvalues are apart. Between equal ones the gradient through V counts as 0, between nearly
-    equal ones it is inaccurate, even of functions like `V f(w) V^T`, which have one: take `sqrtm` for those.
+    Differentiable where eigenvalues are distinct. Between equal ones the gradient through V counts as 0; between nearly
+    equal ones it is inaccurate, even for functions like `V f(w) V^T`, which have one: use `sqrtm` for those.
 
     Args:
         X: Symmetric, any floating dtype.
-        V0: `[..., n, n]`, eigenvectors of a matrix near X, which spare the Jacobi iteration of "triton" most of its
-            sweeps; "cpp" and "torch" gain nothing from them and start anew. Not used where it is not orthogonal to
-            about 0.1.
-        out: Where results are copied to, of the shapes and type they would have.
+        V0: `[..., n, n]`, eigenvectors of a matrix near X, which save the Jacobi iteration of "triton" most of its
+            sweeps; "cpp" and "torch" gain nothing from them and ignore them. Not used unless orthogonal to about 0.1.
+        out: Tensors that results are copied to, of the shapes and dtype they would have.
         backend: None (the fastest that can serve the device), "triton", "cpp" or "torch".
-        precision: "float64" or "float32"; None is the type of X.
+        precision: "float64" or "float32"; None is the dtype of X.
 
     Raises:
-        TypeError: No floating tensor.
+        TypeError: Not a floating tensor.
         ValueError: Not `[..., n, n]`, or a V0 or `out` that does not match X.
         RuntimeError: An unavailable backend, or `out` with an X that requires grad.
     """
@@ -83,7 +82,7 @@ def eigh(
 def eigvalsh(
     X: Tensor, *, out: Tensor | None = None, backend: str | None = None, precision: str | None = None
 ) -> Tensor:
-    """The eigenvalues of `eigh`, to the bit, at less cost. Raises as it does."""
+    """The eigenvalues of `eigh`, to the bit, at lower cost. Raises as it does."""
     precision = _own(X) if precision is None else precision
     outs = _one(out)
     _check("eigvalsh", X, backend, precision, (VECTOR,), outs)
@@ -100,8 +99,8 @@ def svd(
 ) -> SVD:
     """`X = U diag(S) Vh` of square X: S descending and not negative, U and Vh orthogonal however singular X is.
 
-    The component of largest magnitude of each row of Vh, the first where several are, is positive. Not
-    differentiable. Raises as `eigh`.
+    The component of largest magnitude of each row of Vh (of several, the first) is positive. Not differentiable.
+    Raises as `eigh`.
     """
     _check("svd", X, backend, precision, (MATRIX, VECTOR, MATRIX), out)
     if _traced(X):
@@ -159,7 +158,7 @@ def inv_root(
     """`(X + eps I)^(-1/p)` of symmetric positive semidefinite X: the inverse p-th root of Shampoo (arXiv 1802.09568).
 
     Eigenvalues that rounding has made negative, by no more than 4 sqrt(n) units of the largest, count as 0; the unit is
-    the rounding of X's own type. NaN where `X + eps I` is not positive definite: give a singular X an eps. Not
+    the rounding of X's own dtype. NaN where `X + eps I` is not positive definite: give a singular X an eps. Not
     differentiable. Raises as `eigh`, ValueError for p <= 0 or eps < 0.
     """
     outs = _one(out)
@@ -186,7 +185,7 @@ def _sqrtm(what: str, X: Tensor, inverse: bool, out: Tensor | None, backend: str
 
 
 def _own(X: Tensor) -> str:
-    """The precision that the type of X stands for."""
+    """The precision that the dtype of X stands for."""
     return "float64" if isinstance(X, Tensor) and X.dtype == torch.float64 else "float32"
 
 
@@ -231,10 +230,10 @@ def _check_out(what: str, X: Tensor, kinds: Sequence[int], out: Sequence[Tensor]
         got = f"{len(out)}" if isinstance(out, (tuple, list)) else type(out).__name__
         fail(what, f"{len(kinds)} tensors", got, "Pass a tuple, one a result.", TypeError)
     if _needs_grad(X):
-        fail(what, "an X that does not require grad", "one that does", "Detach it, or leave out= away.", RuntimeError)
+        fail(what, "an X that does not require grad", "one that does", "Detach it, or omit out=.", RuntimeError)
     for place, (given, kind) in enumerate(zip(out, kinds)):
         shape = torch.Size((*X.shape[:-2], *X.shape[-kind:]))
-        _match(f"{what}[{place}]", given, shape, X, "as the result", "torch.empty of that shape will do.")
+        _match(f"{what}[{place}]", given, shape, X, "as the result", "Pass torch.empty of that shape.")
         if _needs_grad(given):
             remedy = "Detach it, or call under torch.no_grad."
             fail(f"{what}[{place}]", "a tensor that does not require grad", "one that does", remedy, RuntimeError)
@@ -255,7 +254,7 @@ def _needs_grad(X: Tensor) -> bool:
 
 
 def _traced(*tensors: Tensor | None) -> bool:
-    """Whether an operator has to be called: while a graph is made, or where a tensor has no memory of its own."""
+    """Whether an operator must be called: while a graph is made, or where a tensor has no memory of its own."""
     for t in tensors:
         if t is not None and type(t) is not Tensor and type(t) is not torch.nn.Parameter:
             return True
@@ -263,7 +262,7 @@ def _traced(*tensors: Tensor | None) -> bool:
 
 
 def _wide(X: Tensor) -> Tensor:
-    """X in the type that operators work in, so that what they keep for the backward is not rounded to 16 bits."""
+    """X in the dtype that operators work in, so that what they keep for the backward is not rounded to 16 bits."""
     return X.to(direct.wide(X))
 
 
@@ -272,7 +271,7 @@ def _one(out: Tensor | None) -> Sequence[Tensor] | None:
 
 
 def _given(results: Sequence[Tensor], out: Sequence[Tensor] | None) -> Sequence[Tensor]:
-    """The results, copied to `out` where that is given: it may overlap any input, and autograd has to hear of it."""
+    """The results, copied to `out` if given: it may overlap any input, and autograd must see the write."""
     if out is None:
         return results
     for given, result in zip(out, results):

@@ -1,4 +1,4 @@
-"""The functions as operators, `torch.ops.reflora`: for torch.compile, and with a backward where there is one.
+"""The functions as operators, `torch.ops.reflora`: for torch.compile, and with a backward pass where one exists.
 
 backend: "" for None. Results are new tensors.
 """
