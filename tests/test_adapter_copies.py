@@ -188,8 +188,8 @@ def test_what_cannot_be_copied_is_named(
 
 
 PLACES = {
-    "equal": (lambda folder: folder, "expected a folder outside of the adapter's"),
-    "inside": (lambda folder: folder / "balanced", "expected a folder outside of the adapter's"),
+    "equal": (lambda folder: folder, "expected a folder outside the adapter's"),
+    "inside": (lambda folder: folder / "balanced", "expected a folder outside the adapter's"),
     "inside, by a detour": (lambda folder: folder / ".." / folder.name / "a" / "b", "expected a folder outside"),
     "taken": (lambda folder: folder.parent / "taken", "expected a name not taken, got a folder that is there"),
     "a file": (lambda folder: folder / ".." / "file", "expected a name not taken, got a file that is there"),

@@ -1,6 +1,6 @@
-"""One interface, three ways to serve it: "triton" (CUDA), "cpp" (CPU), "torch" (any device).
+"""One interface, three implementations: "triton" (CUDA), "cpp" (CPU), "torch" (any device).
 
-A backend is a module with the functions of `Backend`. It is chosen once a device, by `resolve`.
+A backend is a module with the functions of `Backend`. It is chosen once per device, by `resolve`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..plan import Plan
 
 @dataclass(frozen=True)
 class AdamWStep:
-    """What one fused step does, beside what the plan's table points at.
+    """What one fused step does, besides what the plan's table points at.
 
     Every row finds from its own counter n (COUNT) where its S comes from: I for n < warmup_steps, computed every
     `interval` steps from there on, the last one in between. start: 0 for the paper's S; else S comes without its scale
@@ -63,25 +63,25 @@ class Backend(Protocol):
 
     def refactor(self, plan: Plan, scalar: bool, precision: str) -> Tensor: ...
 
-    # start: 0 for the paper's S; else S comes without its scale c, of Grams shrunk with the weight
+    # start: 0 for the paper's S; else S comes without its scale c, from Grams shrunk with the weight
     # reference.shrink_weight(n, start), where n is the COUNT of the row
     def precondition(self, plan: Plan, scalar: bool, precision: str, start: int = 0) -> Tensor: ...
 
     # the same S: S and S^-1 of every active row go to where SAVED points, `[2, r, r]` of float32 (float64 for float64
-    # factors), I for both where the row is skipped; gradients are not looked at
+    # factors), I for both where the row is skipped; gradients are ignored
     def solve(self, plan: Plan, precision: str, start: int = 0) -> Tensor: ...
 
     def adamw(self, plan: Plan, step: AdamWStep) -> Tensor: ...
 
-    # the same S of Grams that have been summed elsewhere, float64 `[b, r, r]` of A and of B. n: the other sides of the
-    # factors `[b]`. counts: steps `[b]` for an S that is phased in, or None. Returns S and S^-1, float64
+    # the same S from Grams summed elsewhere, float64 `[b, r, r]` of A and of B. n: the other sides of the factors
+    # `[b]`. counts: steps `[b]` for an S that is phased in, or None. Returns S and S^-1, float64
     # `[b, 2, r, r]`, and `[b, RESULTS]`
     def means(
         self, grams: tuple[Tensor, Tensor], n: tuple[Tensor, Tensor], precision: str, counts: Tensor | None = None
     ) -> tuple[Tensor, Tensor]: ...
 
-    # Functions of matrices: contiguous `[batch, n, n]`, batch > 0, of float32 or float64 in and out; results are new or
-    # written to `out`. None raises on the values.
+    # functions of matrices: contiguous `[batch, n, n]`, batch > 0, of float32 or float64 in and out; results are new or
+    # written to `out`; values never raise
 
     def eigh(
         self, X: Tensor, precision: str, V0: Tensor | None = None, vectors: bool = True,

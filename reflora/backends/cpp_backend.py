@@ -1,4 +1,4 @@
-"""The C++ core (csrc/): one call a step, layers over torch's threads, Grams, solve and update fused per layer.
+"""The C++ core (csrc/): one call per step, layers over torch's threads, Grams, solve and update fused per layer.
 
 Grams and solve are always float64 here: precision="float32" only lowers the bound past which a layer is degenerate.
 """
@@ -62,7 +62,7 @@ def adamw(plan: Plan, step: AdamWStep) -> Tensor:
     )  # fmt: skip
 
 
-# few, and seldom: of factors that several processes hold
+# few and rare: only for factors that several processes hold
 means = torch_backend.means
 
 
@@ -70,7 +70,7 @@ def eigh(
     X: Tensor, precision: str, V0: Tensor | None = None, vectors: bool = True,
     out: tuple[Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Tridiagonal QL, in the type `precision`; V0 is of no use to it. n > 128 goes through torch."""
+    """Tridiagonal QL, in the dtype `precision`; V0 is ignored. n > 128 goes through torch."""
     if X.shape[-1] > RANK_CLASSES[-1]:
         return torch_backend.eigh(X, precision, V0, vectors, out)
     w, V = out or (X.new_empty(X.shape[:2]), torch.empty_like(X) if vectors else None)
@@ -116,7 +116,7 @@ def inv_root(X: Tensor, p: float, eps: float, unit: float, precision: str, out: 
 
 
 def _kept(plan: Plan, carry: bool) -> int:
-    """Address of what a row keeps for the next step: a flag and both Grams, float64. A step without forgets them."""
+    """Address of what a row keeps for the next step: a flag and both Grams, float64. Without carry they are lost."""
     if not carry:
         plan.forget(_Kept)
         return 0

@@ -1,6 +1,6 @@
 """The fused RefLoRA-AdamW step in batched torch operations.
 
-Nothing on the device is read by the host: what differs from row to row is chosen by torch.where, so that a step can be
+The host reads nothing from the device: what differs from row to row is chosen by torch.where, so that a step can be
 captured in a CUDA graph as far as torch's own linear algebra can.
 """
 
@@ -25,7 +25,7 @@ from .torch_solve import Gram, Solution, gram, met
 class Memory:
     """What is kept from one step to the next.
 
-    grams: of the factors as the last step has left them, by (rows, precision). keys: of stochastic rounding, `[b]` a
+    grams: of the factors as the last step left them, by (rows, precision). keys: of stochastic rounding, `[b]` per
     side, by (seed, *tags); kept because a CUDA graph takes no numbers from the host.
     """
 
@@ -47,11 +47,11 @@ class Hypers(NamedTuple):
 def adamw(plan: Plan, step: AdamWStep, rows: Sequence[int] | None = None) -> Tensor:
     results = results_of(plan)
     memory = plan.kept(Memory)
-    # a group that does not take part, or is made up of other rows, starts afresh: its factors may have changed since
+    # a group that sits out, or has other rows, starts afresh: its factors may have changed since
     carried, memory.grams = memory.grams, {}
     for group in groups(plan, rows):
         key = (tuple(group.rows), step.precision)
-        # Grams of rows that nobody has written come out the same when they are computed along with the others
+        # Grams of rows that nothing has written come out the same when computed along with the others
         grams = carried.get(key) if all(group.column(col.KEPT)) else None
         BatchStep(group, step, memory).run(results, grams or group.grams(step.precision))
         if step.carry and not step.scalar:
@@ -60,7 +60,7 @@ def adamw(plan: Plan, step: AdamWStep, rows: Sequence[int] | None = None) -> Ten
 
 
 def schedule(count: Tensor, step: AdamWStep) -> tuple[Tensor, Tensor]:
-    """(S = I, S computed now) of rows that have done `count` steps; elsewhere the last S is used again."""
+    """(S = I, S computed now) for rows that have done `count` steps; elsewhere the last S is reused."""
     past = count - step.warmup_steps
     return past < 0, (past >= 0) & (past % step.interval == 0)
 
@@ -123,7 +123,7 @@ class BatchStep:
             for side, h in zip(SIDES, self.hypers)
         ]
         if self.group.master:
-            # where w does not round to p, somebody has written the factor
+            # where w does not round to p, something else has written the factor
             for i, (p, w) in enumerate(zip(self.P, wide(col.W))):
                 self.P[i] = w.where(w.to(self.group.dtype) == p, p)
 
@@ -131,11 +131,11 @@ class BatchStep:
         """RefLoRA-S; rows that are not refactored in this step take a plain one."""
         before, after = scalar_schedule(self.count, self.step)
         plain = ~(before | after)
-        # what the gradients were in is c itself, not rounded as sqrt(s) is for 16-bit factors
+        # the gradients were in units of c itself, not rounded as sqrt(s) is for 16-bit factors
         exact = solution._replace(scale=(old[1].norm / old[0].norm).where(solution.status == REFACTORED, 1.0))
         self._change_phase(self.done & (self._phases() == col.REFACTORED_UNITS), torch.ones_like(plain), exact)
         self._update(self._scalar_refactor(solution, before, grads))
-        # by norms of what is stored, not of what has been rounded away
+        # norms of the stored factors, after rounding
         a, b = (gram(p.to(self.group.dtype), getattr(torch, self.step.precision)) for p in self.P)
         if self.step.start:
             after = after & self._begun(met(old[0].norm, old[1].norm, a.norm, b.norm, meet(self.group.dtype)))
@@ -143,7 +143,7 @@ class BatchStep:
         return self._reported(solution, before | after, PLAIN)
 
     def _begun(self, crosses: Tensor) -> Tensor:
-        """Rows that RefLoRA-S balances: from the step on in which their norms have met."""
+        """Rows that RefLoRA-S balances: from the step in which their norms have met."""
         kept, phases = self.group.once(col.PHASE), self._phases()
         begins = self.done & crosses
         torch._foreach_copy_(kept, list(phases.masked_fill(begins, col.BALANCED).unbind(0)))
@@ -155,7 +155,7 @@ class BatchStep:
     def _precondition(self, solution: Solution, grads: list[Tensor], empty: Tensor) -> tuple[Solution, list[Tensor]]:
         """(what is reported, gradients mixed by this step's S); moments are moved where S stops or starts being I.
 
-        empty: rows with a factor that is 0. Their start is still to come.
+        empty: rows with a factor at 0. Their start is still to come.
         """
         group = self.group
         warm_up, due = schedule(self.count, self.step)
@@ -177,7 +177,7 @@ class BatchStep:
         return reported, [g.where(plain, mixed) for g, mixed in zip(grads, (S_inv @ grads[0], S @ grads[1]))]
 
     def _reported(self, solution: Solution, own: Tensor, other: Tensor | int) -> Solution:
-        """What is not of this step's making is not reported: S of a warm-up or of an earlier step."""
+        """Leave out what this step has not computed: S of a warm-up or of an earlier step."""
         status = solution.status.where(own | (solution.status == SKIPPED), other)
         if self.step.found_inf is not None:
             status = status.where(self.step.found_inf.to(self.device) == 0, PLAIN)
@@ -185,7 +185,7 @@ class BatchStep:
         return solution._replace(status=status, **{n: getattr(solution, n).where(own, torch.nan) for n in names})
 
     def _change_phase(self, changes: Tensor, identity: Tensor, solution: Solution) -> None:
-        """Rows with `changes` use S = I or not from here on, and their moments are in units of that."""
+        """Rows with `changes` start (`identity`) or stop using S = I; their moments move to its units, or back."""
         kept, phases = self.group.once(col.PHASE), self._phases()
         moved = phases == col.REFACTORED_UNITS
         leaving, entering = changes & ~identity & ~moved, changes & identity & moved
@@ -202,7 +202,7 @@ class BatchStep:
         return [grads[0] / root, grads[1] * root]
 
     def _move_moments(self, factor: Tensor) -> None:
-        """A's gradients are in units `factor [b]` times larger from here on, B's in units `1 / factor`."""
+        """A's gradients are in units `factor [b]` times larger from now on, B's in units `1 / factor`."""
         for i, f in enumerate((factor.view(-1, 1, 1), 1 / factor.view(-1, 1, 1))):
             self.M[i], self.V[i] = self.M[i] * f, self.V[i] * f * f  # f * f itself may leave the range
             x = self.X[i]

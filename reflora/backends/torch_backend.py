@@ -54,7 +54,7 @@ def precondition(plan: Plan, scalar: bool, precision: str, start: int = 0, rows:
 
 
 def solve(plan: Plan, precision: str, start: int = 0, rows: Sequence[int] | None = None) -> Tensor:
-    """S and S^-1 to where SAVED points, I where a row is skipped."""
+    """Write S and S^-1 to where SAVED points, I where a row is skipped."""
     results = results_of(plan)
     for group in groups(plan, rows):
         a, b = group.grams(precision)
@@ -69,7 +69,7 @@ def solve(plan: Plan, precision: str, start: int = 0, rows: Sequence[int] | None
 def means(
     grams: tuple[Tensor, Tensor], n: tuple[Tensor, Tensor], precision: str, counts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """S and S^-1 of Grams that have been summed elsewhere; I where they are not finite."""
+    """S and S^-1 from Grams summed elsewhere; I where they are not finite."""
     a, b = (gram_of_sums(G, side, getattr(torch, precision)) for G, side in zip(grams, n))
     weight = None if counts is None else shrink_weight(counts, START_STEPS)
     solution = solve_grams(a, b, torch.float64, precision, weight)

@@ -1,4 +1,4 @@
-"""Rows of a plan that one batched torch operation can serve: what they point at as stacks, and the way back."""
+"""Rows of a plan that one batched torch operation can serve: stacks of what they point at, and the way back."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIDES = (A_SIDE, B_SIDE)
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one shape, dtype, type of state and hyperparameters.
+    """Rows of one shape, dtype, state dtype and group of hyperparameters.
 
     Stacks are `[b, r, n]` copies; `views` are where they go back to. hypers: rows of the hyperparameter table that A
     and B use. master: whether there are float32 master weights.
@@ -47,7 +47,7 @@ class Batch:
         return [entries[number] for number in self.rows]
 
     def views(self, side: int, column: int) -> list[Tensor]:
-        """What a column of these rows points at, as `[r, n]` views."""
+        """What a column points at in these rows, as `[r, n]` views."""
         found = []
         for number in self.rows:
             row = self.plan.rows[number]
@@ -64,7 +64,7 @@ class Batch:
         return torch.stack(self.views(side, column))
 
     def once(self, column: int) -> list[Tensor]:
-        """What a column with one entry a row points at."""
+        """What a column with one entry per row points at."""
         tensors = [self.plan.pair_tensors[column][self.plan.rows[n].pair] for n in self.rows]
         return [t[self.plan.rows[n].expert] if t.dim() else t for n, t in zip(self.rows, tensors)]
 
@@ -76,12 +76,12 @@ class Batch:
         torch._foreach_copy_(views, list(new.unbind(0)))
 
     def grams(self, precision: str) -> tuple[Gram, Gram]:
-        """Of the factors as they are stored now."""
+        """Grams of the factors as they are stored now."""
         compute = getattr(torch, precision)
         return gram(self.stack(A_SIDE, col.P), compute), gram(self.stack(B_SIDE, col.P), compute)
 
     def shrink_weight(self, start: int) -> Tensor | None:
-        """`[b]` float64, of rows that have done COUNT steps (reference.shrink_weight); None for the paper's S."""
+        """`[b]` float64, for rows that have done COUNT steps (reference.shrink_weight); None for the paper's S."""
         if not start:
             return None
         return shrink_weight(torch.stack(self.once(col.COUNT)), start)
@@ -94,7 +94,7 @@ class Batch:
 
 
 def groups(plan: Plan, rows: Sequence[int] | None) -> Iterator[Batch]:
-    """The active ones of `rows` (None: of all rows)."""
+    """The active ones among `rows` (None: among all)."""
     found: dict[tuple, list[int]] = {}
     table = plan.table.tolist()
     for number in range(len(plan.rows)) if rows is None else rows:
@@ -107,7 +107,7 @@ def groups(plan: Plan, rows: Sequence[int] | None) -> Iterator[Batch]:
 
 
 def skip(solution: Solution, *grads: Tensor) -> Solution:
-    """Rows with a gradient that is not finite are skipped."""
+    """Skip rows with a gradient that is not finite."""
     finite = torch.stack([g.isfinite().all(2).all(1) for g in grads]).all(0)
     return solution._replace(status=solution.status.where(finite, SKIPPED))
 
@@ -124,7 +124,7 @@ def results_of(plan: Plan) -> Tensor:
 
 
 def chosen(results: Tensor, rows: Sequence[int] | None) -> Tensor:
-    """`results[rows]` without carrying an index to the device."""
+    """`results[rows]` without copying an index to the device."""
     return results if rows is None else torch.stack([results[number] for number in rows])
 
 
@@ -141,6 +141,6 @@ def reported(a: Gram, b: Gram, solution: Solution) -> Tensor:
 
 
 def shrink_weight(counts: Tensor, start: int) -> Tensor:
-    """Float64, of rows that have done so many steps (reference.shrink_weight)."""
+    """Float64, for rows that have done so many steps (reference.shrink_weight)."""
     square = counts.double() ** 2
     return square / (square + start**2)

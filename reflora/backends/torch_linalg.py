@@ -12,14 +12,14 @@ from torch import Tensor
 
 from .torch_solve import polar_factor
 
-# of a polar iteration, at most: enough for any condition number, where a step of RefLoRA leaves the worst layers out
+# at most, in a polar iteration: enough for any condition number, whereas a step of RefLoRA leaves out the worst layers
 STEPS = 200
 
 
 class Scaled:
     """Matrices over an even power of two near the largest element of each.
 
-    stack: in the compute type, zero where one is not finite (then `finite` is False and results are NaN).
+    stack: in the compute dtype, zero where one is not finite (then `finite` is False and results are NaN).
     exponent: that of two.
     """
 
@@ -29,7 +29,7 @@ class Scaled:
         usable = self.finite & (top > 0)
         # frexp sees subnormals as they are; a shift past the range is taken in two steps
         self.exponent = torch.frexp(top.where(usable, torch.ones_like(top))).exponent // 2 * 2
-        # in float64: what is small beside the largest may be subnormal in the type of X
+        # in float64: what is small beside the largest may be subnormal in the dtype of X
         scaled = _raised(X.double(), -self.exponent).where(self.finite, 0.0)
         self.stack = scaled.to(getattr(torch, precision))
 
@@ -51,7 +51,7 @@ def eigh(
     X: Tensor, precision: str, V0: Tensor | None = None, vectors: bool = True,
     out: tuple[Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """`(w [batch, n], V [batch, n, n] or None)`; V0 is of no use here."""
+    """`(w [batch, n], V [batch, n, n] or None)`; V0 is ignored."""
     w, V = out or (X.new_empty(X.shape[:2]), torch.empty_like(X) if vectors else None)
     x = Scaled(X, precision)
     values, columns = _stubborn(torch.linalg.eigh, _symmetric(x.stack))
@@ -62,10 +62,10 @@ def eigh(
 
 
 def _stubborn(decompose: Callable[[Tensor], Sequence[Tensor]], X: Tensor) -> tuple[Tensor, ...]:
-    """`decompose(X)`, again where LAPACK or cuSOLVER gives up on a matrix (pytorch issue 94772 and the like).
+    """`decompose(X)`, retried where LAPACK or cuSOLVER gives up on a matrix (pytorch issue 94772 and the like).
 
-    Then without the elements that are nothing beside the largest, whose squares underflow on the way; in the end by
-    LAPACK in float64.
+    First without the elements that are negligible beside the largest, whose squares underflow on the way; in the end
+    by LAPACK in float64.
     """
     top = X.abs().amax((1, 2), keepdim=True)
     nothing = 1e-3 * torch.finfo(X.dtype).eps / X.shape[-1] * top
@@ -130,7 +130,7 @@ def inv_root(X: Tensor, p: float, eps: float, unit: float, precision: str, out: 
 
 
 def _signs(vectors: Tensor, dim: int) -> Tensor:
-    """-1 or 1: what makes the component of largest magnitude along `dim`, the first such, positive."""
+    """-1 or 1: the sign that makes the component of largest magnitude along `dim`, the first such, positive."""
     largest = vectors.gather(dim, vectors.abs().argmax(dim, keepdim=True))
     return torch.where(largest < 0, -1.0, 1.0).to(vectors.dtype)
 

@@ -23,7 +23,7 @@ def mix64(z: int) -> int:
 
 
 def row_key(seed: int, tag: int, side: int) -> int:
-    """What is known of a row's key before the step: uint64 as the int64 with the same bits. side: 0 for A, 1 for B."""
+    """The part of a row's key known before the step: uint64 as the int64 with the same bits. side: 0 for A, 1 for B."""
     return _signed(mix64(mix64(seed) + 2 * tag + side))
 
 
@@ -58,7 +58,7 @@ def _mix64(z: Tensor) -> Tensor:
 
 
 def _shift(z: Tensor, by: int) -> Tensor:
-    """The logical right shift; torch's carries the sign along."""
+    """The logical right shift; torch's is arithmetic."""
     return (z >> by) & (LOW64 >> by)
 
 

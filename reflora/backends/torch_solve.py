@@ -13,15 +13,15 @@ from torch import Tensor
 from ..constants import DEGENERATE, KAPPA_MAX, KAPPA_OF_RANK, REFACTORED, SKIPPED
 from ..reference import MEET
 
-# enough for every X that is not degenerate, and more than most need: nothing here asks whether it has converged
+# enough for every X that is not degenerate, and more than most need: convergence is not checked
 SCHULZ_STEPS = 22
 
 
 class Gram(NamedTuple):
-    """Gram of factors `[b, r, n]` over its trace, that of a zero or non-finite factor replaced by I.
+    """Gram of factors `[b, r, n]` over its trace; I for a zero or non-finite factor.
 
     norm: Frobenius norms `[b]`, float64. usable: whether the factor is finite and not zero. n: its other side.
-    empty: which rows of a usable factor are 0 `[b, r]`; squares of others may be too small for the compute type.
+    empty: which rows of a usable factor are 0 `[b, r]`; squares of others may be too small for the compute dtype.
     """
 
     unit: Tensor
@@ -43,7 +43,7 @@ class Cholesky(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """S and its inverse `[b, r, r]` in the apply type, P and P^-T (`S = P P^T`) in float64; what is reported `[b]`."""
+    """S and its inverse `[b, r, r]` in the apply dtype, P and P^-T (`S = P P^T`) in float64; what is reported `[b]`."""
 
     S: Tensor
     S_inv: Tensor
@@ -57,7 +57,7 @@ class Solution(NamedTuple):
 
 
 def gram(X: Tensor, compute: torch.dtype) -> Gram:
-    """X `[b, r, n]` of any storage type. Powers of two keep its squares inside the range of the compute type."""
+    """X `[b, r, n]` of any storage dtype. Powers of two keep its squares inside the range of the compute dtype."""
     tops = X.abs().amax(2)
     top = tops.amax(1).double()
     usable = top.isfinite() & (top > 0)
@@ -72,7 +72,7 @@ def gram(X: Tensor, compute: torch.dtype) -> Gram:
 
 
 def gram_of_sums(G: Tensor, n: Tensor, compute: torch.dtype) -> Gram:
-    """Of float64 Grams `[b, r, r]`, whose factors have the other sides `n [b]`."""
+    """From float64 Grams `[b, r, r]` of factors whose other sides are `n [b]`."""
     diagonal = G.diagonal(dim1=1, dim2=2)
     trace = diagonal.sum(1)
     usable = trace.isfinite() & (trace > 0)
@@ -87,9 +87,9 @@ def absent(a: Gram, b: Gram) -> Tensor:
 
 
 def cholesky(G: Gram, weight: Tensor | None, missing: Tensor) -> Cholesky:
-    """Of Grams that are shrunk with the weights `[b]`, None for 1 (reference.shrink_weight).
+    """Cholesky factors of Grams shrunk with the weights `[b]`, None for 1 (reference.shrink_weight).
 
-    missing: of `absent`. These ranks have the diagonal of I over the number of the others, and no part in kappa.
+    missing: from `absent`. These ranks have the diagonal of I over the number of the others, and no part in kappa.
     """
     r, dtype = G.unit.shape[1], G.unit.dtype
     eye = torch.eye(r, dtype=dtype, device=G.unit.device)
@@ -130,7 +130,7 @@ def polar_factor(X: Tensor, X_inv_T: Tensor, steps: int = SCHULZ_STEPS) -> Tenso
 
 
 def solve(a: Gram, b: Gram, apply: torch.dtype, precision: str, weight: Tensor | None = None) -> Solution:
-    """`S = c La^-T Q^T Lb^T` with `Lb^T La = Q H`; degenerate rows get c I, or I where c is of no use.
+    """`S = c La^-T Q^T Lb^T` with `Lb^T La = Q H`; degenerate rows get c I, or I where c is unusable.
 
     weight: None for the paper's S; else Grams are shrunk with it, and S and S^-1 come without c.
     """
@@ -175,9 +175,9 @@ def solve(a: Gram, b: Gram, apply: torch.dtype, precision: str, weight: Tensor |
 
 
 def balance(a: Gram, b: Gram, storage: torch.dtype, apply: torch.dtype) -> Solution:
-    """S = s I, `s = ||B||_F / ||A||_F` (RefLoRA-S); degenerate where s is of no use. Nothing else is measured.
+    """S = s I, `s = ||B||_F / ||A||_F` (RefLoRA-S); degenerate where s is unusable. Nothing else is measured.
 
-    For factors of 16 bits sqrt(s) is a power of two: multiplying them by it rounds nothing.
+    For 16-bit factors sqrt(s) is a power of two: multiplying by it rounds nothing.
     """
     s = b.norm / a.norm
     useful = usable(s, apply) & fits(a, b, storage)
@@ -193,13 +193,13 @@ def balance(a: Gram, b: Gram, storage: torch.dtype, apply: torch.dtype) -> Solut
 
 
 def usable(c: Tensor, apply: torch.dtype) -> Tensor:
-    """Whether c and 1 / c are normal numbers of the type that S is applied in."""
+    """Whether c and 1 / c are normal numbers of the dtype in which S is applied."""
     tiny, huge = torch.finfo(apply).tiny, torch.finfo(apply).max
     return (c >= tiny) & (c <= huge) & (1 / c >= tiny) & (1 / c <= huge)
 
 
 def met(old_A: Tensor, old_B: Tensor, norm_A: Tensor, norm_B: Tensor, equal: float = MEET) -> Tensor:
-    """Whether the smaller of two norms has come up to the other, elementwise (reference.met)."""
+    """Whether the smaller of two norms has caught up with the other, elementwise (reference.met)."""
     below, above = (old_B <= old_A) & (norm_B >= norm_A), (old_B >= old_A) & (norm_B <= norm_A)
     return below | above | (old_A.minimum(old_B) >= equal * old_A.maximum(old_B))
 

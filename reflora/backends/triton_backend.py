@@ -1,4 +1,4 @@
-"""Triton kernels on NVIDIA GPUs: two or three launches a rank class (r > 128 goes through torch)."""
+"""Triton kernels on NVIDIA GPUs: two or three launches per rank class (r > 128 goes through torch)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def unavailable(device: torch.device) -> str | None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None if device.type == "cpu" else f"under TRITON_INTERPRET=1 the kernels run on the CPU, not on {device}"
     if device.type != "cuda" or not torch.cuda.is_available():
-        return f"the kernels need a CUDA device, and {device} is none"
+        return f"the kernels need a CUDA device, and {device} is not one"
     if torch.version.hip is not None:
         return "the kernels have been tried on NVIDIA GPUs only"
     if torch.cuda.get_device_capability(device) < (8, 0):
@@ -37,12 +37,12 @@ def unavailable(device: torch.device) -> str | None:
 
 @cache
 def _without_launcher() -> str | None:
-    """Why Triton has no launcher: it builds one in C, when it is first asked for its driver."""
+    """Why Triton has no launcher, or None: it builds one in C when first asked for its driver."""
     from triton.runtime import driver
 
     try:
         driver.active.get_current_device()
-    except Exception as error:  # whatever the compiler, the linker or the loader says
+    except Exception as error:  # any error of the compiler, the linker or the loader
         return f"Triton has no launcher, which takes a C compiler and Python.h: {error}".splitlines()[0][:200]
     return None
 
@@ -54,7 +54,7 @@ def _installed() -> bool:
 
 @cache
 def _version() -> tuple[int, ...]:
-    """(major, minor); of a build under another name, which says nothing, new enough."""
+    """(major, minor); new enough for a build under another name, which does not say."""
     try:
         return tuple(map(int, version("triton").split(".")[:2]))
     except PackageNotFoundError:
@@ -108,7 +108,7 @@ def adamw(plan: Plan, step: AdamWStep) -> Tensor:
     )
 
 
-# few, and seldom: of factors that several processes hold
+# few and rare: only for factors that several processes hold
 means = torch_backend.means
 
 
@@ -181,9 +181,9 @@ def _serve(
     through_torch: Callable[[list[int]], Tensor],
     precision: str | None,
 ) -> Tensor:
-    """The result table: kernels write their rows of it, rows that have no kernel come from the torch backend.
+    """The result table: kernels write their rows; rows without a kernel come from the torch backend.
 
-    precision: of Grams and solve; None without, which has a kernel on every device.
+    precision: of Grams and solve; None if there are none, which has a kernel on every device.
     """
     from ..kernels.step.launch import prepare
 

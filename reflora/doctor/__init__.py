@@ -14,7 +14,7 @@ from .rules import CONFIG, shown
 __all__ = ["CONFIG", "WEIGHTS", "Adapter", "Layer", "Written", "advice", "draw", "measured", "outcome", "picture_path"]
 __all__ += ["shown", "summary", "table"]
 
-# a median stable rank up to this, of layers of at least this rank, is a collapse: of tuned trainings it is 1.5 to 10
+# a median stable rank up to this, over layers of at least this rank, is a collapse: tuned trainings have 1.5 to 10
 COLLAPSED, COLLAPSED_OF = 1.1, 4
 
 
@@ -43,12 +43,12 @@ def _cell(value: float, form: str) -> str:
 
 
 def measured(layers: Sequence[Layer]) -> list[Layer]:
-    """Those whose factors could be read and are finite."""
+    """The layers whose factors could be read and are finite."""
     return [one for one in layers if one.rank and not isnan(one.norm)]
 
 
 def summary(layers: Sequence[Layer]) -> list[str]:
-    """Lines below the table: how many layers, the worst of them, and which could not be read."""
+    """Lines below the table: how many layers, the worst ones, and which could not be read."""
     good = measured(layers)
     said = f"{len(layers)} layers"
     if good:
@@ -62,7 +62,7 @@ def summary(layers: Sequence[Layer]) -> list[str]:
 
 
 def outcome(written: Written, out: Path) -> list[str]:
-    """What a balanced copy has kept and left out, a line each."""
+    """What a balanced copy has kept and left out, one line each."""
     lines = [
         f"wrote {shown(out)}: {written.balanced} layers balanced, B A moved by at most {written.moved:.1e} of its norm",
         *listed("copied as they are", written.kept),
@@ -75,7 +75,7 @@ def outcome(written: Written, out: Path) -> list[str]:
 
 
 def listed(what: str, names: Mapping[str, Sequence[str]]) -> list[str]:
-    """A line for each reason, with the first of its layers."""
+    """One line per reason, with the first of its layers."""
     return [f"{what} ({reason}): {_some(some)}" for reason, some in names.items()]
 
 
@@ -84,7 +84,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def advice(layers: Sequence[Layer]) -> str:
-    """What the stable ranks say of the training; "" where they say nothing."""
+    """What the stable ranks say about the training; "" if nothing."""
     ranks = [one.stable_rank for one in layers if one.stable_rank > 0 and one.rank >= COLLAPSED_OF]
     median = sorted(ranks)[len(ranks) // 2] if ranks else float("inf")
     if median > COLLAPSED:

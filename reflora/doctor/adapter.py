@@ -25,10 +25,10 @@ NAN = float("nan")
 
 @dataclass(frozen=True)
 class Layer:
-    """A row of the table; an experts layer has one an expert.
+    """A row of the table; an experts layer has one per expert.
 
     stable_rank: `||B A||_F^2 / ||B A||_2^2`; effective_rank: exp of the entropy of the singular values of B A over
-    their sum; both 0 for B A = 0. balance: `||A A^T - B^T B||_F / ||A A^T||_F`. condition_A, condition_B: of
+    their sum; both 0 for B A = 0. balance: `||A A^T - B^T B||_F / ||A A^T||_F`. condition_A, condition_B: as in
     `Diagnostics`. scale: `||B||_F / ||A||_F`. status: "" for a layer that can be balanced. `rank` is 0 and the rest NaN
     where A and B could not be read as such; `status` says why.
     """
@@ -47,9 +47,9 @@ class Layer:
 
 @dataclass(frozen=True)
 class Written:
-    """balanced: how many layers are. moved: by how much B A has moved in the worst of them, relative to its norm.
-    kept: status -> names of layers that are as they were. left_out: files of a training run. adapters: folders inside
-    with adapters of their own, copied as they are.
+    """balanced: how many layers are. moved: how far B A has moved in the worst of them, relative to its norm.
+    kept: status -> names of unchanged layers. left_out: files of a training run. adapters: subfolders with adapters of
+    their own, copied as they are.
     """
 
     balanced: int
@@ -60,7 +60,7 @@ class Written:
 
 
 class Adapter:
-    """The tensors of a folder that `PeftModel.save_pretrained` has written.
+    """The tensors of a folder written by `PeftModel.save_pretrained`.
 
     `stored` are its layers; `pairs` those whose update is known to be B A.
 
@@ -88,7 +88,7 @@ class Adapter:
         """Measured in float64."""
         copies = [_copy(pair) for pair in self.pairs]
         spectra = [_spectrum(A, B) for pair in copies for A, B in _factors(pair)]
-        report = refactor_(copies)  # of the copies: it says what they were like
+        report = refactor_(copies)  # on copies: it reports what they were like
         columns = (report.condition_A, report.condition_B, report.balance, report.scale, report.status)
         rows = zip(report.names, spectra, *(column.tolist() for column in columns))
         found = []
@@ -105,11 +105,11 @@ class Adapter:
     def write_balanced(self, out: Path) -> Written:
         """The folder again, with `A A^T = B^T B` in every layer that can be refactored, and the same B A.
 
-        Raises FileExistsError where `out` is there, and ValueError, with nothing written, where the folder has what
-        cannot be copied, or a layer would move by more than the rounding of the stored type.
+        Raises FileExistsError if `out` exists, and ValueError, with nothing written, if the folder holds something that
+        cannot be copied, or a layer would move by more than the rounding of the stored dtype.
         """
         check_place(self.folder, out)
-        contents(self.folder)  # what cannot be copied is told of before the work
+        contents(self.folder)  # what cannot be copied is reported before the work
         copies = [_copy(pair) for pair in self.pairs]
         report = refactor_(copies)
         statuses = iter(zip(report.names, report.status.tolist()))
@@ -120,12 +120,12 @@ class Adapter:
                 kept[one.reason].append(one.name)
                 continue
             new, own = next(renewed), [next(statuses) for _ in range(one.pair.experts)]
-            if any(status == SKIPPED for _, status in own):  # of experts all of them
+            if any(status == SKIPPED for _, status in own):  # for experts: all of them
                 kept[STATUS[SKIPPED]].append(one.name)
                 continue
             sound = sum(status == REFACTORED for _, status in own)
             for (name, status), factors, old in zip(own, _factors(new), _factors(one.pair)):
-                if status != REFACTORED:  # refactor_ has scaled it by a number
+                if status != REFACTORED:  # refactor_ has only scaled it
                     kept[STATUS[int(status)]].append(name)
                     factors[0].copy_(old[0])
                     factors[1].copy_(old[1])
@@ -136,7 +136,7 @@ class Adapter:
         return Written(balanced, worst, dict(kept), left_out, others)
 
     def _replace(self, tensors: dict[str, Tensor], one: Stored, new: LoRAPair) -> float:
-        """Rounds the factors of `new` to the stored types and puts them into `tensors`; by how much B A moves."""
+        """Round the factors of `new` to the stored dtypes and put them into `tensors`. Returns how far B A moves."""
         old_A, old_B = self.tensors[one.key_A], self.tensors[one.key_B]
         A, B = new.A.to(old_A.dtype).contiguous(), new.B.to(old_B.dtype).contiguous()
         apart = moved((old_A.double(), old_B.double()), (A.double(), B.double()), new.experts)
@@ -164,7 +164,7 @@ def _spectrum(A: Tensor, B: Tensor) -> tuple[float, float, float]:
     scales = [float(t.abs().max()) for t in (A, B)]
     if min(scales) == 0:
         return 0.0, 0.0, 0.0
-    # the squares of the largest entries are finite then
+    # so that squares of the largest entries are finite
     A, B = A / scales[0], B / scales[1]
     values = torch.linalg.svdvals(torch.linalg.qr(B).R @ torch.linalg.qr(A.mT).R.mT)
     if float(values.sum()) == 0:

@@ -13,8 +13,8 @@ CONVOLUTIONS = {3: functional.conv1d, 4: functional.conv2d, 5: functional.conv3d
 
 
 def moved(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], experts: int) -> float:
-    """The change of the layer's effect on random inputs, relative to the effect, in its worst expert; NaN for what
-    overflows. The factors (A, B) as they are stored, in float64.
+    """The change of the layer's effect on random inputs, relative to the effect, in its worst expert; NaN on
+    overflow. The factors (A, B) as they are stored, in float64.
     """
     before = _effect(*old, experts, _probes(old[0]))
     after = _effect(*new, experts, _probes(old[0]))
@@ -23,9 +23,9 @@ def moved(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], experts: int) 
 
 
 def allowed(A: Tensor, B: Tensor, rank: int) -> float:
-    """What rounding to the types of A and B may move B A by, where `A A^T = B^T B`: then `||A|| ||B||` is the nuclear
-    norm of B A, at most sqrt(r) times its Frobenius norm. The floor is for float64, where S is as inexact: 3e-11 was
-    the most at condition 3e5.
+    """How far rounding to the dtypes of A and B may move B A, where `A A^T = B^T B`: then `||A|| ||B||` is the nuclear
+    norm of B A, at most sqrt(r) times its Frobenius norm. The floor is for float64, where S itself is inexact: by
+    3e-11 at most, at condition 3e5.
     """
     eps = max(torch.finfo(t.dtype).eps for t in (A, B))
     return max(2 * eps * math.sqrt(rank), 1e-9)
@@ -38,8 +38,8 @@ def _probes(A: Tensor) -> Tensor:
 
 
 def _effect(A: Tensor, B: Tensor, experts: int, x: Tensor) -> Tensor:
-    """Of `lora_B(lora_A(x))` in lora.Linear, Embedding and the convolutions, and of ParamWrapper.get_delta_weight:
-    `[experts, probes, n_out]` for experts, otherwise one output a probe.
+    """`lora_B(lora_A(x))` of lora.Linear, Embedding and the convolutions, or of ParamWrapper.get_delta_weight:
+    `[experts, probes, n_out]` for experts, otherwise one output per probe.
     """
     if A.dim() > 2:
         convolution = CONVOLUTIONS[A.dim()]

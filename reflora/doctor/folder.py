@@ -17,8 +17,8 @@ from ..checks import fail
 from .rules import CONFIG, shown
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
-# of Trainer, accelerate, FSDP and DeepSpeed: their moments and counts belong to the old factors. Then what belongs to
-# a place (git, the Hub's cache), and factors in a second file
+# files of Trainer, accelerate, FSDP and DeepSpeed: their moments and counts belong to the old factors. Then what
+# belongs to a place (git, the Hub's cache), and factors in a second file
 RUN = (
     "optimizer.*", "optimizer_[0-9]*", "scheduler.*", "scheduler_[0-9]*", "scaler.*", "rng_state*", "random_states_*",
     "sampler*.bin", "dl_state_dict*", "custom_checkpoint_*", "trainer_state.json", "training_args.bin", "checkpoint-*",
@@ -29,11 +29,11 @@ ELSEWHERE = (".git", ".cache", PICKLE)
 
 
 def check_folder(folder: Path) -> None:
-    """Raises ValueError, with the remedy, where the two files of an adapter are not there."""
+    """Raises ValueError, with the remedy, unless both files of an adapter are there."""
     for name in (WEIGHTS, CONFIG):
         if (folder / name).is_file():
             continue
-        got, remedy = "none there", "Pass what PeftModel.save_pretrained(FOLDER) has written, with safetensors."
+        got, remedy = "none there", "Pass a folder written by PeftModel.save_pretrained, with safetensors."
         if folder.is_file():
             got, remedy = "a file", "Pass the folder it is in."
         elif not folder.is_dir():
@@ -58,7 +58,7 @@ def adapters_in(folder: Path) -> list[str]:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
-    """The tensors of a safetensors file and its metadata; raises ValueError where it is none."""
+    """The tensors of a safetensors file and its metadata; raises ValueError if it is not one."""
     try:
         from safetensors import SafetensorError, safe_open
     except ModuleNotFoundError as error:
@@ -79,10 +79,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
 
 
 def check_place(folder: Path, out: Path) -> None:
-    """Raises FileExistsError where `out` is taken, ValueError where it lies in `folder`."""
+    """Raises FileExistsError if `out` exists, ValueError if it lies in `folder`."""
     inside, real = (Path(os.path.realpath(path)) for path in (folder, out))
     if inside in (real, *real.parents):
-        fail(f"--refactor {shown(out)}", "a folder outside of the adapter's", "one in it", "Pass another OUT.")
+        fail(f"--refactor {shown(out)}", "a folder outside the adapter's", "one in it", "Pass another OUT.")
     if os.path.lexists(out):
         got = "a folder that is there" if out.is_dir() else "a file that is there"
         fail(f"--refactor {shown(out)}", "a name not taken", got, "Remove it or pass another OUT.", FileExistsError)
@@ -97,7 +97,7 @@ def below_a_file(path: Path) -> bool:
 def contents(folder: Path) -> tuple[list[Path], list[str]]:
     """Folders and files beside the weights, a folder before what is in it, and the names of what is left out.
 
-    Links are followed, dead ones left. Raises ValueError for what cannot be copied.
+    Links are followed, dead ones dropped. Raises ValueError for what cannot be copied.
     """
     names = _names(folder)
     left_out = [name for name in names if any(fnmatch(name, one) for one in RUN + ELSEWHERE)]
@@ -139,9 +139,9 @@ def _unreadable(path: Path, error: OSError) -> NoReturn:
 
 
 def write_copy(folder: Path, out: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> list[str]:
-    """`folder` at `out` with `tensors` as its weights; the names of what was left out.
+    """Copy `folder` to `out` with `tensors` as its weights. Returns the names of what was left out.
 
-    Raises FileExistsError, ValueError and OSError; `out` is whole then, or not there.
+    Raises FileExistsError, ValueError and OSError; `out` is then whole or absent.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -155,7 +155,7 @@ def write_copy(folder: Path, out: Path, tensors: Mapping[str, Tensor], metadata:
         for path in paths:
             _copy(path, part / path.relative_to(folder))
         save_file(dict(tensors), str(part / WEIGHTS), dict(metadata) if metadata else None)
-        shutil.copymode(folder / WEIGHTS, part / WEIGHTS)  # safetensors writes for the owner alone
+        shutil.copymode(folder / WEIGHTS, part / WEIGHTS)  # safetensors makes it readable by the owner alone
         part.rename(out)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error

@@ -14,8 +14,8 @@ from .rules import shown
 
 
 def picture_path(path: Path) -> Path:
-    """`path`, with .png where it has no ending; raises ValueError where no picture can be written."""
-    what, remedy = f"--png {shown(path)}", "Pass another FILE, as adapter.png."
+    """`path`, with .png if it has no suffix; raises ValueError where no picture can be written."""
+    what, remedy = f"--png {shown(path)}", "Pass another FILE, such as adapter.png."
     if path.suffix.lower() not in ("", ".png"):
         fail(what, "a name that ends in .png", shown(path.suffix), remedy)
     named = path if path.suffix or not path.name else path.with_name(f"{path.name}.png")
@@ -29,7 +29,7 @@ def picture_path(path: Path) -> Path:
 
 
 def draw(layers: Sequence[Layer], path: Path) -> Path:
-    """Condition numbers, balance and effective rank over the layers, as a picture; where it is.
+    """Draw condition numbers, balance and effective rank over the layers. Returns the picture's path.
 
     Raises ImportError without matplotlib, ValueError without layers, and OSError.
     """

@@ -1,6 +1,6 @@
-"""What an adapter's configuration says of its factors: is the update B A, and which layers are experts.
+"""What an adapter's configuration says about its factors: is the update B A, and which layers are experts.
 
-The same knowledge as `integrations/peft.py` has of live modules, of what is on disk. What is not known is refused.
+What `integrations/peft.py` knows about live modules, for files on disk. Anything unknown is refused.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..checks import fail
 
 CONFIG = "adapter_config.json"
 # fields of LoraConfig, PEFT 0.14 to 0.21, that leave the update B A at any value. DoRA, QALoRA, aLoRA and VeLoRA read
-# A and B by their product alone in the forward pass
+# A and B only through their product in the forward pass
 HARMLESS = (
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
     "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out",
@@ -39,7 +39,7 @@ STARTS = re.compile(r"gaussian|eva|olora|pissa(_niter_\d+)?|corda|loftq|orthogon
 
 @dataclass(frozen=True)
 class Rules:
-    """What a LoRA configuration says of its layers; `default_rank` is its r."""
+    """What a LoRA configuration says about its layers; `default_rank` is its r."""
 
     default_rank: int
     rank_pattern: tuple[tuple[re.Pattern[str], int], ...]
@@ -52,7 +52,7 @@ class Rules:
         return next((rank for pattern, rank in self.rank_pattern if pattern.match(key)), self.default_rank)
 
     def experts(self, name: str, rows: int) -> int | str:
-        """Into how many experts the `rows` of A of the layer at `name` fall, or why that cannot be said."""
+        """How many experts the `rows` of A of the layer at `name` make up, or why that is unknown."""
         path = name.replace(".base_layer", "")  # PEFT nests the wrappers of the parameters of one module
         keys = [f"{path}.{target.rpartition('.')[2]}" for target in self.target_parameters]
         parameters = [
@@ -84,7 +84,7 @@ def shown(text: Any, limit: int = 60) -> str:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json as a dictionary; raises ValueError where it is none."""
+    """adapter_config.json as a dictionary; raises ValueError if it is not one."""
     path, remedy = folder / CONFIG, "Save the adapter again with PeftModel.save_pretrained."
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -93,7 +93,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     except OSError as error:
         fail(shown(path), "a file that can be read", error.strerror, "Check its permissions.", OSError)
     except (ValueError, RecursionError) as error:
-        fail(shown(path), "JSON", f"text that is none ({error})", remedy)
+        fail(shown(path), "JSON", f"text that is not ({error})", remedy)
     if not isinstance(found, dict):
         fail(shown(path), "a JSON object", type(found).__name__, remedy)
     return found
@@ -106,12 +106,12 @@ def read_rules(config: Mapping[str, Any], where: str) -> Rules:
     """
     kind = config.get("peft_type")
     if kind != "LORA":
-        remedy = "Others do not change a layer by B A alone; peft.save_as_lora makes LoRA of some."
+        remedy = "Others do not change a layer by B A alone; peft.save_as_lora converts some to LoRA."
         fail(f"{where}, peft_type", "'LORA'", repr(kind), remedy)
     for key, value in config.items():
-        off = not value and not isinstance(value, dict)  # PEFT makes a configuration with its defaults of {}
+        off = not value and not isinstance(value, dict)  # PEFT turns {} into a configuration of defaults
         if not off and key not in HARMLESS:
-            got = REFUSED.get(key, f"{shown(repr(value), 50)}, of which reflora knows nothing")
+            got = REFUSED.get(key, f"{shown(repr(value), 50)}, about which reflora knows nothing")
             fail(f"{where}, {shown(key, 40)}", "null, for an update B A", got, "Leave this adapter as it is.")
     start = config.get("init_lora_weights", True)
     if not (start is None or isinstance(start, bool) or (isinstance(start, str) and STARTS.fullmatch(start))):

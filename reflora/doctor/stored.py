@@ -32,7 +32,7 @@ class Stored:
 
 
 def read_stored(tensors: Mapping[str, Tensor], rules: Rules) -> list[Stored]:
-    """Every layer with an A or a B, by name, numbers in it as numbers.
+    """Every layer with an A or a B, sorted by name, numbers in it as numbers.
 
     Raises ValueError where a factor is there twice, with PEFT's prefix and without it.
     """
@@ -47,7 +47,7 @@ def read_stored(tensors: Mapping[str, Tensor], rules: Rules) -> list[Stored]:
         name, mark, tail = ".".join(parts[: marks[-1]]), parts[marks[-1]], parts[marks[-1] + 1 :]
         name = name.removeprefix(PREFIX)
         embedding, weight = "embedding" in mark, tail[-1:] == ["weight"]
-        adapter = tail[:-1] if weight else tail  # PEFT takes its name out
+        adapter = tail[:-1] if weight else tail  # PEFT removes its name
         if mark in FACTORS and weight != embedding and len(adapter) <= 1:
             factors, side = found[name, embedding, ".".join(adapter)], FACTORS[mark]
             if factors[side]:
@@ -70,7 +70,7 @@ def read_stored(tensors: Mapping[str, Tensor], rules: Rules) -> list[Stored]:
 
 
 def _layout(name: str, A: Tensor | None, B: Tensor | None, embedding: bool, rules: Rules) -> str:
-    """The layout of a `LoRAPair`, or why these are no factors of B A; see `integrations/peft.py`."""
+    """The layout of a `LoRAPair`, or why these are not factors of B A; see `integrations/peft.py`."""
     if A is None or B is None:
         return f"{'A' if A is None else 'B'} is missing"
     for tensor in (A, B):

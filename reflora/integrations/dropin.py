@@ -191,9 +191,7 @@ class Refactorer:
     @torch.no_grad()
     def _after_load(self, optimizer: Optimizer) -> None:
         self.skip_steps = self.skip_steps
-        if (
-            not optimizer.state
-        ):  # nothing was loaded: accelerate loads an optimizer's own state when it prepares it
+        if not optimizer.state:  # nothing was loaded: accelerate loads an optimizer's own state when it prepares it
             return
         for param, before, after in self._first:
             if torch.equal(param.cpu(), after):

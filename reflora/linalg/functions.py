@@ -228,7 +228,7 @@ def _match(what: str, Y: Tensor, shape: torch.Size, X: Tensor, why: str, remedy:
 def _check_out(what: str, X: Tensor, kinds: Sequence[int], out: Sequence[Tensor]) -> None:
     if not isinstance(out, (tuple, list)) or len(out) != len(kinds):
         got = f"{len(out)}" if isinstance(out, (tuple, list)) else type(out).__name__
-        fail(what, f"{len(kinds)} tensors", got, "Pass a tuple, one a result.", TypeError)
+        fail(what, f"{len(kinds)} tensors", got, "Pass a tuple, one per result.", TypeError)
     if _needs_grad(X):
         fail(what, "an X that does not require grad", "one that does", "Detach it, or omit out=.", RuntimeError)
     for place, (given, kind) in enumerate(zip(out, kinds)):

@@ -1,4 +1,4 @@
-"""S of a pair in float64, and what depends on it alone: decisions, refactoring, preconditioning, known smoothness."""
+"""S of a pair in float64, and what depends only on it: decisions, refactoring, preconditioning, known smoothness."""
 
 from __future__ import annotations
 
@@ -67,15 +67,15 @@ MEET = 0.999
 def shrink_weight(steps: float, start: float) -> float:
     """Weight of the Grams in the S of a step: `w = n^2 / (n^2 + start^2)`, n the steps that a pair has done before.
 
-    They are counted from the last one on that began with A or B at 0.
-    From 0 at the first step over 1/2 at `start` to 1. B = 0 makes the first steps of Adam nearly of rank one; S takes
-    on the shape of B, and would keep it so (docs/mathematics.md).
+    They are counted from the last one that began with A or B at 0.
+    w goes from 0 at the first step over 1/2 at `start` to 1. From B = 0, Adam's first steps are nearly of rank one; S
+    takes on the shape of B, and would keep it so (docs/mathematics.md).
     """
     return steps**2 / (steps**2 + start**2)
 
 
 def shrunk(A: Tensor, B: Tensor, weight: float) -> tuple[Tensor, Tensor]:
-    """Factors whose Grams are `w G + (1 - w) tr(G) / r I`: with a multiple of I as further columns (rows of B)."""
+    """Factors whose Grams are `w G + (1 - w) tr(G) / r I`: a multiple of I is appended as columns (rows of B)."""
 
     def widened(X: Tensor) -> Tensor:
         r = X.shape[0]
@@ -91,20 +91,20 @@ def balance_scalar(A: Tensor, B: Tensor) -> Tensor:
 
 
 def meet(storage: torch.dtype) -> float:
-    """Ratio of norms from which on they are equal: what the balance of factors of that dtype leaves of it.
+    """Ratio of norms from which they count as equal: what balancing factors of that dtype leaves of it.
 
-    sqrt(s) of 16-bit factors is a power of two, so that they are as balanced as they will be within a factor of two.
+    sqrt(s) of 16-bit factors is a power of two, so they cannot be balanced better than within a factor of two.
     """
     return 0.5 if storage in (torch.bfloat16, torch.float16) else MEET
 
 
 def met(old_A: Tensor, old_B: Tensor, A: Tensor, B: Tensor, equal: float = MEET) -> bool:
-    """Whether in a step the smaller factor has come up to the other in norm: RefLoRA-S balances from there on.
+    """Whether in a step the smaller factor has caught up with the other in norm: RefLoRA-S balances from then on.
 
-    Norms that are equal before it, up to `equal`, of `meet`, have met, so that rounding decides nothing.
+    Norms equal before it, up to `equal` (from `meet`), have met, so that rounding decides nothing.
 
     Adam's step moves every element by about the rate, so the product moves by rate times `||A|| + ||B||`; balancing a
-    pair with `||B|| = s ||A||` takes that down by `2 sqrt(s) / (1 + s)`, which costs nothing at s = 1.
+    pair with `||B|| = s ||A||` multiplies that by `2 sqrt(s) / (1 + s)`, which costs nothing at s = 1.
     """
     old = [float(norm(X)) for X in (old_A, old_B)]
     new = [float(norm(X)) for X in (A, B)]
@@ -122,18 +122,18 @@ def condition(A: Tensor) -> Tensor:
 
 
 def present(A: Tensor, B: Tensor) -> Tensor:
-    """Which of the r ranks are not 0 in both factors, `[r]` bool: what is padded with zeros gets no gradient either."""
+    """Which of the r ranks are not 0 in both factors, `[r]` bool: ranks padded with zeros get no gradient either."""
     return A.ne(0).any(1) | B.ne(0).any(0)
 
 
 def choose(A: Tensor, B: Tensor, kappa_max: float = 1e6, weight: float | None = None) -> tuple[Tensor, Tensor, str]:
     """The S a step uses, its inverse, and why: "refactored", "degenerate" or "skipped".
 
-    weight: None for the paper's S; else, of `shrink_weight`, that of the factors with shrunk Grams over the balance
-    scalar: Adam, which divides a constant away, would take its growth from B = 0 on for a trend of the gradient.
+    weight: None for the paper's S; else, from `shrink_weight`, S of the factors with shrunk Grams over the balance
+    scalar: Adam, which divides constants away, would take its growth from B = 0 for a trend of the gradient.
 
     A degenerate layer (a condition estimate past `kappa_max`, or n < r) uses `S = s I` with the balance scalar,
-    `S = I` where a norm is zero. A layer with a non-finite factor is skipped. Ranks that are not `present` have that
+    `S = I` where a norm is zero. A layer with a non-finite factor is skipped. Ranks that are not `present` get that
     multiple of I, and the others the S of the layer without them (docs/mathematics.md).
     """
     eye = torch.eye(A.shape[0], dtype=torch.float64)
@@ -156,7 +156,7 @@ def choose(A: Tensor, B: Tensor, kappa_max: float = 1e6, weight: float | None = 
 
 
 def refactor(A: Tensor, B: Tensor, scalar: bool = False) -> tuple[Tensor, Tensor]:
-    """The equal pair with balanced factors: `(P^T A, B P^-T)`, or `(sqrt(s) A, B / sqrt(s))` for RefLoRA-S."""
+    """The balanced pair with the same B A: `(P^T A, B P^-T)`, or `(sqrt(s) A, B / sqrt(s))` for RefLoRA-S."""
     if scalar:
         root = balance_scalar(A, B).sqrt()
         return root * A.double(), B.double() / root
@@ -208,7 +208,7 @@ def upper_bound(A: Tensor, B: Tensor, S: Tensor, L: float, lr: float, scaling: f
 
 
 def transport(exp_avg: Tensor, exp_avg_sq: Tensor, factor: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Adam's moments after gradients are measured in units `factor` times larger: `m * factor, v * factor^2`.
+    """Adam's moments once gradients are measured in units `factor` times larger: `m * factor, v * factor^2`.
 
     Refactoring by the scalar s moves A's moments by `1 / sqrt(s)` and B's by `sqrt(s)` (paper, section 3.3);
     a layer whose S changes from I to about `c I` moves A's by `1 / c` and B's by `c`.

@@ -15,7 +15,7 @@ from .mean import balance_scalar, choose, meet, met, norm, shrink_weight
 
 @dataclass(frozen=True)
 class Hypers:
-    """Of AdamW, for one factor; names and meaning as in torch.optim.AdamW."""
+    """AdamW's hyperparameters for one factor; names and meaning as in torch.optim.AdamW."""
 
     lr: float = 1e-3
     beta1: float = 0.9
@@ -31,7 +31,7 @@ Sides = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class AdamWState:
-    """What RefLoRAAdamW keeps of a pair, float64; of A and B each, shaped like the factor.
+    """What RefLoRAAdamW keeps for a pair, float64; for A and B each, shaped like the factor.
 
     step: steps of A and of B. phase: 1 where the moments are in units of S, 2 where RefLoRA-S balances the pair.
     count: steps of the pair. S: the last S and S^-1 for interval > 1, or None. master: weights that are not rounded.
@@ -47,7 +47,7 @@ class AdamWState:
     master: Sides | None = None
 
     def moved(self, factor: float) -> AdamWState:
-        """Gradients of A are in units `factor` times larger from here on, and those of B in units `1 / factor`."""
+        """Gradients of A are in units `factor` times larger from now on, and those of B in units `1 / factor`."""
         by = factor, 1 / factor
         return replace(
             self,
@@ -59,7 +59,7 @@ class AdamWState:
 
 @dataclass(frozen=True)
 class Schedule:
-    """When S is I, computed or used again, as RefLoRAAdamW's options say; start: of `shrink_weight`, 0 for none."""
+    """When S is I, computed or reused, as RefLoRAAdamW's options say; start: of `shrink_weight`, 0 for none."""
 
     scalar: bool = False
     warmup_steps: int = 0
@@ -121,7 +121,7 @@ def _scalar_step(
     factors: Sides, grads: Sides, state: AdamWState, hypers: tuple[Hypers, Hypers], schedule: Schedule,
     storage: torch.dtype,
 ) -> tuple[Sides, AdamWState, str]:  # fmt: skip
-    """RefLoRA-S: a plain step, after which the pair is balanced; at once also before the first."""
+    """RefLoRA-S: a plain step, after which the pair is balanced; without warm-up and start also before the first."""
     past = state.count + 1 - schedule.warmup_steps
     first = state.count == 0 == schedule.warmup_steps == schedule.start
     due = past >= 0 and past % schedule.interval == 0
@@ -146,7 +146,7 @@ def _scalar_step(
 
 
 def _root(A: Tensor, B: Tensor, storage: torch.dtype) -> float:
-    """sqrt(s), of which 16-bit factors take the nearest power of two: it rounds nothing."""
+    """sqrt(s); 16-bit factors take the nearest power of two, which rounds nothing."""
     if min(norm(A), norm(B)) == 0:
         return 1.0
     root = float(balance_scalar(A, B).sqrt())
@@ -173,6 +173,6 @@ def _updated(
 
 
 def _each(function: Callable[..., Tensor], *sides: Sequence[Any]) -> Sides:
-    """The function of A's and of B's."""
+    """The function applied to A's arguments and to B's."""
     of_A, of_B = (function(*own) for own in zip(*sides))
     return of_A, of_B
