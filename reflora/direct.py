@@ -1,4 +1,4 @@
-"""Refactoring and preconditioning of pairs outside of graphs, and the checks of gradients."""
+"""Refactoring and preconditioning of pairs outside graphs, and the checks of gradients."""
 
 from __future__ import annotations
 

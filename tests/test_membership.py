@@ -157,7 +157,7 @@ def test_where_one_factor_is_frozen_everywhere_the_error_says_so() -> None:
     for name, parameter in model.named_parameters():
         if "lora_A" in name:
             parameter.requires_grad_(False)
-    with pytest.raises(ValueError, match="2 that cannot be served .*only B is trained.*Train both"):
+    with pytest.raises(ValueError, match="2 that are not supported .*only B is trained.*Train both"):
         reflora.find_pairs(model)
 
 

@@ -63,7 +63,7 @@ class GradientHooks:
         self.warmup_steps, self.follow = warmup_steps, follow
         for pair in self.pairs:
             if pair.sharded:
-                remedy = "FSDP2 and tensor parallelism are served by reflora.create_reflora_optimizer."
+                remedy = "For FSDP2 and tensor parallelism use reflora.create_reflora_optimizer."
                 fail(pair.name, "factors that this process holds whole", "DTensor", remedy)
         check_unhooked(self.pairs)
         self._ops = PairOps(self.pairs, backend, precision)

@@ -166,7 +166,7 @@ def _fail_empty(model: nn.Module, adapter: str | None, left_out: Mapping[str, st
     remedy = "Use peft.get_peft_model(model, LoraConfig(...)) first, or pass pairs=[(A, B), ...] to RefLoRAAdamW."
     if left_out:
         name, reason = next(iter(left_out.items()))
-        got = f"{len(left_out)} that cannot be served ({listed([name])}: {reason})"
+        got = f"{len(left_out)} that are not supported ({listed([name])}: {reason})"
         remedy = "Train both factors of plain LoRA in at least one layer; torch.optim.AdamW trains the others."
     elif others and adapter is None:
         got = f"only frozen ones (adapters {listed(sorted(others))})"

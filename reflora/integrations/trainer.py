@@ -64,7 +64,7 @@ class RefLoRACallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         tables = self._report(kwargs.get("optimizer")).tables
         for table in tables:
-            if all(table is not old for old in self._seen):  # an interval keeps the last one
+            if all(table is not old for old in self._seen):  # with an interval, steps in between keep the last
                 self._skipped.append((table[:, col.STATUS] == SKIPPED).sum())
         self._seen = tables
         if len(self._skipped) > 64:

@@ -206,7 +206,7 @@ class RefLoRAAdamW(CompiledStep, GroupedPairs, torch.optim.AdamW):  # type: igno
         self._see_version()
 
     def _only_makes_state(self) -> bool:
-        """Whether this is the step with lr = 0 and no gradient that torch.distributed.checkpoint takes to load."""
+        """Whether this is the step with lr = 0 and zero gradients that torch.distributed.checkpoint takes to load."""
         if self.state or any(float(group["lr"]) for group in self.param_groups):
             return False
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
