@@ -68,8 +68,8 @@ class Wrapped(ScalarStep, OwnPairs):
     as does `base_options`, for options of its own that have one of these names.
 
     A step evaluates the closure, if any, then preconditions once, then takes the base class's step. Hooks run once.
-    If a gradient is not finite, or the gradient scaler has found such a one, the whole step is skipped: no
-    parameter, state or step count changes. On a GPU that check costs one read of the gradients and one sync per step; RefLoRAAdamW
+    If a gradient is not finite, for this check or for the gradient scaler, the whole step is skipped: no parameter,
+    state or step count changes. On a GPU the check costs one read of the gradients and one sync per step; RefLoRAAdamW
     skips single layers without either.
     By default S comes without its scale, and the gradients stay in the units of S = I. In front of SGD, whose steps
     grow with the gradient, and with warmup_steps, S has its scale: where it stops being I (after a warm-up, or once B
