@@ -1,6 +1,6 @@
 """RefLoRA: the optimally refactored LoRA step for the price of an AdamW step.
 
-Names are loaded on first use: `import reflora` imports neither torch, triton, peft nor transformers.
+Names are loaded on first use: `import reflora` imports none of torch, triton, peft and transformers.
 """
 
 from __future__ import annotations
