@@ -78,7 +78,7 @@ def check_writable(what: str, tensor: Tensor) -> None:
 
 
 def check_disjoint(named: Sequence[tuple[str, Tensor]], error: type[Exception] = ValueError) -> None:
-    """No two of these may share memory: each is written once a step."""
+    """No two of these may share memory: each is written once per step."""
     found = shared([tensor for _, tensor in named])
     if found:
         (first, _), (second, _) = named[found[0]], named[found[1]]

@@ -51,7 +51,7 @@ def test_of_a_training_run_only_the_adapter_is_copied(
     assert (out / "README.md").read_text() == "README.md"
     assert (out / doctor.CONFIG).read_bytes() == (saved / doctor.CONFIG).read_bytes()
     printed = capsys.readouterr().out
-    assert "of a training run or of the old factors: .git, adapter_model.bin, checkpoint-3 and 15 more" in printed
+    assert "from a training run or the old factors: .git, adapter_model.bin, checkpoint-3 and 15 more" in printed
     assert "adapters of their own, copied as they are: other" in printed
 
 

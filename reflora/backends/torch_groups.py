@@ -113,7 +113,7 @@ def skip(solution: Solution, *grads: Tensor) -> Solution:
 
 
 def saturated(values: Tensor, limit: float) -> Tensor:
-    """inf - inf inside a product has no sign left and becomes 0."""
+    """Clamp to the limit; NaN, from inf - inf inside a product, becomes 0."""
     return values.nan_to_num(0.0, limit, -limit).clamp(-limit, limit)
 
 

@@ -68,7 +68,7 @@ def outcome(written: Written, out: Path) -> list[str]:
         *listed("copied as they are", written.kept),
     ]
     if written.left_out:
-        lines.append(f"not copied, of a training run or of the old factors: {_some(written.left_out)}")
+        lines.append(f"not copied, from a training run or the old factors: {_some(written.left_out)}")
     if written.adapters:
         lines.append(f"adapters of their own, copied as they are: {_some(written.adapters)}")
     return lines

@@ -108,8 +108,8 @@ def evaluated(loss: Any, unchanged: Callable[[], bool]) -> Callable[[], Any]:
 
     def closure() -> Any:
         if asked or not unchanged():
-            remedy = "Its gradients would not be RefLoRA's: use an optimizer that evaluates the model once a step."
-            fail("closure", "one evaluation a step", "another", remedy, RuntimeError)
+            remedy = "Its gradients would not be RefLoRA's: use an optimizer that evaluates the model once per step."
+            fail("closure", "one evaluation per step", "another", remedy, RuntimeError)
         asked.append(True)
         return loss
 
