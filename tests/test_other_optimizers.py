@@ -148,7 +148,7 @@ def test_another_evaluation_is_an_error_and_other_gradients_are_warned_of() -> N
     pairs = make_pairs()
     goals = targets(pairs)
     optimizer = wrap(Asks, pairs)
-    with pytest.raises(RuntimeError, match="closure: expected one evaluation a step"):
+    with pytest.raises(RuntimeError, match="closure: expected one evaluation per step"):
         optimizer.step(lambda: backward(pairs, goals))
     optimizer = wrap(Reevaluates, pairs)
     backward(pairs, goals)
