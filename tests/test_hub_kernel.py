@@ -64,7 +64,7 @@ def test_layout(staged: Path) -> None:
         folder = staged / f"build/torch-{backend}"
         metadata = json.loads((folder / "metadata.json").read_text())
         assert metadata["backend"] == {"type": backend} and metadata["id"] in (folder / "_ops.py").read_text()
-        assert (folder / "kernels/adamw.py").is_file() and not list(folder.rglob("*.so"))
+        assert (folder / "kernels/step/adamw.py").is_file() and not list(folder.rglob("*.so"))
     assert not (staged / "torch-ext/reflora/_ops.py").exists()
 
 

@@ -86,7 +86,7 @@ class PairOps:
         return {index: Outcome.of(report) for index, report in self.reports().items()}
 
     def started(self) -> dict[int, Tensor]:
-        """Of the last call, by pair: 0 where a factor was 0, else 1, float32 `[experts]`."""
+        """By pair, 0 where the last call found a factor at 0, else 1, float32 `[experts]`."""
         if self._solved is not None:
             inner, chosen = self._solved
             return {chosen[index]: flags for index, flags in inner.started().items()}
