@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +229,7 @@ def fsdp2_after_the_optimizer(rank: int, folder: Path) -> dict[str, Tensor]:
 
 def accelerated(rank: int, folder: Path) -> dict[str, Tensor]:
     """accelerate's DDP, with gradients accumulated over two batches and clipped."""
-    _environment(rank, 29511)
+    environment(rank, 29511)
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
@@ -240,6 +244,22 @@ def accelerated(rank: int, folder: Path) -> dict[str, Tensor]:
             optimizer.step()
             optimizer.zero_grad()
     return trained(model)
+
+
+def example(rank: int, folder: Path) -> dict[str, Any]:
+    """examples/fsdp2.py, as torchrun starts it: what it prints, and the files that it leaves. It ends its process group."""
+    environment(rank, 29514)
+    from accelerate.state import AcceleratorState
+
+    path, printed = str(Path(__file__).parents[1] / "examples" / "fsdp2.py"), io.StringIO()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    argv, sys.argv = sys.argv, [path, "15", str(folder)]
+    try:
+        with contextlib.redirect_stdout(printed):
+            runpy.run_path(path, run_name="__main__")
+    finally:
+        sys.argv = argv
+    return {"printed": printed.getvalue(), "files": {path.name: path.read_bytes() for path in folder.iterdir()}}
 
 
 def accumulated_alone(clip: float | None, dtype: torch.dtype = torch.float64, **options: Any) -> dict[str, Tensor]:
@@ -259,7 +279,7 @@ def accumulated_alone(clip: float | None, dtype: torch.dtype = torch.float64, **
 
 def deepspeed(rank: int, folder: Path) -> dict[str, Any]:
     """ZeRO-1 and 2 with hooks in front, over two batches a step; and what is refused."""
-    _environment(rank, 29512)
+    environment(rank, 29512)
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
@@ -303,7 +323,7 @@ def _reflora_over(params: list[nn.Parameter], lr: float) -> torch.optim.Optimize
     return reflora.RefLoRAAdamW(params, pairs=[(factors[0], factors[1])], lr=lr)
 
 
-def _environment(rank: int, port: int) -> None:
+def environment(rank: int, port: int) -> None:
     names = {"LOCAL_RANK": rank, "RANK": rank, "WORLD_SIZE": WORLD, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()}, ACCELERATE_USE_CPU="true")
 

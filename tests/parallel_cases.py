@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from distributed_cases import build, train, trained
+from distributed_cases import build, environment, train, trained
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from two_processes import WORLD
@@ -68,7 +67,7 @@ def refused(call: Callable[[], Any]) -> str:
 
 def tensor_parallel(rank: int, folder: Path) -> dict[str, Any]:
     """transformers' own, `tp_plan="auto"`."""
-    _environment(rank, 29513)
+    environment(rank, 29513)
     found: dict[str, Any] = {}
     for name, cls, options in (
         ("AdamW", None, {}), ("NAdam", torch.optim.NAdam, {}), ("scalar", None, {"scalar": True, "warmup_steps": 0}),
@@ -112,8 +111,3 @@ def zero_redundancy(rank: int, folder: Path) -> dict[str, Any]:
             error = refused(lambda zero=zero, model=model: train(model, zero, range(1), rank, WORLD))  # type: ignore[misc]
         found[name] = [error, *(str(one.message) for one in caught if "LoRA" in str(one.message))]
     return found
-
-
-def _environment(rank: int, port: int) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1")
-    os.environ["MASTER_PORT"] = str(port)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-from collections.abc import Callable
 from typing import Any
 
 import distributed_cases as cases
+import parallel_cases
 import pytest
 import torch
 from torch import Tensor
@@ -19,28 +20,25 @@ def assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor], rtol: floa
         torch.testing.assert_close(found[name], value, rtol=rtol, atol=atol, msg=lambda said, n=name: f"{n}: {said}")
 
 
-Both = Callable[[Case], list[Any]]
 # one worker makes both processes, once
 pytestmark = pytest.mark.xdist_group("two processes")
+# with those of test_parallel.py and test_examples.py
 CASES = (
     cases.ddp, cases.fsdp2, cases.fsdp2_checkpoint, cases.fsdp2_refusals, cases.fsdp2_refactorer,
-    cases.fsdp2_after_the_optimizer, cases.fsdp1, cases.fsdp2_hard_shapes, cases.accelerated,
-    *([cases.deepspeed] if importlib.util.find_spec("deepspeed") else []),
+    cases.fsdp2_after_the_optimizer, cases.fsdp1, cases.fsdp2_hard_shapes, parallel_cases.zero_redundancy,
+    parallel_cases.tensor_parallel, cases.accelerated,
+    *([cases.deepspeed] if importlib.util.find_spec("deepspeed") else []), cases.example,
 )  # fmt: skip
+results = functools.cache(together)
 
 
-@pytest.fixture(scope="module")
-def both() -> Both:
+def both(case: Case) -> list[Any]:
     """What the two processes made of a case; all of them are run at the first question."""
-    results = together(CASES)
-
-    def of(case: Case) -> list[Any]:
-        for found in results[case.__name__]:
-            if isinstance(found, AssertionError):
-                raise found
-        return results[case.__name__]
-
-    return of
+    found = results(CASES)[case.__name__]
+    for one in found:
+        if isinstance(one, AssertionError):
+            raise one
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +46,14 @@ def alone() -> dict[str, dict[str, Tensor]]:
     return {variant: cases.alone(variant) for variant in cases.VARIANTS}
 
 
-def test_ddp(alone: dict[str, dict[str, Tensor]], both: Both) -> None:
+def test_ddp(alone: dict[str, dict[str, Tensor]]) -> None:
     one, other = both(cases.ddp)
     for variant, wanted in alone.items():
         assert_equal(one[variant], wanted)
         assert all(torch.equal(one[variant][name], other[variant][name]) for name in wanted)
 
 
-def test_fsdp2(alone: dict[str, dict[str, Tensor]], both: Both) -> None:
+def test_fsdp2(alone: dict[str, dict[str, Tensor]]) -> None:
     one, other = both(cases.fsdp2)
     for variant, wanted in alone.items():
         for how in ("along r", "along n"):
@@ -69,13 +67,13 @@ def test_fsdp2(alone: dict[str, dict[str, Tensor]], both: Both) -> None:
     assert {dims[name][0] for name in dims if "embedding" in name or ".lora_B." in name} == {0}
 
 
-def test_fsdp2_through_a_distributed_checkpoint(both: Both) -> None:
+def test_fsdp2_through_a_distributed_checkpoint() -> None:
     for found in both(cases.fsdp2_checkpoint):
         for whole, resumed in found.values():
             assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_what_cannot_serve_sharded_factors_says_what_can(both: Both) -> None:
+def test_what_cannot_serve_sharded_factors_says_what_can() -> None:
     for found in both(cases.fsdp2_refusals):
         for name in ("RefLoRAAdamW", "refactor_"):
             assert "held whole by this process, got DTensor" in found[name]
@@ -86,24 +84,24 @@ def test_what_cannot_serve_sharded_factors_says_what_can(both: Both) -> None:
         assert found["skipped"] == "1" and found["unchanged"] == "True"
 
 
-def test_the_refactorer_leaves_a_sharded_layer_alone_whose_gradient_is_not_finite(both: Both) -> None:
+def test_the_refactorer_leaves_a_sharded_layer_alone_whose_gradient_is_not_finite() -> None:
     for found in both(cases.fsdp2_refactorer):
         assert found["changed"] == [False, True, True]
 
 
-def test_fsdp2_of_a_model_whose_optimizer_exists(alone: dict[str, dict[str, Tensor]], both: Both) -> None:
+def test_fsdp2_of_a_model_whose_optimizer_exists(alone: dict[str, dict[str, Tensor]]) -> None:
     for found in both(cases.fsdp2_after_the_optimizer):
         assert_equal(found, alone["full"])
 
 
-def test_accelerate_accumulates_and_clips(both: Both) -> None:
+def test_accelerate_accumulates_and_clips() -> None:
     wanted = cases.accumulated_alone(0.1)
     for found in both(cases.accelerated):
         assert_equal(found, wanted)
 
 
 @pytest.mark.skipif(cases.deepspeed not in CASES, reason="no deepspeed")
-def test_deepspeed(both: Both) -> None:
+def test_deepspeed() -> None:
     """ZeRO-1 and 2 step as one process does; what cannot is refused."""
     wanted = cases.accumulated_alone(None, torch.float32, eps=1e-30)
     for found in both(cases.deepspeed):
@@ -113,12 +111,12 @@ def test_deepspeed(both: Both) -> None:
         assert "DeepSpeed: reflora.GradientHooks" in found["RefLoRAAdamW"]
 
 
-def test_fsdp1_is_refused(both: Both) -> None:
+def test_fsdp1_is_refused() -> None:
     for found in both(cases.fsdp1):
         assert len(found) == 3
         assert all("FSDP2" in said for said in found.values()), found
 
 
-def test_fsdp2_where_a_process_holds_nothing(both: Both) -> None:
+def test_fsdp2_where_a_process_holds_nothing() -> None:
     for found in both(cases.fsdp2_hard_shapes):
         assert found == {"full": True, "scalar": True, "skipped": 1, "resumed": True}

@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from distributed_cases import example
+from test_distributed import both
 
 import reflora
 
 ROOT = Path(__file__).parents[1]
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")  # it finds a free port
 
 
 def run(name: str, *arguments: object) -> str:
@@ -33,17 +34,6 @@ def run(name: str, *arguments: object) -> str:
         runpy.run_path(path, run_name="__main__")
     AcceleratorState._reset_state(reset_partial_state=True)  # the next test may ask for another device
     return printed.getvalue()
-
-
-def launched(*command: object) -> str:
-    """What an example prints in a process, or processes, of its own, with the package under test."""
-    paths = [str(Path(reflora.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, check=False, cwd=ROOT / "examples",
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 def numbers(pattern: str, printed: str) -> list[float]:
@@ -96,7 +86,10 @@ def test_plain_loop(tmp_path: Path) -> None:
 def test_fsdp2(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-    printed = launched(*TORCHRUN, "fsdp2.py", 15, tmp_path)
+    found, _ = both(example)
+    for name, content in found["files"].items():
+        (tmp_path / name).write_bytes(content)
+    printed = found["printed"]
     before, after = losses(printed)
     assert after < 0.7 * before  # 0.57
     assert all_refactored(printed, 14)

@@ -7,26 +7,11 @@ from typing import Any
 import parallel_cases as cases
 import pytest
 import torch
-from test_distributed import assert_equal
-from two_processes import together
+from test_distributed import assert_equal, both
 
 import reflora
 
-# one worker makes both processes, once
 pytestmark = pytest.mark.xdist_group("two processes")
-CASES = (cases.tensor_parallel, cases.zero_redundancy)
-
-
-@pytest.fixture(scope="module")
-def both() -> dict[str, list[Any]]:
-    return together(CASES)
-
-
-def of(both: dict[str, list[Any]], name: str) -> list[Any]:
-    for found in both[name]:
-        if isinstance(found, AssertionError):
-            raise found
-    return both[name]
 
 
 @pytest.mark.parametrize(
@@ -34,39 +19,39 @@ def of(both: dict[str, list[Any]], name: str) -> list[Any]:
     [("AdamW", None, {}), ("NAdam", torch.optim.NAdam, {}), ("scalar", None, {"scalar": True, "warmup_steps": 0})],
     ids=["AdamW", "NAdam", "scalar"],
 )
-def test_tensor_parallel(name: str, cls: Any, options: dict[str, Any], both: dict[str, list[Any]]) -> None:
+def test_tensor_parallel(name: str, cls: Any, options: dict[str, Any]) -> None:
     """`tp_plan="auto"` cuts B alone; every process takes the step of the whole model."""
     model = cases.causal()
     start = cases.trained(model)
     alone = cases.train_causal(
         model, reflora.create_reflora_optimizer(model, cls or reflora.RefLoRAAdamW, lr=1e-2, **options)
     )
-    for found in of(both, "tensor_parallel"):
+    for found in both(cases.tensor_parallel):
         assert all(found["placements"].values())
         assert_equal(found[name], alone, rtol=2e-4, atol=2e-6)
         assert all(float((found[name][key] - start[key]).abs().max()) > 1e-3 for key in start)
 
 
-def test_tensor_parallel_is_refused_where_it_cannot_be_served(both: dict[str, list[Any]]) -> None:
-    for found in of(both, "tensor_parallel"):
+def test_tensor_parallel_is_refused_where_it_cannot_be_served() -> None:
+    for found in both(cases.tensor_parallel):
         for said in found["refused"].values():
             assert "DTensor" in said and "reflora.create_reflora_optimizer" in said
         assert found["skipped"] == (1, True)  # a bad gradient in one process is so in both
 
 
-def test_zero_redundancy_optimizer(both: dict[str, list[Any]]) -> None:
+def test_zero_redundancy_optimizer() -> None:
     model = cases.build("gaussian")
     hooks = reflora.GradientHooks(model, warmup_steps=0)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for step in range(6):
         cases.train(model, optimizer, range(step, step + 1))
         hooks.refresh()
-    for found in of(both, "zero_redundancy"):
+    for found in both(cases.zero_redundancy):
         assert_equal(found["hooks"], cases.trained(model))
 
 
-def test_zero_redundancy_optimizer_around_reflora_is_refused(both: dict[str, list[Any]]) -> None:
-    for found in of(both, "zero_redundancy"):
+def test_zero_redundancy_optimizer_around_reflora_is_refused() -> None:
+    for found in both(cases.zero_redundancy):
         for name in ("wrap", "RefLoRAAdamW"):
             said = " ".join(found[name])
             assert "one factor" in said or "both factors" in said
