@@ -247,7 +247,7 @@ def accelerated(rank: int, folder: Path) -> dict[str, Tensor]:
 
 
 def example(rank: int, folder: Path) -> dict[str, Any]:
-    """examples/fsdp2.py, as torchrun starts it: what it prints, and the files that it leaves. It ends its process group."""
+    """examples/fsdp2.py as torchrun starts it: what it prints and what it leaves. It ends the process group."""
     environment(rank, 29514)
     from accelerate.state import AcceleratorState
 

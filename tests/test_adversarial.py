@@ -22,13 +22,14 @@ KEPT = {torch.float32: 1e-5, torch.float64: 1e-9}
 Pairs = list[tuple[Tensor, Tensor]]
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=3)
 def drawn(dtype: torch.dtype, seed: int, count: int, ranks: range) -> list[tuple[str, Tensor, Tensor]]:
     return list(adversarial.pairs(count, ranks, torch.Generator().manual_seed(seed), dtype))
 
 
-def draw(dtype: torch.dtype, seed: int, count: int = 1000, ranks: range = range(1, 131)) -> tuple[list[str], Pairs]:
-    made = drawn(dtype, seed, count, ranks)
+def draw(dtype: torch.dtype, count: int = 1000, seed: int = 1, ranks: range = range(1, 131)) -> tuple[list[str], Pairs]:
+    """The first of 1000, whose drawing takes 2 s; of another seed as many as are asked for."""
+    made = drawn(dtype, seed, 1000 if seed == 1 else count, ranks)[:count]
     return [name for name, _, _ in made], [(A.clone(), B.clone()) for _, A, B in made]
 
 
@@ -73,7 +74,7 @@ def check_kept(names: list[str], pairs: Pairs, backend: str, scalar: bool = Fals
 @pytest.mark.parametrize("scalar", [False, True], ids=["RefLoRA", "RefLoRA-S"])
 @DTYPES
 def test_refactor(fast_backend: str, dtype: torch.dtype, scalar: bool) -> None:
-    check_refactored(*draw(dtype, seed=1, count=COUNT[fast_backend]), fast_backend, scalar)
+    check_refactored(*draw(dtype, COUNT[fast_backend]), fast_backend, scalar)
 
 
 def test_factors_whose_product_nearly_cancels(backend: str) -> None:
@@ -111,7 +112,7 @@ def test_an_s_or_inverse_past_the_range_is_degenerate(backend: str, small: str) 
 @pytest.mark.parametrize("scalar", [False, True], ids=["RefLoRA", "RefLoRA-S"])
 @pytest.mark.skipif(not served("triton"), reason="make emulate runs it")
 def test_refactor_by_kernels(scalar: bool) -> None:
-    check_refactored(*draw(torch.float32, seed=2, count=40, ranks=range(1, 13)), "triton", scalar)
+    check_refactored(*draw(torch.float32, 40, seed=2, ranks=range(1, 13)), "triton", scalar)
 
 
 def test_refactor_from_a_seed_of_its_own(fast_backend: str) -> None:
@@ -119,13 +120,13 @@ def test_refactor_from_a_seed_of_its_own(fast_backend: str) -> None:
         torch.empty((), dtype=torch.int64).random_(generator=torch.Generator().manual_seed(torch.seed() % 2**31))
     )
     print(f"seed {seed}")  # shown where it fails
-    check_refactored(*draw(torch.float32, seed, count=COUNT[fast_backend] // 2), fast_backend, False)
+    check_refactored(*draw(torch.float32, COUNT[fast_backend] // 2, seed), fast_backend, False)
 
 
 @DTYPES
 def test_precondition(fast_backend: str, dtype: torch.dtype) -> None:
     """S of the reference where it can be refactored, c I where it is degenerate; never NaN."""
-    names, pairs = draw(dtype, seed=3, count=COUNT[fast_backend] // 2)
+    names, pairs = draw(dtype, COUNT[fast_backend] // 2, seed=3)
     grads = [(torch.randn_like(A), torch.randn_like(B)) for A, B in pairs]
     before = [(gA.clone(), gB.clone()) for gA, gB in grads]
     report = reflora.precondition_(pairs, grads, backend=fast_backend)
@@ -178,13 +179,13 @@ def check_adamw(names: list[str], pairs: Pairs, backend: str, scalar: bool) -> N
 
 @pytest.mark.parametrize("scalar", [False, True], ids=["RefLoRA", "RefLoRA-S"])
 def test_adamw(fast_backend: str, scalar: bool) -> None:
-    check_adamw(*draw(torch.float32, seed=4, count=COUNT[fast_backend] // 2), fast_backend, scalar)
+    check_adamw(*draw(torch.float32, COUNT[fast_backend] // 2), fast_backend, scalar)
 
 
 @pytest.mark.parametrize("scalar", [False, True], ids=["RefLoRA", "RefLoRA-S"])
 def test_a_wrapped_optimizer(fast_backend: str, scalar: bool) -> None:
     """At ordinary scales: torch's moments do not saturate, and a gradient past 1e19 has an infinite square."""
-    whole = zip(*draw(torch.float32, seed=7, count=COUNT[fast_backend]))
+    whole = zip(*draw(torch.float32, COUNT[fast_backend]))
     drawn = [(name, pair) for name, pair in whole if " x 1," in name and name.endswith(" x 1")]
     names, pairs = [name for name, _ in drawn], [pair for _, pair in drawn]
     assert len(pairs) > 0.3 * COUNT[fast_backend]

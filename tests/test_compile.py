@@ -1,23 +1,18 @@
 """Every Triton kernel compiles for sm_80 and sm_90 without a GPU, within its register and memory budget."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from benchmarks import compile_table
+
 # sm_86 and sm_89 have the least, 99 KiB a program
 SHARED_LIMIT = 99 * 1024
 
 
-def compile_table(*arguments):
-    """Rows of benchmarks/compile_table.py, from a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.compile_table", "--json", "--workers", "1", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+@pytest.fixture
+def compiled(monkeypatch):
+    """Rows of benchmarks/compile_table.py, without processes of its own: to import triton takes longer than most."""
+    monkeypatch.setattr(compile_table, "in_processes", lambda work, cases, _: [work(case) for case in cases])
+    return lambda *arguments: compile_table.main(["--json", *arguments])
 
 
 STEP = "gram,update,foresee,turn"
@@ -31,17 +26,17 @@ BUDGET = (
 
 
 @pytest.mark.parametrize("kernels, classes, capability", BUDGET)
-def test_kernels_compile_within_budget(kernels, classes, capability):
+def test_kernels_compile_within_budget(kernels, classes, capability, compiled):
     words = ("--kernels", kernels, "--classes", classes, "--capabilities", str(capability))
-    rows = compile_table(*words, "--precisions", "float64")
+    rows = compiled(*words, "--precisions", "float64")
     assert len(rows) == len(kernels.split(",")) * len(classes.split(","))
     for row in rows:
-        assert row["shared"] <= SHARED_LIMIT and row["spills"] == 0, row
+        assert row.shared <= SHARED_LIMIT and row.spills == 0, row
 
 
-def test_other_variants_of_the_step_compile():
+def test_other_variants_of_the_step_compile(compiled):
     """Other storage types, RefLoRA-S, SAVED and IDENTITY steps, AMSGrad, gradient scaling, carried Grams."""
-    rows = compile_table("--variants", "--kernels", STEP, "--classes", "16", "--capabilities", "80")
+    rows = compiled("--variants", "--kernels", STEP, "--classes", "16", "--capabilities", "80")
     assert len(rows) == 8
     for row in rows:
-        assert row["shared"] <= SHARED_LIMIT and row["spills"] == 0, row
+        assert row.shared <= SHARED_LIMIT and row.spills == 0, row

@@ -6,10 +6,8 @@ import contextlib
 import importlib.resources
 import inspect
 import io
-import os
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,8 +16,6 @@ import torch
 from accelerate.state import AcceleratorState
 from distributed_cases import example
 from test_distributed import both
-
-import reflora
 
 ROOT = Path(__file__).parents[1]
 
@@ -137,6 +133,6 @@ def test_vit(tmp_path: Path) -> None:
 
 
 def test_shampoo() -> None:
-    printed = launched("shampoo_inverse_root.py")
+    printed = run("shampoo_inverse_root.py")
     loss = {name: float(value) for name, value in re.findall(r"(\w+): loss (\S+) after", printed)}
     assert loss["Shampoo"] < 0.8 * loss["SGD"]

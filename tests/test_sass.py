@@ -69,29 +69,31 @@ def test_unrolled_loop_counts_its_pivots() -> None:
 
 
 def program(module: str, *arguments: str) -> list[dict[str, object]]:
-    """Rows that a program prints as JSON."""
+    """Rows that a program prints as JSON, in a process of its own."""
     command = [sys.executable, "-m", f"benchmarks.{module}", "--json", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+def loops_of(kernel: str, rank_class: int) -> list[sass.Row]:
+    cases = compile_table.cases([rank_class], [90], [kernel], precisions=("float64",))
+    return [row for case in cases for row in sass.measure(case)]
+
+
 def test_loops_of_a_real_kernel_are_found() -> None:
     """The elimination has no products of matrices in it, the Newton-Schulz step has them on the tensor cores."""
-    rows = program("sass", "--classes", "16", "--capabilities", "90", "--kernels", "polar")
-    assert {row["loop"] for row in rows} == {"solve.invert_transposed", "solve.orthogonalised"}
+    rows = loops_of("polar", 16)
+    assert {row.loop for row in rows} == {"solve.invert_transposed", "solve.orthogonalised"}
     for row in rows:
-        counts = row["counts"]
-        assert isinstance(counts, dict) and row["rounds"] == 1, row
-        assert counts["DFMA"] > 0 and 50 < counts["total"] < 2000, row
-        assert (counts["DMMA"] > 0) == (row["loop"] == "solve.orthogonalised"), row
+        assert row.rounds == 1 and row.counts["DFMA"] > 0 and 50 < row.counts["total"] < 2000, row
+        assert (row.counts["DMMA"] > 0) == (row.loop == "solve.orthogonalised"), row
 
 
 def test_a_pivot_of_the_step_is_short() -> None:
     """Shuffles alone, in every version of Triton: no shared memory and no barrier, whatever the class."""
-    rows = program("sass", "--classes", "32", "--capabilities", "90", "--kernels", "settle")
-    (counts,) = [row["counts"] for row in rows if row["loop"] == "cholesky.eliminate"]
-    assert isinstance(counts, dict) and counts["SHFL"] > 0 and counts["total"] < 160, counts
+    (counts,) = [row.counts for row in loops_of("settle", 32) if row.loop == "cholesky.eliminate"]
+    assert counts["SHFL"] > 0 and counts["total"] < 160, counts
     assert counts["BAR"] == counts["LDS"] == counts["local"] == 0, counts
 
 

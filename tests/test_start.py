@@ -57,6 +57,7 @@ SEEDED = [*((seed, "cpp") for seed in range(3)), (0, "torch")]
 SEEDED = [pytest.param(seed, name, id=f"{name}-{seed}") for seed, name in SEEDED if name in BACKENDS]
 
 
+@pytest.mark.xdist_group("trainings from B = 0")  # which share what is trained
 @pytest.mark.parametrize("scalar", [False, True])
 @pytest.mark.parametrize("seed, backend", SEEDED)
 def test_the_exact_S_collapses_from_B_0_and_the_default_does_not(seed, backend, scalar):
@@ -67,6 +68,7 @@ def test_the_exact_S_collapses_from_B_0_and_the_default_does_not(seed, backend, 
     assert gentle < 1.005 * lora and rank > 0.97 * rank_of_lora
 
 
+@pytest.mark.xdist_group("trainings from B = 0")
 @pytest.mark.parametrize("seed, backend", SEEDED)
 def test_it_is_no_worse_than_100_plain_steps(seed, backend):
     plain, _ = fine_tune(seed, backend, scalar=False, warmup_steps=100)

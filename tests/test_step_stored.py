@@ -89,10 +89,12 @@ def test_stochastic_rounding_is_unbiased_and_leaves_exact_values(fast_backend):
     grads, total = grads_like(start), torch.zeros(8, 64)
     exact = Rows(start, fast_backend, storage=WITH_MASTER)
     exact.step(grads)
-    for seed in range(300):
-        rows = Rows(start, fast_backend, storage=WIDE)
-        rows.step(grads, seed=seed)
-        total += rows.pairs[0].A.float()
+    for seed in range(10):  # of 30 rows, each with numbers of its own
+        rows = Rows(30 * start, fast_backend, storage=WIDE)
+        rows.step(30 * grads, seed=seed)
+        total += sum(p.A.float() for p in rows.pairs)
+    rows, grads = Rows(start, fast_backend, storage=WIDE), grads[:1]
+    rows.step(grads, seed=0)
     want = exact.own("A", MASTER)[0]
     off = (total / 300 - want) / 2.0 ** (want.abs().log2().floor() - 7)
     # its deviation is at most 0.5 / sqrt(300) = 0.029 in each element
