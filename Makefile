@@ -12,6 +12,8 @@ CAPABILITIES ?= 80,86,89,90,100
 CAPABILITY ?= 90
 ORDER ?= forward random
 MESSAGES := build/messages
+# tests of every kernel and variant, which are run in another order too: what the rest adds is other numbers
+ORDERED := $(patsubst %,tests/test_%.py,step kernels_routes kernels_storages kernels_linalg kernels_eigh)
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -q
@@ -33,9 +35,10 @@ pytest: $(BUILT)  ## the tests but for those of kernels; ARGS= for pytest
 
 emulate: $(BUILT)  ## the tests of kernels, on what Triton compiles for a GPU; CAPABILITY=80|90, ORDER= forward, reverse, random
 	PYTHONPATH=tools/ptxsim OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -q tools/ptxsim/tests
-	for order in $(ORDER); do \
+	tests=; for order in $(ORDER); do \
 		MESSAGES=$(MESSAGES) PYTHONPATH=tools/ptxsim:tests PTXSIM_CACHE=build/ptxsim PTXSIM_CAPABILITY=$(CAPABILITY) PTXSIM_ORDER=$$order \
-		OMP_NUM_THREADS=1 $(PY) -m pytest -p ptxsim.plugin -m kernels -n $(WORKERS) --dist loadfile $(ARGS) || exit 1; \
+		OMP_NUM_THREADS=1 $(PY) -m pytest -p ptxsim.plugin -m kernels -n $(WORKERS) --dist worksteal $(or $(ARGS),$$tests) || exit 1; \
+		tests="$(ORDERED)"; \
 	done
 
 messages:  ## every error and warning that the tests have provoked, on one page to be read: build/messages.md

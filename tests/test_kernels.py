@@ -1,5 +1,7 @@
 """The Triton kernels as they are compiled, against the float64 reference."""
 
+import math
+
 import pytest
 import torch
 from conftest import affine_error
@@ -39,44 +41,30 @@ def read_S(p, precision="float64"):
     return gB[:r].cpu(), gA[:, :r].cpu(), result.cpu()
 
 
-@pytest.mark.parametrize("r", [1, 2, 4, 8, 12, 16, 32, 48, 64, 128])
-def test_S_float32_storage(r, monkeypatch):
+# r; type of the factors; their conditions and scales; precision; bound
+SPECTRA = (
+    *((r, torch.float32, (3, 1e3), (1, 1), "float64", 1e-3) for r in (1, 2, 12, 16, 32, 48, 64, 128)),
+    *((r, *case) for r in (8, 24) for case in (
+        (torch.float32, (3, 1e4), (1, 1), "float64", 1e-2), (torch.float32, (1e3, 1e3), (1, 1), "float64", 1e-2),
+        (DOUBLE, (10, 1e4), (1, 1), "float64", 1e-8), (DOUBLE, (1e4, 1e4), (1, 1), "float64", 1e-8),
+        (torch.float32, (3, 500), (1, 1), "float32", 5e-3), (DOUBLE, (3, 500), (1, 1), "float32", 5e-3),
+    )),
+    *((5, torch.float32, (3, 50), scales, precision, 5e-3) for precision in ("float64", "float32")
+      for scales in ((1e30, 1e30), (1e-30, 1e-30), (1e15, 1e-15))),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("r, dtype, conditions, scales, precision, bound", SPECTRA, ids=str)
+def test_S(r, dtype, conditions, scales, precision, bound, monkeypatch):
     poisoned(monkeypatch)
-    p = pair(r, k_B=1e3)
-    S, S_inv, result = read_S(p)
-    assert result[col.STATUS] == REFACTORED
-    assert affine_error(S, p.A.cpu(), p.B.cpu()) <= 1e-3
-    assert affine_error(S_inv, p.B.cpu().mT, p.A.cpu().mT) <= 1e-3
-    kappa = reference.condition(p.B.mT)
-    assert abs(float(result[col.KAPPA_B]) - float(kappa)) <= 1e-3 * float(kappa)
-
-
-@pytest.mark.parametrize(
-    "dtype, k_A, k_B, precision, bound",
-    [
-        (torch.float32, 3, 1e4, "float64", 1e-2),
-        (torch.float32, 1e3, 1e3, "float64", 1e-2),
-        (torch.float64, 10, 1e4, "float64", 1e-8),
-        (torch.float64, 1e4, 1e4, "float64", 1e-8),
-        (torch.float32, 3, 500, "float32", 5e-3),
-        (torch.float64, 3, 500, "float32", 5e-3),
-    ],
-)
-@pytest.mark.parametrize("r", [8, 24])
-def test_S_accuracy(dtype, k_A, k_B, precision, bound, r):
-    p = pair(r, k_A, k_B, dtype)
-    S, _, result = read_S(p, precision)
-    assert result[col.STATUS] == REFACTORED
-    assert affine_error(S, p.A.cpu(), p.B.cpu()) <= bound
-
-
-@pytest.mark.parametrize("precision", ["float64", "float32"])
-@pytest.mark.parametrize("scale_A, scale_B", [(1e30, 1e30), (1e-30, 1e-30), (1e15, 1e-15)])
-def test_scales(scale_A, scale_B, precision):
-    p = pair(5, 3, 50, scale_A=scale_A, scale_B=scale_B)
+    # the larger classes take a minute each to compile: the very kernels of test_kernels_storages.py
+    p = pair(r, *conditions, dtype, 152 if r > 32 else 150, 173, *scales)
     S, S_inv, result = read_S(p, precision)
     assert result[col.STATUS] == REFACTORED
-    assert affine_error(S, p.A.cpu(), p.B.cpu()) <= 5e-3
+    assert affine_error(S, p.A.cpu(), p.B.cpu()) <= bound
+    assert affine_error(S_inv, p.B.cpu().mT, p.A.cpu().mT) <= bound
+    kappa = float(reference.condition(p.B.mT.double() / p.B.abs().max()))
+    assert abs(float(result[col.KAPPA_B]) - kappa) <= max(bound, 1e-3) * kappa
     assert abs(float(result[col.NORM_A] / p.A.double().norm()) - 1) < 1e-6
 
 
@@ -248,24 +236,19 @@ def test_refactor(precision):
         assert float(A.norm() / B.norm()) == pytest.approx(1, rel=1e-3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE, torch.float16])
-def test_scalar(dtype):
-    p = LoRAPair("", randn(5, 70, dtype=dtype), 3.3 * randn(90, 5, dtype=dtype))
-    s = float(reference.balance_scalar(p.A, p.B))
-    if dtype == torch.float16:
-        s = 2.0 ** (2 * round(torch.tensor(s).log2().item() / 2))
+def test_scalar_of_16_bits():
+    """By a power of two; test_sides_in_chunks_by_a_number has the others."""
+    p = LoRAPair("", randn(5, 70, dtype=torch.float16), 3.3 * randn(90, 5, dtype=torch.float16))
+    s = 2.0 ** (2 * round(math.log2(float(reference.balance_scalar(p.A, p.B))) / 2))
     gA, gB = torch.randn_like(p.A), torch.randn_like(p.B)
-    wantA, wantB = gA.double() / s, gB.double() * s
+    wanted = [gA.double() / s, gB.double() * s, p.A.double() * s**0.5, p.B.double() / s**0.5]
     plan = Plan([p])
     plan.bind_grads([(gA, gB)])
     result = triton_backend.precondition(plan, True, "float64")[0]
-    assert result[col.STATUS] == REFACTORED and float(result[col.SCALE]) == pytest.approx(s, rel=1e-12)
-    torch.testing.assert_close(gA, wantA.to(dtype))
-    torch.testing.assert_close(gB, wantB.to(dtype))
-    wantA, wantB = p.A.double() * s**0.5, p.B.double() / s**0.5
+    assert result[col.STATUS] == REFACTORED and float(result[col.SCALE]) == s
     triton_backend.refactor(plan, True, "float64")
-    torch.testing.assert_close(p.A, wantA.to(dtype))
-    torch.testing.assert_close(p.B, wantB.to(dtype))
+    for got, want in zip((gA, gB, p.A, p.B), wanted):
+        torch.testing.assert_close(got, want.half())
 
 
 @pytest.mark.parametrize("b, s", [(2.0, 1.0), (8.0, 16.0), (32.0, 16.0)])
