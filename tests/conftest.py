@@ -26,8 +26,6 @@ TOLERANCE = {
 # precision="float32", k(A) = 3, k(B) = 500
 FLOAT32_TOLERANCE = 5e-3
 RANKS = (1, 2, 4, 8, 12, 16, 32, 48, 64, 128)
-# of kernels, which are compiled by rank class
-KERNEL_RANKS = (1, 4, 12, 33)
 
 
 messages.install()

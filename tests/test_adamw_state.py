@@ -11,31 +11,7 @@ from toys import backward, clones, factors, leaf_pairs, random_grads, targets
 
 import reflora
 from reflora import RefLoRAAdamW
-from reflora.constants import DEGENERATE, PLAIN, REFACTORED, SKIPPED
-from reflora.pairs import LoRAPair
-
-
-def test_a_non_finite_layer_is_skipped_with_its_state_untouched(backend):
-    pairs = leaf_pairs([(4, 30, 21), (4, 12, 9), (4, 12, 9)], torch.float32)
-    optimizer = RefLoRAAdamW(pairs, lr=1e-2, backend=backend)
-    generator = torch.Generator().manual_seed(0)
-    random_grads(factors(pairs), generator)
-    optimizer.step()
-    for spoil in ("gradient", "factor"):
-        random_grads(factors(pairs), generator)
-        if spoil == "gradient":
-            pairs[0][1].grad[3, 1] = torch.nan
-        else:
-            pairs[0][0].data[1, 2] = torch.inf
-        before = copy.deepcopy([(t.detach(), optimizer.state[t]) for t in pairs[0]])
-        others = [t.detach().clone() for t in factors(pairs[1:])]
-        optimizer.step()
-        assert optimizer.diagnostics().status.tolist() == [SKIPPED, REFACTORED, REFACTORED]
-        for t, (old, state) in zip(pairs[0], before):
-            assert torch.equal(t, old)
-            for key, value in state.items():
-                assert torch.equal(optimizer.state[t][key], value), key
-        assert all(not torch.equal(t, old) for t, old in zip(factors(pairs[1:]), others))
+from reflora.constants import DEGENERATE, PLAIN, REFACTORED
 
 
 def test_pairs_over_groups_frozen_factors_and_plain_parameters(fast_backend):
@@ -118,26 +94,6 @@ def test_gradient_scaler(fast_backend):
     scaler.step(optimizer)
     scaler.update()
     assert optimizer.diagnostics().refactored == 1
-
-
-@pytest.mark.parametrize("scalar", [False, True])
-def test_experts_train_like_layers_of_their_own(backend, scalar):
-    A, B = torch.randn(3 * 4, 20, dtype=torch.float64), torch.randn(15, 4 * 3, dtype=torch.float64)
-    pair = LoRAPair("moe", A.requires_grad_(), B.requires_grad_(), "experts(3)")
-    alone = [
-        (a.detach().clone().requires_grad_(), b.detach().contiguous().clone().requires_grad_())
-        for a, b in zip(pair.views_A(A), pair.views_B(B))
-    ]
-    together = RefLoRAAdamW([A, B], pairs=[pair], lr=1e-2, scalar=scalar, interval=2, backend=backend)
-    apart = RefLoRAAdamW(alone, lr=1e-2, scalar=scalar, interval=2, backend=backend)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(4):
-        random_grads([A, B], generator)
-        for (a, b), gA, gB in zip(alone, pair.views_A(A.grad), pair.views_B(B.grad)):
-            a.grad, b.grad = gA.clone(), gB.clone()
-        together.step(), apart.step()
-    for (a, b), new_A, new_B in zip(alone, pair.views_A(A), pair.views_B(B)):
-        assert torch.allclose(a, new_A, atol=1e-9) and torch.allclose(b, new_B, atol=1e-9)
 
 
 def test_a_parameter_that_moves_is_followed(fast_backend):
@@ -227,10 +183,10 @@ def test_gradients_do_not_outlive_zero_grad(fast_backend):
 
 
 @pytest.mark.parametrize("warmup_steps", [None, 0])
-def test_gradients_past_the_range_leave_everything_finite(backend, warmup_steps):
+def test_gradients_past_the_range_leave_everything_finite(fast_backend, warmup_steps):
     """Their squares leave float32, and with warmup_steps=0 S^-1 takes themselves past it."""
     A, B = torch.randn(4, 30).requires_grad_(), (torch.randn(20, 4) * 1e-30).requires_grad_()
-    optimizer = RefLoRAAdamW([(A, B)], lr=1e-2, warmup_steps=warmup_steps, backend=backend)
+    optimizer = RefLoRAAdamW([(A, B)], lr=1e-2, warmup_steps=warmup_steps, backend=fast_backend)
     before = A.detach().clone()
     for _ in range(2):
         A.grad, B.grad = torch.randn_like(A) * 1e30, torch.randn_like(B)
