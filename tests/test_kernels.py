@@ -215,6 +215,13 @@ def test_layouts_and_types_in_one_launch(monkeypatch):
     for gA, gB, wantA, wantB in expected:
         for got, want in ((gA, wantA), (gB, wantB)):
             assert float((got - want).norm() / want.norm()) < (1e-10 if got.dtype == DOUBLE else 1e-5)
+    rows = [(A, B) for p in pairs for A, B in zip(p.views_A(p.A), p.views_B(p.B))]
+    products = [B.double() @ A.double() for A, B in rows]
+    assert (triton_backend.refactor(plan, False, "float64")[:, col.STATUS] == REFACTORED).all()
+    for (A, B), product in zip(rows, products):
+        A, B = A.double(), B.double()
+        assert float((B @ A - product).norm() / product.norm()) < 1e-5
+        assert float((A @ A.mT - B.mT @ B).norm() / (A @ A.mT).norm()) < 1e-4
 
 
 @pytest.mark.parametrize("precision", ["float64", "float32"])

@@ -99,17 +99,6 @@ def assert_uncorrelated(x, y):
     assert abs(float(products.mean())) < 5 / products.numel() ** 0.5
 
 
-def test_a_sum_of_small_steps_arrives():
-    """What rounding is stochastic for: steps far below half a unit in the last place are not lost."""
-    x, nearest = torch.ones(8, 500, dtype=torch.bfloat16), torch.ones(8, 500, dtype=torch.bfloat16)
-    for n in range(200):
-        x = rounded(x.float() + 1e-4, n=n)
-        nearest = (nearest.float() + 1e-4).bfloat16()
-    # the variance of one rounding is at most that of a fair coin: a quarter of a unit squared
-    assert abs(float(x.double().mean()) - 1.02) < 5 * (200 / 4) ** 0.5 / 128 / 4000**0.5
-    assert (nearest == 1).all()
-
-
 def test_exact_values_stay():
     every = torch.arange(1 << 16).to(torch.int16).view(torch.bfloat16)
     every = every[every.isfinite()].view(2, -1)
