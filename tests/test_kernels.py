@@ -217,7 +217,7 @@ def test_layouts_and_types_in_one_launch(monkeypatch):
             assert float((got - want).norm() / want.norm()) < (1e-10 if got.dtype == DOUBLE else 1e-5)
     rows = [(A, B) for p in pairs for A, B in zip(p.views_A(p.A), p.views_B(p.B))]
     products = [B.double() @ A.double() for A, B in rows]
-    assert (triton_backend.refactor(plan, False, "float64")[:, col.STATUS] == REFACTORED).all()
+    assert (triton_backend.refactor(Plan(pairs), False, "float64")[:, col.STATUS] == REFACTORED).all()
     for (A, B), product in zip(rows, products):
         A, B = A.double(), B.double()
         assert float((B @ A - product).norm() / product.norm()) < 1e-5
