@@ -115,14 +115,14 @@ class Engines(Generic[E]):
         """One per device, none of them stale."""
         if any(engine.parted for engine in self._engines):
             self._engines = []
+        for engine in self._engines:
+            engine.refresh()
         if not self._engines:
             first_rows = [0, *accumulate(pair.experts for pair in self.pairs)]
             self._engines = [
                 self._make([self.pairs[i] for i in chosen], chosen, [first_rows[i] for i in chosen], self.backend)
                 for chosen in by_device(self.pairs).values()
             ]
-        for engine in self._engines:
-            engine.refresh()
         return self._engines
 
     @property

@@ -1,5 +1,8 @@
 """The operators behind torch.compile, and a compiled step against an eager one."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from conftest import needs_compiler
@@ -195,6 +198,19 @@ def test_the_operator_needs_no_optimizer():
         eager.step()
         assert all(torch.equal(x, y) for x, y in zip(factors(pairs), factors(twins)))
     assert arguments[4][:, 0].tolist() == eager.diagnostics().status.tolist()
+
+
+def test_nothing_is_kept_of_a_compiled_step_that_is_gone():
+    """Engines live no longer than the table of results that they are kept under."""
+    pairs = leaf_pairs(SHAPES, torch.float32)
+    random_grads(factors(pairs), torch.Generator().manual_seed(0))
+    arguments = step_arguments(pairs)
+    torch.ops.reflora.adamw_(*arguments)
+    seen = weakref.ref(arguments[3][0])
+    assert seen() is not None
+    del arguments
+    gc.collect()
+    assert seen() is None
 
 
 def operator_cases():

@@ -120,14 +120,9 @@ class CompiledStep(Optimizer):
     def options(self) -> Options:
         """How a step is taken, whatever the parameters."""
         return Options(
-            self.scalar,
-            self.interval,
-            self.warmup_steps,
-            self.precision,
-            self.carry_grams,
-            self.check_grads,
+            self.scalar, self.interval, self.warmup_steps, self.precision, self.carry_grams, self.check_grads,
             self.storage,
-        )
+        )  # fmt: skip
 
     @property
     def seed(self) -> int | None:
@@ -162,7 +157,7 @@ class CompiledStep(Optimizer):
     def _init_group(self) -> None:
         """Make all state, so that a trace finds it. Dynamo runs this while tracing, on the real parameters."""
         amsgrad = any(group["amsgrad"] for group in self.param_groups)
-        pairs = self.stepped_pairs()
+        pairs, keeps_S = self.stepped_pairs(), self.options.keeps_S
         owners = {t: pair for pair in pairs for t in (pair.A, pair.B)}
         self._state_names = []
         for p in parameters(self):
@@ -170,11 +165,11 @@ class CompiledStep(Optimizer):
                 self._state_names.append(())
                 continue
             pair = owners.get(p)
-            experts, storage = (pair.experts, self.options.storage) if pair else (1, LIKE_TORCH)
+            experts, storage = (pair.experts, self.storage) if pair else (1, LIKE_TORCH)
             init_param(self.state[p], p, amsgrad, experts, storage)
             fit(self.state[p], p, experts, storage)
             if pair is not None and p is pair.A:
-                init_pair(self.state[p], pair, self.options.keeps_S)
+                init_pair(self.state[p], pair, keeps_S)
             self._state_names.append(tuple(self.state[p]))
         if self._traced_results is None:
             self._traced_results = empty_results(pairs)
@@ -223,10 +218,8 @@ def adamw_op(
     if kept is None:
         kept = _KEPT[results] = Compiled()
     wanted = kept.over(described, params, state)
-    for number, group in enumerate(kept.groups):
-        lr, beta1, beta2, eps, decay, amsgrad, maximize = hypers[
-            number * len(GROUP_HYPERS) : (number + 1) * len(GROUP_HYPERS)
-        ]
+    for group, own in zip(kept.groups, zip(*[iter(hypers)] * len(GROUP_HYPERS))):
+        lr, beta1, beta2, eps, decay, amsgrad, maximize = own
         group.update(lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=decay)
         group.update(amsgrad=bool(amsgrad), maximize=bool(maximize))
     for number, lr_tensor in zip(lr_groups, lrs):

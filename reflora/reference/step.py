@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .mean import balance_scalar, choose, meet, met, norm, shrink_weight
+from .mean import balance_scalar, choose, meet, met, norm, shrink_weight, transport
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,9 @@ class AdamWState:
     def moved(self, factor: float) -> AdamWState:
         """Gradients of A are in units `factor` times larger from now on, and those of B in units `1 / factor`."""
         by = factor, 1 / factor
-        return replace(
-            self,
-            exp_avg=_each(lambda m, f: m * f, self.exp_avg, by),
-            exp_avg_sq=_each(lambda v, f: v * f**2, self.exp_avg_sq, by),
-            max_exp_avg_sq=_each(lambda x, f: x * f**2, self.max_exp_avg_sq, by),
-        )
+        exp_avg, exp_avg_sq = zip(*map(transport, self.exp_avg, self.exp_avg_sq, by))
+        _, largest = zip(*map(transport, self.exp_avg, self.max_exp_avg_sq, by))
+        return replace(self, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, max_exp_avg_sq=largest)
 
 
 @dataclass(frozen=True)
