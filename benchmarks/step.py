@@ -149,7 +149,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--caches", nargs="+", choices=["cold", "warm"], help="default: cold, on a CPU both")
 
 
-def settle(parser: argparse.ArgumentParser, options: argparse.Namespace, rounds: int, seconds: float) -> None:
+def complete(parser: argparse.ArgumentParser, options: argparse.Namespace, rounds: int, seconds: float) -> None:
     """Check the common options and set those that depend on the device. Leaves through `parser.error`."""
     options.device = harness.pick_device(parser, options.device)
     gpu = options.device.type == "cuda"
@@ -179,7 +179,7 @@ def parse_case(parser: argparse.ArgumentParser, text: str) -> tuple[str, int]:
 
 def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """`python -m benchmarks.kernels step`: writes after every case, so that one cut short leaves what it has."""
-    settle(parser, options, rounds=50, seconds=30.0)
+    complete(parser, options, rounds=50, seconds=30.0)
     cpu = options.device.type == "cpu"
     cases = [parse_case(parser, text) for text in options.cases or (CPU_CASES if cpu else GPU_CASES)]
     env = harness.environment(options.device, DTYPES[options.dtype])

@@ -103,7 +103,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=20, help="plain steps of the RefLoRA variants, never timed")
     parser.add_argument("--no-memory", action="store_true", help="leave the memory measurement out")
     chosen = parser.parse_args(argv)
-    options.settle(parser, chosen)
+    options.complete(parser, chosen)
     gpu = chosen.device.type == "cuda"
     chosen.steps = chosen.steps if chosen.steps is not None else (100 if gpu else 50)
     chosen.block = 4 if gpu else 1

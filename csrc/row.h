@@ -235,8 +235,6 @@ struct RowOp {
         return change_phase(true, s != 0 ? result[NORM_B] / result[NORM_A] : 1);
     }
 
-
-
     void store_saved(bool identity) {
         T* saved = reinterpret_cast<T*>(row[SAVED]);
         for (int64_t i = 0; i < d.r; ++i)

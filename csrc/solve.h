@@ -32,7 +32,7 @@ struct Gram {
 
 // S and S^-1 are computed where out.S is given, P and P^-T (S = P P^T) where out.P is
 struct Solution {
-    Status status;
+    int status;
     double c, scale;  // ||B|| / ||A||, and what S is scaled by: c or 1
     double *S, *S_inv, *P, *P_inv_T;
 };

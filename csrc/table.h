@@ -1,21 +1,15 @@
-// The columns of reflora/plan.py; tests/test_plan.py holds the two to each other.
+// What crosses from reflora/backends/cpp_backend.py; the table's columns are made from reflora/columns.py.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 #include <optional>
 
+#include "columns.h"
+
 namespace reflora {
 
-// one side of a row: element (i, k), i < r, at P + i * SR + k * SN; M, V, X (of type STATE) and W share the strides
-// of P
-enum Side { P, P_SR, P_SN, G, G_SR, G_SN, M, V, X, W, STEP, HYPER, N, SIDE };
-enum Row { R = 2 * SIDE, DTYPE, STATE, ACTIVE, PHASE, COUNT, SAVED, KEPT, TAG, COLUMNS = 40 };
-enum Phase { REFACTORED_UNITS = 1, BALANCED };
-enum Result { STATUS, KAPPA_A, KAPPA_B, BALANCE, SCALE, NORM_A, NORM_B, RESULTS = 8 };
-enum Hyper { LR, BETA1, BETA2, EPS, WEIGHT_DECAY, AMSGRAD, MAXIMIZE, LR_AT, LR_DTYPE, HYPERS = 10 };
-
+// reflora/constants.py's STORAGE_DTYPES
 enum DType { F32, F64, BF16, F16 };
-enum Status { REFACTORED, DEGENERATE, SKIPPED, PLAIN };
 enum Kind { REFACTOR, PRECONDITION, SOLVE, ADAMW };
 enum Function { POLAR, GEOMETRIC_MEAN, SQRTM, INVSQRTM, SVD, INV_ROOT };
 

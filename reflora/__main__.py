@@ -14,7 +14,8 @@ import torch
 
 from . import doctor
 from .backends import load
-from .constants import BACKENDS, REFACTORED
+from .columns import REFACTORED
+from .constants import BACKENDS
 from .functional import refactor_
 from .reference import refactoring
 

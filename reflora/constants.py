@@ -1,4 +1,4 @@
-"""What all backends agree on: names, types, rank classes, when a layer is degenerate, what was done with it."""
+"""What all backends agree on: names, types, rank classes, when a layer is degenerate."""
 
 from __future__ import annotations
 
@@ -20,9 +20,6 @@ KAPPA_OF_RANK = {"float64": math.inf, "float32": 800.0}
 
 # steps after which a Gram counts half in S by default, see reference.shrink_weight; chosen in benchmarks/NOTES.md
 START_STEPS = 400
-
-# values of the `status` column of Diagnostics
-REFACTORED, DEGENERATE, SKIPPED, PLAIN = 0, 1, 2, 3
 
 
 def start_of(warmup_steps: int | None) -> int:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import plan as col
-from .constants import DEGENERATE, PLAIN, REFACTORED, SKIPPED
+from . import columns as col
+from .columns import DEGENERATE, PLAIN, REFACTORED, SKIPPED
 from .pairs import LoRAPair
 from .plan import Plan
 
@@ -21,7 +21,7 @@ class Diagnostics:
     reused an earlier S; RefLoRA-S measures `scale` alone.
     """
 
-    # entry i is row order[i] of the concatenated results, columns in reflora/plan.py
+    # entry i is row order[i] of the concatenated results, columns in reflora/columns.py
 
     def __init__(self, names: list[str], results: list[Tensor], order: list[int], reuses: bool = False):
         """reuses: S may come from an earlier step; a row without condition numbers was then not measured at all."""

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from . import plan as col
+from . import columns as col
 from .backends import resolve
 from .constants import START_STEPS
 from .diagnostics import Diagnostics, diagnose

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ._ops import add_op_namespace_prefix, ops
 from .checks import check_disjoint, fail
+from .columns import REPORTED
 from .diagnostics import Diagnostics, row_names
 from .direct import (
     Grads,
@@ -22,7 +23,6 @@ from .direct import (
     writable_pairs,
 )
 from .pairs import LoRAPair, PairLike, as_pairs, named_pairs
-from .plan import REPORTED
 
 # a table of addresses is useless in a CUDA graph that inductor captures by itself
 OP_TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
@@ -117,7 +117,7 @@ def _checked_op(factors: list[Tensor], grads: list[Tensor], both: list[int] | No
 def _refactor_op(
     factors: list[Tensor], layouts: str, scalar: bool, backend: str, precision: str, checked: Tensor | None = None
 ) -> Tensor:
-    """factors: A and B of each pair alternately. Returns float64 `[rows, REPORTED]` (reflora/plan.py).
+    """factors: A and B of each pair alternately. Returns float64 `[rows, REPORTED]` (reflora/columns.py).
 
     checked: the result of the operator of that name; None: not checked yet.
     """

@@ -2,7 +2,7 @@
 
 One row is one `[r, n_in]` x `[n_out, r]` factor pair (an expert of an experts pair has its own row). Both sides are
 read the same way, element (i, k) of a side at `P + i * SR + k * SN` with i < r, so that B is read as its transpose.
-reflora/kernels/table.py is made from the columns; csrc/table.h repeats them, and tests/test_plan.py compares.
+reflora/columns.py has the columns.
 """
 
 from __future__ import annotations
@@ -17,31 +17,26 @@ import torch
 from torch import Tensor
 
 from .checks import fail
+from .columns import (
+    A_SIDE,
+    ACTIVE,
+    B_SIDE,
+    COLUMNS,
+    DTYPE,
+    G_SN,
+    G_SR,
+    HYPER,
+    P_SN,
+    P_SR,
+    STATE,
+    TAG,
+    G,
+    N,
+    P,
+    R,
+)  # fmt: skip
 from .constants import RANK_CLASSES, STORAGE_DTYPES
 from .pairs import LoRAPair
-
-# columns of one side; strides in elements. M, V, X (exp_avg, exp_avg_sq, max_exp_avg_sq, of storage type STATE) and W
-# (float32 master weights, 0 where there are none) share the strides of P.
-P, P_SR, P_SN, G, G_SR, G_SN, M, V, X, W, STEP, HYPER, N = range(13)
-SIDE = 13
-A_SIDE, B_SIDE = 0, SIDE
-# columns of the row; PHASE, COUNT and SAVED are pointers, 0 where unused. KEPT: 1 where nothing has written the factors
-# since the last step. TAG: the row's number in the whole optimizer, across devices
-R, DTYPE, STATE, ACTIVE, PHASE, COUNT, SAVED, KEPT, TAG = range(2 * SIDE, 2 * SIDE + 9)
-COLUMNS = 40
-
-# what PHASE points at, besides 0: the moments are in units of S; RefLoRA-S balances the layer
-REFACTORED_UNITS, BALANCED = 1, 2
-
-# columns of the float64 result table, one row per table row
-STATUS, KAPPA_A, KAPPA_B, BALANCE, SCALE, NORM_A, NORM_B = range(7)
-RESULTS, REPORTED = 8, 7
-
-# columns of the float64 hyperparameter table, one row per parameter group
-# LR_AT: address of a tensor on the device to read the learning rate from instead of LR, 0: none; LR_DTYPE: its dtype
-LR, BETA1, BETA2, EPS, WEIGHT_DECAY, AMSGRAD, MAXIMIZE, LR_AT, LR_DTYPE = range(9)
-HYPERS = 10
-
 
 K = TypeVar("K")
 

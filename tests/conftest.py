@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
 import shutil
@@ -78,7 +79,21 @@ def fast_backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> None:
     """Every test draws its own numbers, the same in every run."""
-    torch.manual_seed(sum(map(ord, request.node.nodeid)))
+    torch.manual_seed(sum(map(ord, request.path.name + request.node.name)))
+
+
+@pytest.fixture(autouse=True)
+def solved_apart(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the emulator ranks up to 16 are solved in a launch of their own, as larger ones are: the same bits.
+
+    It then compiles a solve a type, and not with every way to read gradients, which takes most of its time.
+    test_kernels_routes.py compares the two; tests marked as_launched take the launches of a GPU.
+    """
+    marked = request.node.get_closest_marker
+    if marked("kernels") and not marked("as_launched"):
+        from reflora.kernels import routes
+
+        monkeypatch.setitem(routes.ROUTES, 16, dataclasses.replace(routes.ROUTES[16], gram_warps=1))
 
 
 @pytest.fixture

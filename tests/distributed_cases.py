@@ -7,6 +7,7 @@ import io
 import os
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,15 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def refused(call: Callable[[], Any]) -> str:
+    """What is said; nothing if it is served."""
+    try:
+        call()
+    except (ValueError, TypeError, RuntimeError) as error:
+        return str(error)
+    return ""
+
+
 def alone(variant: str, steps: int = 6, start: bool | str = True) -> dict[str, Tensor]:
     model = build(start)
     train(model, reflora.create_reflora_optimizer(model, lr=1e-2, **VARIANTS[variant]), range(steps))
@@ -133,18 +143,14 @@ def stacked_experts() -> list[reflora.LoRAPair]:
 def fsdp2_refusals(rank: int, folder: Path) -> dict[str, str]:
     model = sharded(False)
     pairs = reflora.find_pairs(model)
-    found = {}
-    for name, call in {
-        "RefLoRAAdamW": lambda: reflora.RefLoRAAdamW(model.parameters(), pairs=pairs),
-        "refactor_": lambda: reflora.refactor_(pairs),
-        "options": lambda: reflora.create_reflora_optimizer(model, lr=1e-2, carry_grams=True),
-        "experts": lambda: reflora.wrap(torch.optim.AdamW)(model.parameters(), pairs=experts_of(pairs[1], 3)),
-        "stacked experts": lambda: reflora.wrap(torch.optim.AdamW)(model.parameters(), pairs=stacked_experts()),
-    }.items():
-        try:
-            call()
-        except (ValueError, TypeError) as error:
-            found[name] = str(error)
+    over = reflora.wrap(torch.optim.AdamW)
+    found = {
+        "RefLoRAAdamW": refused(lambda: reflora.RefLoRAAdamW(model.parameters(), pairs=pairs)),
+        "refactor_": refused(lambda: reflora.refactor_(pairs)),
+        "options": refused(lambda: reflora.create_reflora_optimizer(model, lr=1e-2, carry_grams=True)),
+        "experts": refused(lambda: over(model.parameters(), pairs=experts_of(pairs[1], 3))),
+        "stacked experts": refused(lambda: over(model.parameters(), pairs=stacked_experts())),
+    }
     # a gradient that is not finite in one process is so in all
     optimizer = reflora.create_reflora_optimizer(model, lr=1e-2)
     before = trained(model)
@@ -176,17 +182,11 @@ def fsdp1(rank: int, folder: Path) -> dict[str, str]:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     model = FullyShardedDataParallel(build(), device_id=torch.device("cpu"), use_orig_params=True)
-    found = {}
-    for name, call in {
-        "optimizer": lambda m: reflora.create_reflora_optimizer(m, lr=1e-2),
-        "Refactorer": reflora.Refactorer,
-        "GradientHooks": reflora.GradientHooks,
-    }.items():
-        try:
-            call(model)
-        except (ValueError, RuntimeError) as error:
-            found[name] = str(error)
-    return found
+    return {
+        "optimizer": refused(lambda: reflora.create_reflora_optimizer(model, lr=1e-2)),
+        "Refactorer": refused(lambda: reflora.Refactorer(model)),
+        "GradientHooks": refused(lambda: reflora.GradientHooks(model)),
+    }
 
 
 def fsdp2_checkpoint(rank: int, folder: Path) -> dict[str, Any]:
@@ -307,14 +307,8 @@ def deepspeed(rank: int, folder: Path) -> dict[str, Any]:
         engine = engine_of(stage, eps=1e-30)
         steps(engine, 6, reflora.GradientHooks(engine.module, follow=False))
         found[f"stage {stage}"] = trained(engine.module)
-    for name, call in {
-        "ZeRO-3": lambda: reflora.GradientHooks(engine_of(3).module),
-        "RefLoRAAdamW": lambda: steps(engine_of(2, lambda p, lr: _reflora_over(p, lr)), 2),
-    }.items():
-        try:
-            call()
-        except (ValueError, RuntimeError) as error:
-            found[name] = str(error)
+    found["ZeRO-3"] = refused(lambda: reflora.GradientHooks(engine_of(3).module))
+    found["RefLoRAAdamW"] = refused(lambda: steps(engine_of(2, _reflora_over), 2))
     return found
 
 

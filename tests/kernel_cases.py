@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import device_of, served, spectrum_pair
 
-from reflora.constants import DEGENERATE, SKIPPED
+from reflora.columns import DEGENERATE, SKIPPED
 from reflora.pairs import LoRAPair
 
 DOUBLE = torch.float64

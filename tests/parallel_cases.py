@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from distributed_cases import build, environment, train, trained
+from distributed_cases import build, environment, refused, train, trained
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from two_processes import WORLD
@@ -55,14 +54,6 @@ def train_causal(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int 
         model(input_ids=TOKENS, labels=TOKENS).loss.backward()
         optimizer.step()
     return trained(model)
-
-
-def refused(call: Callable[[], Any]) -> str:
-    try:
-        call()
-    except (ValueError, TypeError, RuntimeError) as error:
-        return str(error)
-    return ""
 
 
 def tensor_parallel(rank: int, folder: Path) -> dict[str, Any]:

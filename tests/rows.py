@@ -10,14 +10,16 @@ import torch
 from conftest import device_of, spectrum_pair
 from torch import Tensor
 
-from reflora import plan as col
+from reflora import columns as col
 from reflora import reference
 from reflora.backends import AdamWStep
-from reflora.constants import DEGENERATE, PLAIN, REFACTORED, SKIPPED
+from reflora.columns import DEGENERATE, PLAIN, REFACTORED, SKIPPED
 from reflora.optim.adamw_engine import AdamWEngine
-from reflora.optim.state import MASTER, MOMENTS, PHASE, SAVED, STEPS, Storage
+from reflora.optim.state import MASTER, PHASE, SAVED, STEPS, Storage
 from reflora.pairs import LoRAPair
 from reflora.reference import AdamWState, Hypers, Schedule
+
+LARGEST = "max_exp_avg_sq"
 
 DOUBLE, FLOAT, BF16, HALF = torch.float64, torch.float32, torch.bfloat16, torch.float16
 HYPERS = (Hypers(lr=1e-2, beta2=0.99), Hypers(lr=3e-2, beta1=0.8, beta2=0.99, weight_decay=0.1))
@@ -145,11 +147,11 @@ class Rows:
             of_A, of_B = self.state[p.A][column], self.state[p.B][column]
             return wide(p.views_A(of_A)[row.expert]), wide(p.views_B(of_B)[row.expert])
 
-        amsgrad, own = MOMENTS[2] in self.state[p.A], self.state[p.A]
+        amsgrad, own = LARGEST in self.state[p.A], self.state[p.A]
         S = wide(own[SAVED][row.expert]) if SAVED in own else torch.zeros(2, 1, 1)
         steps = tuple(float(self.state[t]["step"].view(-1)[row.expert]) for t in (p.A, p.B))
         return wide(row.A), wide(row.B), AdamWState(
-            both(MOMENTS[0]), both(MOMENTS[1]), both(MOMENTS[2]) if amsgrad else both(MOMENTS[1]), steps,
+            both("exp_avg"), both("exp_avg_sq"), both(LARGEST) if amsgrad else both("exp_avg_sq"), steps,
             float(own[PHASE][row.expert]), float(own[STEPS][row.expert]),
             (S[0], S[1]) if S[0, 0, 0] != 0 else None, both(MASTER) if MASTER in own else None,
         )  # type: ignore[arg-type]  # fmt: skip
@@ -188,7 +190,7 @@ def check_row(what: str, rows: Rows, p: LoRAPair, have: tuple[Any, ...], want: t
     of_moments, computed = rows.storage.dtype(p.A), DOUBLE if p.A.dtype == DOUBLE else FLOAT
     compared = [("A", p.A.dtype, A, want_A), ("B", p.A.dtype, B, want_B)]
     kept = [("exp_avg", of_moments), ("exp_avg_sq", of_moments)]
-    kept += [("max_exp_avg_sq", of_moments)] * (MOMENTS[2] in rows.state[p.A])
+    kept += [(LARGEST, of_moments)] * (LARGEST in rows.state[p.A])
     kept += [("S", computed)] * (SAVED in rows.state[p.A] and wanted.S is not None)
     kept += [("master", FLOAT)] * rows.storage.master
     for name, dtype in kept:

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 DOUBLE = torch.float64
+DTYPES = [torch.float32, DOUBLE]
+# 1000 matrices a kind
+SIZES = {1: 40, 2: 100, 3: 100, 5: 100, 8: 100, 12: 100, 16: 100, 17: 80, 32: 100, 33: 60, 64: 60, 100: 30, 128: 30}
 # a residual or an orthogonality may be so many times that of LAPACK
 BAR = 4.0
 

@@ -6,7 +6,15 @@ import torch
 from kernel_cases import randn
 from toys import factors, leaf_pairs, random_grads
 
+import reflora
 from reflora import LoRAPair
+
+WAYS = {
+    "RefLoRAAdamW": lambda pairs, **options: reflora.RefLoRAAdamW(pairs, **{"lr": 1e-2, **options}),
+    "wrap": lambda pairs, **options: reflora.wrap(torch.optim.AdamW)(
+        factors(pairs), pairs=pairs, **{"lr": 1e-2, **options}
+    ),
+}
 
 
 def crossing_pairs(dtype):

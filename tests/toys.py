@@ -32,3 +32,25 @@ def backward(pairs, goals):
 def random_grads(parameters, generator):
     for p in parameters:
         p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+
+
+def step_sizes(make, before=lambda step, optimizer: None):
+    """Mean |step| of A and of B, for 90 steps from B = 0 under a noisy gradient, and the optimizer, `make(A, B)`."""
+    torch.manual_seed(3)
+    W, A = torch.randn(64, 96) / 96**0.5, (3 * torch.randn(8, 96) / 96**0.5).requires_grad_()
+    B = torch.zeros(64, 8, requires_grad=True)
+    optimizer, sizes = make(A, B), []
+    for step in range(90):
+        before(step, optimizer)
+        X = torch.randn(96, 64)
+        optimizer.zero_grad()
+        (B @ (A @ X) - W @ X).square().mean().backward()
+        old = A.detach().clone(), B.detach().clone()
+        optimizer.step()
+        sizes.append([float((t.detach() - was).abs().mean()) for t, was in zip((A, B), old)])
+    return sizes, optimizer
+
+
+def worst_jolt(sizes):
+    """The largest factor by which a later step differs from the first of these, either way."""
+    return max(max(later / first, first / later) for step in sizes for later, first in zip(step, sizes[0]))

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-LINALG = "tests/test_linalg.py tests/test_eigh.py tests/test_adversarial_linalg.py"
-STEPS = "tests/test_step.py tests/test_step_stored.py tests/test_functional.py tests/test_adamw.py"
-START = "tests/test_start.py tests/test_start_states.py"
-COUNTS, HOOKS = "tests/test_start_counts.py", "tests/test_hooks.py"
-ABSENT, MEMBERS, OPTIONS = "tests/test_absent_ranks.py", "tests/test_membership.py", "tests/test_options.py"
-TRITON = "tests/test_step.py tests/test_kernels.py tests/test_kernels_linalg.py tests/test_kernels_storages.py"
+
+def files(folder: str, names: str) -> str:
+    return " ".join(f"tests/{folder}/test_{name}.py" for name in names.split())
+
+
+LINALG = f"{files('spec', 'linalg eigh')} {files('property', 'adversarial_linalg')}"
+STEPS = files("spec", "step step_stored functional adamw")
+START = files("spec", "start start_states")
+COUNTS, HOOKS = files("spec", "start_counts"), files("spec", "hooks")
+ABSENT, MEMBERS, OPTIONS = files("spec", "absent_ranks"), files("integration", "membership"), files("spec", "options")
+TRITON = f"{files('spec', 'step')} {files('unit', 'kernels kernels_linalg kernels_storages')}"
 SLOT_BARRIER = "    tl.debug_barrier()\n"
 
 
@@ -30,7 +35,7 @@ class Fault:
 
 
 def cpp(what: str, file: str, before: str, after: str, tests: str = STEPS) -> Fault:
-    return Fault(what, f"csrc/{file}", before, after, f"{tests} tests/test_adversarial.py", "cpp")
+    return Fault(what, f"csrc/{file}", before, after, f"{tests} tests/property/test_adversarial.py", "cpp")
 
 
 def triton(what: str, file: str, before: str, after: str, tests: str = TRITON) -> Fault:

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..columns import RESULTS
 from ..constants import KAPPA_MAX, KAPPA_OF_RANK, RANK_CLASSES
-from ..plan import RESULTS, Plan
+from ..plan import Plan
 from . import AdamWStep, torch_backend
 
 try:

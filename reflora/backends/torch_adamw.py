@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import plan as col
-from ..constants import DEGENERATE, PLAIN, REFACTORED, SKIPPED
-from ..plan import A_SIDE, B_SIDE, Plan
+from .. import columns as col
+from ..columns import A_SIDE, B_SIDE, DEGENERATE, PLAIN, REFACTORED, SKIPPED
+from ..plan import Plan
 from ..reference import meet
 from . import AdamWStep
 from .torch_groups import SIDES, Batch, chosen, groups, record, results_of, saturated, skip

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import plan as col
-from ..constants import REFACTORED, SKIPPED, START_STEPS
-from ..plan import A_SIDE, B_SIDE, Plan
+from .. import columns as col
+from ..columns import A_SIDE, B_SIDE, REFACTORED, SKIPPED
+from ..constants import START_STEPS
+from ..plan import Plan
 from . import AdamWStep, torch_adamw
 from .torch_groups import SIDES, chosen, groups, record, reported, results_of, shrink_weight, skip
 from .torch_linalg import eigh, geometric_mean, inv_root, polar, sqrtm, svd

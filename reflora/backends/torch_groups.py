@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import plan as col
-from ..constants import PLAIN, SKIPPED
-from ..plan import A_SIDE, B_SIDE, Plan
+from .. import columns as col
+from ..columns import A_SIDE, B_SIDE, PLAIN, SKIPPED
+from ..plan import Plan
 from .torch_solve import Gram, Solution, balance, gram, solve
 
 SIDES = (A_SIDE, B_SIDE)

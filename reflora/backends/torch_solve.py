@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..constants import DEGENERATE, KAPPA_MAX, KAPPA_OF_RANK, REFACTORED, SKIPPED
+from ..columns import DEGENERATE, REFACTORED, SKIPPED
+from ..constants import KAPPA_MAX, KAPPA_OF_RANK
 from ..reference import MEET
 
 # enough for every X that is not degenerate, and more than most need: convergence is not checked

@@ -11,8 +11,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from ..columns import RESULTS
 from ..constants import RANK_CLASSES
-from ..plan import RESULTS, Plan
+from ..plan import Plan
 from . import AdamWStep, torch_backend
 
 NAME = "triton"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checks import fail
-from ..constants import DEGENERATE, REFACTORED, SKIPPED
+from ..columns import DEGENERATE, REFACTORED, SKIPPED
 from ..functional import refactor_
 from ..pairs import LoRAPair
 from .effect import allowed, moved

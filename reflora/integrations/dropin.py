@@ -16,7 +16,7 @@ from ..diagnostics import Diagnostics
 from ..optim.adamw import RefLoRAAdamW
 from ..optim.membership import HALVED, Unserved, halved, listed, say_plain
 from ..optim.operations import ops_of
-from ..optim.transport import StateMove, check_movable
+from ..optim.transport import Transport, check_movable
 from ..optim.wrapped_pairs import FLATTENED
 from ..optim.wrapper import Wrapped, scaler_found_inf
 from ..overlap import extent
@@ -110,7 +110,7 @@ class Refactorer:
         if not self.use_scalar:
             self._ops.refactor(everything, scalar=False)
             return
-        move = StateMove(optimizer, self.pairs)
+        move = Transport(optimizer, self.pairs)
         move.apply(self._ops.refactor(everything, scalar=True))
 
     def integrate_into_optimizer(self, optimizer: Optimizer) -> None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-from .. import plan as col
+from .. import columns as col
 from ..checks import fail
-from ..constants import SKIPPED
+from ..columns import SKIPPED
 from ..diagnostics import Diagnostics
 from .dropin import Refactorer
 

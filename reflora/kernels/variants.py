@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from ..columns import P
 from ..constants import STORAGE_DTYPES
-from ..plan import P
 from .dtypes import MIXED
 from .linalg import eigh, inv_root, svd
 from .linalg.geometric_mean import geometric_mean_kernel

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import plan as col
+from .. import columns as col
 from ..backends import AdamWStep
 from ..checks import fail
-from ..constants import PLAIN, STORAGE_DTYPES
+from ..columns import A_SIDE, B_SIDE, PLAIN
+from ..constants import STORAGE_DTYPES
 from ..engine import Engine, mark_written
 from ..pairs import LoRAPair
-from ..plan import A_SIDE, B_SIDE
-from .state import MASTER, MOMENTS, PHASE, SAVED, STEPS, Storage, fit, init_pair, init_param, leave_units
+from .state import MASTER, MOMENTS, PHASE, SAVED, STEPS, Storage, fit, init_pair, init_param, leave_units, moments_of
 
 Slot = tuple[int, int]
 _DTYPE, _LAYOUT, _VERSION = map(attrgetter, ("dtype", "layout", "_version"))
@@ -62,7 +62,7 @@ class AdamWEngine(Engine):
         grads: of A and B alternately. As in torch, a pair has no state before its first gradient.
         """
         masters = all(map(self.storage.has_master, self.plan.factors))
-        names = (*MOMENTS[: 3 if amsgrad else 2], "step", *([MASTER] if masters else []))
+        names = (*moments_of(amsgrad), "step", *([MASTER] if masters else []))
         options = (slots, names, keep_S)
         wakes = [i for i in self._idle if grads[2 * i] is not None or grads[2 * i + 1] is not None]
         if self._owner is state and self._options == options and not wakes:
@@ -89,8 +89,8 @@ class AdamWEngine(Engine):
                 states.append(entries)
             init_pair(sides[0][-1], pair, keep_S)
         for index, (side, states) in enumerate(zip((A_SIDE, B_SIDE), sides)):
-            for column, name in zip((col.M, col.V, col.X), MOMENTS[: 3 if amsgrad else 2]):
-                self.plan.bind(side, column, [entries[name] for entries in states])
+            for name in moments_of(amsgrad):
+                self.plan.bind(side, MOMENTS[name].column, [entries[name] for entries in states])
             self.plan.bind_some(side, col.W, [entries.get(MASTER) for entries in states])
             self.plan.bind_once(side + col.STEP, [entries["step"] for entries in states])
             self.plan.bind_groups(side, [slot[index] if slot else 0 for slot in slots])

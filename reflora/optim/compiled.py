@@ -20,12 +20,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .._ops import add_op_namespace_prefix, ops
 from ..ambient import independent
-from ..constants import PLAIN
+from ..columns import PLAIN, REPORTED
 from ..diagnostics import uniform
 from ..engine import Engines
 from ..operators import OP_TAGS
 from ..pairs import LoRAPair
-from ..plan import REPORTED
 from .adamw_engine import AdamWEngine
 from .scaler import Scaler
 from .state import LIKE_TORCH, Storage, fit, init_pair, init_param

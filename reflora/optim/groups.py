@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..checks import check_flags, check_hypers, check_number, fail
+from ..columns import HYPERS, LR, LR_AT, LR_DTYPE
 from ..pairs import LoRAPair, PairLike
-from ..plan import HYPERS, LR, LR_AT, LR_DTYPE
 
 LR_DTYPES = (torch.float32, torch.float64)
 

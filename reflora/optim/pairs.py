@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import plan as col
+from .. import columns as col
 from ..ambient import independent, outside_inference
 from ..checks import check_backend, check_precision
-from ..constants import DEGENERATE, REFACTORED, SKIPPED
+from ..columns import DEGENERATE, REFACTORED, SKIPPED
 from ..diagnostics import Diagnostics
 from ..direct import check_grads
 from ..engine import Engine, Engines

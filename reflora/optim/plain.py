@@ -11,11 +11,12 @@ from torch.optim.adamw import adamw
 
 from ..engine import mark_written
 from .scaler import Scaler
-from .state import LIKE_TORCH, MASTER, MOMENTS, Storage, fit, init_param
+from .state import LIKE_TORCH, MASTER, Storage, fit, init_param
 
 State = MutableMapping[Tensor, Any]
 # a parameter's gradient, or None
 GradOf = Callable[[Tensor], Tensor | None]
+ADAMW = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
@@ -59,7 +60,7 @@ def _step_device(
     # a factor whose moments have another dtype is stepped in that dtype
     wide = [_wide(p.detach(), state) for p, state in zip(params, states)]
     like = [grad.to(w.dtype) for grad, w in zip(grads, wide) if grad is not None]
-    firsts, seconds, largest = ([state[name] for state in states if name in state] for name in MOMENTS)
+    firsts, seconds, largest = ([state[name] for state in states if name in state] for name in ADAMW)
     has_complex = any(p.is_complex() for p in params)
     device = params[0].device.type
     fused = device in FUSED_DEVICES and not has_complex

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 from ..ambient import independent
 from ..backends import resolve
 from ..checks import check_backend, check_precision, fail
-from ..constants import DEGENERATE
+from ..columns import DEGENERATE
 from ..diagnostics import Diagnostics, row_names
 from ..pairs import LoRAPair, local
 from .pairs import Counts, Outcome, multiply, scale_sides

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..checks import fail
+from ..columns import REFACTORED_UNITS, M, V, X
 from ..pairs import LoRAPair
-from ..plan import REFACTORED_UNITS
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+class Moment(NamedTuple):
+    """Its column in the table, and its power of the gradient."""
+
+    column: int
+    power: int
+
+
+MOMENTS = {"exp_avg": Moment(M, 1), "exp_avg_sq": Moment(V, 2), "max_exp_avg_sq": Moment(X, 2)}
 MASTER = "master"
 PHASE, STEPS, SAVED = "reflora_phase", "reflora_steps", "reflora_S"
 HALF = (torch.bfloat16, torch.float16)
@@ -35,6 +43,10 @@ class Storage:
 
 # parameters in no pair keep what torch's AdamW keeps
 LIKE_TORCH = Storage()
+
+
+def moments_of(amsgrad: bool) -> list[str]:
+    return [name for name in MOMENTS if amsgrad or name != "max_exp_avg_sq"]
 
 
 def zeros_like(param: Tensor, dtype: torch.dtype) -> Tensor:
@@ -83,7 +95,7 @@ def init_param(state: dict[str, Any], param: Tensor, amsgrad: bool, experts: int
     """
     if "step" not in state:
         state["step"] = torch.zeros((experts,) if experts > 1 else (), dtype=torch.float32, device=param.device)
-    for name in MOMENTS[: 3 if amsgrad else 2]:
+    for name in moments_of(amsgrad):
         if name not in state:
             state[name] = zeros_like(param, storage.dtype(param))
     if MASTER not in state and storage.has_master(param):
@@ -115,7 +127,7 @@ def init_pair(state: dict[str, Any], pair: LoRAPair, keep_S: bool) -> None:
 def check_shapes(entries: dict[str, Any], param: Tensor, pair: LoRAPair | None) -> None:
     """Raises ValueError for another optimizer's state, and for an entry of the wrong shape."""
     remedy = "The state belongs to another optimizer: load one saved by AdamW."
-    if entries and (missing := [name for name in ("step", *MOMENTS[:2]) if name not in entries]):
+    if entries and (missing := [name for name in ("step", *moments_of(False)) if name not in entries]):
         fail("loaded state", "step, exp_avg and exp_avg_sq", f"one without {', '.join(missing)}", remedy)
     step = entries.get("step", 0)
     counted = bool((step >= 0).all()) if isinstance(step, Tensor) else isinstance(step, (int, float)) and step >= 0
@@ -153,9 +165,8 @@ def leave_units(state_A: dict[str, Any], state_B: dict[str, Any], pair: LoRAPair
         c = torch.linalg.vector_norm(B, dtype=torch.float64) / torch.linalg.vector_norm(A, dtype=torch.float64)
         c = c.where((phases[expert] == REFACTORED_UNITS) & c.isfinite() & (c > 0), torch.ones_like(c))
         for state, views, by in ((state_A, pair.views_A, c), (state_B, pair.views_B, 1 / c)):
-            for name, power in zip(MOMENTS, (by, by * by, by * by)):
-                if name in state:
-                    views(state[name])[expert].mul_(power.to(state[name].dtype))
+            for name in MOMENTS.keys() & state.keys():
+                views(state[name])[expert].mul_((by ** MOMENTS[name].power).to(state[name].dtype))
     phases[phases == REFACTORED_UNITS] = 0
 
 

@@ -42,7 +42,7 @@ def check_movable(cls: type[Optimizer]) -> None:
         fail(f"RefLoRA-S over {cls.__name__}", f"an optimizer whose state can be moved ({known})", cls.__name__, remedy)
 
 
-class StateMove:
+class Transport:
     """The optimizer state in units of the gradients of `pairs`, gathered before anything changes.
 
     Parameters without state are left alone; with_grads includes `.grad`. A class outside the table is supported if its

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..constants import SKIPPED
+from ..columns import BALANCED, REFACTORED_UNITS, SKIPPED
 from ..pairs import LoRAPair, local
-from ..plan import BALANCED, REFACTORED_UNITS
 from .pairs import new_units
 from .state import PHASE, SAVED
-from .transport import StateMove, movable
+from .transport import Transport, movable
 
 if TYPE_CHECKING:
     from .wrapper import Wrapped
@@ -32,7 +31,7 @@ class Units:
         self.owner = owner
         # numbers of pairs that need no further look: S is not I, or the state is in units of I; and those of the latter
         # whose gradients are kept in other units
-        self._settled: set[int] = set()
+        self._left: set[int] = set()
         self._at_identity: set[int] = set()
         self._scaled: set[int] = set()
 
@@ -71,7 +70,7 @@ class Units:
         found = dict(zip(states, torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()))
         self._scaled.update(i for i, each in found.items() if any(each))
         moved = [i for i, (refactored, _) in found.items() if refactored]
-        move = StateMove(self.owner, [self.owner.pairs[i] for i in moved]) if movable(self.owner.base) else None
+        move = Transport(self.owner, [self.owner.pairs[i] for i in moved]) if movable(self.owner.base) else None
         units = []
         for i, norms in self.owner._ops.norms(moved).items():
             own, finite = states[i], norms.isfinite().all(0)
@@ -93,13 +92,13 @@ class Units:
         state cannot be moved reflora_unit `[experts, 2]`, from `new_units`. Reads one flag per layer from the device
         until that layer has left I, nothing afterwards.
         """
-        unsettled = [i for i in chosen if i not in self._settled]
-        if not unsettled:
+        staying = [i for i in chosen if i not in self._left]
+        if not staying:
             return {}
-        move = StateMove(self.owner, [self.owner.pairs[i] for i in unsettled]) if movable(self.owner.base) else None
+        move = Transport(self.owner, [self.owner.pairs[i] for i in staying]) if movable(self.owner.base) else None
         outcome = self.owner._ops.outcome()
         kept, units = {}, []
-        for i in unsettled:
+        for i in staying:
             found, own = outcome[i], self.owner.state.get(self.owner.pairs[i].A, {})
             before = own.get(PHASE, torch.zeros_like(found.scale)).double()
             after = before.where(found.status == SKIPPED, found.left.double())
@@ -109,8 +108,8 @@ class Units:
                 own_units = own.get(UNIT, found.scale.new_zeros(len(before), 2))
                 kept[i][UNIT] = new_units(own_units, before, found, self.owner.interval > 1)
             if after.all():
-                self._settled.add(i)
-        self._at_identity.difference_update(unsettled)
+                self._left.add(i)
+        self._at_identity.difference_update(staying)
         if move is not None:
             move.apply(units)
         return kept

@@ -11,13 +11,12 @@ from torch.optim import Optimizer
 
 from ..ambient import independent
 from ..backends.torch_solve import met
-from ..constants import PLAIN
+from ..columns import BALANCED, PLAIN
 from ..diagnostics import Diagnostics, uniform
 from ..pairs import LoRAPair
-from ..plan import BALANCED
 from ..reference import meet
 from .state import PHASE
-from .transport import StateMove
+from .transport import Transport
 
 if TYPE_CHECKING:
     from .pairs import PairOps
@@ -53,7 +52,7 @@ class ScalarStep(Optimizer):
         if steps == 0 and not gentle and not self.warmup_steps and moving:
             self._refactor(active, with_grads=True)
         waiting = [i for i, on in enumerate(active) if on and gentle and i not in self._balanced]
-        StateMove(self, [self.pairs[i] for i in waiting])  # fails now rather than once a pair begins
+        Transport(self, [self.pairs[i] for i in waiting])  # fails now rather than once a pair begins
         before = self._ops.norms(waiting)
         self._base_step(*loss)
         if waiting:
@@ -68,7 +67,7 @@ class ScalarStep(Optimizer):
 
     @independent()
     def _look(self, before: dict[int, Tensor], after: dict[int, Tensor]) -> None:
-        """Settle pairs whose norms `[2, experts]` have met in all their experts; recorded in the state of each A."""
+        """Mark as balanced the pairs whose norms `[2, experts]` have met in all experts, in the state of each A."""
         begun: list[Tensor] = []
         for i, norms in after.items():
             own = self.state[self.pairs[i].A]
@@ -81,6 +80,6 @@ class ScalarStep(Optimizer):
     @independent()
     def _refactor(self, active: list[bool], with_grads: bool) -> None:
         chosen = [index for index, on in enumerate(active) if on]
-        move = StateMove(self, [self.pairs[i] for i in chosen], with_grads)
+        move = Transport(self, [self.pairs[i] for i in chosen], with_grads)
         roots = self._ops.refactor(active, scalar=True)
         move.apply([roots[i] for i in chosen])

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...plan import AMSGRAD as AMSGRAD_COLUMN
+from ...columns import AMSGRAD as AMSGRAD_COLUMN
 from ...plan import Plan
 from .. import routes
 from .. import table as col

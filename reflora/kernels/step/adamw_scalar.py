@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...plan import AMSGRAD as AMSGRAD_COLUMN
+from ...columns import AMSGRAD as AMSGRAD_COLUMN
 from ...plan import Plan
 from .. import table as col
 from ..dtypes import BFLOAT16, FLOAT16, power_of_two

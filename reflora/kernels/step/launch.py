@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...columns import A_SIDE, B_SIDE, DTYPE, G_SN, G_SR, P_SN, P_SR, STATE, G, M, N, P, R, V, W, X
 from ...constants import KAPPA_MAX, STORAGE_DTYPES
-from ...plan import A_SIDE, B_SIDE, DTYPE, G_SN, G_SR, P_SN, P_SR, STATE, G, M, N, P, Plan, R, V, W, X
+from ...plan import Plan
 from .. import options, routes
 from ..dtypes import BFLOAT16, FLOAT16, MIXED
 from ..options import TYPES, launch_options

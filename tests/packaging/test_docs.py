@@ -1,0 +1,29 @@
+"""The tables of what works, and of what can go wrong, name tests that exist, and that nobody skips."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in ("integrations", "reliability")}
+CELL = re.compile(r"`(test_\w+\.py)::(test_\w+)`( \(GPU\))?")
+NAMED = [cell for text in PAGES.values() for cell in CELL.findall(text)]
+
+
+@pytest.mark.parametrize("page, tables, least", [("integrations", 5, 45), ("reliability", 3, 50)])
+def test_every_row_names_a_test(page: str, tables: int, least: int) -> None:
+    rows = [line for line in PAGES[page].splitlines() if line.startswith("| ") and not line.startswith("| **")]
+    headings = [line for line in rows if line.rstrip(" |").endswith("test")]
+    assert len(headings) == tables and len(rows) - len(headings) == len(CELL.findall(PAGES[page])) > least
+
+
+@pytest.mark.parametrize("file, name, gpu", NAMED)
+def test_row_is_a_test(file: str, name: str, gpu: str) -> None:
+    source = next((ROOT / "tests").rglob(file)).read_text()
+    functions = [node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    assert name in functions
+    assert bool(gpu) == ("pytestmark = pytest.mark.gpu" in source)

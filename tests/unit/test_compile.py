@@ -1,0 +1,37 @@
+"""Every Triton kernel compiles for sm_80 and sm_90 without a GPU, within its register and memory budget."""
+
+import pytest
+
+from benchmarks import compile_table
+
+# sm_86 and sm_89 have the least, 99 KiB a program
+SHARED_LIMIT = 99 * 1024
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Rows of benchmarks/compile_table.py, without processes of its own: to import triton takes longer than most."""
+    monkeypatch.setattr(compile_table, "in_processes", lambda work, cases, _: [work(case) for case in cases])
+    return lambda *arguments: compile_table.main(["--json", *arguments])
+
+
+STEP = "gram,update,foresee,turn"
+# (kernels, classes, capability); benchmarks/results/compile_table.md has all
+BUDGET = (f"{STEP},solve,refactor", "16,32", 90), ("gram,update", "32", 80), ("update", "64", 90)
+
+
+@pytest.mark.parametrize("kernels, classes, capability", BUDGET)
+def test_kernels_compile_within_budget(kernels, classes, capability, compiled):
+    words = ("--kernels", kernels, "--classes", classes, "--capabilities", str(capability))
+    rows = compiled(*words, "--precisions", "float64")
+    assert len(rows) == len(kernels.split(",")) * len(classes.split(","))
+    for row in rows:
+        assert row.shared <= SHARED_LIMIT and row.spills == 0, row
+
+
+def test_other_variants_of_the_step_compile(compiled):
+    """Other storage types, a saved S, AMSGrad, gradient scaling, carried Grams."""
+    rows = compiled("--variants", "--kernels", "gram,update", "--classes", "16", "--capabilities", "80")
+    assert len(rows) == 4
+    for row in rows:
+        assert row.shared <= SHARED_LIMIT and row.spills == 0, row
