@@ -12,8 +12,10 @@ CAPABILITIES ?= 80,86,89,90,100
 CAPABILITY ?= 90
 ORDER ?= forward random
 MESSAGES := build/messages
-# tests of every kernel and variant, which are run in another order too: what the rest adds is other numbers
-ORDERED := tests/spec/test_step.py $(patsubst %,tests/unit/test_kernels_%.py,routes storages linalg eigh)
+# tests of every kernel and variant; what the rest adds is other numbers
+KERNELS := tests/spec/test_step.py $(patsubst %,tests/unit/test_kernels_%.py,routes storages linalg eigh)
+EMULATED = MESSAGES=$(MESSAGES) PYTHONPATH=tools/ptxsim:tests PTXSIM_CACHE=build/ptxsim PTXSIM_CAPABILITY=$(CAPABILITY) \
+	OMP_NUM_THREADS=1 $(PY) -m pytest -p ptxsim.plugin -m kernels -n $(WORKERS) --dist worksteal
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -q
@@ -24,26 +26,25 @@ DEPS := $(VENV)/.deps
 CORE := $(VENV)/.core
 BUILT := $(VENV)/.built
 
-.PHONY: help test pytest emulate messages soak sanitize mutants audit lint format docs wheel hub build bench compare memory steps scaling eigh digest paper language gpu predict compile-table clean
+.PHONY: help test pytest kernels emulate messages soak sanitize mutants audit lint format docs wheel hub build bench compare memory steps scaling eigh digest paper language gpu predict compile-table clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-test:  ## lint and every test that needs no GPU
+test:  ## what CI runs on every change: lint, the tests that need no GPU, every kernel as compiled
 	$(MAKE) -j2 build  # the core is compiled while pip unpacks
-	$(MAKE) lint pytest emulate messages
+	$(MAKE) lint pytest kernels messages
 
 pytest: $(BUILT)  ## the tests but for those of kernels; ARGS= for pytest
 	rm -rf $(MESSAGES)
 	MESSAGES=$(MESSAGES) OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
-emulate: $(BUILT)  ## the tests of kernels, on what Triton compiles for a GPU; CAPABILITY=80|90, ORDER= forward, reverse, random
+kernels: $(BUILT)  ## tests of every kernel and variant, on what Triton compiles for a GPU; CAPABILITY=80|90
+	$(EMULATED) $(or $(ARGS),$(KERNELS))
+
+emulate: $(BUILT)  ## all tests of kernels, on such code, and the emulator's own; ORDER= forward, reverse, random
 	PYTHONPATH=tools/ptxsim OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -q tools/ptxsim/tests
-	tests=; for order in $(ORDER); do \
-		MESSAGES=$(MESSAGES) PYTHONPATH=tools/ptxsim:tests PTXSIM_CACHE=build/ptxsim PTXSIM_CAPABILITY=$(CAPABILITY) PTXSIM_ORDER=$$order \
-		OMP_NUM_THREADS=1 $(PY) -m pytest -p ptxsim.plugin -m kernels -n $(WORKERS) --dist worksteal $(or $(ARGS),$$tests) || exit 1; \
-		tests="$(ORDERED)"; \
-	done
+	for order in $(ORDER); do PTXSIM_ORDER=$$order $(EMULATED) $(ARGS) || exit 1; done
 
 messages:  ## every error and warning that the tests have provoked, on one page to be read: build/messages.md
 	$(PY) tests/messages.py $(MESSAGES) build/messages.md

@@ -89,9 +89,9 @@ def cases(
 def variants(classes: Iterable[int], capabilities: Iterable[int]) -> Iterator[Case]:
     """What the table leaves out: other storage types and the kernels' other modes."""
     amp = {"AMSGRAD": True, "grad_scale": "*fp32", "found_inf": "*fp32"}
-    kept = {"SCHEDULED": True, "SAVE": True}
+    kept = {"SCHEDULED": True}
     others: list[tuple[str, str, str, dict[str, Any]]] = [
-        ("solve", "float64", "mixed", {"SAVE": True}),
+        ("solve", "float64", "mixed", {}),
         ("apply", "float64", "mixed", {}),
         ("apply", "float32", "bfloat16", {"VECTOR": False}),
         ("squares", "float64", "float64", {}),

@@ -1,4 +1,4 @@
-"""What all backends agree on: names, types, rank classes, when a layer is degenerate."""
+"""What all backends agree on: names, types, when a layer is degenerate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 BACKENDS = {"triton": ("cuda",), "cpp": ("cpu",), "torch": ()}
 PRECISIONS = ("float64", "float32")
 STORAGE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-RANK_CLASSES = (16, 32, 64, 128)
 
 # a factor is degenerate past this Frobenius condition estimate ||L||_F ||L^-1||_F of the Cholesky factor of its Gram
 # (at least k, at most r k / 2 + 1), and past KAPPA_OF_RANK times sqrt(r): rounded to float32, singular Grams gave

@@ -35,7 +35,7 @@ from .columns import (
     P,
     R,
 )  # fmt: skip
-from .constants import RANK_CLASSES, STORAGE_DTYPES
+from .constants import STORAGE_DTYPES
 from .pairs import LoRAPair
 
 K = TypeVar("K")
@@ -111,14 +111,6 @@ class Plan:
     def _where(self) -> list[list[object]]:
         read = (Tensor.data_ptr, Tensor.stride, Tensor.size, attrgetter("dtype"))
         return [list(map(function, self.factors)) for function in read]
-
-    def classes(self) -> dict[int, list[int]]:
-        """Row numbers by rank class: 16, 32, 64, 128, and 0 for r > 128."""
-        groups: dict[int, list[int]] = {}
-        for number, row in enumerate(self.rows):
-            rank = row.A.shape[0]
-            groups.setdefault(next((c for c in RANK_CLASSES if rank <= c), 0), []).append(number)
-        return groups
 
     def bind_grads(self, grads: Sequence[tuple[Tensor | None, Tensor | None]]) -> None:
         """Point at this step's gradients, one `(gA, gB)` per pair; a pair without both is inactive."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..columns import RESULTS
-from ..constants import RANK_CLASSES
+from ..kernels.routes import LARGEST
 from ..plan import Plan
 from . import AdamWStep, torch_backend
 
@@ -115,7 +115,7 @@ means = torch_backend.means
 
 def polar(X: Tensor, precision: str, out: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """`[batch, n, n]` -> (Q, H)."""
-    if X.shape[-1] > RANK_CLASSES[-1] or X.numel() == 0:
+    if X.shape[-1] > LARGEST or X.numel() == 0:
         return torch_backend.polar(X, precision, out)
     from ..kernels.linalg.polar import polar as launch
 
@@ -125,7 +125,7 @@ def polar(X: Tensor, precision: str, out: Sequence[Tensor] | None = None) -> tup
 
 def geometric_mean(X: Tensor, Y: Tensor, precision: str, out: Tensor | None = None) -> Tensor:
     """`X # Y`; NaN where X or Y is not positive definite."""
-    if X.shape[-1] > RANK_CLASSES[-1] or X.numel() == 0:
+    if X.shape[-1] > LARGEST or X.numel() == 0:
         return torch_backend.geometric_mean(X, Y, precision, out)
     from ..kernels.linalg.geometric_mean import geometric_mean as launch
 
@@ -135,7 +135,7 @@ def geometric_mean(X: Tensor, Y: Tensor, precision: str, out: Tensor | None = No
 
 def sqrtm(X: Tensor, precision: str, inverse: bool, out: Tensor | None = None) -> Tensor:
     """`X^(1/2)`, or `X^(-1/2)`; NaN where X is not positive definite."""
-    if X.shape[-1] > RANK_CLASSES[-1] or X.numel() == 0:
+    if X.shape[-1] > LARGEST or X.numel() == 0:
         return torch_backend.sqrtm(X, precision, inverse, out)
     from ..kernels.linalg.sqrtm import sqrtm as launch
 
@@ -148,7 +148,7 @@ def eigh(
     out: tuple[Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """`(w [batch, n] ascending, V or None)` of the symmetric parts; V0: eigenvectors of a similar X to start from."""
-    if X.shape[-1] > RANK_CLASSES[-1] or X.numel() == 0:
+    if X.shape[-1] > LARGEST or X.numel() == 0:
         return torch_backend.eigh(X, precision, V0, vectors, out)
     from ..kernels.linalg.eigh import eigh as launch
 
@@ -158,7 +158,7 @@ def eigh(
 
 def svd(X: Tensor, precision: str, out: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """`(U, S [batch, n] descending, Vh)`."""
-    if X.shape[-1] > RANK_CLASSES[-1] or X.numel() == 0:
+    if X.shape[-1] > LARGEST or X.numel() == 0:
         return torch_backend.svd(X, precision, out)
     from ..kernels.linalg.svd import svd as launch
 
@@ -168,7 +168,7 @@ def svd(X: Tensor, precision: str, out: Sequence[Tensor] | None = None) -> tuple
 
 def inv_root(X: Tensor, p: float, eps: float, unit: float, precision: str, out: Tensor | None = None) -> Tensor:
     """`(X + eps I)^(-1/p)`; NaN where that is not positive definite."""
-    if X.shape[-1] > RANK_CLASSES[-1] or X.numel() == 0:
+    if X.shape[-1] > LARGEST or X.numel() == 0:
         return torch_backend.inv_root(X, p, eps, unit, precision, out)
     from ..kernels.linalg.inv_root import inv_root as launch
 

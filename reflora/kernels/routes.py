@@ -34,6 +34,8 @@ class Route:
     without; carry_warps: of one that carries Grams, 0 where reading them anew takes less. gram_warps: of the chunks'
     Grams where S is solved for in a launch of its own, 0 where the last chunk to arrive does. shared: bytes of shared
     memory that the step takes at most, on whatever device; single: where nothing of it is in float64.
+
+    matrices: warps of `polar`, `geometric_mean` and `sqrtm` in float32 and in float64; eigh, svd, inv_root: of these.
     """
 
     route: str
@@ -45,6 +47,10 @@ class Route:
     wide: Update
     narrow: Update
     carry_warps: int
+    matrices: tuple[int, int]
+    eigh: tuple[int, int]
+    svd: tuple[int, int]
+    inv_root: tuple[int, int]
     gram_warps: int = 0
     shared: int = 64 * 1024
     single: int = 64 * 1024
@@ -54,17 +60,35 @@ class Route:
         return self.tensor_k if precision == "float64" and capability in FLOAT64_TENSOR_CORES else self.block_k
 
 
-# by rank class. A block of the update takes its operands from shared memory: the more of it a thread works on, the less
-# is read from there, which bounds the larger classes. At 128 float64 takes 144 KiB, as do Grams without float64 tensor
-# cores
+# by rank class, in ascending order. A block of the update takes its operands from shared memory: the more of it a
+# thread works on, the less is read from there, which bounds the larger classes. At 128 float64 takes 144 KiB, as do
+# Grams without float64 tensor cores. Where those are not of the older kind (sm_86, sm_89, sm_100), products of matrices
+# take more registers: hence 8 warps at 32
 ROUTES: dict[int, Route] = {
-    16: Route(SPLIT, 2, 32, 16, 16, 16, Update(4, 32), Update(4, 32), 4),
-    32: Route(SPLIT, 4, 32, 32, 16, 32, Update(4, 32, 168), Update(4, 16, 128), 4, gram_warps=2),
-    64: Route(SPLIT, 8, 16, 32, 16, 64, Update(4, 32), Update(8, 16, 128), 0, gram_warps=4),
+    16: Route(
+        SPLIT, 2, 32, 16, 16, 16, Update(4, 32), Update(4, 32), 4,
+        matrices=(2, 2), eigh=(1, 2), svd=(2, 2), inv_root=(2, 2),
+    ),
+    32: Route(
+        SPLIT, 4, 32, 32, 16, 32, Update(4, 32, 168), Update(4, 16, 128), 4, gram_warps=2,
+        matrices=(4, 8), eigh=(2, 4), svd=(4, 8), inv_root=(2, 4),
+    ),
+    64: Route(
+        SPLIT, 8, 16, 32, 16, 64, Update(4, 32), Update(8, 16, 128), 0, gram_warps=4,
+        matrices=(8, 8), eigh=(4, 8), svd=(8, 8), inv_root=(4, 8),
+    ),
     128: Route(
-        SPLIT, 8, 16, 64, 16, 32, Update(8, 32), Update(16, 16), 0, gram_warps=8, shared=144 * 1024, single=80 * 1024
-    ),  # fmt: skip
-}
+        SPLIT, 8, 16, 64, 16, 32, Update(8, 32), Update(16, 16), 0, gram_warps=8, shared=144 * 1024, single=80 * 1024,
+        matrices=(8, 8), eigh=(16, 16), svd=(16, 16), inv_root=(16, 16),
+    ),
+}  # fmt: skip
+LARGEST = max(ROUTES)
+
+
+def class_of(rank: int) -> int:
+    """The rank class of a rank or of the order of a matrix; 0 past the largest, which goes through torch."""
+    return next((rank_class for rank_class in ROUTES if rank <= rank_class), 0)
+
 
 # "split" or "row" for every class that has a route here, to measure one against the other
 forced: str | None = None

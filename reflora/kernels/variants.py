@@ -12,7 +12,6 @@ from .dtypes import MIXED
 from .linalg import eigh, inv_root, svd
 from .linalg.geometric_mean import geometric_mean_kernel
 from .linalg.jacobi import constants as eigen_constants
-from .linalg.jacobi import options as eigen_options
 from .linalg.matrices import constants as matrix_constants
 from .linalg.matrices import options as matrix_options
 from .linalg.polar import polar_kernel
@@ -31,7 +30,7 @@ Variant = tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]
 PAIR = {
     "table": "*i64", "rows": "*i32", "results": "*fp64", "work": "*fp64", "hypers": "*fp64", "items": "*i32",
     "headers": "*fp64", "arrivals": "*i32", "warmup": "i32", "start": "i32", "interval": "i32",
-    "weight_bits": "i64",
+    "save": "i32",
 }  # fmt: skip
 PAIR_KERNELS = {
     "gram": gram_kernel, "settle": settle_kernel, "update": update_kernel, "row": row_kernel, "foresee": foresee_kernel,
@@ -42,10 +41,9 @@ SCALAR_KERNELS = ("foresee", "turn", "squares", "balance")
 AMP = {"grad_scale": None, "found_inf": None, "seed": None}
 PAIR_CONSTANTS: dict[str, Any] = {
     "SCHEDULED": False, "CARRY": False, "CHECK": True, "AMSGRAD": False, "MASTER": False,
-    "SAVE": False, "MATRICES": True, "COLUMN": P, "GRADIENTS": False, "VECTOR": True, **AMP,
+    "MATRICES": True, "COLUMN": P, "GRADIENTS": False, "VECTOR": True, **AMP,
 }  # fmt: skip
 EIGEN_KERNELS = {"eigh": eigh.eigh_kernel, "svd": svd.svd_kernel, "inv_root": inv_root.inv_root_kernel}
-EIGEN_WARPS = {"eigh": eigh.WARPS, "svd": svd.WARPS, "inv_root": inv_root.WARPS}
 MATRIX_KERNELS = {
     "polar": polar_kernel, "geometric_mean": geometric_mean_kernel, "sqrtm": sqrtm_kernel, **EIGEN_KERNELS,
 }  # fmt: skip
@@ -102,9 +100,7 @@ def _matrix_variant(name: str, rank_class: int, precision: str, storage: str, **
     constants = eigen_constants(rank_class, precision) if eigen else matrix_constants(rank_class, precision)
     constants = {**MATRIX_CONSTANTS, **constants, **changed}
     constants = {key: constants[key] for key in kernel.arg_names if key in constants}
-    options = matrix_options(rank_class, precision)
-    if eigen:
-        options = eigen_options(rank_class, precision, EIGEN_WARPS[name])
+    options = matrix_options(rank_class, precision, name if eigen else "matrices")
     return _complete(kernel, signature, constants, options)
 
 

@@ -11,9 +11,6 @@ from .arrange import arrange, store_values
 from .jacobi import configuration, eigen, normalise
 from .matrices import load_scaled, matrix_slot, panel_offsets, store_result
 
-# by rank class, float32 and float64: the fewest with which nothing, or least, spills
-WARPS = {16: (1, 2), 32: (2, 4), 64: (4, 8), 128: (16, 16)}
-
 
 @triton.jit(do_not_specialize=["n"])
 def eigh_kernel(
@@ -50,7 +47,7 @@ def eigh(
     if out is None:
         out = X.new_empty(X.shape[:2]), torch.empty_like(X) if vectors else None
     w, V = out
-    work, constants, options = configuration(X, precision, WARPS)
+    work, constants, options = configuration(X, precision, "eigh")
     eigh_kernel[(len(X),)](
         X, X if V0 is None else V0, w, V if vectors else X, work, X.shape[-1], VECTORS=vectors, WARM=V0 is not None,
         **constants, **options,

@@ -13,9 +13,6 @@ from ..solve import WHOLE, multiply
 from .jacobi import configuration, eigen, normalise
 from .matrices import load_scaled, matrix_slot, store_result
 
-# by rank class, float32 and float64: the fewest with which nothing, or least, spills
-WARPS = {16: (2, 2), 32: (2, 4), 64: (4, 8), 128: (16, 16)}
-
 
 @triton.jit(do_not_specialize=["n", "p_bits", "eps_bits", "unit_bits"])
 def inv_root_kernel(
@@ -79,7 +76,7 @@ def inv_root(X: Tensor, p: float, eps: float, unit: float, precision: str, out: 
     out: where to write.
     """
     root = torch.empty_like(X) if out is None else out
-    work, constants, options = configuration(X, precision, WARPS)
+    work, constants, options = configuration(X, precision, "inv_root")
     bits = map(float64_bits, (p, eps, unit))
     inv_root_kernel[(len(X),)](X, root, work, X.shape[-1], *bits, **constants, **options)
     return root

@@ -19,7 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dtypes import exponent_of, power_of_two
-from ..options import launch_options
 from ..solve import WHOLE, multiply, rounding, schulz_panels, slot_norm, squared_distance
 from . import matrices
 from .arrange import order
@@ -293,18 +292,12 @@ def rotation(difference, product, TC: tl.constexpr):
     return t, cos
 
 
-def configuration(
-    X: Tensor, precision: str, warps: dict[int, tuple[int, int]]
-) -> tuple[Tensor, dict[str, Any], dict[str, int]]:  # fmt: skip
-    """As `matrices.configuration`, for a kernel with an eigen stage. warps: by rank class, (float32, float64)."""
+def configuration(X: Tensor, precision: str, kernel: str) -> tuple[Tensor, dict[str, Any], dict[str, int]]:
+    """As `matrices.configuration`, for a kernel with an eigen stage."""
     work, shapes, _ = matrices.configuration(X, precision)
-    return work, constants(shapes["RC"], precision), options(shapes["RC"], precision, warps)
+    return work, constants(shapes["RC"], precision), matrices.options(shapes["RC"], precision, kernel)
 
 
 def constants(rank_class: int, precision: str) -> dict[str, Any]:
     # panels of 16 rows: with more, products take the registers that hold G
     return {**matrices.constants(rank_class, precision), "BM": 16}
-
-
-def options(rank_class: int, precision: str, warps: dict[int, tuple[int, int]]) -> dict[str, int]:
-    return launch_options(warps[rank_class][precision == "float64"])

@@ -9,11 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...constants import RANK_CLASSES
 from ..cholesky import factor
 from ..dtypes import exponent_of, power_of_two
 from ..options import TYPES, launch_options
-from ..routes import ROUTES
+from ..routes import ROUTES, class_of
 
 # slots of the workspace of a program, `[RC * RC + RC]` elements of TC each
 SLOTS = tl.constexpr(5)
@@ -91,7 +90,7 @@ def store_result(
 
 def configuration(X: Tensor, precision: str) -> tuple[Tensor, dict[str, Any], dict[str, int]]:
     """(workspace, constants, options) for a batch `[batch, n, n]`, n <= 128."""
-    rank_class = next(c for c in RANK_CLASSES if X.shape[-1] <= c)
+    rank_class = class_of(X.shape[-1])
     compute = getattr(torch, precision)
     elements = rank_class * rank_class + rank_class
     work = torch.empty(len(X), SLOTS.value, elements, dtype=compute, device=X.device)
@@ -103,6 +102,6 @@ def constants(rank_class: int, precision: str) -> dict[str, Any]:
     return {"RC": rank_class, "BM": route.block_m, "BK": route.block_k, "TC": TYPES[getattr(torch, precision)]}
 
 
-def options(rank_class: int, precision: str) -> dict[str, int]:
-    # where float64 has no tensor cores of the older kind (sm_86, sm_89, sm_100), its products take more registers
-    return launch_options(8 if (rank_class, precision) == (32, "float64") else ROUTES[rank_class].warps)
+def options(rank_class: int, precision: str, kernel: str = "matrices") -> dict[str, int]:
+    """kernel: the field of Route with its warps."""
+    return launch_options(getattr(ROUTES[rank_class], kernel)[precision == "float64"])

@@ -15,9 +15,6 @@ from .jacobi import configuration, eigen, normalise, orthogonalise
 from .matrices import load_scaled, matrix_slot, panel_offsets, store_result
 from .polar import orthogonal
 
-# by rank class, float32 and float64: the fewest with which nothing, or least, spills
-WARPS = {16: (2, 2), 32: (4, 8), 64: (8, 8), 128: (16, 16)}
-
 
 @triton.jit(do_not_specialize=["n"])
 def svd_kernel(
@@ -83,6 +80,6 @@ def svd(X: Tensor, precision: str, out: Sequence[Tensor] | None = None) -> tuple
     out: (U, S, Vh) to write to.
     """
     U, S, Vh = out or (torch.empty_like(X), X.new_empty(X.shape[:2]), torch.empty_like(X))
-    work, constants, options = configuration(X, precision, WARPS)
+    work, constants, options = configuration(X, precision, "svd")
     svd_kernel[(len(X),)](X, U, S, Vh, work, X.shape[-1], **constants, **options)
     return U, S, Vh

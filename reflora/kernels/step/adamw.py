@@ -83,15 +83,15 @@ def spread(
 @triton.jit(do_not_specialize=["warmup", "start", "interval"])
 def settle_kernel(
     table, rows, headers, results, work, hypers, found_inf, warmup, start, interval, SCHEDULED: tl.constexpr,
-    SAVE: tl.constexpr, KAPPA_MAX: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-    DTYPE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr, SCALED: tl.constexpr,
+    KAPPA_MAX: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr,
+    TC: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """Between both launches of the split route, a program a row; arguments as gram_kernel's."""
     row, width, p_row, area, header, r, code = entry(table, rows, headers, work, RC, WIDE)
     if active(p_row, found_inf):
         settle(
-            p_row, row, area, header, results, hypers, width, r, code, warmup, start, interval, SCHEDULED, SAVE,
-            KAPPA_MAX, RC, BM, BK, DTYPE, WIDE, TC, SCALED,
+            p_row, row, area, header, results, hypers, width, r, code, warmup, start, interval, SCHEDULED,
+            KAPPA_MAX, RC, BM, BK, WIDE, TC, SCALED,
         )  # fmt: skip
     else:
         refuse(row, header, results)
@@ -116,7 +116,7 @@ def update_kernel(
 @triton.jit(do_not_specialize=["warmup", "start", "interval", "seed"])
 def row_kernel(
     table, rows, headers, results, work, hypers, grad_scale, found_inf, seed, warmup, start, interval,
-    SCHEDULED: tl.constexpr, SAVE: tl.constexpr, CARRY: tl.constexpr, CHECK: tl.constexpr, AMSGRAD: tl.constexpr,
+    SCHEDULED: tl.constexpr, CARRY: tl.constexpr, CHECK: tl.constexpr, AMSGRAD: tl.constexpr,
     MASTER: tl.constexpr, KAPPA_MAX: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
     BK: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr,
     SCALED: tl.constexpr, VECTOR: tl.constexpr,
@@ -132,8 +132,8 @@ def row_kernel(
             )  # fmt: skip
         tl.debug_barrier()
         settle(
-            p_row, row, area, header, results, hypers, width, r, code, warmup, start, interval, SCHEDULED, SAVE,
-            KAPPA_MAX, RC, BM, BK, DTYPE, WIDE, TC, SCALED,
+            p_row, row, area, header, results, hypers, width, r, code, warmup, start, interval, SCHEDULED,
+            KAPPA_MAX, RC, BM, BK, WIDE, TC, SCALED,
         )  # fmt: skip
         tl.debug_barrier()
         if tl.load(header + RUN) != 0:
@@ -153,7 +153,7 @@ def adamw(plan: Plan, step: "AdamWStep", results: Tensor) -> None:
     amsgrad = bool(step.hypers[:, AMSGRAD_COLUMN].any())
     for group in prepared.groups:
         solve, carry = constants_of(plan, group, step.precision), step.carry and group.carries
-        schedule = {"SCHEDULED": step.warmup_steps > 0, "SAVE": step.keep, "CARRY": carry, "CHECK": step.check}
+        schedule = {"SCHEDULED": step.warmup_steps > 0 or step.keep, "CARRY": carry, "CHECK": step.check}
         storage = {"AMSGRAD": amsgrad, **state_constants(group, step.precision)}
         if group.step_route(step.precision) == routes.TORCH:
             continue
@@ -171,8 +171,8 @@ def adamw(plan: Plan, step: "AdamWStep", results: Tensor) -> None:
         if group.apart:
             settle_kernel[(len(group.rows),)](
                 table, group.entries, group.headers, results, group.workspace, hypers, step.found_inf,
-                step.warmup_steps, step.start, step.interval, **taken(settle_kernel, {**schedule, **solve}),
-                **group.options,
+                step.warmup_steps, step.start, step.interval,
+                **taken(settle_kernel, {**schedule, **solve}), **group.options,
             )  # fmt: skip
         own = group.update_options(carry, solve["VECTOR"])
         constants = taken(update_kernel, {**solve, **storage, "BN": own.pop("BN"), "CARRY": carry})

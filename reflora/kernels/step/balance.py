@@ -58,17 +58,15 @@ def step_side(
         g = load(p_g, o, mask, code, DTYPE, WIDE, VECTOR)
         o, mask = offsets(start, sr, sn, r, end, SIDE, RC, BN, VECTOR)
         chosen = mask & amsgrad
-        p, m, v, x, w = fetch(at, o, mask, amsgrad, code, state, AMSGRAD, MASTER, DTYPE, STATE, WIDE, VECTOR)
+        p, kept, w = fetch(at, o, mask, amsgrad, code, state, AMSGRAD, MASTER, DTYPE, STATE, WIDE, VECTOR)
         if CHECK:
             bad = tl.maximum(bad, never_finite(g))
-        m, v, x, second = moments(
-            m, v, x, bounded(g * g_factor, limit), m_factor, beta1, beta2, chosen, AMSGRAD, WIDE
-        )  # fmt: skip
+        kept, m, v = moments(kept, bounded(g * g_factor, limit), m_factor, beta1, beta2, chosen, AMSGRAD, WIDE)
         if not STORE:
             old, old_exponent = add_squares(old, old_exponent, p, WIDE)
         p = weights(at, p, w, code, MASTER, DTYPE)
-        p = advance((p.to(tl.float64) * root).to(WIDE), m, second, step_size, correction, decay, eps)
-        keep_moments(at, o, mask, chosen, m, v, x, turn, state, AMSGRAD, STORE, STATE, VECTOR)
+        p = advance((p.to(tl.float64) * root).to(WIDE), m, v, step_size, correction, decay, eps)
+        keep_moments(at, o, mask, chosen, kept, turn, state, AMSGRAD, STORE, STATE, VECTOR)
         p = keep_weights(
             at, o, mask, p, turn, key, start + tl.arange(0, BN), r, code, SIDE, MASTER, RANDOM, STORE, RC, DTYPE,
             WIDE, VECTOR,

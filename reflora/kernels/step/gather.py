@@ -92,7 +92,7 @@ def gather(
 @triton.jit(do_not_specialize=["warmup", "start", "interval"])
 def gram_kernel(
     table, items, headers, arrivals, results, work, hypers, found_inf, warmup, start, interval, APART: tl.constexpr,
-    SCHEDULED: tl.constexpr, SAVE: tl.constexpr, CARRY: tl.constexpr, CHECK: tl.constexpr, KAPPA_MAX: tl.constexpr,
+    SCHEDULED: tl.constexpr, CARRY: tl.constexpr, CHECK: tl.constexpr, KAPPA_MAX: tl.constexpr,
     RC: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr,
     TC: tl.constexpr, SCALED: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
@@ -115,7 +115,7 @@ def gram_kernel(
                 tl.store(arrivals + index, 0)
                 settle(
                     p_row, row, area, header, results, hypers, width, r, code, warmup, start, interval, SCHEDULED,
-                    SAVE, KAPPA_MAX, RC, BM, BK, DTYPE, WIDE, TC, SCALED,
+                    KAPPA_MAX, RC, BM, BK, WIDE, TC, SCALED,
                 )  # fmt: skip
     else:
         if not APART:
@@ -125,7 +125,7 @@ def gram_kernel(
 
 def gather_chunks(group: RankClass, table: Tensor, constants: dict[str, Any], check: bool) -> None:
     """The Grams of a group's chunks; check: whether their gradients are finite too."""
-    own = {"APART": True, "SCHEDULED": False, "SAVE": False, "CARRY": False, "CHECK": check}
+    own = {"APART": True, "SCHEDULED": False, "CARRY": False, "CHECK": check}
     gram_kernel[(len(group.items),)](
         table, group.items, group.headers, None, None, group.workspace, None, None, 0, 0, 1,
         **taken(gram_kernel, {**constants, **own}), **group.gram_options,

@@ -211,7 +211,9 @@ class Prepared:
     def __init__(self, plan: Plan):
         self.table, self.hypers = OnDevice(plan.device), OnDevice(plan.device)
         self.stream = current_stream(plan.device)
-        classes = plan.classes()
+        classes: dict[int, list[int]] = {}
+        for number, row in enumerate(plan.rows):
+            classes.setdefault(routes.class_of(row.A.shape[0]), []).append(number)
         self.oversized = classes.pop(0, [])
         self.oversized_index = int_table(self.oversized, torch.int64, plan.device)
         self.groups = [_group(plan, rank_class, numbers) for rank_class, numbers in sorted(classes.items())]

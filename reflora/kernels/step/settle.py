@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .. import table as col
-from ..dtypes import FLOAT32, FLOAT64, MIXED, load, power_of_two, store
+from ..dtypes import FLOAT32, FLOAT64, load, power_of_two, store
 from .chunks import (
     CARRIED,
     CORRECTION_A,
@@ -106,12 +106,8 @@ def shrink_weight(steps, start):
 
 
 @triton.jit
-def move_saved(
-    p_row, area, r, code, TO_ROW: tl.constexpr, RC: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr
-):  # fmt: skip
+def move_saved(p_row, area, r, code, TO_ROW: tl.constexpr, RC: tl.constexpr, WIDE: tl.constexpr):
     """S and S^-1 from the workspace to `[2, r, r]` at the row's SAVED address, or back."""
-    STORED: tl.constexpr = DTYPE if (DTYPE == MIXED or DTYPE == FLOAT64) else FLOAT32
-    stored = tl.where(code == FLOAT64, FLOAT64, FLOAT32)
     address = column(p_row, col.SAVED)
     i = tl.arange(0, RC)
     o = i[:, None] * r + i[None, :]
@@ -119,47 +115,68 @@ def move_saved(
     p_s = mixer(area, False, RC, WIDE) + i[:, None] * RC + i[None, :]
     p_inverse = mixer(area, True, RC, WIDE) + i[:, None] * RC + i[None, :]
     if TO_ROW:
-        store(address, o, tl.load(p_s), mask, stored, STORED)
-        store(address, o + r * r, tl.load(p_inverse), mask, stored, STORED)
+        store_saved(address, o, tl.load(p_s), mask, code, WIDE)
+        store_saved(address, o + r * r, tl.load(p_inverse), mask, code, WIDE)
     else:
-        tl.store(p_s, load(address, o, mask, stored, STORED, WIDE))
-        tl.store(p_inverse, load(address, o + r * r, mask, stored, STORED, WIDE))
+        tl.store(p_s, load_saved(address, o, mask, code, WIDE))
+        tl.store(p_inverse, load_saved(address, o + r * r, mask, code, WIDE))
 
 
 @triton.jit
-def has_saved(p_row, r, code, RC: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr):
+def load_saved(address, o, mask, code, WIDE: tl.constexpr):
+    """Of an S, which is in float64 beside float64 factors, else in float32."""
+    if WIDE == tl.float64:
+        if code == FLOAT64:
+            values = load(address, o, mask, code, FLOAT64, WIDE)
+        else:
+            values = load(address, o, mask, code, FLOAT32, WIDE)
+        return values
+    else:
+        return load(address, o, mask, code, FLOAT32, WIDE)
+
+
+@triton.jit
+def store_saved(address, o, values, mask, code, WIDE: tl.constexpr):
+    if WIDE == tl.float64:
+        if code == FLOAT64:
+            store(address, o, values, mask, code, FLOAT64)
+        else:
+            store(address, o, values, mask, code, FLOAT32)
+    else:
+        store(address, o, values, mask, code, FLOAT32)
+
+
+@triton.jit
+def has_saved(p_row, r, code, RC: tl.constexpr, WIDE: tl.constexpr):
     """Whether the row's SAVED address holds an S; zeros stand for none."""
-    STORED: tl.constexpr = DTYPE if (DTYPE == MIXED or DTYPE == FLOAT64) else FLOAT32
-    stored = tl.where(code == FLOAT64, FLOAT64, FLOAT32)
     i = tl.arange(0, RC)
-    diagonal = load(column(p_row, col.SAVED), i * (r + 1), i < r, stored, STORED, WIDE)
+    diagonal = load_saved(column(p_row, col.SAVED), i * (r + 1), i < r, code, WIDE)
     return tl.max(tl.abs(diagonal), 0) > 0
 
 
 @triton.jit
 def solve_row(
-    p_row, area, r, code, scale_a, norm_a, scale_b, norm_b, useful, used, weight, SAVE: tl.constexpr,
-    KAPPA_MAX: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr,
-    WIDE: tl.constexpr, TC: tl.constexpr,
+    p_row, area, r, code, scale_a, norm_a, scale_b, norm_b, useful, used, weight, KAPPA_MAX: tl.constexpr,
+    RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr,
 ):  # fmt: skip
     """S and S^-1 of this step, from the Grams; used: their scale. Returns (status, kappa_a, kappa_b)."""
     status, kappa_a, kappa_b = decide(
         p_row, area, r, scale_a, norm_a, scale_b, norm_b, useful, weight, KAPPA_MAX, RC, TC
     )
     status = solve_s(area, r, status, used, code, RC, BM, BK, WIDE, TC)
-    if SAVE:
-        tl.debug_barrier()
-        move_saved(p_row, area, r, code, True, RC, DTYPE, WIDE)
     return status, kappa_a, kappa_b
 
 
 @triton.jit
 def settle(
     p_row, row, area, header, results, hypers, width, r, code, warmup, start, interval, SCHEDULED: tl.constexpr,
-    SAVE: tl.constexpr, KAPPA_MAX: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-    DTYPE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr, SCALED: tl.constexpr,
+    KAPPA_MAX: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr,
+    TC: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """From a row's chunk Grams to its header and S, its new counts, phase and report; by one program."""
+    """From a row's chunk Grams to its header and S, its new counts, phase and report; by one program.
+
+    SCHEDULED: there may be a warm-up, or an interval past 1, for which S is kept where SAVED points.
+    """
     chunks_a, chunks = counts(p_row, width)
     # loads that follow from each other, which are on their way while the Grams are summed
     terms = both_terms(p_row, hypers)
@@ -183,10 +200,9 @@ def settle(
         plain, saved = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
         if SCHEDULED:
             plain = tl.where(steps < warmup, 1, 0)
-        if SAVE:
             # a layer that has had no S yet is due now
             if (plain == 0) & ((steps - warmup) % interval != 0):
-                saved = tl.where(has_saved(p_row, r, code, RC, DTYPE, WIDE), 1, 0)
+                saved = tl.where(has_saved(p_row, r, code, RC, WIDE), 1, 0)
         if plain == 1:
             one = tl.full((), 1.0, tl.float64)
             form_scaled_identity(area, one, one, RC, WIDE)
@@ -194,15 +210,19 @@ def settle(
             new_phase = tl.full((), 0.0, tl.float32)
             move = tl.where((phase == col.REFACTORED_UNITS) & useful, c, 1.0)
         elif saved == 1:
-            if SAVE:
-                move_saved(p_row, area, r, code, False, RC, DTYPE, WIDE)
+            if SCHEDULED:
+                move_saved(p_row, area, r, code, False, RC, WIDE)
             status = tl.full((), col.REFACTORED, tl.int32)
         else:
             used = tl.where(useful & (start == 0), c, 1.0)
             status, kappa_a, kappa_b = solve_row(
-                p_row, area, r, code, scale_a, norm_a, scale_b, norm_b, useful, used, shrink_weight(steps, start), SAVE,
-                KAPPA_MAX, RC, BM, BK, DTYPE, WIDE, TC,
+                p_row, area, r, code, scale_a, norm_a, scale_b, norm_b, useful, used, shrink_weight(steps, start),
+                KAPPA_MAX, RC, BM, BK, WIDE, TC,
             )  # fmt: skip
+            if SCHEDULED:
+                if interval > 1:
+                    tl.debug_barrier()
+                    move_saved(p_row, area, r, code, True, RC, WIDE)
             balance = between
             new_phase = tl.where((start != 0) | ((status == col.DEGENERATE) & (used == 1.0)), 0.0, 1.0)
             move = tl.where((phase != col.REFACTORED_UNITS) & (new_phase != 0), 1.0 / used, 1.0)

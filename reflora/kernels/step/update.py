@@ -52,13 +52,14 @@ def put(
 
 @triton.jit
 def homes(p_row, SIDE: tl.constexpr, AMSGRAD: tl.constexpr, MASTER: tl.constexpr):
-    """Addresses of a side's factor, m, v, largest v and master weights; 0 for the last two where a launch has none."""
+    """Addresses of a side's factor, moments (m, v, largest v) and master weights; 0 where a launch has none."""
     p_x, p_w = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64)
     if AMSGRAD:
         p_x = column(p_row, SIDE + col.X)
     if MASTER:
         p_w = column(p_row, SIDE + col.W)
-    return column(p_row, SIDE + col.P), column(p_row, SIDE + col.M), column(p_row, SIDE + col.V), p_x, p_w
+    kept = column(p_row, SIDE + col.M), column(p_row, SIDE + col.V), p_x
+    return column(p_row, SIDE + col.P), kept, p_w
 
 
 @triton.jit
@@ -66,11 +67,12 @@ def fetch(
     at, o, mask, amsgrad, code, state, AMSGRAD: tl.constexpr, MASTER: tl.constexpr, DTYPE: tl.constexpr,
     STATE: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Factor, m, v, largest v and master weights of a block, from `homes`.
+    """Factor, moments and master weights of a block, from `homes`.
 
     Before anything is stored: a load waits for every store that it might read.
     """
-    p_p, p_m, p_v, p_x, p_w = at
+    p_p, of_moments, p_w = at
+    p_m, p_v, p_x = of_moments
     p = load(p_p, o, mask, code, DTYPE, WIDE, VECTOR)
     m = load(p_m, o, mask, state, STATE, WIDE, VECTOR)
     v = load(p_v, o, mask, state, STATE, WIDE, VECTOR)
@@ -79,12 +81,13 @@ def fetch(
         x = load(p_x, o, mask & amsgrad, state, STATE, WIDE, VECTOR)
     if MASTER:
         w = load(p_w, o, mask & (p_w != 0), FLOAT32, FLOAT32, WIDE, VECTOR)
-    return p, m, v, x, w
+    return p, (m, v, x), w
 
 
 @triton.jit
-def moments(m, v, x, g, m_factor, beta1, beta2, chosen, AMSGRAD: tl.constexpr, WIDE: tl.constexpr):
-    """(m, v, largest v, the v of the denominator) of a block, moved to new units by m_factor and updated by g."""
+def moments(kept, g, m_factor, beta1, beta2, chosen, AMSGRAD: tl.constexpr, WIDE: tl.constexpr):
+    """Moments of a block, moved to new units by m_factor and updated by g; the m and v that a step divides."""
+    m, v, x = kept
     limit = tl.full((), 1e38 if WIDE == tl.float32 else 1e307, WIDE)
     m = clamped(m * m_factor, limit)
     # which products are fused is spelt out: every variant and route then rounds alike
@@ -98,16 +101,17 @@ def moments(m, v, x, g, m_factor, beta1, beta2, chosen, AMSGRAD: tl.constexpr, W
         x = x * m_factor * m_factor
         x = tl.where((x >= v) | (x != x), x, v)
         second = tl.where(chosen, x, v)
-    return m, v, x, second
+    return (m, v, x), m, second
 
 
 @triton.jit
 def keep_moments(
-    at, o, mask, chosen, m, v, x, turn, state, AMSGRAD: tl.constexpr, STORE: tl.constexpr, STATE: tl.constexpr,
+    at, o, mask, chosen, kept, turn, state, AMSGRAD: tl.constexpr, STORE: tl.constexpr, STATE: tl.constexpr,
     VECTOR: tl.constexpr,
 ):  # fmt: skip
     """turn: what the factor is multiplied by after the step, which moves what is kept once more; None for 1."""
-    _, p_m, p_v, p_x, _ = at
+    p_m, p_v, p_x = at[1]
+    m, v, x = kept
     back, back_squared = turn, turn
     if turn is not None:
         back, back_squared = 1.0 / turn, 1.0 / (turn * turn)
@@ -121,7 +125,7 @@ def keep_moments(
 def weights(at, p, w, code, MASTER: tl.constexpr, DTYPE: tl.constexpr):
     """The weights that are updated: the factor's, or its float32 master's where that still rounds to the factor's."""
     if MASTER:
-        p = tl.where((at[4] != 0) & (rounded(w, code, DTYPE) == p), w, p)
+        p = tl.where((at[2] != 0) & (rounded(w, code, DTYPE) == p), w, p)
     return p
 
 
@@ -131,7 +135,7 @@ def keep_weights(
     STORE: tl.constexpr, RC: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Keeps updated weights, times turn where there is one. Returns them rounded as the factor's, 0 where masked."""
-    p_p, _, _, _, p_w = at
+    p_p, _, p_w = at
     if MASTER:
         huge = tl.where(code == FLOAT16, 65504.0, 3.3895313892515355e38).to(WIDE)
         put(p_w, o, bounded(p, huge), turn, mask & (p_w != 0), FLOAT32, FLOAT32, STORE, VECTOR)
@@ -224,7 +228,7 @@ def update(
     if AHEAD:
         g = load_columns(p_g, g_sr, g_sn, begin, end, r, code, SIDE, RC, BN, DTYPE, WIDE, VECTOR)
         o, mask = offsets(begin, sr, sn, r, end, SIDE, RC, BN, VECTOR)
-        p, m, v, x, w = fetch(at, o, mask, amsgrad, code, state, AMSGRAD, MASTER, DTYPE, STATE, WIDE, VECTOR)
+        p, kept, w = fetch(at, o, mask, amsgrad, code, state, AMSGRAD, MASTER, DTYPE, STATE, WIDE, VECTOR)
     for start in range(begin, end, BN):
         if not AHEAD:
             g = load_columns(p_g, g_sr, g_sn, start, end, r, code, SIDE, RC, BN, DTYPE, WIDE, VECTOR)
@@ -235,11 +239,11 @@ def update(
             next = fetch(at, o, mask, amsgrad, code, state, AMSGRAD, MASTER, DTYPE, STATE, WIDE, VECTOR)
         o, mask = offsets(start, sr, sn, r, end, SIDE, RC, BN, VECTOR)
         if not AHEAD:
-            p, m, v, x, w = fetch(at, o, mask, amsgrad, code, state, AMSGRAD, MASTER, DTYPE, STATE, WIDE, VECTOR)
+            p, kept, w = fetch(at, o, mask, amsgrad, code, state, AMSGRAD, MASTER, DTYPE, STATE, WIDE, VECTOR)
         chosen = mask & amsgrad
-        m, v, x, second = moments(m, v, x, bounded(mixed, limit), m_factor, beta1, beta2, chosen, AMSGRAD, WIDE)
-        p = advance(weights(at, p, w, code, MASTER, DTYPE), m, second, step_size, correction, decay, eps)
-        keep_moments(at, o, mask, chosen, m, v, x, None, state, AMSGRAD, True, STATE, VECTOR)
+        kept, m, v = moments(kept, bounded(mixed, limit), m_factor, beta1, beta2, chosen, AMSGRAD, WIDE)
+        p = advance(weights(at, p, w, code, MASTER, DTYPE), m, v, step_size, correction, decay, eps)
+        keep_moments(at, o, mask, chosen, kept, None, state, AMSGRAD, True, STATE, VECTOR)
         p = keep_weights(
             at, o, mask, p, None, key, start + tl.arange(0, BN), r, code, SIDE, MASTER, RANDOM, True, RC, DTYPE, WIDE,
             VECTOR,
@@ -247,7 +251,7 @@ def update(
         if CARRY:
             acc += block_gram(p.to(TC), SIDE, TC) * one
         if AHEAD:
-            p, m, v, x, w = next
+            p, kept, w = next
     if CARRY:
         store_packed(chunk_gram(area, chunk, RC, WIDE), acc, RC, TC)
         tl.store(header + EXPONENT + chunk, 0.0)
