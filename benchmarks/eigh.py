@@ -151,7 +151,7 @@ _COLUMNS: tuple[tuple[str, str, str], ...] = (
 
 
 def report(found: Mapping[Case, Sequence[Measurement]], remarks: Sequence[str] = ()) -> str:
-    """A table of cases of one type and size, a row a method and batch, with the columns that were measured."""
+    """A table of cases of one type and size, a row per method and batch, with the columns that were measured."""
     lines: list[str] = []
     known = {(case, row.method, row.metric): row.summary for case, rows in found.items() for row in rows}
     columns = [column for column in _COLUMNS if any(metric == column[1] for _, _, metric in known)]

@@ -25,7 +25,7 @@ Found = Mapping[Case, Sequence[Measurement]]
 
 
 def draw(path: Path, found: Found, env: Mapping[str, str]) -> bool:
-    """A row of panels a type: speed-up of each method, a line a batch, quantiles 20 to 80 around it; last, errors.
+    """A row of panels per type: speed-up of each method, a line per batch, quantiles 20 to 80 around it; last, errors.
 
     False, and nothing written, where matplotlib is not installed or nothing was compared.
     """

@@ -185,7 +185,7 @@ _COLUMNS = (
 
 
 def report(rows: Sequence[Measurement], copy: float) -> str:
-    """A table a case, a row a kernel; copy: bytes/s of a plain copy."""
+    """A table per case, a row per kernel; copy: bytes/s of a plain copy."""
     lines: list[str] = []
     for case in dict.fromkeys(row.case for row in rows):
         found = {(row.method, row.metric): row.summary for row in rows if row.case == case}

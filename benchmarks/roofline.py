@@ -87,7 +87,7 @@ def crossing(machine: Machine, moved: int, rate: float) -> float:
 
 
 def markdown(machine: Machine = H100, cases: Sequence[tuple[str, int]] = CASES) -> str:
-    """A row a kernel and case, times in microseconds."""
+    """A row per kernel and case, times in microseconds."""
     head = ["case", "kernel", "MB", "GFLOP", "bytes us", "float64 us", "float32 us", "bound by"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, rank in cases:

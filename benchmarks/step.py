@@ -111,7 +111,7 @@ _COLUMNS: tuple[tuple[str, str, str], ...] = (
 
 
 def report(rows: Sequence[Measurement], failures: Sequence[str] = ()) -> str:
-    """A table a case, a row a method, with the columns that were measured."""
+    """A table per case, a row per method, with the columns that were measured."""
     lines: list[str] = []
     for case in dict.fromkeys(row.case for row in rows):
         found = {(row.method, row.metric): row.summary for row in rows if row.case == case}

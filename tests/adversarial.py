@@ -72,7 +72,7 @@ def rotated(spectrum: Tensor, n: int, generator: torch.Generator) -> Tensor:
 
 
 def _permuted(r: int, n: int, generator: torch.Generator) -> Tensor:
-    """One entry a row, of sizes far apart: exact zeros everywhere else."""
+    """One entry per row, of sizes far apart: exact zeros everywhere else."""
     X = torch.zeros(r, n, dtype=DOUBLE)
     columns = torch.randperm(max(r, n), generator=generator)[:r] % n
     X[torch.arange(r), columns] = torch.logspace(0, -4, r, dtype=DOUBLE)

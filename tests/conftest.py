@@ -86,7 +86,7 @@ def seed(request: pytest.FixtureRequest) -> None:
 def solved_apart(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the emulator ranks up to 16 are solved in a launch of their own, as larger ones are: the same bits.
 
-    It then compiles a solve a type, and not with every way to read gradients, which takes most of its time.
+    It then compiles one solve per type, not one for every way to read gradients, which takes most of its time.
     test_kernels_routes.py compares the two; tests marked as_launched take the launches of a GPU.
     """
     marked = request.node.get_closest_marker

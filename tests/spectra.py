@@ -105,7 +105,7 @@ def _rank_one(b: int, n: int) -> Tensor:
     return x @ x.mT
 
 
-# one entry a kind: (batch, n) -> [batch, n, n]; "lapack ..." are those of LAPACK's driver tests (dchkst)
+# one entry per kind: (batch, n) -> [batch, n, n]; "lapack ..." are those of LAPACK's driver tests (dchkst)
 KINDS: dict[str, Callable[[int, int], Tensor]] = {
     "gaussian": _gauss,
     "lapack zero": lambda b, n: torch.zeros(b, n, n, dtype=DOUBLE),

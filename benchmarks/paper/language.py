@@ -86,7 +86,7 @@ def spectra(pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
 
 
 def table(runs: Sequence[Run]) -> str:
-    """A line a method and a column a learning rate: held-out loss, mean over seeds; (stable rank of B A; k(B)).
+    """A line per method and a column per learning rate: held-out loss, mean over seeds; (stable rank of B A; k(B)).
 
     "*": the best rate of a method; "!": it is at the end of those that were tried.
     """

@@ -1,1 +1,1 @@
-"""Triton kernels: one file a kernel (jit function on top, launcher below), shared jit helpers in their own files."""
+"""Triton kernels: one file per kernel (jit function on top, launcher below), shared jit helpers in their own files."""

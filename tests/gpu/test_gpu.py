@@ -1,4 +1,4 @@
-"""On a CUDA device: real sizes, half-precision storage, one launch a rank class, no wait for the device.
+"""On a CUDA device: real sizes, half-precision storage, one launch per rank class, no wait for the device.
 
 The kernel tests proper (tests/unit/test_kernels*.py) run here too under `pytest -m gpu`.
 """

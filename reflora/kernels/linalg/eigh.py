@@ -1,4 +1,4 @@
-"""Eigenvalues and eigenvectors of a batch of symmetric matrices in one launch, one program a matrix."""
+"""Eigenvalues and eigenvectors of a batch of symmetric matrices in one launch, one program per matrix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`X # Y` of batches of SPD matrices in one launch, one program a pair."""
+"""`X # Y` of batches of SPD matrices in one launch, one program per pair."""
 
 from __future__ import annotations
 

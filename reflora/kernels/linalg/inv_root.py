@@ -1,4 +1,4 @@
-"""`(X + eps I)^(-1/p)` of a batch of symmetric matrices in one launch, one program a matrix."""
+"""`(X + eps I)^(-1/p)` of a batch of symmetric matrices in one launch, one program per matrix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`X = Q H` of a batch of matrices in one launch, one program a matrix."""
+"""`X = Q H` of a batch of matrices in one launch, one program per matrix."""
 
 from __future__ import annotations
 

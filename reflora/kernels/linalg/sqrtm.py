@@ -1,4 +1,4 @@
-"""`X^(1/2)` or `X^(-1/2)` of a batch of SPD matrices in one launch, one program a matrix."""
+"""`X^(1/2)` or `X^(-1/2)` of a batch of SPD matrices in one launch, one program per matrix."""
 
 from __future__ import annotations
 

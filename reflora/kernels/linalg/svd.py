@@ -1,4 +1,4 @@
-"""`X = U diag(S) Vh` of a batch of matrices in one launch, one program a matrix."""
+"""`X = U diag(S) Vh` of a batch of matrices in one launch, one program per matrix."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 "split": a launch over chunks of rows for their Grams, and one over chunks that updates. Between them S is solved for:
 in classes whose solve is short by the last chunk of a row to arrive, in the others by a launch of its own, over rows,
-so that it does not set how many programs stream. "row": one launch, one program a row. All give the same bits.
+so that it does not set how many programs stream. "row": one launch, one program per row. All give the same bits.
 """
 
 from typing import TYPE_CHECKING
@@ -86,7 +86,7 @@ def settle_kernel(
     KAPPA_MAX: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr,
     TC: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Between both launches of the split route, a program a row; arguments as gram_kernel's."""
+    """Between both launches of the split route, one program per row; arguments as gram_kernel's."""
     row, width, p_row, area, header, r, code = entry(table, rows, headers, work, RC, WIDE)
     if active(p_row, found_inf):
         settle(
@@ -103,7 +103,7 @@ def update_kernel(
     CARRY: tl.constexpr, SCALED: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr,
     STATE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Last launch of the split route, a program a chunk."""
+    """Last launch of the split route, one program per chunk."""
     _, chunk, _, width, p_row, area, header, r, code = part(table, items, headers, work, RC, WIDE)
     chunks_a, _ = counts(p_row, width)
     if tl.load(header + RUN) != 0:

@@ -128,7 +128,7 @@ def foresee_kernel(
     start, interval, CHECK: tl.constexpr, AMSGRAD: tl.constexpr, MASTER: tl.constexpr, RC: tl.constexpr,
     BN: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """First launch, a program a chunk; arguments as gram_kernel's."""
+    """First launch, one program per chunk; arguments as gram_kernel's."""
     index, chunk, row, width, p_row, parts, header, r, code = part(table, items, headers, work, RC, WIDE)
     chunks_a, chunks = counts(p_row, width)
     if active(p_row, found_inf):
@@ -160,7 +160,7 @@ def turn_kernel(
     RC: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr,
     VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Second launch, a program a chunk."""
+    """Second launch, one program per chunk."""
     _, chunk, _, width, p_row, _, header, r, code = part(table, items, headers, headers, RC, WIDE)
     chunks_a, _ = counts(p_row, width)
     if tl.load(header + RUN) != 0:

@@ -113,9 +113,9 @@ def apply_kernel(
     BN: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr, STORED: tl.constexpr,
     TYPE: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """A program a chunk; arguments as gram_kernel's. COLUMN: P or G. STORED, TYPE: of the matrices and of the products.
+    """One program per chunk; arguments as gram_kernel's. COLUMN: P or G. STORED, TYPE: of matrices and products.
 
-    Whether a row has matrices (STORED, where `mixer` finds them) or numbers (float64, in its header) RUN says.
+    RUN says whether a row has matrices (STORED, where `mixer` finds them) or numbers (float64, in its header).
     """
     _, chunk, _, width, p_row, area, header, r, code = part(table, items, headers, work, RC, WIDE)
     chunks_a, _ = counts(p_row, width)

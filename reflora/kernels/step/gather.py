@@ -96,7 +96,7 @@ def gram_kernel(
     RC: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr,
     TC: tl.constexpr, SCALED: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """A program a chunk: its Gram. The last of a row to arrive settles an AdamW step of it, unless APART.
+    """One program per chunk: its Gram. The last of a row to arrive settles an AdamW step of it, unless APART.
 
     items: RankClass.items; arrivals int32 `[rows]`, zeros before and after; headers as in `entry`.
     results, hypers, arrivals and the schedule are of no use to APART.

@@ -1,4 +1,4 @@
-"""What every launcher needs: groups of rows with their constants a rank class, and their buffers on the device."""
+"""What every launcher needs: groups of rows with constants per rank class, and their buffers on the device."""
 
 from __future__ import annotations
 

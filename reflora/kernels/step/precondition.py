@@ -1,4 +1,4 @@
-"""gA <- S^-1 gA, gB <- gB S, or S and S^-1 alone: Grams over chunks, a solve a row, and products over chunks."""
+"""gA <- S^-1 gA, gB <- gB S, or S and S^-1 alone: Grams over chunks, one solve per row, and products over chunks."""
 
 from typing import Any
 
@@ -75,7 +75,7 @@ def precondition(plan: Plan, scalar: bool, precision: str, start: int, results: 
 
 
 def solve(plan: Plan, precision: str, start: int, results: Tensor) -> None:
-    """The same S, to where SAVED points: `[2, r, r]` a row, S and S^-1; gradients are left alone."""
+    """The same S, to where SAVED points: `[2, r, r]` per row, S and S^-1; gradients are left alone."""
     prepared = prepare(plan)
     table = prepared.table(plan.table)
     for group in prepared.groups:

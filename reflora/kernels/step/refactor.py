@@ -1,4 +1,4 @@
-"""A <- P^T A, B <- B P^-T with `P P^T = S`: Grams over chunks, a solve a row, and products over chunks."""
+"""A <- P^T A, B <- B P^-T with `P P^T = S`: Grams over chunks, one solve per row, and products over chunks."""
 
 from typing import Any
 
@@ -73,7 +73,7 @@ def refactor_kernel(
 
 
 def factor_type(constants: dict[str, Any]) -> Any:
-    """What P and its inverse are kept and applied in: B A is to stay what it is."""
+    """The type P and its inverse are kept and applied in, so that B A stays what it is."""
     return constants["TC"] if constants["WIDE"] == tl.float32 else constants["WIDE"]
 
 

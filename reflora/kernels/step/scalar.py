@@ -134,7 +134,7 @@ def squares_kernel(
 def balance_kernel(
     table, rows, headers, results, work, GRADIENTS: tl.constexpr, RC: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
-    """What both sides of a row are multiplied by: the factors, or for GRADIENTS these. A program a row."""
+    """What both sides of a row are multiplied by: the factors, or for GRADIENTS these. One program per row."""
     row, width, p_row, parts, header, r, code = entry(table, rows, headers, work, RC, WIDE)
     if column(p_row, col.ACTIVE) == 0:
         refuse(row, header, results)

@@ -124,7 +124,7 @@ def move_saved(p_row, area, r, code, TO_ROW: tl.constexpr, RC: tl.constexpr, WID
 
 @triton.jit
 def load_saved(address, o, mask, code, WIDE: tl.constexpr):
-    """Of an S, which is in float64 beside float64 factors, else in float32."""
+    """Elements of a saved S: float64 where the factors are, else float32."""
     if WIDE == tl.float64:
         if code == FLOAT64:
             values = load(address, o, mask, code, FLOAT64, WIDE)
