@@ -12,8 +12,8 @@ CAPABILITIES ?= 80,86,89,90,100
 CAPABILITY ?= 90
 ORDER ?= forward random
 MESSAGES := build/messages
-# tests of every kernel and variant; what the rest adds is other numbers
-KERNELS := tests/spec/test_step.py $(patsubst %,tests/unit/test_kernels_%.py,routes storages linalg eigh)
+# every kernel over ranks, storage types and modes of a step
+KERNELS := tests/spec/test_step.py tests/spec/test_step_stored.py $(patsubst %,tests/unit/test_kernels_%.py,routes storages linalg eigh)
 EMULATED = MESSAGES=$(MESSAGES) PYTHONPATH=tools/ptxsim:tests PTXSIM_CACHE=build/ptxsim PTXSIM_CAPABILITY=$(CAPABILITY) \
 	OMP_NUM_THREADS=1 $(PY) -m pytest -p ptxsim.plugin -m kernels -n $(WORKERS) --dist worksteal
 
@@ -39,7 +39,7 @@ pytest: $(BUILT)  ## the tests but for those of kernels; ARGS= for pytest
 	rm -rf $(MESSAGES)
 	MESSAGES=$(MESSAGES) OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
-kernels: $(BUILT)  ## tests of every kernel and variant, on what Triton compiles for a GPU; CAPABILITY=80|90
+kernels: $(BUILT)  ## tests of every kernel, on what Triton compiles for a GPU; CAPABILITY=80|90
 	$(EMULATED) $(or $(ARGS),$(KERNELS))
 
 emulate: $(BUILT)  ## all tests of kernels, on such code, and the emulator's own; ORDER= forward, reverse, random

@@ -21,7 +21,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
-CLASSES = (16, 32, 64, 128)
+from reflora.kernels.routes import ROUTES
+
+CLASSES = tuple(ROUTES)
 # by capability: most shared memory a block can opt in to, KiB (CUDA C++ Programming Guide, technical specifications)
 SHARED_LIMITS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
 CAPABILITIES = tuple(SHARED_LIMITS)

@@ -56,7 +56,7 @@ PYBIND11_MODULE(_C, m) {
           py::arg("n"), py::arg("threads"),
           "Symmetric eigenproblems; v = 0: values only; arithmetic in the type of x.");
     m.def("instruction_set", &instruction_set, "The instruction set chosen on this processor.");
-    m.attr("COLUMNS") = int(COLUMNS);
-    m.attr("RESULTS") = int(RESULTS);
-    m.attr("HYPERS") = int(HYPERS);
+    py::dict numbers;
+    for (const Number& one : NUMBERS) numbers[one.name] = one.number;
+    m.attr("NUMBERS") = numbers;  // of reflora/columns.py, when this was built
 }

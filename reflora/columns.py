@@ -33,4 +33,6 @@ NUMBERS = {name: number for name, number in list(globals().items()) if name.isup
 if __name__ == "__main__":
     print("// Made from reflora/columns.py.\n#pragma once\n\nnamespace reflora {\n\nenum Column {")
     print(*(f"    {name} = {number}," for name, number in NUMBERS.items()), sep="\n")
+    print("};\n\nstruct Number {\n    const char* name;\n    int number;\n};\n\nconstexpr Number NUMBERS[] = {")
+    print(*(f'    {{"{name}", {name}}},' for name in NUMBERS), sep="\n")
     print("};\n\n}  // namespace reflora")

@@ -26,7 +26,7 @@ def drawn(dtype: torch.dtype, seed: int, count: int, ranks: range) -> list[tuple
     return list(adversarial.pairs(count, ranks, torch.Generator().manual_seed(seed), dtype))
 
 
-def draw(dtype: torch.dtype, count: int = 1000, seed: int = 1, ranks: range = range(1, 131)) -> tuple[list[str], Pairs]:
+def draw(dtype: torch.dtype, count: int = 500, seed: int = 1, ranks: range = range(1, 131)) -> tuple[list[str], Pairs]:
     """The first of 500, whose drawing takes 1 s; of another seed as many as are asked for."""
     made = drawn(dtype, seed, 500 if seed == 1 else count, ranks)[:count]
     return [name for name, _, _ in made], [(A.clone(), B.clone()) for _, A, B in made]

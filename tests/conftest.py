@@ -87,13 +87,14 @@ def solved_apart(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """In the emulator ranks up to 16 are solved in a launch of their own, as larger ones are: the same bits.
 
     It then compiles one solve per type, not one for every way to read gradients, which takes most of its time.
-    test_kernels_routes.py compares the two; tests marked as_launched take the launches of a GPU.
+    test_kernels_routes.py compares the two; tests that are marked as_launched take the launches of a GPU.
     """
     marked = request.node.get_closest_marker
     if marked("kernels") and not marked("as_launched"):
         from reflora.kernels import routes
 
-        monkeypatch.setitem(routes.ROUTES, 16, dataclasses.replace(routes.ROUTES[16], gram_warps=1))
+        route = routes.ROUTES[16]
+        monkeypatch.setitem(routes.ROUTES, 16, dataclasses.replace(route, gram_warps=route.warps))
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..columns import RESULTS
+from ..columns import NUMBERS, RESULTS
 from ..constants import KAPPA_MAX, KAPPA_OF_RANK
 from ..plan import Plan
 from . import AdamWStep, torch_backend
@@ -26,12 +26,15 @@ except ImportError as error:
     if Path(__file__).parents[2].joinpath("CMakeLists.txt").exists():
         _missing = f"the source tree's C++ core is not built ({error}): leave its folder, or pip install -e . in it"
 
+if _C is not None and _C.NUMBERS != NUMBERS:
+    _C, _missing = None, "the C++ core was built on another table of columns; run pip install -e . again"
+
 NAME = "cpp"
 
 _REFACTOR, _PRECONDITION, _SOLVE, _ADAMW = range(4)
-# larger matrices go through torch
-_LARGEST = 128
 _POLAR, _GEOMETRIC_MEAN, _SQRTM, _INVSQRTM, _SVD, _INV_ROOT = range(6)
+# matrices past this order go through torch
+_MOST = 128
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -74,7 +77,7 @@ def eigh(
     out: tuple[Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Tridiagonal QL, in the dtype `precision`; V0 is ignored. n > 128 goes through torch."""
-    if X.shape[-1] > _LARGEST:
+    if X.shape[-1] > _MOST:
         return torch_backend.eigh(X, precision, V0, vectors, out)
     w, V = out or (X.new_empty(X.shape[:2]), torch.empty_like(X) if vectors else None)
     compute = getattr(torch, precision)
@@ -90,7 +93,7 @@ def eigh(
 
 def svd(X: Tensor, precision: str, out: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """One-sided Jacobi. n > 128 goes through torch."""
-    if X.shape[-1] > _LARGEST:
+    if X.shape[-1] > _MOST:
         return torch_backend.svd(X, "float64", out)
     U, S, Vh = out or (torch.empty_like(X), X.new_empty(X.shape[:2]), torch.empty_like(X))
     _matrices(_SVD, X, None, U, S, Vh)
@@ -113,7 +116,7 @@ def sqrtm(X: Tensor, precision: str, inverse: bool, out: Tensor | None = None) -
 
 def inv_root(X: Tensor, p: float, eps: float, unit: float, precision: str, out: Tensor | None = None) -> Tensor:
     """By `eigh` in float64. n > 128 goes through torch."""
-    if X.shape[-1] > _LARGEST:
+    if X.shape[-1] > _MOST:
         return torch_backend.inv_root(X, p, eps, unit, "float64", out)
     return _matrices(_INV_ROOT, X, None, torch.empty_like(X) if out is None else out, root=p, shift=eps, unit=unit)
 

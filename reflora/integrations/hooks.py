@@ -166,8 +166,8 @@ class GradientHooks:
             further = torch.stack([units[:, 0].minimum(found.scale), units[:, 1].maximum(found.scale)], 1)
             # 0 and 1: no unit to keep
             units = further.where(found.left[:, None] & (units > 0) & (units != 1), units)
-        settled = kept[:, 2:].maximum(found.left[:, None])
-        return units.where(units > 0, 1.0), torch.cat([units, settled], 1)
+        final = kept[:, 2:].maximum(found.left[:, None])
+        return units.where(units > 0, 1.0), torch.cat([units, final], 1)
 
     def _next_groups(self) -> list[HookGroup]:
         """The groups after the backward passes so far, in new tensors; factors may have moved since."""
@@ -201,7 +201,7 @@ class GradientHooks:
         fail("a copy of GradientHooks", "hooks of one model", "copy or pickle", remedy, TypeError)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """By layer name `[experts, 4]`: its constants for A and B, whether they are settled, and its steps so far."""
+        """By layer name `[experts, 4]`: its constants for A and B, whether they are final, and its steps so far."""
         state = self._state()
         return {pair.name: state[index].clone() for index, pair in enumerate(self.pairs)}
 

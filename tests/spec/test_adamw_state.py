@@ -1,4 +1,4 @@
-"""RefLoRAAdamW's state and manners: skipped layers, resuming, groups, scalers, threads, what a torch optimizer does."""
+"""RefLoRAAdamW's state and manners: what its layers report, groups, scalers, what a torch optimizer does."""
 
 import copy
 import weakref

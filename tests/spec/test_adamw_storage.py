@@ -1,4 +1,4 @@
-"""What RefLoRAAdamW keeps beside 16-bit factors, and the Grams it may carry from step to step."""
+"""What RefLoRAAdamW keeps beside 16-bit factors."""
 
 import copy
 

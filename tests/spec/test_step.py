@@ -94,6 +94,7 @@ def test_every_rank_class(every_backend, r, scalar):
         assert (check_step(rows, grads_like(rows.pairs), scalar=scalar)[:, col.STATUS] == REFACTORED).all()
 
 
+@pytest.mark.as_launched
 @by_name(["exact", "start", "interval and warm-up", "scalar, start"])
 def test_amsgrad_maximize_and_a_scaled_gradient(every_backend, name):
     rows = Rows(layers(4, DOUBLE)[:6], every_backend, OTHERS)
@@ -123,6 +124,7 @@ def test_where_S_is_I_it_is_torchs_adamw(every_backend, amsgrad):
 # ---- rows that take no step
 
 
+@pytest.mark.as_launched
 @SCALAR
 @pytest.mark.parametrize("bad", ["gradient", "factor", "found_inf", "no gradients"])
 def test_a_row_that_does_not_run_changes_nothing(every_backend, scalar, bad):
@@ -130,7 +132,8 @@ def test_a_row_that_does_not_run_changes_nothing(every_backend, scalar, bad):
     if bad == "factor":
         start[1].A[2, 3] = torch.inf
     rows, options = Rows(start, every_backend), {"scalar": scalar, "interval": 2}
-    options["found_inf"] = torch.zeros((), device=device_of(every_backend))
+    if bad == "found_inf":
+        options["found_inf"] = torch.zeros((), device=device_of(every_backend))
     for _ in range(2):  # the next S is due
         rows.step(grads_like(start), **options)
     before, grads = [rows.snapshot(number) for number in range(3)], grads_like(start)
@@ -138,7 +141,8 @@ def test_a_row_that_does_not_run_changes_nothing(every_backend, scalar, bad):
         grads[1][1][2, 3] = torch.inf
     if bad == "no gradients":
         grads[1] = (None, None)
-    options["found_inf"].fill_(bad == "found_inf")
+    if bad == "found_inf":
+        options["found_inf"].fill_(1.0)
     result = rows.step(grads, **options)
     changed = [not same(rows.tensors(number), old) for number, old in enumerate(before)]
     assert changed == [bad != "found_inf", False, bad != "found_inf"]
@@ -148,6 +152,7 @@ def test_a_row_that_does_not_run_changes_nothing(every_backend, scalar, bad):
 UNCHECKED = {}, {"scalar": True}, {"warmup_steps": 9}, {"interval": 3}, {"start": START_STEPS}
 
 
+@pytest.mark.as_launched
 @pytest.mark.parametrize("options", UNCHECKED, ids=str)
 def test_unchecked_gradients_that_are_nan_count_as_zero(every_backend, options):
     start = layers(4, FLOAT)[:3]
@@ -259,6 +264,12 @@ def test_a_row_without_a_saved_S_is_solved_when_it_is_seen(every_backend):
     result = rows.step(grads_like(rows.pairs), interval=4)
     assert result[0, col.STATUS] == REFACTORED and result[0, col.BALANCE].isnan()
     assert torch.equal(rows.own("A", SAVED)[0], saved)
+
+
+def test_a_saved_S_of_float32_beside_one_of_float64(every_backend):
+    rows = Rows([*layers(4, FLOAT)[:2], *layers(4, DOUBLE)[:2]], every_backend)
+    for _ in range(3):
+        check_step(rows, grads_like(rows.pairs), interval=3)
 
 
 @pytest.mark.parametrize("lr_dtype", [FLOAT, DOUBLE], ids=str)

@@ -1,8 +1,9 @@
-"""Every Triton kernel compiles for sm_80 and sm_90 without a GPU, within its register and memory budget."""
+"""What a step launches compiles for sm_80 and sm_90 without a GPU, within its register and memory budget."""
 
 import pytest
 
 from benchmarks import compile_table
+from reflora.kernels.variants import variant
 
 # sm_86 and sm_89 have the least, 99 KiB a program
 SHARED_LIMIT = 99 * 1024
@@ -34,3 +35,11 @@ def test_other_variants_of_the_step_compile(compiled):
     assert len(rows) == 4
     for row in rows:
         assert row.shared <= SHARED_LIMIT and row.spills == 0, row
+
+
+@pytest.mark.parametrize("name", compile_table.kernel_names())
+def test_every_argument_of_a_kernel_has_a_type_or_a_value(name):
+    """Ahead of a launch, as the compile table and `make gpu` build them."""
+    kernel, signature, constants, _ = variant(name, 16, "float64", "float32")
+    assert list(signature) == kernel.arg_names
+    assert {argument for argument, kind in signature.items() if kind == "constexpr"} == set(constants)

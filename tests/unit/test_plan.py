@@ -1,5 +1,6 @@
 """The table of pointers, and that the core is built on the same columns."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -7,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import served
 
 from reflora import columns as col
 from reflora import constants
+from reflora.backends import cpp_backend
 from reflora.columns import A_SIDE, B_SIDE
+from reflora.kernels.routes import class_of
 from reflora.pairs import LoRAPair, as_pairs
 from reflora.plan import Plan
 
@@ -24,10 +28,24 @@ def test_the_core_is_built_on_these_columns():
     assert {name: int(number) for name, number in re.findall(r"(\w+) = (\d+)", header)} == col.NUMBERS
 
 
+@pytest.mark.skipif(not served("cpp"), reason="there is no core")
+def test_a_core_of_other_columns_is_not_used(monkeypatch):
+    """It would read and write at wrong addresses."""
+    with monkeypatch.context() as patch:
+        patch.setitem(col.NUMBERS, "SAVED", 0)
+        found = importlib.reload(cpp_backend).unavailable(torch.device("cpu"))
+    assert found == "the C++ core was built on another table of columns; run pip install -e . again"
+    assert importlib.reload(cpp_backend).unavailable(torch.device("cpu")) is None
+
+
 def test_the_core_counts_storage_types_alike():
     names = {"F32": torch.float32, "F64": torch.float64, "BF16": torch.bfloat16, "F16": torch.float16}
     body = re.search(r"enum DType \{(.*?)\}", (ROOT / "csrc" / "table.h").read_text())[1]
     assert [names[name] for name in re.findall(r"\w+", body)] == list(constants.STORAGE_DTYPES)
+
+
+def test_rank_classes():
+    assert [class_of(n) for n in (1, 16, 17, 64, 65, 128, 129)] == [16, 16, 32, 64, 128, 128, 0]
 
 
 def read(row, side, i, k, tensor):
