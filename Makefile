@@ -6,8 +6,8 @@ OUT ?= benchmarks/out
 ARGS ?=
 DATA ?= hub
 SMALL := --model minilm --batch 8 --length 64 --bfloat16 --eval-rows 400
-# two workers with a thread each; a test that wants more threads asks torch for them
-WORKERS ?= 2
+# a worker per core, at most four, with a thread each; a test that wants more threads asks torch for them
+WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores < 4 ? cores : 4)))
 CAPABILITIES ?= 80,86,89,90,100
 CAPABILITY ?= 90
 ORDER ?= forward random
