@@ -276,3 +276,10 @@ def test_float64_storage_of_long_factors(fast_backend):
     for r in (2, 8, 32):
         A, B = spectrum_pair(r, 1536, 2048, 3.0, 1e4)
         assert affine_error(read_S(A, B, fast_backend)[0], A, B) <= 1e-8
+
+
+def test_products_past_the_storage_range_saturate(backend):
+    A, B = torch.randn(4, 30), torch.randn(20, 4) * 1e-30
+    gA, gB = torch.randn_like(A) * 1e20, torch.randn_like(B)
+    precondition_([(A, B)], [(gA, gB)], backend=backend)
+    assert gA.isfinite().all() and gA.abs().max() == torch.finfo(torch.float32).max
