@@ -10,7 +10,7 @@ def files(folder: str, names: str) -> str:
 
 
 LINALG = f"{files('spec', 'linalg eigh')} {files('property', 'adversarial_linalg')}"
-STEPS = files("spec", "step step_stored functional adamw")
+STEPS = files("spec", "step step_stored functional adamw adamw_changes")
 START = files("spec", "start start_states")
 COUNTS, HOOKS = files("spec", "start_counts"), files("spec", "hooks")
 ABSENT, MEMBERS, OPTIONS = files("spec", "absent_ranks"), files("integration", "membership"), files("spec", "options")

@@ -29,7 +29,6 @@ FAULTS = (
         "step/update.py",
         "bounded(mixed, limit), m_factor",
         "mixed, m_factor",
-        "tests/unit/test_kernels_routes.py",
     ),
     triton(
         "a Gram is read before it is whole",

@@ -49,7 +49,7 @@ SPECTRA = (
         (DOUBLE, (10, 1e4), (1, 1), "float64", 1e-8), (DOUBLE, (1e4, 1e4), (1, 1), "float64", 1e-8),
         (torch.float32, (3, 500), (1, 1), "float32", 5e-3),
     )),
-    (8, DOUBLE, (3, 500), (1, 1), "float32", 5e-3),
+    *((r, DOUBLE, (3, 500), (1, 1), "float32", 5e-3) for r in (8, 24)),
     *((5, torch.float32, (3, 50), scales, precision, 5e-3) for precision in ("float64", "float32")
       for scales in ((1e30, 1e30), (1e-30, 1e-30), (1e15, 1e-15))),
 )  # fmt: skip
