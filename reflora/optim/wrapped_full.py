@@ -2,46 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from ..ambient import independent
 from ..columns import PLAIN
-from ..diagnostics import Diagnostics, uniform
-from ..pairs import LoRAPair, local
+from ..diagnostics import uniform
+from ..pairs import local
 from .state import PHASE, SAVED, STEPS
+from .wrapped_pairs import OwnPairs
 
 if TYPE_CHECKING:
-    from .pairs import Counts, PairOps
-    from .sharded import ShardedOps
-    from .units import Units
+    from .pairs import Counts
 
 Written = list[tuple[Tensor, int]]
 
 
-class FullStep(Optimizer):
+class FullStep(OwnPairs):
     """The part of Wrapped for scalar=False."""
 
-    pairs: list[LoRAPair]
-    interval: int
-    warmup_steps: int | None
     _pending: tuple[Written, dict[Tensor, dict[str, Tensor]]] | None
-    _skip: Diagnostics | None
-    _params: Callable[[], list[Tensor]]
-    if TYPE_CHECKING:
-
-        @property
-        def _gentle(self) -> bool: ...
-
-        @property
-        def _units(self) -> Units: ...
-
-        @property
-        def _ops(self) -> PairOps | ShardedOps: ...
 
     def _preconditioned(self, active: list[bool], steps: int) -> dict[Tensor, dict[str, Tensor]]:
         """`_precondition`, but not again after a failed step of the base class: its gradients already are."""

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ..checks import fail
+from ..diagnostics import Diagnostics
 from ..pairs import LoRAPair, as_pairs
 from .membership import HALVED, LONE, NOWHERE, check_whole, halved, nowhere, pairs_of_added, say_plain
 from .options import check_added, check_like_defaults
 from .state import STEPS
+
+if TYPE_CHECKING:
+    from .pairs import PairOps
+    from .sharded import ShardedOps
+    from .units import Units
 
 SKIPS = "reflora_skipped"
 DEFAULTS = {"scalar": False, "interval": 1, "warmup_steps": None, "backend": None, "precision": "float64"}
@@ -27,12 +33,25 @@ class OwnPairs(Optimizer):
 
     base: type[Optimizer]
     pairs: list[LoRAPair]
+    interval: int
+    warmup_steps: int | None
+    _skip: Diagnostics | None
     _places: list[tuple[int | None, int | None]]
     _told: set[str]
     _again: Callable[[], list[LoRAPair]] | None
     _built = False
     # the active pairs of the last step that was checked
     _looked: list[bool] | None = None
+    if TYPE_CHECKING:
+
+        @property
+        def _gentle(self) -> bool: ...
+
+        @property
+        def _units(self) -> Units: ...
+
+        @property
+        def _ops(self) -> PairOps | ShardedOps: ...
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As RefLoRAAdamW's."""

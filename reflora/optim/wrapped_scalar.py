@@ -3,47 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from ..ambient import independent
 from ..backends.torch_solve import met
 from ..columns import BALANCED, PLAIN
-from ..diagnostics import Diagnostics, uniform
-from ..pairs import LoRAPair
+from ..diagnostics import uniform
 from ..reference import meet
 from .state import PHASE
 from .transport import Transport
-
-if TYPE_CHECKING:
-    from .pairs import PairOps
-    from .sharded import ShardedOps
-    from .units import Units
+from .wrapped_pairs import OwnPairs
 
 
-class ScalarStep(Optimizer):
+class ScalarStep(OwnPairs):
     """The part of Wrapped for scalar=True."""
 
-    pairs: list[LoRAPair]
-    interval: int
-    warmup_steps: int | None
     _balanced: set[int]
-    _skip: Diagnostics | None
     _base_step: Callable[..., None]
     _hold_places: Callable[[], None]
-    if TYPE_CHECKING:
-
-        @property
-        def _gentle(self) -> bool: ...
-
-        @property
-        def _units(self) -> Units: ...
-
-        @property
-        def _ops(self) -> PairOps | ShardedOps: ...
 
     def _scalar_step(self, active: list[bool], steps: int, moving: bool, *loss: Any) -> None:
         """RefLoRA-S. `moving` is False in a step that only makes state, such as a loader's."""

@@ -26,7 +26,7 @@ from .state import PHASE, SAVED, STEPS, compare_shapes, shapes_of_pair
 from .transport import check_movable, proportional
 from .units import UNIT, Units
 from .wrapped_full import FullStep, Written, same, versions
-from .wrapped_pairs import DEFAULTS, SKIPS, OwnPairs
+from .wrapped_pairs import DEFAULTS, SKIPS
 from .wrapped_scalar import ScalarStep
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def reflora_class(base: type[Optimizer]) -> type[Wrapped]:
     return _classes[base]
 
 
-class Wrapped(FullStep, ScalarStep, OwnPairs):
+class Wrapped(FullStep, ScalarStep):
     """Mixed into an optimizer class by `reflora_class`.
 
     pairs, scalar, interval, warmup_steps, backend, precision: as in RefLoRAAdamW. Other arguments go to the base class,

@@ -155,19 +155,6 @@ def has_saved(p_row, r, code, RC: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def solve_row(
-    p_row, area, r, code, scale_a, norm_a, scale_b, norm_b, useful, used, weight, KAPPA_MAX: tl.constexpr,
-    RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr,
-):  # fmt: skip
-    """S and S^-1 of this step, from the Grams; used: their scale. Returns (status, kappa_a, kappa_b)."""
-    status, kappa_a, kappa_b = decide(
-        p_row, area, r, scale_a, norm_a, scale_b, norm_b, useful, weight, KAPPA_MAX, RC, TC
-    )
-    status = solve_s(area, r, status, used, code, RC, BM, BK, WIDE, TC)
-    return status, kappa_a, kappa_b
-
-
-@triton.jit
 def settle(
     p_row, row, area, header, results, hypers, width, r, code, warmup, start, interval, SCHEDULED: tl.constexpr,
     KAPPA_MAX: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr,
@@ -215,10 +202,10 @@ def settle(
             status = tl.full((), col.REFACTORED, tl.int32)
         else:
             used = tl.where(useful & (start == 0), c, 1.0)
-            status, kappa_a, kappa_b = solve_row(
-                p_row, area, r, code, scale_a, norm_a, scale_b, norm_b, useful, used, shrink_weight(steps, start),
-                KAPPA_MAX, RC, BM, BK, WIDE, TC,
-            )  # fmt: skip
+            status, kappa_a, kappa_b = decide(
+                p_row, area, r, scale_a, norm_a, scale_b, norm_b, useful, shrink_weight(steps, start), KAPPA_MAX, RC, TC
+            )
+            status = solve_s(area, r, status, used, code, RC, BM, BK, WIDE, TC)
             if SCHEDULED:
                 if interval > 1:
                     tl.debug_barrier()
