@@ -14,7 +14,7 @@ from torch import Tensor
 
 import reflora
 
-CASES = 300
+CASES = 200
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 WRONG = (torch.int64, torch.complex64, torch.bool)
 SENTINEL = 77.0

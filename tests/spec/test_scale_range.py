@@ -48,6 +48,8 @@ def outcomes(backend, dtype, call):
 @pytest.mark.parametrize("call", ["refactor_", "scalar", "full", "adamw"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_backend_decides_alike(backend, dtype, call):
+    if backend == "torch":
+        pytest.skip("the others are compared with it")
     (found, values), (wanted, expected) = outcomes(backend, dtype, call), outcomes("torch", dtype, call)
     assert found.status.tolist() == wanted.status.tolist()
     torch.testing.assert_close(found.scale, wanted.scale, rtol=1e-12, atol=0)

@@ -28,6 +28,7 @@ from reflora.optim.state import MASTER
 from reflora.pairs import LoRAPair
 from reflora.reference import Hypers
 
+WIDER = "float64", "float16", "bfloat16, master"
 SCALAR = pytest.mark.parametrize("scalar", [False, True], ids=["full", "scalar"])
 
 
@@ -96,7 +97,7 @@ def test_stochastic_rounding_leaves_exact_values_and_the_range(fast_backend):
     assert all(t.isfinite().all() for t in rows.tensors())
 
 
-@pytest.mark.parametrize("stored", ["float32", "float64", "float16", "bfloat16, master"])
+@pytest.mark.parametrize("stored", ["float32", *(pytest.param(s, marks=pytest.mark.thorough) for s in WIDER)])
 def test_other_rows_round_to_nearest(every_backend, stored):
     dtype, storage = STORED[stored]
     start = [pair(dtype=dtype)]
@@ -138,8 +139,7 @@ def check_carried(backend, start, storage=None, scaled=True, **options):
         assert same(*([result] for result in results)) and same(carried, fresh), number
 
 
-@pytest.mark.as_launched
-@pytest.mark.parametrize("dtype", [FLOAT, DOUBLE], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(FLOAT, marks=pytest.mark.as_launched), DOUBLE], ids=str)
 def test_carried_grams_are_the_fresh_ones(every_backend, dtype):
     check_carried(every_backend, layers(4, dtype), scaled=dtype == FLOAT)
 

@@ -1,5 +1,7 @@
 """The eigensolver kernels and what stands on them, against LAPACK: the same accuracy on every kind of matrix."""
 
+from functools import partial
+
 import pytest
 import torch
 from kernel_cases import DEVICE, DOUBLE, MARKS
@@ -9,6 +11,7 @@ from reflora.backends import torch_backend, triton_backend
 
 pytestmark = MARKS
 SINGLE = torch.float32
+THOROUGH = partial(pytest.param, marks=pytest.mark.thorough)
 UNIT = 2.2e-16
 PRECISIONS = [(SINGLE, "float32"), (DOUBLE, "float64")]
 FEW = {
@@ -64,7 +67,7 @@ def test_every_kind_of_matrix(n, dtype, precision):
 
 
 @pytest.mark.parametrize(
-    "n, kind", [(5, "graded over 1e12"), (5, "close to I"), (64, "graded rows"), (128, "close to I")]
+    "n, kind", [(5, "graded over 1e12"), (5, "close to I"), THOROUGH(64, "graded rows"), (128, "close to I")]
 )
 def test_mixed_precision_and_large_ones(n, kind):
     precision = "float64" if n == 5 else "float32"
@@ -177,7 +180,9 @@ def singular_errors(X, U, S, Vh):
     return torch.stack([residual / size, left, right, values / size], 1)
 
 
-@pytest.mark.parametrize("dtype, precision, n", [(*t, n) for t in PRECISIONS for n in (1, 5)] + [(*PRECISIONS[0], 20)])
+@pytest.mark.parametrize(
+    "dtype, precision, n", [*((*t, n) for t in PRECISIONS for n in (1, 5)), THOROUGH(*PRECISIONS[0], 20)]
+)
 def test_svd(dtype, precision, n):
     names = singular_kinds(n)
     if n != 5:

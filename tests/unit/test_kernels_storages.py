@@ -25,9 +25,9 @@ STORAGES = {
     "float16": (torch.float16,),
     "mixed": (torch.float32, torch.bfloat16, DOUBLE, torch.float16),
 }
-# the larger classes take a minute each to compile
-CASES = [(8, storage) for storage in STORAGES]
-CASES += [(24, "float32"), (24, "bfloat16"), (24, "mixed"), (48, "float32"), (100, "float32")]
+CASES = [(8, storage) for storage in STORAGES] + [(24, "float32")]
+LARGE = [(24, "bfloat16"), (24, "mixed"), (48, "float32"), (100, "float32")]
+CASES += [pytest.param(*case, marks=pytest.mark.thorough) for case in LARGE]  # the same code, for as long again
 
 
 def pairs_of(r, storage):

@@ -27,6 +27,8 @@ FLAGS = [
     "-fvisibility=hidden",
 ]
 WARNINGS = ["-Wall", "-Wextra"]
+# read once, not by each source: most of the time of a build
+HEADERS = ("immintrin.h", "algorithm", "array", "functional", "map", "memory", "string", "unordered_map", "vector")
 
 
 class BuildError(RuntimeError):
@@ -102,9 +104,13 @@ def _library(name: str, sources: Sequence[Path], flags: Sequence[str], link: Seq
 
 
 def _compile(compiler: str, sources: Sequence[Path], flags: Sequence[str], link: Sequence[str], target: Path) -> None:
+    common = target.with_name("common.h")
+    common.write_text("".join(f"#include <{header}>\n" for header in HEADERS))
+    _run([compiler, *flags, "-x", "c++-header", str(common), "-o", f"{common}.gch"])
+
     def one(source: Path) -> str:
         made = target.with_name(f"{source.stem}.o")
-        _run([compiler, *flags, *WARNINGS, "-c", str(source), "-o", str(made)])
+        _run([compiler, *flags, *WARNINGS, "-include", str(common), "-c", str(source), "-o", str(made)])
         return str(made)
 
     # the largest first, so that no long one is left for the end
