@@ -84,7 +84,8 @@ def test_what_runs_out_of_time_is_interrupted(tmp_path: Path) -> None:
 
 
 def test_a_part_that_fails_is_reported_and_the_others_run(tmp_path: Path) -> None:
-    code, commands, summary = run(tmp_path, PARTS="step eigh glue", BROKEN="--tasks rte --seeds 1")
+    # the first of 15 in the background: long gone when the last one starts
+    code, commands, summary = run(tmp_path, PARTS="step eigh glue", BROKEN="--tasks cola --seeds 0")
     assert code == 1
     assert "==== glue: failed (1) in " in summary and "==== glue-table: ok in " in summary
     assert [command[0] for command in commands].count("python") == 1 + 2 + 16
