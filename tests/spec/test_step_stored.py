@@ -139,7 +139,7 @@ def check_carried(backend, start, storage=None, scaled=True, **options):
         assert same(*([result] for result in results)) and same(carried, fresh), number
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(FLOAT, marks=pytest.mark.as_launched), DOUBLE], ids=str)
+@pytest.mark.parametrize("dtype", [FLOAT, DOUBLE], ids=str)
 def test_carried_grams_are_the_fresh_ones(every_backend, dtype):
     check_carried(every_backend, layers(4, dtype), scaled=dtype == FLOAT)
 

@@ -67,7 +67,8 @@ def test_every_kind_of_matrix(n, dtype, precision):
 
 
 @pytest.mark.parametrize(
-    "n, kind", [(5, "graded over 1e12"), (5, "close to I"), THOROUGH(64, "graded rows"), (128, "close to I")]
+    "n, kind",
+    [*map(THOROUGH, (5, 5, 64), ("graded over 1e12", "close to I", "graded rows")), (128, "close to I")],
 )
 def test_mixed_precision_and_large_ones(n, kind):
     precision = "float64" if n == 5 else "float32"
@@ -136,7 +137,7 @@ def test_signs(dtype, precision):
         assert bool((largest > 0).all())
 
 
-@pytest.mark.parametrize("dtype, precision", PRECISIONS)
+@pytest.mark.parametrize("dtype, precision", [PRECISIONS[0], THOROUGH(*PRECISIONS[1])])
 def test_warm_start(dtype, precision):
     """Good or bad, a start changes rounding only; a bad one is as if there were none."""
     X = stack([kinds(6)[k] for k in ("gaussian", "repeated", "gaussian", "graded over 1e12", "close to I")], dtype)

@@ -23,7 +23,10 @@ def close(got, want, rtol):
     assert float(error.max()) < rtol, error
 
 
-@pytest.mark.parametrize("dtype, rtol, n", [*((*t, n) for t in TYPES for n in (1, 2, 5, 12)), (DOUBLE, 1e-11, 33)])
+LARGE = pytest.param(DOUBLE, 1e-11, 33, marks=pytest.mark.thorough)
+
+
+@pytest.mark.parametrize("dtype, rtol, n", [*((*t, n) for t in TYPES for n in (1, 2, 5, 12)), LARGE])
 def test_against_the_reference(dtype, rtol, n):
     batch = 2 if n < 20 else 1
     X, Y, G = spd(batch, n, 100, dtype), spd(batch, n, 30, dtype, 7.0), torch.randn(batch, n, n).to(DEVICE, dtype)

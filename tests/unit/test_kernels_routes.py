@@ -88,10 +88,10 @@ def test_who_solves_changes_no_bit(schedule, request):
     assert_same(by_the_last_to_arrive, run(torch.float32, SCHEDULES[schedule]))
 
 
-def test_carried_grams_are_fresh_ones_by_the_other_route():
-    """test_step_stored.py has those of the first."""
-    fresh = run(torch.float32, SCHEDULES["fresh"], "row")
-    assert_same(fresh, run(torch.float32, SCHEDULES["fresh"], "row", carry=True))
+@pytest.mark.parametrize("route", [pytest.param("split", marks=pytest.mark.thorough), "row"])
+def test_carried_grams_are_fresh_ones(route):
+    fresh = run(torch.float32, SCHEDULES["fresh"], route)
+    assert_same(fresh, run(torch.float32, SCHEDULES["fresh"], route, carry=True))
 
 
 def test_rows_that_sit_out_a_step_with_carried_grams(apart):
