@@ -66,8 +66,8 @@ class RefLoRAAdamW(CompiledStep, GroupedPairs, torch.optim.AdamW):  # type: igno
         precision: Of Grams and solve: "float64" or, faster on GPUs with slow float64, "float32".
         carry_grams: Keep the factors' Grams from one step to the next, which saves one read of the factors (4 of 36
             bytes per float32 parameter; on a GPU up to r = 32). Writes that bump `_version` are noticed; after one that
-            does not, through `.data`, raw memory or torch's own fused optimizers, call `invalidate()`. Never used while
-            a CUDA graph is captured, nor after.
+            does not, through `.data`, raw memory or torch's own fused optimizers, call `invalidate()`. Without
+            effect under torch.compile, while a CUDA graph is captured, and after.
         check_grads: Skip a layer whose gradient is not finite, which costs one more read of it. With False, and under
             a GradScaler, which has checked already, a NaN or inf may spread over its column (the r entries that S
             mixes): NaN then counts as 0, infinity as the largest number that can be squared.
