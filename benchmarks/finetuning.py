@@ -22,10 +22,10 @@ EVAL_BATCH = 64
 class Recipe:
     """What makes two runs the same run.
 
-    lr falls linearly to zero after `lr_warmup` rising steps, or stays where schedule is "constant"; plain_steps: of
-    AdamW before RefLoRA starts, None for the start that it has by itself, 0 also where a method has none; dropout: in
-    front of the head, None for the model's own; rows: training examples; bfloat16: autocast, weights and optimizer stay
-    as they are; targets: of LoRA, with commas between, the preset's where empty; lora_dropout: in front of A.
+    lr falls linearly to zero after `lr_warmup` rising steps; plain_steps: of AdamW before RefLoRA starts, None for
+    the start that it has by itself, 0 also where a method has none; dropout: in front of the head, None for the
+    model's own; rows: training examples; bfloat16: autocast, weights and optimizer stay as they are; targets: of
+    LoRA, with commas between, the preset's where empty; lora_dropout: in front of A.
     """
 
     model: str
@@ -40,7 +40,6 @@ class Recipe:
     weight_decay: float = 0.01
     lr_warmup: int = 0
     plain_steps: int | None = 0
-    schedule: str = "linear"
     dropout: float | None = None
     rows: int = 0
     bfloat16: bool = False
@@ -122,8 +121,6 @@ def _backward(run: Trained, recipe: Recipe, examples: Sequence[data.Example], mo
 def _rate(recipe: Recipe, step: int) -> float:
     if step < recipe.lr_warmup:
         return (step + 1) / recipe.lr_warmup
-    if recipe.schedule == "constant":
-        return 1.0
     return max(0.0, (recipe.steps - step) / max(1, recipe.steps - recipe.lr_warmup))
 
 

@@ -81,11 +81,6 @@ def rounds(rank: int) -> int:
     return rank if rank <= 64 else rank * ELIMINATIONS
 
 
-def crossing(machine: Machine, moved: int, rate: float) -> float:
-    """The rank from which r FMA a parameter take longer than `moved` bytes a parameter."""
-    return moved / machine.copy * rate / 2
-
-
 def markdown(machine: Machine = H100, cases: Sequence[tuple[str, int]] = CASES) -> str:
     """A row per kernel and case, times in microseconds."""
     head = ["case", "kernel", "MB", "GFLOP", "bytes us", "float64 us", "float32 us", "bound by"]

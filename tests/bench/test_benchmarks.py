@@ -19,7 +19,7 @@ import torch
 from conftest import spectrum_pair
 from tiny_models import texts
 
-from benchmarks import batches, data, finetune_sst2, harness, hub, methods, probes, shapes, throughput
+from benchmarks import batches, data, harness, hub, methods, probes, shapes, throughput
 from benchmarks.baselines import published_reflora
 
 CPU = torch.device("cpu")
@@ -279,27 +279,6 @@ def test_methods_share_weights_batches_and_dropout(tiny: None) -> None:
     for losses in others:
         torch.testing.assert_close(losses, base, rtol=1e-4, atol=0)
     assert len({runner.parameters[0].data_ptr() for runner in runners}) == 3
-
-
-def test_finetuning_series_resumes(tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_rows(
-        tmp_path / "rows.jsonl",
-        [{"sentence1": f"good {i}" if i % 2 else f"bad {i}", "label": i % 2} for i in range(20)],
-    )
-    size = ["--steps", "3", "--batch", "4", "--rank", "2", "--warmup", "1", "--length", "8", "--seeds", "0"]
-    arguments = ["--data", str(tmp_path / "rows.jsonl"), *size, "--out", str(tmp_path / "runs.jsonl")]
-    finetune_sst2.main([*arguments, "--methods", "lora"])
-    finetune_sst2.main([*arguments, "--methods", "lora", "reflora"])
-    runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
-    assert [run["method"] for run in runs] == ["lora", "reflora"]
-    assert all(run["finite"] and 0 <= run["accuracy"] <= 1 and len(run["losses"]) == 3 for run in runs)
-    assert runs[1]["watched"]["3"]["refactored"] + runs[1]["watched"]["3"]["degenerate"] == 13
-    assert "to LoRA" in capsys.readouterr().out
-    # another data set is another run
-    write_rows(tmp_path / "other" / "rows.jsonl", [{"sentence1": f"x {i}", "label": i % 2} for i in range(20)])
-    finetune_sst2.main(["--data", str(tmp_path / "other" / "rows.jsonl"), *arguments[2:], "--methods", "lora"])
-    runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
-    assert [run["task"] for run in runs] == [tmp_path.name, tmp_path.name, "other"]
 
 
 def test_hub_is_left_alone_where_nothing_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:

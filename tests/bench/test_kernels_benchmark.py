@@ -306,7 +306,6 @@ def test_roofline_of_one_pair_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (update.bytes, update.float32, update.float64) == (28 * 200, 2 * 4 * 200, 0)
     machine = roofline.Machine("m", copy=100.0, float64=50.0, float32=1e9)
     assert gram.times(machine) == {"bytes": 16.0, "float64": 32.0, "float32": 0.0} and gram.bound(machine) == "float64"
-    assert roofline.crossing(machine, 8, machine.float64) == 2.0  # 8 B at 100 B/s last as long as 2 FMA at 50 flop/s
 
 
 def test_notes_have_the_table_of_the_program() -> None:
