@@ -49,11 +49,14 @@ def loss_of(model: nn.Module, kind: str, x: Tensor) -> Tensor:
 def assert_trains(
     model: nn.Module, kind: str, other: nn.Module | None = None, groups: Callable[[nn.Module], Any] | None = None
 ) -> None:
-    """Four steps of RefLoRAAdamW, and of the reference with torch's AdamW on a copy, or on `other`."""
+    """Four steps as RefLoRA takes them, and of the reference with torch's AdamW on a copy, or on `other`."""
     other = other or copy.deepcopy(model)
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
-    groups = groups or (lambda one: [p for p in one.parameters() if p.requires_grad])
-    ours = reflora.RefLoRAAdamW(groups(model), pairs=reflora.find_pairs(model), lr=1e-2)
+    if groups is None:
+        groups = lambda one: [p for p in one.parameters() if p.requires_grad]  # noqa: E731
+        ours = reflora.create_reflora_optimizer(model, lr=1e-2, weight_decay=0.01)
+    else:
+        ours = reflora.RefLoRAAdamW(groups(model), pairs=reflora.find_pairs(model), lr=1e-2)
     theirs = torch.optim.AdamW(groups(other), lr=1e-2)
     pairs = [site.pair for site in find_sites(other)]
     for step in range(4):
