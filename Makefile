@@ -133,6 +133,7 @@ clean:  ## remove everything that make has made
 # what the core is compiled with
 $(TOOLS): requirements.txt
 	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(PIP) install --no-compile $$(grep '^pip==' requirements.txt)
 	$(PIP) install --no-compile $$(grep -E '^(setuptools|cmake|ninja|pybind11)==' requirements.txt)
 	touch $@
 
