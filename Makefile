@@ -35,7 +35,9 @@ help:  ## this list
 
 test:  ## what CI runs on every change: lint, the tests that need no GPU, every kernel as compiled
 	CMAKE_BUILD_PARALLEL_LEVEL=$(BESIDE) $(MAKE) -j2 build lint  # the core is compiled while pip unpacks
-	$(MAKE) pytest kernels messages
+	$(MAKE) pytest
+	$(MAKE) kernels
+	$(MAKE) messages
 
 pytest: $(BUILT)  ## the tests but for those of kernels; ARGS= for pytest
 	rm -rf $(MESSAGES)

@@ -37,7 +37,9 @@ class AdamWEngine(Engine):
         super().__init__(pairs, chosen, first_rows, backend)
         self.storage, self.captured = storage, captured
         self._owner: Any = None
+        # state tensors that the table points at, and where they lay
         self._bound: list[Tensor] = []
+        self._seen: list[int] = []
         self._owned: list[list[Tensor]] = [[], []]
         # numbers of owned pairs without state: they have had no gradient
         self._idle: set[int] = set()
@@ -67,7 +69,8 @@ class AdamWEngine(Engine):
         wakes = [i for i in self._idle if grads[2 * i] is not None or grads[2 * i + 1] is not None]
         if self._owner is state and self._options == options and not wakes:
             now = self._now(state)
-            if now and len(now) == len(self._bound) and all(map(is_, now, self._bound)):
+            same = now and len(now) == len(self._bound) and all(map(is_, now, self._bound))
+            if same and list(map(Tensor.data_ptr, now)) == self._seen:  # `.data` may have been replaced
                 return
         if wakes and capturing(self.plan.device):
             remedy = "Take a step with gradients of all pairs outside the graph first."
@@ -98,6 +101,7 @@ class AdamWEngine(Engine):
         for column, name in ((col.PHASE, PHASE), (col.COUNT, STEPS), *([(col.SAVED, SAVED)] if keep_S else [])):
             self.plan.bind_once(column, [entries[name] for entries in sides[0]])
         self._owner, self._bound = state, self._now(state)
+        self._seen = list(map(Tensor.data_ptr, self._bound))
 
     def _without_state(
         self, state: MutableMapping[Tensor, Any], slots: list[Slot | None], grads: Sequence[Tensor | None]

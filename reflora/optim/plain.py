@@ -57,24 +57,43 @@ def _step_device(
     states: list[dict[str, Any]], params: list[Tensor], grads: Sequence[Tensor | None], group: dict[str, Any],
     scaler: Scaler,
 ) -> None:  # fmt: skip
-    # a factor whose moments have another dtype is stepped in that dtype
-    wide = [_wide(p.detach(), state) for p, state in zip(params, states)]
-    like = [grad.to(w.dtype) for grad, w in zip(grads, wide) if grad is not None]
-    firsts, seconds, largest = ([state[name] for state in states if name in state] for name in ADAMW)
     has_complex = any(p.is_complex() for p in params)
     device = params[0].device.type
     fused = device in FUSED_DEVICES and not has_complex
+    names = ADAMW if group["amsgrad"] else ADAMW[:2]
+    rows = [_row(p.detach(), grad, state, names) for p, grad, state in zip(params, grads, states) if grad is not None]
+    # torch's fused step goes through memory in order, whatever the strides
+    stepped = [row if _in_one_order(row) else [t.contiguous() for t in row] for row in rows]
+    wide, like, firsts, seconds, *largest = map(list, zip(*stepped))
+    lr = group["lr"] if fused and isinstance(group["lr"], Tensor) else float(group["lr"])
     adamw(
-        wide, like, firsts, seconds, largest if group["amsgrad"] else [], [state["step"] for state in states],
+        wide, like, firsts, seconds, largest[0] if largest else [], [state["step"] for state in states],
         fused=fused, foreach=not fused, capturable=device == "cuda",
         grad_scale=scaler.grad_scale, found_inf=scaler.found_inf, has_complex=has_complex,
-        amsgrad=group["amsgrad"], maximize=group["maximize"], beta1=group["betas"][0], beta2=group["betas"][1],
-        lr=group["lr"] if fused else float(group["lr"]), weight_decay=group["weight_decay"], eps=group["eps"],
+        amsgrad=group["amsgrad"], maximize=group["maximize"], lr=lr, weight_decay=float(group["weight_decay"]),
+        beta1=float(group["betas"][0]), beta2=float(group["betas"][1]), eps=float(group["eps"]),
     )  # fmt: skip
-    for p, w in zip(params, wide):
-        if w.data_ptr() != p.data_ptr():
-            p.copy_(w)
+    for p, row, own in zip(params, rows, stepped):
+        for t, made in zip((row[0], *row[2:]), (own[0], *own[2:])):
+            if made is not t:
+                t.copy_(made)
+        if row[0].data_ptr() != p.data_ptr():
+            p.copy_(row[0])
     mark_written(params)  # torch's fused AdamW does not
+
+
+def _row(p: Tensor, grad: Tensor, state: dict[str, Any], names: Sequence[str]) -> list[Tensor]:
+    """Weights, gradient and moments, in the dtype of the moments: a factor's may be wider than its own."""
+    wide = _wide(p, state)
+    return [wide, grad.to(wide.dtype), *(state[name] for name in names)]
+
+
+def _in_one_order(tensors: Sequence[Tensor]) -> bool:
+    """Whether all of a parameter's tensors have its elements in one order of memory, without gaps."""
+    first = tensors[0]
+    strides = first.stride()
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(first.shape, strides))
+    return extent == first.numel() and all(t.stride() == strides for t in tensors)
 
 
 def _wide(p: Tensor, state: dict[str, Any]) -> Tensor:

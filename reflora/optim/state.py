@@ -109,8 +109,10 @@ def init_pair(state: dict[str, Any], pair: LoRAPair, keep_S: bool) -> None:
     balances the layer (moments in units of I).
     reflora_steps `[E]` float32: steps that the pair has taken part in, which drive phasing in, warm-up and interval.
     While S is phased in, steps that began with a factor at 0 count as one.
-    reflora_S `[E, 2, r, r]`: the last S and S^-1, kept only for interval > 1; zeros before the first.
+    reflora_S `[E, 2, r, r]`: the last S and S^-1, kept only for interval > 1; zeros before the first. Raises ValueError
+    for entries of other shapes.
     """
+    compare_shapes(state, shapes_of_pair(pair), "state")
     device, experts, r = pair.A.device, pair.experts, pair.rank
     for name in (PHASE, STEPS):
         if name not in state:
@@ -121,7 +123,7 @@ def init_pair(state: dict[str, Any], pair: LoRAPair, keep_S: bool) -> None:
         saved = state.get(SAVED)
         if saved is None:  # zeros: none yet, the kernels then compute one
             saved = torch.zeros(experts, 2, r, r, dtype=dtype, device=device)
-        state[SAVED] = saved.to(dtype=dtype, device=device)
+        state[SAVED] = saved.to(dtype=dtype, device=device).contiguous()
 
 
 def check_shapes(entries: dict[str, Any], param: Tensor, pair: LoRAPair | None) -> None:
@@ -146,14 +148,14 @@ def shapes_of_pair(pair: LoRAPair) -> dict[str, tuple[int, ...]]:
     return {PHASE: (pair.experts,), STEPS: (pair.experts,), SAVED: (pair.experts, 2, pair.rank, pair.rank)}
 
 
-def compare_shapes(entries: dict[str, Any], wanted: dict[str, tuple[int, ...]]) -> None:
+def compare_shapes(entries: dict[str, Any], wanted: dict[str, tuple[int, ...]], what: str = "loaded state") -> None:
     for name, shape in wanted.items():
         if name not in entries:
             continue
         kept = entries[name]
         found = tuple(kept.shape) if isinstance(kept, Tensor) else repr(kept)
         if found != shape:
-            fail(f"loaded state {name!r}", shape, found, "The state belongs to another model or rank.")
+            fail(f"{what} {name!r}", shape, found, "The state belongs to another model or rank.")
 
 
 def leave_units(state_A: dict[str, Any], state_B: dict[str, Any], pair: LoRAPair) -> None:

@@ -90,9 +90,16 @@ def adamw_(
 
 def _refuse(members: Members, grad_of: GradOf) -> None:
     """Refuse unusable gradients of plain parameters before anything has changed."""
-    for grad in (grad_of(p) for params in members.plain for p in params):
-        if grad is not None and grad.layout is not torch.strided:
+    for p, grad in ((p, grad_of(p)) for params in members.plain for p in params):
+        if grad is None:
+            continue
+        if grad.layout is not torch.strided:
             fail("a gradient", "a dense tensor", grad.layout, "Use sparse=False.", RuntimeError)
+        if grad.shape != p.shape:
+            remedy = "Gradients are shaped like their parameters."
+            fail("a gradient", tuple(p.shape), tuple(grad.shape), remedy)
+        if grad.numel() and grad.untyped_storage().nbytes() == 0:
+            fail("a gradient", "a tensor with memory", "one whose storage was freed", "Compute it again.")
 
 
 def _bind(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from toys import backward, clones, factors, leaf_pairs, targets
+from toys import backward, clones, factors, leaf_pairs, random_grads, targets
 
 from reflora import RefLoRAAdamW
 from reflora.pairs import LoRAPair
@@ -45,6 +45,43 @@ def test_factors_of_another_shape_are_refused(fast_backend):
     pairs[0][1].grad, A.grad = torch.ones(21, 4), torch.ones(4, 64)
     with pytest.raises(ValueError, match="state 'exp_avg': expected .4, 64., got .4, 30."):
         optimizer.step()
+
+
+@pytest.mark.parametrize("options", [{}, {"interval": 2, "amsgrad": True}, {"scalar": True}], ids=str)
+@pytest.mark.parametrize(
+    "move", [lambda t: setattr(t, "data", t.clone()), lambda t: t.set_(t.clone())], ids=["data", "set_"]
+)
+def test_state_that_has_moved_in_memory(backend, move, options):
+    """Offloading it and back keeps the tensor and replaces its memory; the old one is filled with other things."""
+    pairs = leaf_pairs([(4, 30, 21), (5, 12, 70)], torch.float32)
+    ends = []
+    for own in (pairs, clones(pairs)):
+        optimizer = RefLoRAAdamW(own, lr=1e-2, backend=backend, **options)
+        generator, spoilt = torch.Generator().manual_seed(0), []
+        for number in range(5):
+            if own is pairs and number in (2, 3):
+                for value in (v for p in factors(own) for v in optimizer.state[p].values()):
+                    old = value.data
+                    move(value)
+                    assert value.data_ptr() != old.data_ptr()
+                    spoilt.append(old.fill_(7.0))
+            random_grads(factors(own), generator)
+            optimizer.step()
+        assert all((old == 7.0).all() for old in spoilt)
+        ends.append([*factors(own), *(v for p in factors(own) for v in optimizer.state[p].values())])
+    assert all(map(torch.equal, *ends))
+
+
+@pytest.mark.parametrize("name, shape", [("reflora_S", (1, 2, 3, 3)), ("reflora_phase", (2,)), ("reflora_steps", ())])
+def test_state_of_another_shape_is_refused(fast_backend, name, shape):
+    pairs = leaf_pairs([(4, 30, 21)], torch.float32)
+    optimizer = RefLoRAAdamW(pairs, lr=1e-2, interval=2, backend=fast_backend)
+    run(optimizer, pairs, targets(pairs))
+    optimizer.state[pairs[0][0]][name] = torch.zeros(shape)
+    before = [t.detach().clone() for t in pairs[0]]
+    with pytest.raises(ValueError, match=f"state '{name}': expected .1,"):
+        run(optimizer, pairs, targets(pairs), 1)
+    assert all(map(torch.equal, pairs[0], before))
 
 
 def test_conv_factors_of_another_memory_format(fast_backend):

@@ -1,0 +1,85 @@
+"""Parameters beside the pairs, and factors without a partner: torch's AdamW, whatever they and their gradients are."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+from toys import factors, leaf_pairs, random_grads
+
+from reflora import RefLoRAAdamW
+
+
+def stepped_beside(base, W, grads):
+    """A parameter after steps beside a pair, or by torch's own AdamW; amsgrad, so that it has three moments."""
+    pairs, W = leaf_pairs([(3, 8, 6)], torch.float32), torch.nn.Parameter(W)
+    optimizer = base([W, *factors(pairs)], lr=1e-2, amsgrad=True, **({"pairs": pairs} if base is RefLoRAAdamW else {}))
+    for grad in grads:
+        random_grads(factors(pairs), torch.Generator().manual_seed(0))
+        W.grad = grad
+        optimizer.step()
+    return W.detach()
+
+
+STRIDED = {
+    "contiguous": lambda t: t.clone(),
+    "transposed": lambda t: t.mT.contiguous().mT,
+    "with gaps": lambda t: torch.zeros(6, 10)[1:4, 2:6].copy_(t),
+    "expanded": lambda t: t[:, :1].expand(3, 4),
+}
+
+
+@pytest.mark.parametrize("weight", ["contiguous", "transposed", "with gaps"])
+@pytest.mark.parametrize("graded", STRIDED)
+def test_plain_parameters_of_any_strides(weight, graded):
+    """torch's fused step goes through memory in order: others' elements would be read, and written."""
+    start, grads = torch.randn(3, 4), [STRIDED[graded](torch.randn(3, 4)) for _ in range(3)]
+    W = STRIDED[weight](start)
+    found = stepped_beside(RefLoRAAdamW, W, grads)
+    torch.testing.assert_close(found, stepped_beside(torch.optim.AdamW, start.clone(), [g.clone() for g in grads]))
+    if weight == "with gaps":
+        outside = W._base.clone()
+        outside[1:4, 2:6] = 0
+        assert not outside.any()
+
+
+@pytest.mark.filterwarnings("ignore:.*only one factor")
+def test_a_lone_factor_with_a_gradient_of_other_strides(fast_backend):
+    ends = []
+    for change in (torch.clone, STRIDED["transposed"]):
+        torch.manual_seed(0)
+        A, B = leaf_pairs([(3, 8, 6)], torch.float32)[0]
+        optimizer = RefLoRAAdamW([(A, B)], lr=1e-2, backend=fast_backend)
+        for _ in range(3):
+            B.grad = change(torch.randn(6, 3))
+            optimizer.step()
+        ends.append(B.detach())
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("bad", ["shape", "freed"])
+def test_a_plain_gradient_that_cannot_be_read_is_refused_before_anything_is_written(fast_backend, bad):
+    pairs, W = leaf_pairs([(3, 8, 6)], torch.float32), torch.nn.Parameter(torch.randn(5))
+    optimizer = RefLoRAAdamW([W, *factors(pairs)], pairs=pairs, lr=1e-2, backend=fast_backend)
+    random_grads([W, *factors(pairs)], torch.Generator().manual_seed(0))
+    if bad == "shape":
+        W.data = torch.randn(9)
+    else:
+        W.grad.untyped_storage().resize_(0)
+    before = [t.detach().clone() for t in (W, *factors(pairs))]
+    with pytest.raises(ValueError, match="a gradient: expected .9,., got .5,." if bad == "shape" else "was freed"):
+        optimizer.step()
+    assert all(map(torch.equal, (W, *factors(pairs)), before)) and not optimizer.state
+
+
+@pytest.mark.parametrize("name", ["lr", "eps", "weight_decay"])
+def test_numbers_of_any_type(fast_backend, name):
+    ends = []
+    for number in (Fraction(1, 64), 1 / 64):
+        torch.manual_seed(0)
+        pairs, W = leaf_pairs([(3, 8, 6)], torch.float32), torch.nn.Parameter(torch.randn(5))
+        options = {"lr": 1e-2, name: number}
+        optimizer = RefLoRAAdamW([W, *factors(pairs)], pairs=pairs, backend=fast_backend, **options)
+        random_grads([W, *factors(pairs)], torch.Generator().manual_seed(0))
+        optimizer.step()
+        ends.append([W, *factors(pairs)])
+    assert all(map(torch.equal, *ends))
