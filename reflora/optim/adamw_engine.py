@@ -44,6 +44,8 @@ class AdamWEngine(Engine):
         # numbers of owned pairs without state: they have had no gradient
         self._idle: set[int] = set()
         self._options: tuple[Any, ...] = ()
+        # pairs whose moments the next step moves back to units of S = I, before plain steps
+        self._leaving: list[LoRAPair] = []
         # factors that the next step updates
         self.written: list[Tensor] = []
         self._versions: list[int] = []
@@ -131,13 +133,14 @@ class AdamWEngine(Engine):
     ) -> list[tuple[Tensor, int]]:
         """Point at this step's gradients, of A and B alternately.
 
-        Returns factors whose partner has none, with their group: they take plain steps, so the moments of their pairs
-        are moved back to units of S = I.
+        Returns factors whose partner has none, with their group: they take plain steps, for which `step` moves the
+        moments of their pairs back to units of S = I. So it does where a factor has left the optimizer.
         """
         slots, factors = self._options[0], self.plan.factors
         sides = list(zip(grads[::2], grads[1::2]))
         strays: list[tuple[Tensor, int]] = []
         complete = None not in slots and all(map(is_not, grads, repeat(None)))
+        self._leaving = []
         given = [(f, g) for f, g in zip(factors, grads) if g is not None]
         self._check([f for f, _ in given], [g for _, g in given])
         if not complete:
@@ -146,8 +149,8 @@ class AdamWEngine(Engine):
                     continue
                 owned = [] if slot is None else [(pair.A, slot[0], a), (pair.B, slot[1], b)]
                 lone = [(factor, group) for factor, group, grad in owned if grad is not None]
-                if lone:
-                    leave_units(state[pair.A], state[pair.B], pair)
+                if lone or slot is None:
+                    self._leaving.append(pair)
                 strays += lone
                 sides[index] = (None, None)
         active = factors
@@ -173,6 +176,8 @@ class AdamWEngine(Engine):
 
     def step(self, step: AdamWStep) -> None:
         """One step of the pairs with gradients."""
+        for pair in self._leaving:
+            leave_units(self._owner.get(pair.A, {}), self._owner.get(pair.B, {}), pair)
         if not self.written:
             shape = (len(self.plan.rows), col.RESULTS)
             self.results = torch.full(shape, torch.nan, dtype=torch.float64, device="cpu")

@@ -160,10 +160,11 @@ class CompiledStep(Optimizer):
         owners = {t: pair for pair in pairs for t in (pair.A, pair.B)}
         self._state_names = []
         for p in parameters(self):
-            if not p.requires_grad:
+            pair = owners.get(p)
+            # a frozen factor's state goes with its partner's
+            if not any(t.requires_grad for t in ((pair.A, pair.B) if pair else (p,))):
                 self._state_names.append(())
                 continue
-            pair = owners.get(p)
             experts, storage = (pair.experts, self.storage) if pair else (1, LIKE_TORCH)
             init_param(self.state[p], p, amsgrad, experts, storage)
             fit(self.state[p], p, experts, storage)

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from toys import factors, leaf_pairs, random_grads
+from toys import clones, factors, leaf_pairs, random_grads
 
 from reflora import RefLoRAAdamW
 
@@ -83,3 +83,44 @@ def test_numbers_of_any_type(fast_backend, name):
         optimizer.step()
         ends.append([W, *factors(pairs)])
     assert all(map(torch.equal, *ends))
+
+
+def trained(backend, pairs, steps=6):
+    optimizer = RefLoRAAdamW(pairs, lr=1e-2, warmup_steps=0, backend=backend)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        random_grads(factors(pairs), generator)
+        optimizer.step()
+    assert all(optimizer.state[A]["reflora_phase"] == 1 for A, _ in pairs)
+    return optimizer
+
+
+@pytest.mark.filterwarnings("ignore:.*only one")
+def test_a_factor_that_leaves_the_optimizer_and_one_without_a_gradient_are_alike(fast_backend):
+    """The other takes plain steps, so its moments are moved to units of S = I."""
+    start, ends = leaf_pairs([(3, 8, 6), (4, 9, 7)], torch.float32), []
+    for removed in (False, True):
+        pairs = clones(start)
+        optimizer = trained(fast_backend, pairs)
+        A, B = pairs[0]
+        if removed:
+            optimizer.param_groups[0]["params"] = [p for p in optimizer.param_groups[0]["params"] if p is not A]
+        for _ in range(2):
+            random_grads(factors(pairs), torch.Generator().manual_seed(1))
+            A.grad = None
+            optimizer.step()
+        ends.append([*factors(pairs), *(optimizer.state[B][name] for name in ("exp_avg", "exp_avg_sq"))])
+    assert all(map(torch.equal, *ends))
+
+
+@pytest.mark.filterwarnings("ignore:.*only one factor")
+def test_a_step_that_is_refused_moves_no_moments(fast_backend):
+    pairs = leaf_pairs([(3, 8, 6), (4, 9, 7)], torch.float32)
+    optimizer = trained(fast_backend, pairs)
+    random_grads(factors(pairs), torch.Generator().manual_seed(1))
+    pairs[0][0].grad = None
+    pairs[1][0].grad.data = torch.ones(9, 4)
+    before = [t.detach().clone() for p in factors(pairs) for t in (p, *optimizer.state[p].values())]
+    with pytest.raises(ValueError, match="Gradients are shaped like their factors"):
+        optimizer.step()
+    assert all(map(torch.equal, before, [t for p in factors(pairs) for t in (p, *optimizer.state[p].values())]))

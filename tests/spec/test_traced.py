@@ -150,6 +150,27 @@ def test_invalidate_reaches_the_next_step(compiled):
     assert all(map(torch.equal, fresh, unseen)) == compiled
 
 
+@pytest.mark.parametrize("options", [{"warmup_steps": 0}, {}, {"interval": 2, "warmup_steps": 1}], ids=str)
+@pytest.mark.parametrize("frozen", [0, 1], ids="AB")
+@pytest.mark.filterwarnings("ignore:.*only one factor")
+def test_a_factor_that_is_frozen_for_a_while(frozen, options):
+    """Its moments are moved to other units with its partner's, and are still there when it is trained again."""
+    start, ends = leaf_pairs(SHAPES, torch.float32), []
+    for compiled in (False, True):
+        pairs = clones(start)
+        optimizer = RefLoRAAdamW(pairs, lr=1e-2, **options)
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        generator = torch.Generator().manual_seed(1)
+        with torch._dynamo.config.patch(error_on_recompile=False):
+            for number in range(8):
+                random_grads(factors(pairs), generator)
+                held = pairs[0][frozen].requires_grad_(number not in (3, 4))
+                held.grad = held.grad if held.requires_grad else None
+                step()
+        ends.append([*factors(pairs), *(v for p in factors(pairs) for v in optimizer.state[p].values())])
+    assert all(map(torch.equal, *ends))
+
+
 @pytest.mark.parametrize("scalar", [False, True])
 def test_compiled_functions(fast_backend, scalar):
     pairs = leaf_pairs(SHAPES, torch.float64)
