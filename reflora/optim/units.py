@@ -114,6 +114,14 @@ class Units:
             move.apply(units)
         return kept
 
+    def keep_moved(self, kept: Mapping[Tensor, dict[str, Tensor]]) -> None:
+        """After a failed step of the base class: state that was moved says so, and pairs without any are new again."""
+        for i, pair in enumerate(self.owner.pairs):
+            if own := self.owner.state.get(pair.A):
+                own.update(kept.get(pair.A, {}))
+            else:
+                self._left.discard(i)
+
     def scale_grads(self, chosen: Iterable[int], kept: Mapping[Tensor, Mapping[str, Tensor]], everywhere: bool) -> None:
         """Scale gradients into the units of state that cannot be moved. kept: entries about to be added to it;
         everywhere: for all pairs, not only those known to need it.

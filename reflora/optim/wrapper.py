@@ -203,7 +203,11 @@ class Wrapped(FullStep, ScalarStep):
             self._scalar_step(active, steps, moving, *given)
         else:
             kept = self._preconditioned(active, steps)
-            self._base_step(*given)
+            try:
+                self._base_step(*given)
+            except BaseException:
+                self._units.keep_moved(kept)
+                raise
             self._pending = None
             # only now: many optimizers take empty state as the sign of a first step
             for param, entries in kept.items():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch.optim import SGD, Adam, AdamW, NAdam
-from toys import backward, factors, leaf_pairs, targets
+from toys import backward, clones, factors, leaf_pairs, random_grads, targets
 
 import reflora
 
@@ -161,6 +163,55 @@ def test_a_base_step_that_fails_does_not_have_its_gradients_preconditioned_twice
         backward(twins, goals)
         plain.step()
     assert all(map(torch.equal, factors(pairs), factors(twins)))
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("failing", [0, 1, 2])
+@pytest.mark.parametrize("warmup_steps", [0, 1])
+@pytest.mark.parametrize(
+    "base, options",
+    [
+        (SGD, {"momentum": 0.9}),
+        (torch.optim.AdamW, {}),
+        (torch.optim.Adagrad, {}),
+        (SGD, {"momentum": 0.9, "interval": 2}),
+    ],
+    ids=str,
+)
+def test_a_base_step_that_fails_leaves_state_whose_units_are_known(
+    base, options, warmup_steps, failing, resumed
+) -> None:
+    """The step is taken again with gradients of its own; later the run goes on from a checkpoint."""
+
+    class Fails(base):
+        broken = False
+
+        def step(self, closure=None):  # type: ignore[no-untyped-def]
+            if self.broken:
+                raise MemoryError
+            return super().step(closure)
+
+    start, ends = [(30 * A.detach(), B.detach()) for A, B in leaf_pairs([(4, 30, 21), (5, 12, 9)], torch.float32)], []
+    for fails in (False, True):
+        pairs = clones(start)
+        make = partial(reflora.wrap(Fails), factors(pairs), pairs=pairs, lr=1e-3, warmup_steps=warmup_steps, **options)
+        optimizer, generator = make(), torch.Generator().manual_seed(0)
+        for number in range(6):
+            if resumed and number == 4:
+                saved, optimizer = copy.deepcopy(optimizer.state_dict()), make()
+                optimizer.load_state_dict(saved)
+            random_grads(factors(pairs), generator)
+            if fails and number == failing:
+                again = [p.grad.clone() for p in factors(pairs)]
+                optimizer.broken = True
+                with pytest.raises(MemoryError):
+                    optimizer.step()
+                optimizer.broken = False
+                for p, grad in zip(factors(pairs), again):
+                    p.grad = grad
+            optimizer.step()
+        ends.append(factors(pairs))
+    assert all(map(torch.equal, *ends))
 
 
 def test_fused_false_is_the_switch_of_who_unscales() -> None:
