@@ -6,10 +6,11 @@ OUT ?= benchmarks/out
 ARGS ?=
 DATA ?= hub
 SMALL := --model minilm --batch 8 --length 64 --bfloat16 --eval-rows 400
+CORES := $(shell nproc 2>/dev/null || echo 2)
 # a worker per core, at most four, with a thread each; a test that wants more threads asks torch for them
-WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores < 4 ? cores : 4)))
+WORKERS ?= $(shell echo $$(($(CORES) < 4 ? $(CORES) : 4)))
 # processes that compile the core while another one unpacks
-BESIDE := $(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores > 2 ? cores - 1 : 1)))
+BESIDE := $(shell echo $$(($(CORES) > 2 ? $(CORES) - 1 : 1)))
 CAPABILITIES ?= 80,86,89,90,100
 CAPABILITY ?= 90
 ORDER ?= forward random

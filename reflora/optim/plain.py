@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from ..engine import mark_written
+from ..overlap import extent
 from .scaler import Scaler
 from .state import LIKE_TORCH, MASTER, Storage, fit, init_param
 
@@ -90,10 +91,8 @@ def _row(p: Tensor, grad: Tensor, state: dict[str, Any], names: Sequence[str]) -
 
 def _in_one_order(tensors: Sequence[Tensor]) -> bool:
     """Whether all of a parameter's tensors have its elements in one order of memory, without gaps."""
-    first = tensors[0]
-    strides = first.stride()
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(first.shape, strides))
-    return extent == first.numel() and all(t.stride() == strides for t in tensors)
+    begin, end = extent(tensors[0])
+    return end - begin == tensors[0].nbytes and len({t.stride() for t in tensors}) == 1
 
 
 def _wide(p: Tensor, state: dict[str, Any]) -> Tensor:

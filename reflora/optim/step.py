@@ -96,8 +96,8 @@ def _refuse(members: Members, grad_of: GradOf) -> None:
         if grad.layout is not torch.strided:
             fail("a gradient", "a dense tensor", grad.layout, "Use sparse=False.", RuntimeError)
         if grad.shape != p.shape:
-            remedy = "Gradients are shaped like their parameters."
-            fail("a gradient", tuple(p.shape), tuple(grad.shape), remedy)
+            fail("a gradient", tuple(p.shape), tuple(grad.shape), "Gradients are shaped like their parameters.")
+        # not check_there: a DTensor, which torch's step serves, has no address
         if grad.numel() and grad.untyped_storage().nbytes() == 0:
             fail("a gradient", "a tensor with memory", "one whose storage was freed", "Compute it again.")
 

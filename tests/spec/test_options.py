@@ -137,28 +137,34 @@ def test_a_state_that_does_not_fit_a_plain_parameter_is_refused_before_the_pairs
     assert all(map(torch.equal, before, factors(pairs)))
 
 
-def test_a_base_step_that_fails_does_not_have_its_gradients_preconditioned_twice() -> None:
-    class Fails(SGD):
-        broken = True
+def failing(base: Any) -> Any:
+    """Wrapped, a class whose step raises while it is `broken`."""
+
+    class Fails(base):  # type: ignore[misc]
+        broken = False
 
         def step(self, closure=None):  # type: ignore[no-untyped-def]
             if self.broken:
                 raise MemoryError
             return super().step(closure)
 
+    return reflora.wrap(Fails)
+
+
+def test_a_base_step_that_fails_does_not_have_its_gradients_preconditioned_twice() -> None:
     pairs, twins = leaf_pairs([(4, 30, 21), (5, 12, 9)]), leaf_pairs([(4, 30, 21), (5, 12, 9)])
     for mine, other in zip(factors(pairs), factors(twins)):
         other.data.copy_(mine.data)
     goals = targets(pairs)
-    fails = reflora.wrap(Fails)(factors(pairs), pairs=pairs, lr=1e-2, interval=2)
+    fails = failing(SGD)(factors(pairs), pairs=pairs, lr=1e-2, interval=2)
     plain = reflora.wrap(SGD)(factors(twins), pairs=twins, lr=1e-2, interval=2)
     for broken in (True, False, True):
         backward(pairs, goals)
-        fails.broken = broken  # type: ignore[attr-defined]
+        fails.broken = broken
         if broken:
             with pytest.raises(MemoryError):
                 fails.step()
-            fails.broken = False  # type: ignore[attr-defined]
+            fails.broken = False
         fails.step()
         backward(twins, goals)
         plain.step()
@@ -166,7 +172,7 @@ def test_a_base_step_that_fails_does_not_have_its_gradients_preconditioned_twice
 
 
 @pytest.mark.parametrize("resumed", [False, True])
-@pytest.mark.parametrize("failing", [0, 1, 2])
+@pytest.mark.parametrize("when", [0, 1, 2])
 @pytest.mark.parametrize("warmup_steps", [0, 1])
 @pytest.mark.parametrize(
     "base, options",
@@ -178,30 +184,19 @@ def test_a_base_step_that_fails_does_not_have_its_gradients_preconditioned_twice
     ],
     ids=str,
 )
-def test_a_base_step_that_fails_leaves_state_whose_units_are_known(
-    base, options, warmup_steps, failing, resumed
-) -> None:
+def test_a_base_step_that_fails_leaves_state_whose_units_are_known(base, options, warmup_steps, when, resumed) -> None:
     """The step is taken again with gradients of its own; later the run goes on from a checkpoint."""
-
-    class Fails(base):
-        broken = False
-
-        def step(self, closure=None):  # type: ignore[no-untyped-def]
-            if self.broken:
-                raise MemoryError
-            return super().step(closure)
-
     start, ends = [(30 * A.detach(), B.detach()) for A, B in leaf_pairs([(4, 30, 21), (5, 12, 9)], torch.float32)], []
     for fails in (False, True):
         pairs = clones(start)
-        make = partial(reflora.wrap(Fails), factors(pairs), pairs=pairs, lr=1e-3, warmup_steps=warmup_steps, **options)
+        make = partial(failing(base), factors(pairs), pairs=pairs, lr=1e-3, warmup_steps=warmup_steps, **options)
         optimizer, generator = make(), torch.Generator().manual_seed(0)
         for number in range(6):
             if resumed and number == 4:
                 saved, optimizer = copy.deepcopy(optimizer.state_dict()), make()
                 optimizer.load_state_dict(saved)
             random_grads(factors(pairs), generator)
-            if fails and number == failing:
+            if fails and number == when:
                 again = [p.grad.clone() for p in factors(pairs)]
                 optimizer.broken = True
                 with pytest.raises(MemoryError):

@@ -26,8 +26,9 @@ STORAGES = {
     "mixed": (torch.float32, torch.bfloat16, DOUBLE, torch.float16),
 }
 CASES = [(8, storage) for storage in STORAGES] + [(24, "float32")]
+# these compile for minutes what the others have in class 16 and float32
 LARGE = [(24, "bfloat16"), (24, "mixed"), (48, "float32"), (100, "float32")]
-CASES += [pytest.param(*case, marks=pytest.mark.thorough) for case in LARGE]  # the same code, for as long again
+CASES += [pytest.param(*case, marks=pytest.mark.thorough) for case in LARGE]
 
 
 def pairs_of(r, storage):
