@@ -42,8 +42,10 @@ def norm_of(X: Tensor) -> float:
 
 
 def check_refactored(names: list[str], pairs: Pairs, backend: str, scalar: bool) -> None:
+    """`check_kept`, and of hundreds of pairs from a fixed seed enough are refactored for it to mean something."""
     status = check_kept(names, pairs, backend, scalar)
-    assert status.count(REFACTORED) > len(pairs) / 10 and status.count(SKIPPED) < len(pairs) / 10
+    assert status.count(REFACTORED) > len(pairs) / 10
+    assert status.count(SKIPPED) < len(pairs) / 10
 
 
 def check_kept(names: list[str], pairs: Pairs, backend: str, scalar: bool = False) -> list[int]:

@@ -72,11 +72,10 @@ def test_refactor_by_kernels(scalar: bool) -> None:
 
 
 def test_refactor_from_a_seed_of_its_own(fast_backend: str) -> None:
-    seed = int(
-        torch.empty((), dtype=torch.int64).random_(generator=torch.Generator().manual_seed(torch.seed() % 2**31))
-    )
+    """Each pair is held to the claims; how many are refactored is left to chance."""
+    seed = torch.seed() % 2**31
     print(f"seed {seed}")  # shown where it fails
-    check_refactored(*draw(torch.float32, COUNT[fast_backend] // 2, seed), fast_backend, False)
+    check_kept(*draw(torch.float32, COUNT[fast_backend] // 2, seed), fast_backend)
 
 
 @DTYPES
