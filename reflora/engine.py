@@ -42,14 +42,11 @@ class Engine:
         """Whether a factor has left the device: its pair needs another engine."""
         return {*map(_DEVICE, self.plan.factors)} != {self.plan.device}
 
-    def refresh(self) -> bool:
-        """Whether a factor is not where the table says. If so, all are checked and read again, and nothing is kept."""
-        if not self.plan.moved():
-            return False
+    def refresh(self) -> None:
+        """Check all factors and read again where they lie, once any has moved; nothing is kept."""
         as_pairs(self.pairs)
         self.plan.rebuild()
         self.plan.tag(self.first_rows)
-        return True
 
     def refactor(self, scalar: bool, precision: str, active: Sequence[bool] | None = None) -> Tensor:
         """`reflora.refactor_` of the active pairs; active=None: of all."""
@@ -113,9 +110,10 @@ class Engines(Generic[E]):
 
     def ready(self) -> list[E]:
         """One per device, none of them stale."""
-        if any(engine.parted for engine in self._engines):
-            self._engines = []
-        for engine in self._engines:
+        moved = [engine for engine in self._engines if engine.plan.moved()]
+        if any(engine.parted for engine in moved):
+            self._engines, moved = [], []
+        for engine in moved:
             engine.refresh()
         if not self._engines:
             first_rows = [0, *accumulate(pair.experts for pair in self.pairs)]

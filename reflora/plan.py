@@ -7,6 +7,7 @@ reflora/columns.py has the columns.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
@@ -77,13 +78,14 @@ class Plan:
             a, b = _side(row.A, False), _side(row.B, True)
             entries.append([*a, *b, row.A.shape[0], STORAGE_DTYPES.index(row.A.dtype), 1])
         columns = [A_SIDE + P, A_SIDE + P_SR, A_SIDE + P_SN, A_SIDE + N, B_SIDE + P, B_SIDE + P_SR, B_SIDE + P_SN]
-        self.table[:, columns + [B_SIDE + N, R, DTYPE, ACTIVE]] = _integers(entries)
+        self.table[:, columns + [B_SIDE + N, R, DTYPE, ACTIVE]] = torch.tensor(entries, dtype=torch.int64, device="cpu")
         self.table[:, STATE] = self.table[:, DTYPE]
         self.table[:, TAG] = _integers(range(len(self.rows)))
         self._kept: dict[Any, Any] = {}
         self.tensors: dict[int, list[Tensor]] = {}
         self.pair_tensors: dict[int, list[Tensor]] = {}
         self._seen = self._where()
+        self.dtypes: list[torch.dtype] = self._seen[-1]
         self._pair_of_row = _integers([row.pair for row in self.rows])
         self._expert_of_row = _integers([row.expert for row in self.rows])
         self._strides = list(map(Tensor.stride, self.factors))
@@ -108,7 +110,7 @@ class Plan:
         """Whether a factor differs from what the table says, in place or form: `.data` may have been replaced."""
         return self._where() != self._seen
 
-    def _where(self) -> list[list[object]]:
+    def _where(self) -> list[list[Any]]:
         read = (Tensor.data_ptr, Tensor.stride, Tensor.size, attrgetter("dtype"))
         return [list(map(function, self.factors)) for function in read]
 
@@ -207,9 +209,9 @@ def by_device(pairs: Sequence[LoRAPair]) -> dict[torch.device, list[int]]:
     return groups
 
 
-def _integers(values: Sequence[object]) -> Tensor:
+def _integers(values: Sequence[int]) -> Tensor:
     """int64 on the host, whatever the default device: the kernels of the CPU read the table where it lies."""
-    return torch.tensor(values, dtype=torch.int64, device="cpu")
+    return torch.frombuffer(array("q", values), dtype=torch.int64)
 
 
 def _pointers(tensors: Sequence[Tensor]) -> Tensor:

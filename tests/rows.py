@@ -111,7 +111,8 @@ class Rows:
     def bind(self, grads: Grads, interval: int = 1) -> None:
         """interval > 1: S is kept in the state."""
         flat = [g for sides in grads for g in sides]
-        self.engine.refresh()
+        if self.engine.plan.moved():
+            self.engine.refresh()
         amsgrad = any(h.amsgrad for h in self.hypers)
         self.engine.bind_state(self.state, [(0, 1)] * len(self.pairs), flat, amsgrad, interval > 1)
         self.engine.bind_grads(self.state, flat)

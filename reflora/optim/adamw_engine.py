@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
 from dataclasses import replace
-from itertools import chain, repeat
+from itertools import chain, compress, repeat
 from operator import attrgetter, is_, is_not, itemgetter
 from typing import Any
 
@@ -37,10 +37,11 @@ class AdamWEngine(Engine):
         super().__init__(pairs, chosen, first_rows, backend)
         self.storage, self.captured = storage, captured
         self._owner: Any = None
-        # state tensors that the table points at, and where they lay
+        # every parameter's entries; those of the sides of owned pairs; their tensors in the table, and where these lay
+        self._all: list[dict[str, Any]] = []
+        self._entries: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
         self._bound: list[Tensor] = []
         self._seen: list[int] = []
-        self._owned: list[list[Tensor]] = [[], []]
         # numbers of owned pairs without state: they have had no gradient
         self._idle: set[int] = set()
         self._options: tuple[Any, ...] = ()
@@ -51,11 +52,9 @@ class AdamWEngine(Engine):
         self._versions: list[int] = []
         self.stepped = False
 
-    def refresh(self) -> bool:
-        moved = super().refresh()
-        if moved:
-            self._owner = None
-        return moved
+    def refresh(self) -> None:
+        super().refresh()
+        self._owner = None
 
     def bind_state(
         self, state: MutableMapping[Tensor, Any], slots: list[Slot | None], grads: Sequence[Tensor | None],
@@ -69,21 +68,14 @@ class AdamWEngine(Engine):
         names = (*moments_of(amsgrad), "step", *([MASTER] if masters else []))
         options = (slots, names, keep_S)
         wakes = [i for i in self._idle if grads[2 * i] is not None or grads[2 * i + 1] is not None]
-        if self._owner is state and self._options == options and not wakes:
-            now = self._now(state)
-            same = now and len(now) == len(self._bound) and all(map(is_, now, self._bound))
-            if same and list(map(Tensor.data_ptr, now)) == self._seen:  # `.data` may have been replaced
-                return
+        if self._owner is state and self._options == options and not wakes and self._still_bound(state):
+            return
         if wakes and capturing(self.plan.device):
             remedy = "Take a step with gradients of all pairs outside the graph first."
             fail("CUDA graph capture", "pairs that have been stepped", self.pairs[wakes[0]].name, remedy, RuntimeError)
         self._options, self._versions = options, []
         self._idle = self._without_state(state, slots, grads)
         kept = [slot is not None and i not in self._idle for i, slot in enumerate(slots)]
-        self._owned = [
-            [factor for factor, keep in zip(factors, kept) if keep]
-            for factors in (self.plan.factors[::2], self.plan.factors[1::2])
-        ]
         sides: tuple[list[Any], list[Any]] = ([], [])
         for pair, keep in zip(self.pairs, kept):
             for factor, states in zip((pair.A, pair.B), sides):
@@ -102,7 +94,9 @@ class AdamWEngine(Engine):
         self.plan.set(col.STATE, [STORAGE_DTYPES.index(self.storage.dtype(pair.A)) for pair in self.pairs])
         for column, name in ((col.PHASE, PHASE), (col.COUNT, STEPS), *([(col.SAVED, SAVED)] if keep_S else [])):
             self.plan.bind_once(column, [entries[name] for entries in sides[0]])
-        self._owner, self._bound = state, self._now(state)
+        self._owner, self._all = state, list(state.values())
+        self._entries = tuple([entries for entries, keep in zip(side, kept) if keep] for side in sides)  # type: ignore[assignment]
+        self._bound = self._tensors()
         self._seen = list(map(Tensor.data_ptr, self._bound))
 
     def _without_state(
@@ -115,18 +109,20 @@ class AdamWEngine(Engine):
                 found.add(index)
         return found
 
-    def _now(self, state: MutableMapping[Tensor, Any]) -> list[Tensor]:
-        """The state tensors of every owned pair, to detect replaced ones; empty if one is missing."""
-        slots, names, keep_S = self._options
-        per_pair = (*names, PHASE, STEPS, *([SAVED] if keep_S else []))
+    def _still_bound(self, state: MutableMapping[Tensor, Any]) -> bool:
+        """Whether the table points at the state's tensors: entries may have been replaced, and `.data` too."""
         try:
-            found = [
-                chain.from_iterable(map(itemgetter(*wanted), map(state.__getitem__, self._owned[side])))
-                for side, wanted in enumerate((per_pair, names))
-            ]
-            return list(chain(*found))
-        except KeyError:
-            return []
+            same = _identical(list(state.values()), self._all) and _identical(self._tensors(), self._bound)
+        except KeyError:  # an entry was deleted
+            return False
+        return same and list(map(Tensor.data_ptr, self._bound)) == self._seen
+
+    def _tensors(self) -> list[Tensor]:
+        """The state tensors of every owned pair."""
+        _, names, keep_S = self._options
+        of_pair = (*names, PHASE, STEPS, *([SAVED] if keep_S else []))
+        sides = (map(itemgetter(*wanted), found) for wanted, found in zip((of_pair, names), self._entries))
+        return list(chain.from_iterable(chain.from_iterable(sides)))
 
     def bind_grads(
         self, state: MutableMapping[Tensor, Any], grads: Sequence[Tensor | None]
@@ -136,14 +132,13 @@ class AdamWEngine(Engine):
         Returns factors whose partner has none, with their group: they take plain steps, for which `step` moves the
         moments of their pairs back to units of S = I. So it does where a factor has left the optimizer.
         """
-        slots, factors = self._options[0], self.plan.factors
+        slots, active = self._options[0], self.plan.factors
         sides = list(zip(grads[::2], grads[1::2]))
         strays: list[tuple[Tensor, int]] = []
-        complete = None not in slots and all(map(is_not, grads, repeat(None)))
         self._leaving = []
-        given = [(f, g) for f, g in zip(factors, grads) if g is not None]
-        self._check([f for f, _ in given], [g for _, g in given])
-        if not complete:
+        present = list(map(is_not, grads, repeat(None)))
+        self._check([grad for grad in grads if grad is not None], present)
+        if None in slots or not all(present):
             for index, (pair, slot, (a, b)) in enumerate(zip(self.pairs, slots, sides)):
                 if slot is not None and a is not None and b is not None:
                     continue
@@ -153,21 +148,20 @@ class AdamWEngine(Engine):
                     self._leaving.append(pair)
                 strays += lone
                 sides[index] = (None, None)
-        active = factors
-        if not complete:
             active = [t for pair, (a, _) in zip(self.pairs, sides) if a is not None for t in (pair.A, pair.B)]
         self.plan.bind_grads(sides)
         self.written = active
         return strays
 
-    def _check(self, factors: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-        """Gradients are dense, of their factors' dtype, and no lazy negatives."""
+    def _check(self, grads: Sequence[Tensor], present: Sequence[bool]) -> None:
+        """Gradients are dense, of their factors' dtypes, and no lazy negatives. present: the factors that have one."""
         if any(map(Tensor.is_neg, grads)):
             remedy = "Call .resolve_neg() first."
             fail("a gradient", "the values themselves in memory", "their negatives (is_neg)", remedy)
-        if list(map(_DTYPE, factors)) == list(map(_DTYPE, grads)) and {*map(_LAYOUT, grads)} <= {torch.strided}:
+        dtypes = list(compress(self.plan.dtypes, present))
+        if list(map(_DTYPE, grads)) == dtypes and {*map(_LAYOUT, grads)} <= {torch.strided}:
             return
-        for factor, grad in zip(factors, grads):
+        for factor, grad in zip(compress(self.plan.factors, present), grads):
             if grad.layout is not torch.strided or grad.dtype is not factor.dtype:
                 name = next(pair.name for pair in self.pairs if pair.A is factor or pair.B is factor)
                 remedy = "Densify or cast the gradient before the step."
@@ -216,3 +210,8 @@ class AdamWEngine(Engine):
 def capturing(device: torch.device) -> bool:
     """Whether launches on `device` now go into a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _identical(found: Sequence[object], known: Sequence[object]) -> bool:
+    """Whether both hold the same objects in the same order."""
+    return len(found) == len(known) and all(map(is_, found, known))
