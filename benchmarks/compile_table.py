@@ -93,7 +93,7 @@ def variants(classes: Iterable[int], capabilities: Iterable[int]) -> Iterator[Ca
     amp = {"AMSGRAD": True, "grad_scale": "*fp32", "found_inf": "*fp32"}
     kept = {"SCHEDULED": True}
     others: list[tuple[str, str, str, dict[str, Any]]] = [
-        ("solve", "float64", "mixed", {}),
+        ("solve", "float64", "mixed", {"SAVE": True}),
         ("apply", "float64", "mixed", {}),
         ("apply", "float32", "bfloat16", {"VECTOR": False}),
         ("squares", "float64", "float64", {}),

@@ -30,7 +30,6 @@ Variant = tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]
 PAIR = {
     "table": "*i64", "rows": "*i32", "results": "*fp64", "work": "*fp64", "hypers": "*fp64", "items": "*i32",
     "headers": "*fp64", "arrivals": "*i32", "warmup": "i32", "start": "i32", "interval": "i32",
-    "save": "i32",
 }  # fmt: skip
 PAIR_KERNELS = {
     "gram": gram_kernel, "settle": settle_kernel, "update": update_kernel, "row": row_kernel, "foresee": foresee_kernel,
@@ -41,7 +40,7 @@ SCALAR_KERNELS = ("foresee", "turn", "squares", "balance")
 AMP = {"grad_scale": None, "found_inf": None, "seed": None}
 PAIR_CONSTANTS: dict[str, Any] = {
     "SCHEDULED": False, "CARRY": False, "CHECK": True, "AMSGRAD": False, "MASTER": False,
-    "MATRICES": True, "COLUMN": P, "GRADIENTS": False, "VECTOR": True, **AMP,
+    "SAVE": False, "MATRICES": True, "COLUMN": P, "GRADIENTS": False, "VECTOR": True, **AMP,
 }  # fmt: skip
 EIGEN_KERNELS = {"eigh": eigh.eigh_kernel, "svd": svd.svd_kernel, "inv_root": inv_root.inv_root_kernel}
 MATRIX_KERNELS = {

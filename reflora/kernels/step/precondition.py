@@ -19,12 +19,12 @@ from .scalar import balance_rows
 from .settle import move_saved, refuse, shrink_weight, steps_of
 
 
-@triton.jit(do_not_specialize=["start", "save"])
+@triton.jit(do_not_specialize=["start"])
 def solve_kernel(
-    table, rows, headers, results, work, start, save, KAPPA_MAX: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr,
-    BK: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr, SCALED: tl.constexpr,
+    table, rows, headers, results, work, start, SAVE: tl.constexpr, KAPPA_MAX: tl.constexpr, RC: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """S and S^-1 of a row, a program each, for save = 1 also to where SAVED points: I where the row is skipped.
+    """S and S^-1 of a row, a program each, for SAVE also to where SAVED points: I where the row is skipped.
 
     Arguments as gram_kernel's; start as Backend.precondition has it.
     """
@@ -37,7 +37,7 @@ def solve_kernel(
             p_row, area, header, width, r, code, weight, KAPPA_MAX, RC, BM, WIDE, TC, SCALED
         )
         status = solve_s(area, r, status, tl.where(start == 0, c, 1.0), code, RC, BM, BK, WIDE, TC)
-        if save == 1:
+        if SAVE:
             if status == col.SKIPPED:
                 one = tl.full((), 1.0, tl.float64)
                 form_scaled_identity(area, one, one, RC, WIDE)
@@ -53,7 +53,7 @@ def solve_rows(
     """S and S^-1 of a group's rows; without `save` they are for gradients, which are searched."""
     gather_chunks(group, table, constants, check=not save)
     solve_kernel[(len(group.rows),)](
-        table, group.entries, group.headers, results, group.workspace, start, int(save),
+        table, group.entries, group.headers, results, group.workspace, start, SAVE=save,
         **taken(solve_kernel, constants), **group.options,
     )  # fmt: skip
 
