@@ -95,6 +95,27 @@ FAULTS = (
         MEMBERS,
     ),
     python(
+        "state that has moved in memory is written where it lay",
+        "optim/adamw_engine.py",
+        " and list(map(Tensor.data_ptr, self._bound)) == self._seen",
+        "",
+        "tests/spec/test_adamw_changes.py",
+    ),
+    python(
+        "entries of the state that were replaced are stepped",
+        "optim/adamw_engine.py",
+        "_identical([*state, *state.values()], self._all) and ",
+        "",
+        "tests/spec/test_adamw_changes.py",
+    ),
+    python(
+        "tensors of the state that were replaced are stepped",
+        "optim/adamw_engine.py",
+        " and _identical(self._tensors(), self._bound)",
+        "",
+        "tests/spec/test_adamw_changes.py",
+    ),
+    python(
         "text counts as a number",
         "checks.py",
         "or (isinstance(value, Real)",

@@ -37,8 +37,9 @@ class AdamWEngine(Engine):
         super().__init__(pairs, chosen, first_rows, backend)
         self.storage, self.captured = storage, captured
         self._owner: Any = None
-        # every parameter's entries; those of the sides of owned pairs; their tensors in the table, and where these lay
-        self._all: list[dict[str, Any]] = []
+        # all keys and values of the state; entries of the sides of owned pairs; their tensors in the table, and where
+        # these lay
+        self._all: list[Any] = []
         self._entries: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
         self._bound: list[Tensor] = []
         self._seen: list[int] = []
@@ -94,7 +95,7 @@ class AdamWEngine(Engine):
         self.plan.set(col.STATE, [STORAGE_DTYPES.index(self.storage.dtype(pair.A)) for pair in self.pairs])
         for column, name in ((col.PHASE, PHASE), (col.COUNT, STEPS), *([(col.SAVED, SAVED)] if keep_S else [])):
             self.plan.bind_once(column, [entries[name] for entries in sides[0]])
-        self._owner, self._all = state, list(state.values())
+        self._owner, self._all = state, [*state, *state.values()]
         self._entries = tuple([entries for entries, keep in zip(side, kept) if keep] for side in sides)  # type: ignore[assignment]
         self._bound = self._tensors()
         self._seen = list(map(Tensor.data_ptr, self._bound))
@@ -112,7 +113,7 @@ class AdamWEngine(Engine):
     def _still_bound(self, state: MutableMapping[Tensor, Any]) -> bool:
         """Whether the table points at the state's tensors: entries may have been replaced, and `.data` too."""
         try:
-            same = _identical(list(state.values()), self._all) and _identical(self._tensors(), self._bound)
+            same = _identical([*state, *state.values()], self._all) and _identical(self._tensors(), self._bound)
         except KeyError:  # an entry was deleted
             return False
         return same and list(map(Tensor.data_ptr, self._bound)) == self._seen

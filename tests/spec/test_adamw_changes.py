@@ -72,6 +72,49 @@ def test_state_that_has_moved_in_memory(backend, move, options):
     assert all(map(torch.equal, *ends))
 
 
+def replace_tensors(state, params):
+    for p in params:
+        state[p].update({name: value.clone() for name, value in state[p].items()})
+
+
+def replace_entries(state, params):
+    for p in params:
+        state[p] = {name: value.clone() for name, value in state[p].items()}
+
+
+def exchange_entries(state, params):
+    state[params[0]], state[params[1]] = state[params[1]], state[params[0]]
+
+
+def rename_entries(state, params):
+    """The same entries in the same order, for other parameters."""
+    known = list(state.items())
+    state.clear()
+    other = {params[0]: params[1], params[1]: params[0]}
+    state.update((other.get(p, p), entries) for p, entries in known)
+
+
+@pytest.mark.parametrize("change", [replace_tensors, replace_entries, exchange_entries, rename_entries])
+def test_state_that_is_replaced_between_steps(backend, change):
+    """The next step is that of a new optimizer with the same state."""
+    pairs = leaf_pairs([(4, 30, 21)] * 3, torch.float32)
+    optimizer, generator = RefLoRAAdamW(pairs, lr=1e-2, backend=backend), torch.Generator().manual_seed(0)
+    for number in range(4):
+        random_grads(factors(pairs), generator)
+        if number:
+            change(optimizer.state, [pairs[0][0], pairs[1][0]])
+        copies = clones(pairs)
+        fresh = RefLoRAAdamW(copies, lr=1e-2, backend=backend)
+        for p, q in zip(factors(pairs), factors(copies)):
+            q.grad = p.grad.clone()
+            if number:
+                fresh.state[q] = {name: value.clone() for name, value in optimizer.state[p].items()}
+        optimizer.step(), fresh.step()
+        for p, q in zip(factors(pairs), factors(copies)):
+            assert torch.equal(p, q)
+            assert all(torch.equal(value, fresh.state[q][name]) for name, value in optimizer.state[p].items())
+
+
 @pytest.mark.parametrize("name, shape", [("reflora_S", (1, 2, 3, 3)), ("reflora_phase", (2,)), ("reflora_steps", ())])
 def test_state_of_another_shape_is_refused(fast_backend, name, shape):
     pairs = leaf_pairs([(4, 30, 21)], torch.float32)
