@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .constants import BACKENDS, PRECISIONS
 from .overlap import extent, overlaps_itself, shared
@@ -55,6 +56,24 @@ def check_there(what: str, tensor: Tensor) -> None:
     if not there:
         remedy = "Fake tensors, those inside torch.func and those whose storage was freed have none."
         fail(what, "a tensor with memory of its own", f"a {type(tensor).__name__} without", remedy)
+
+
+def check_held(what: str, tensor: Tensor) -> None:
+    """The storage has not been freed. Unlike `check_there` also for a DTensor, which has no address."""
+    if tensor.numel() and tensor.untyped_storage().nbytes() == 0:
+        fail(what, "a tensor with memory", "one whose storage was freed", "Load or compute it again.")
+
+
+def check_real() -> None:
+    """Tensors made here have memory: tables and results are read and written by address."""
+    probe = torch.empty(1, dtype=torch.uint8, device="cpu")
+    try:
+        real = not isinstance(probe, FakeTensor) and probe.data_ptr() != 0
+    except RuntimeError:
+        real = False
+    if not real:
+        modes = "FakeTensorMode, functionalize or another mode without memory"
+        fail("tensors made in a step", "real ones", f"those of {modes}", "Call it outside.", RuntimeError)
 
 
 def check_plain(what: str, tensor: Tensor) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import columns as col
 from .backends import resolve
+from .checks import check_real
 from .constants import START_STEPS
 from .diagnostics import Diagnostics, diagnose
 from .pairs import LoRAPair, as_pairs
@@ -110,6 +111,7 @@ class Engines(Generic[E]):
 
     def ready(self) -> list[E]:
         """One per device, none of them stale."""
+        check_real()
         moved = [engine for engine in self._engines if engine.plan.moved()]
         if any(engine.parted for engine in moved):
             self._engines, moved = [], []

@@ -89,7 +89,7 @@ class Plan:
         self._pair_of_row = _integers([row.pair for row in self.rows])
         self._expert_of_row = _integers([row.expert for row in self.rows])
         self._strides = list(map(Tensor.stride, self.factors))
-        self._counts = list(map(Tensor.numel, self.factors))
+        self._shapes = list(map(Tensor.size, self.factors))
         # where each row begins in its factor, in bytes and in elements
         self._starts, self._offsets = {}, {}
         for side, factors in ((A_SIDE, self.factors[::2]), (B_SIDE, self.factors[1::2])):
@@ -127,7 +127,7 @@ class Plan:
         if 0 in addresses:
             name = self.pairs[addresses.index(0) // 2].name
             fail(f"{name}, gradient", "a tensor with memory", "one whose storage was freed", "Compute it again.")
-        if list(map(Tensor.numel, tensors)) != self._counts:
+        if list(map(Tensor.size, tensors)) != self._shapes:
             self._check_shapes(tensors)
         pointers = _integers(addresses).view(-1, 2)[self._pair_of_row]
         for number, side in enumerate((A_SIDE, B_SIDE)):
@@ -136,7 +136,6 @@ class Plan:
             self.table[:, side + G_SR : side + G_SN + 1] = self.table[:, side + P_SR : side + P_SN + 1]
         strides = list(map(Tensor.stride, tensors))
         if strides != self._strides:
-            self._check_shapes(tensors)
             for index, (tensor, ours) in enumerate(zip(tensors, self._strides)):
                 if strides[index] != ours:
                     self._bind_strided((A_SIDE, B_SIDE)[index % 2], index // 2, tensor)

@@ -29,6 +29,12 @@ def backward(pairs, goals):
     return float(loss.detach())
 
 
+def run(optimizer, pairs, goals, steps=2):
+    for _ in range(steps):
+        backward(pairs, goals)
+        optimizer.step()
+
+
 def random_grads(parameters, generator):
     for p in parameters:
         p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)

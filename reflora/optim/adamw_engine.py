@@ -65,8 +65,7 @@ class AdamWEngine(Engine):
 
         grads: of A and B alternately. As in torch, a pair has no state before its first gradient.
         """
-        masters = all(map(self.storage.has_master, self.plan.factors))
-        names = (*moments_of(amsgrad), "step", *([MASTER] if masters else []))
+        names = (*moments_of(amsgrad), "step")
         options = (slots, names, keep_S)
         wakes = [i for i in self._idle if grads[2 * i] is not None or grads[2 * i + 1] is not None]
         if self._owner is state and self._options == options and not wakes and self._still_bound(state):
@@ -74,6 +73,7 @@ class AdamWEngine(Engine):
         if wakes and capturing(self.plan.device):
             remedy = "Take a step with gradients of all pairs outside the graph first."
             fail("CUDA graph capture", "pairs that have been stepped", self.pairs[wakes[0]].name, remedy, RuntimeError)
+        self._owner = None  # until all is bound: what raises below leaves nothing that seems bound
         self._options, self._versions = options, []
         self._idle = self._without_state(state, slots, grads)
         kept = [slot is not None and i not in self._idle for i, slot in enumerate(slots)]
@@ -123,14 +123,17 @@ class AdamWEngine(Engine):
         _, names, keep_S = self._options
         of_pair = (*names, PHASE, STEPS, *([SAVED] if keep_S else []))
         sides = (map(itemgetter(*wanted), found) for wanted, found in zip((of_pair, names), self._entries))
-        return list(chain.from_iterable(chain.from_iterable(sides)))
+        found = list(chain.from_iterable(chain.from_iterable(sides)))
+        if self.storage.master:  # of 16-bit factors alone
+            found += [entries[MASTER] for side in self._entries for entries in side if MASTER in entries]
+        return found
 
     def bind_grads(
         self, state: MutableMapping[Tensor, Any], grads: Sequence[Tensor | None]
     ) -> list[tuple[Tensor, int]]:
         """Point at this step's gradients, of A and B alternately.
 
-        Returns factors whose partner has none, with their group: they take plain steps, for which `step` moves the
+        Returns factors whose partner has none, with their group: they take plain steps, for which `leave` moves the
         moments of their pairs back to units of S = I. So it does where a factor has left the optimizer.
         """
         slots, active = self._options[0], self.plan.factors
@@ -169,10 +172,13 @@ class AdamWEngine(Engine):
                 got = f"{grad.dtype}, {grad.layout}"
                 fail(f"{name}, gradient", f"{factor.dtype}, strided, like its factor", got, remedy)
 
-    def step(self, step: AdamWStep) -> None:
-        """One step of the pairs with gradients."""
+    def leave(self) -> None:
+        """Move the moments of pairs that take plain steps from now on."""
         for pair in self._leaving:
             leave_units(self._owner.get(pair.A, {}), self._owner.get(pair.B, {}), pair)
+
+    def step(self, step: AdamWStep) -> None:
+        """One step of the pairs with gradients."""
         if not self.written:
             shape = (len(self.plan.rows), col.RESULTS)
             self.results = torch.full(shape, torch.nan, dtype=torch.float64, device="cpu")

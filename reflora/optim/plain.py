@@ -22,14 +22,14 @@ FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 def step_stray(
-    state: State, param: Tensor, storage: Storage, grad_of: GradOf, group: dict[str, Any], scaler: Scaler, check: bool
+    state: State, param: Tensor, grad_of: GradOf, group: dict[str, Any], scaler: Scaler, check: bool
 ) -> None:
     """One step of a factor whose partner has no gradient; with check, none if it or its gradient is not finite."""
     grad, (scale, found_inf) = grad_of(param), scaler.on(param.device)
     if check and grad is not None:
         bad = (~(grad.isfinite().all() & param.detach().isfinite().all())).float()
         found_inf = bad if found_inf is None else torch.maximum(bad, found_inf)
-    step_plain(state, [(param, storage)], grad_of, group, Scaler(scale, found_inf))
+    step_plain(state, [param], grad_of, group, Scaler(scale, found_inf))
 
 
 def prepare_plain(
@@ -43,14 +43,12 @@ def prepare_plain(
 
 
 def step_plain(
-    state: State, params: Sequence[tuple[Tensor, Storage]], grad_of: GradOf, group: dict[str, Any], scaler: Scaler
-) -> None:
-    """One step of the parameters that have a gradient; each comes with how its moments are stored."""
-    stepped = [(p, storage) for p, storage in params if grad_of(p) is not None]
-    for p, storage in stepped:
-        prepare_plain(state, [p], grad_of, group["amsgrad"], storage)
-    for device in {p.device for p, _ in stepped}:
-        own = [p for p, _ in stepped if p.device == device]
+    state: State, params: Sequence[Tensor], grad_of: GradOf, group: dict[str, Any], scaler: Scaler
+) -> None:  # fmt: skip
+    """One step of the parameters that have a gradient. Their state is prepared."""
+    stepped = [p for p in params if grad_of(p) is not None]
+    for device in {p.device for p in stepped}:
+        own = [p for p in stepped if p.device == device]
         _step_device([state[p] for p in own], own, [grad_of(p) for p in own], group, scaler.on(device))
 
 
@@ -86,7 +84,7 @@ def _step_device(
 def _row(p: Tensor, grad: Tensor, state: dict[str, Any], names: Sequence[str]) -> list[Tensor]:
     """Weights, gradient and moments, in the dtype of the moments: a factor's may be wider than its own."""
     wide = _wide(p, state)
-    return [wide, grad.to(wide.dtype), *(state[name] for name in names)]
+    return [wide, grad.to(wide.dtype).resolve_conj().resolve_neg(), *(state[name] for name in names)]
 
 
 def _in_one_order(tensors: Sequence[Tensor]) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import fail
+from ..checks import check_held, fail
 from ..columns import REFACTORED_UNITS, M, V, X
 from ..pairs import LoRAPair
 
@@ -67,16 +67,19 @@ def fit(state: dict[str, Any], param: Tensor, experts: int, storage: Storage) ->
         kept = state.get(name)
         if kept is None:
             continue
+        check_held(f"state {name!r}", kept)
         if kept.shape != param.shape:
             remedy = "The state belongs to another model or rank."
             fail(f"state {name!r}", tuple(param.shape), tuple(kept.shape), remedy)
         dtype = torch.float32 if name == MASTER else storage.dtype(param)
         ours, theirs = (dtype, param.device, param.stride()), (kept.dtype, kept.device, kept.stride())
-        if ours != theirs:
+        if ours != theirs or kept.is_neg() or kept.is_conj():
             state[name] = zeros_like(param, dtype).copy_(kept)
     if MASTER in state and not storage.has_master(param):
         del state[MASTER]
     if "step" in state:
+        if isinstance(state["step"], Tensor):
+            check_held("state 'step'", state["step"])
         state["step"] = _counts(state["step"], param, experts)
 
 
@@ -93,12 +96,12 @@ def init_param(state: dict[str, Any], param: Tensor, amsgrad: bool, experts: int
 
     master: float32, like the factor, where storage asks for it.
     """
-    if "step" not in state:
+    if state.get("step") is None:
         state["step"] = torch.zeros((experts,) if experts > 1 else (), dtype=torch.float32, device=param.device)
     for name in moments_of(amsgrad):
-        if name not in state:
+        if state.get(name) is None:
             state[name] = zeros_like(param, storage.dtype(param))
-    if MASTER not in state and storage.has_master(param):
+    if state.get(MASTER) is None and storage.has_master(param):
         state[MASTER] = zeros_like(param, torch.float32).copy_(param.detach())
 
 
@@ -156,6 +159,7 @@ def compare_shapes(entries: dict[str, Any], wanted: dict[str, tuple[int, ...]], 
         found = tuple(kept.shape) if isinstance(kept, Tensor) else repr(kept)
         if found != shape:
             fail(f"{what} {name!r}", shape, found, "The state belongs to another model or rank.")
+        check_held(f"{what} {name!r}", kept)
 
 
 def leave_units(state_A: dict[str, Any], state_B: dict[str, Any], pair: LoRAPair) -> None:
@@ -163,12 +167,16 @@ def leave_units(state_A: dict[str, Any], state_B: dict[str, Any], pair: LoRAPair
     if PHASE not in state_A:
         return
     phases = state_A[PHASE]
+    moves: list[tuple[Tensor, Tensor]] = []
     for expert, (A, B) in enumerate(zip(pair.views_A(pair.A), pair.views_B(pair.B))):
         c = torch.linalg.vector_norm(B, dtype=torch.float64) / torch.linalg.vector_norm(A, dtype=torch.float64)
         c = c.where((phases[expert] == REFACTORED_UNITS) & c.isfinite() & (c > 0), torch.ones_like(c))
         for state, views, by in ((state_A, pair.views_A, c), (state_B, pair.views_B, 1 / c)):
             for name in MOMENTS.keys() & state.keys():
-                views(state[name])[expert].mul_((by ** MOMENTS[name].power).to(state[name].dtype))
+                check_held(f"state {name!r}", state[name])
+                moves.append((views(state[name])[expert], by ** MOMENTS[name].power))
+    for moment, by in moves:
+        moment.mul_(by.to(moment.dtype))
     phases[phases == REFACTORED_UNITS] = 0
 
 

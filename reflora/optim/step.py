@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backends import AdamWStep
-from ..checks import fail
+from ..checks import check_held, check_places, fail
 from ..constants import start_of
 from ..engine import Engines
 from ..pairs import LoRAPair
@@ -21,7 +21,7 @@ from .groups import hyper_table
 from .membership import LONE, NO_GRADIENT, say_plain
 from .plain import GradOf, State, prepare_plain, step_plain, step_stray
 from .scaler import Scaler
-from .state import LIKE_TORCH, Storage
+from .state import Storage
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,14 @@ def adamw_(
     tables = [hyper_table(groups, engine.plan.device) for engine in ready]
     strays = _bind(ready, members.slots, groups, state, grad_of, options)
     _tell(engines, strays, told)
-    for group, params in zip(groups, members.plain):
-        prepare_plain(state, params, grad_of, group["amsgrad"])
+    for number, group in enumerate(groups):
+        prepare_plain(state, members.plain[number], grad_of, group["amsgrad"])
+        prepare_plain(state, strays.get(number, ()), grad_of, group["amsgrad"], options.storage)
+    for engine in ready:
+        engine.leave()
+    # torch may yet refuse a parameter: then no pair has moved
+    for params, group in zip(members.plain, groups):
+        step_plain(state, params, grad_of, group, scaler)
     for engine, (hypers, lrs) in zip(ready, tables):
         scale, found_inf = scaler.on(engine.plan.device)
         engine.step(AdamWStep(
@@ -82,14 +88,13 @@ def adamw_(
             options.precision, check=options.check_grads and found_inf is None, carry=options.carry_grams, seed=seed,
             grad_scale=scale, found_inf=found_inf, lrs=lrs,
         ))  # fmt: skip
-    for number, group in enumerate(groups):
-        step_plain(state, [(p, LIKE_TORCH) for p in members.plain[number]], grad_of, group, scaler)
-        for p in strays.get(number, ()):
-            step_stray(state, p, options.storage, grad_of, group, scaler, options.check_grads)
+    for number, params in strays.items():
+        for p in params:
+            step_stray(state, p, grad_of, groups[number], scaler, options.check_grads)
 
 
 def _refuse(members: Members, grad_of: GradOf) -> None:
-    """Refuse unusable gradients of plain parameters before anything has changed."""
+    """Refuse plain parameters and gradients that torch cannot step, before anything has changed."""
     for p, grad in ((p, grad_of(p)) for params in members.plain for p in params):
         if grad is None:
             continue
@@ -97,9 +102,9 @@ def _refuse(members: Members, grad_of: GradOf) -> None:
             fail("a gradient", "a dense tensor", grad.layout, "Use sparse=False.", RuntimeError)
         if grad.shape != p.shape:
             fail("a gradient", tuple(p.shape), tuple(grad.shape), "Gradients are shaped like their parameters.")
-        # not check_there: a DTensor, which torch's step serves, has no address
-        if grad.numel() and grad.untyped_storage().nbytes() == 0:
-            fail("a gradient", "a tensor with memory", "one whose storage was freed", "Compute it again.")
+        check_held("a gradient", grad)
+        check_held("a parameter", p)
+        check_places("a parameter", p)
 
 
 def _bind(

@@ -34,6 +34,8 @@ class Units:
         self._left: set[int] = set()
         self._at_identity: set[int] = set()
         self._scaled: set[int] = set()
+        # by number, what the next step keeps for pairs whose B has moved while A had no state
+        self._owed: dict[int, dict[str, Tensor]] = {}
 
     def identity(self, pair: LoRAPair) -> dict[str, Tensor]:
         """What a plain step leaves in the state: every key there will be, since checkpoints are loaded key by key."""
@@ -92,12 +94,13 @@ class Units:
         state cannot be moved reflora_unit `[experts, 2]`, from `new_units`. Reads one flag per layer from the device
         until that layer has left I, nothing afterwards.
         """
+        kept = {i: self._owed.pop(i) for i in chosen if i in self._owed}
         staying = [i for i in chosen if i not in self._left]
         if not staying:
-            return {}
+            return kept
         move = Transport(self.owner, [self.owner.pairs[i] for i in staying]) if movable(self.owner.base) else None
         outcome = self.owner._ops.outcome()
-        kept, units = {}, []
+        units = []
         for i in staying:
             found, own = outcome[i], self.owner.state.get(self.owner.pairs[i].A, {})
             before = own.get(PHASE, torch.zeros_like(found.scale)).double()
@@ -117,8 +120,11 @@ class Units:
     def keep_moved(self, kept: Mapping[Tensor, dict[str, Tensor]]) -> None:
         """After a failed step of the base class: state that was moved says so, and pairs without any are new again."""
         for i, pair in enumerate(self.owner.pairs):
+            entries = kept.get(pair.A, {})
             if own := self.owner.state.get(pair.A):
-                own.update(kept.get(pair.A, {}))
+                own.update(entries)
+            elif self.owner.state.get(pair.B):
+                self._owed[i] = {name: entries[name] for name in (PHASE, UNIT) if name in entries}
             else:
                 self._left.discard(i)
 

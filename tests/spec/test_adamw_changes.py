@@ -2,16 +2,10 @@
 
 import pytest
 import torch
-from toys import backward, clones, factors, leaf_pairs, random_grads, targets
+from toys import backward, clones, factors, leaf_pairs, run, targets
 
 from reflora import RefLoRAAdamW
 from reflora.pairs import LoRAPair
-
-
-def run(optimizer, pairs, goals, steps=2):
-    for _ in range(steps):
-        backward(pairs, goals)
-        optimizer.step()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -45,86 +39,6 @@ def test_factors_of_another_shape_are_refused(fast_backend):
     pairs[0][1].grad, A.grad = torch.ones(21, 4), torch.ones(4, 64)
     with pytest.raises(ValueError, match="state 'exp_avg': expected .4, 64., got .4, 30."):
         optimizer.step()
-
-
-@pytest.mark.parametrize("options", [{}, {"interval": 2, "amsgrad": True}, {"scalar": True}], ids=str)
-@pytest.mark.parametrize(
-    "move", [lambda t: setattr(t, "data", t.clone()), lambda t: t.set_(t.clone())], ids=["data", "set_"]
-)
-def test_state_that_has_moved_in_memory(backend, move, options):
-    """Offloading it and back keeps the tensor and replaces its memory; the old one is filled with other things."""
-    pairs = leaf_pairs([(4, 30, 21), (5, 12, 70)], torch.float32)
-    ends = []
-    for own in (pairs, clones(pairs)):
-        optimizer = RefLoRAAdamW(own, lr=1e-2, backend=backend, **options)
-        generator, spoilt = torch.Generator().manual_seed(0), []
-        for number in range(5):
-            if own is pairs and number in (2, 3):
-                for value in (v for p in factors(own) for v in optimizer.state[p].values()):
-                    old = value.data
-                    move(value)
-                    assert value.data_ptr() != old.data_ptr()
-                    spoilt.append(old.fill_(7.0))
-            random_grads(factors(own), generator)
-            optimizer.step()
-        assert all((old == 7.0).all() for old in spoilt)
-        ends.append([*factors(own), *(v for p in factors(own) for v in optimizer.state[p].values())])
-    assert all(map(torch.equal, *ends))
-
-
-def replace_tensors(state, params):
-    for p in params:
-        state[p].update({name: value.clone() for name, value in state[p].items()})
-
-
-def replace_entries(state, params):
-    for p in params:
-        state[p] = {name: value.clone() for name, value in state[p].items()}
-
-
-def exchange_entries(state, params):
-    state[params[0]], state[params[1]] = state[params[1]], state[params[0]]
-
-
-def rename_entries(state, params):
-    """The same entries in the same order, for other parameters."""
-    known = list(state.items())
-    state.clear()
-    other = {params[0]: params[1], params[1]: params[0]}
-    state.update((other.get(p, p), entries) for p, entries in known)
-
-
-@pytest.mark.parametrize("change", [replace_tensors, replace_entries, exchange_entries, rename_entries])
-def test_state_that_is_replaced_between_steps(backend, change):
-    """The next step is that of a new optimizer with the same state."""
-    pairs = leaf_pairs([(4, 30, 21)] * 3, torch.float32)
-    optimizer, generator = RefLoRAAdamW(pairs, lr=1e-2, backend=backend), torch.Generator().manual_seed(0)
-    for number in range(4):
-        random_grads(factors(pairs), generator)
-        if number:
-            change(optimizer.state, [pairs[0][0], pairs[1][0]])
-        copies = clones(pairs)
-        fresh = RefLoRAAdamW(copies, lr=1e-2, backend=backend)
-        for p, q in zip(factors(pairs), factors(copies)):
-            q.grad = p.grad.clone()
-            if number:
-                fresh.state[q] = {name: value.clone() for name, value in optimizer.state[p].items()}
-        optimizer.step(), fresh.step()
-        for p, q in zip(factors(pairs), factors(copies)):
-            assert torch.equal(p, q)
-            assert all(torch.equal(value, fresh.state[q][name]) for name, value in optimizer.state[p].items())
-
-
-@pytest.mark.parametrize("name, shape", [("reflora_S", (1, 2, 3, 3)), ("reflora_phase", (2,)), ("reflora_steps", ())])
-def test_state_of_another_shape_is_refused(fast_backend, name, shape):
-    pairs = leaf_pairs([(4, 30, 21)], torch.float32)
-    optimizer = RefLoRAAdamW(pairs, lr=1e-2, interval=2, backend=fast_backend)
-    run(optimizer, pairs, targets(pairs))
-    optimizer.state[pairs[0][0]][name] = torch.zeros(shape)
-    before = [t.detach().clone() for t in pairs[0]]
-    with pytest.raises(ValueError, match=f"state '{name}': expected .1,"):
-        run(optimizer, pairs, targets(pairs), 1)
-    assert all(map(torch.equal, pairs[0], before))
 
 
 def test_conv_factors_of_another_memory_format(fast_backend):
@@ -199,18 +113,6 @@ def test_freezing_one_factor_brings_the_moments_back_to_plain_units(fast_backend
     optimizer.step()
     assert torch.allclose(optimizer.state[A]["exp_avg"], 0.9 * before * c, rtol=1e-4)
     assert float(optimizer.state[A]["reflora_phase"]) == 0
-
-
-def test_state_that_is_reset_is_made_anew(fast_backend):
-    pairs = leaf_pairs([(4, 30, 21), (4, 12, 9)], torch.float32)
-    optimizer = RefLoRAAdamW(pairs, lr=1e-2, backend=fast_backend)
-    goals = targets(pairs)
-    run(optimizer, pairs, goals)
-    A, B = pairs[1]
-    optimizer.state.pop(A)
-    optimizer.state[B] = {}
-    run(optimizer, pairs, goals, 1)
-    assert [float(optimizer.state[t]["step"]) for t in factors(pairs)] == [3, 3, 1, 1]
 
 
 def test_pairs_this_optimizer_does_not_own_leave_no_state(fast_backend):

@@ -115,7 +115,11 @@ BAD_GRADIENTS = {
     # its memory holds the ascent
     "negated": (lambda t: setattr(t, "grad", torch._neg_view(t.grad)), r"their negatives .is_neg.*resolve_neg"),
     **{str(shape): reshaped(*shape) for shape in ((3, 4), (6, 3), (12, 4), (4, 6), (6, 8))},
-}
+    # as many elements, with the strides of the factor
+    "like it in memory": (
+        lambda t: setattr(t.grad, "data", torch.randn(12, 4).as_strided((12, 2), (4, 1))), r"\(6, 4\), got \(12, 2\)",
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", BAD_GRADIENTS)
@@ -134,6 +138,47 @@ def test_a_step_whose_factor_was_freed(fast_backend):
     factors[0].untyped_storage().resize_(0)
     with pytest.raises(ValueError, match="memory of its own"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq", "step", "reflora_phase", "reflora_steps", "reflora_S"])
+def test_a_step_whose_state_was_freed(fast_backend, name):
+    A, B = torch.randn(4, 10).requires_grad_(), torch.randn(6, 4).requires_grad_()
+    optimizer = RefLoRAAdamW([(A, B)], interval=2, backend=fast_backend)
+    A.grad, B.grad = torch.randn(4, 10), torch.randn(6, 4)
+    optimizer.step()
+    optimizer.state[A][name].untyped_storage().resize_(0)
+    before = A.detach().clone(), B.detach().clone()
+    with pytest.raises(
+        ValueError, match=f"state '{name}': expected a tensor with memory, got one whose storage was freed"
+    ):
+        optimizer.step()
+    assert torch.equal(A, before[0]) and torch.equal(B, before[1])
+
+
+def in_fake_mode(call):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        call()
+
+
+WITHOUT_MEMORY = {
+    "FakeTensorMode": in_fake_mode,
+    "functionalize": lambda call: torch.func.functionalize(lambda x: (call(), x)[1])(torch.ones(3)),
+    "grad": lambda call: torch.func.grad(lambda x: (call(), x.sum())[1])(torch.ones(3)),
+}
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("mode", WITHOUT_MEMORY)
+def test_a_step_in_a_mode_that_makes_tensors_without_memory(fast_backend, mode, first):
+    """The parameters are real; the table and the results would not be."""
+    factors, optimizer = stepped(fast_backend)
+    if first:
+        optimizer = RefLoRAAdamW([tuple(factors)], backend=fast_backend)
+    before = [t.detach().clone() for t in (*factors, *(v for own in optimizer.state.values() for v in own.values()))]
+    with pytest.raises(RuntimeError, match="expected real ones, got those of FakeTensorMode"):
+        WITHOUT_MEMORY[mode](optimizer.step)
+    after = [*factors, *(v for own in optimizer.state.values() for v in own.values())]
+    assert len(after) == len(before) and all(map(torch.equal, after, before))
 
 
 LINALG = {

@@ -209,6 +209,34 @@ def test_a_base_step_that_fails_leaves_state_whose_units_are_known(base, options
     assert all(map(torch.equal, *ends))
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("base, options", [(SGD, {"momentum": 0.9}), (NAdam, {}), (torch.optim.Adagrad, {})], ids=str)
+def test_a_base_step_that_fails_twice_before_one_factor_has_state(base, options, resumed) -> None:
+    """Its partner's state is moved once, and says so once there is an entry to say it in."""
+    start, ends = [(30 * A.detach(), B.detach()) for A, B in leaf_pairs([(4, 30, 21)], torch.float32)], []
+    for failures in (0, 1, 2):
+        ((A, B),) = pairs = clones(start)
+        make = partial(failing(base), [A, B], pairs=pairs, lr=1e-3, warmup_steps=0, **options)
+        optimizer, generator = make(), torch.Generator().manual_seed(0)
+        B.grad = torch.randn(21, 4, generator=generator)
+        optimizer.step()
+        for number in range(4):
+            if resumed and number == 2:
+                saved, optimizer = copy.deepcopy(optimizer.state_dict()), make()
+                optimizer.load_state_dict(saved)
+            random_grads([A, B], generator)
+            again = [A.grad.clone(), B.grad.clone()]
+            for _ in range(failures if number == 0 else 0):
+                optimizer.broken = True
+                with pytest.raises(MemoryError):
+                    optimizer.step()
+                optimizer.broken = False
+                A.grad, B.grad = (grad.clone() for grad in again)
+            optimizer.step()
+        ends.append([A, B])
+    assert all(map(torch.equal, ends[0], ends[1])) and all(map(torch.equal, ends[0], ends[2]))
+
+
 def test_fused_false_is_the_switch_of_who_unscales() -> None:
     pairs = leaf_pairs([(4, 30, 21)])
     ways = {fused: reflora.RefLoRAAdamW(pairs, fused=fused)._step_supports_amp_scaling for fused in (None, True, False)}

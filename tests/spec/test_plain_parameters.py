@@ -71,6 +71,72 @@ def test_a_plain_gradient_that_cannot_be_read_is_refused_before_anything_is_writ
     assert all(map(torch.equal, (W, *factors(pairs)), before)) and not optimizer.state
 
 
+def free(t):
+    t.untyped_storage().resize_(0)
+
+
+BROKEN = {
+    "a freed parameter": (lambda W, state: free(W), "a parameter: .*was freed"),
+    "a freed moment": (lambda W, state: free(state["exp_avg_sq"]), "state 'exp_avg_sq': .*was freed"),
+    "a freed count": (lambda W, state: free(state["step"]), "state 'step': .*was freed"),
+    "an expanded parameter": (
+        lambda W, state: setattr(W, "data", torch.zeros(1).expand(5)),
+        "a parameter: .*share mem",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_plain_parameter_that_torch_cannot_step_is_refused_before_anything_is_written(fast_backend, kind):
+    pairs, W = leaf_pairs([(3, 8, 6)], torch.float32), torch.nn.Parameter(torch.randn(5))
+    optimizer = RefLoRAAdamW([W, *factors(pairs)], pairs=pairs, lr=1e-2, backend=fast_backend)
+    random_grads([W, *factors(pairs)], torch.Generator().manual_seed(0))
+    optimizer.step()
+    kept = [t for p in factors(pairs) for t in (p, *optimizer.state[p].values())]
+    before = [t.detach().clone() for t in kept]
+    spoil, message = BROKEN[kind]
+    spoil(W, optimizer.state[W])
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert all(map(torch.equal, kept, before))
+
+
+def test_what_torch_alone_refuses_is_refused_before_the_pairs_move(fast_backend):
+    """Its fused step has no float8."""
+    pairs, W = leaf_pairs([(3, 8, 6)], torch.float32), torch.nn.Parameter(torch.ones(5).to(torch.float8_e4m3fn))
+    optimizer = RefLoRAAdamW([W, *factors(pairs)], pairs=pairs, lr=1e-2, backend=fast_backend)
+    random_grads(factors(pairs), torch.Generator().manual_seed(0))
+    W.grad = torch.ones(5).to(torch.float8_e4m3fn)
+    before = [t.detach().clone() for t in factors(pairs)]
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+    assert all(map(torch.equal, factors(pairs), before))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_lazy_gradients_and_moments_of_plain_parameters(dtype):
+    """Views that are negated or conjugated when they are read, in gradients and in loaded moments."""
+    ends = []
+    for lazy in (False, True):
+        torch.manual_seed(0)
+        W = torch.nn.Parameter(torch.randn(5, dtype=dtype))
+        pairs = leaf_pairs([(3, 8, 6)], torch.float32)
+        optimizer = RefLoRAAdamW([W, *factors(pairs)], pairs=pairs, lr=1e-2)
+        for number in range(3):
+            random_grads(factors(pairs), torch.Generator().manual_seed(0))
+            grad = torch.randn(5, dtype=dtype)
+            W.grad = grad.conj().resolve_conj().conj() if lazy and dtype.is_complex else grad.clone()
+            if lazy and not dtype.is_complex:
+                W.grad = torch._neg_view(-grad)
+                assert W.grad.is_neg()
+            if lazy and number == 2:
+                moment = optimizer.state[W]["exp_avg"]
+                optimizer.state[W]["exp_avg"] = torch._neg_view(-moment) if not dtype.is_complex else moment
+            optimizer.step()
+        ends.append(W.detach())
+    torch.testing.assert_close(*ends, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", ["lr", "eps", "weight_decay"])
 def test_numbers_of_any_type(fast_backend, name):
     ends = []
@@ -124,3 +190,18 @@ def test_a_step_that_is_refused_moves_no_moments(fast_backend):
     with pytest.raises(ValueError, match="Gradients are shaped like their factors"):
         optimizer.step()
     assert all(map(torch.equal, before, [t for p in factors(pairs) for t in (p, *optimizer.state[p].values())]))
+
+
+@pytest.mark.filterwarnings("ignore:.*only one")
+def test_moments_of_a_pair_that_leaves_are_moved_all_or_none(fast_backend):
+    pairs = leaf_pairs([(3, 8, 6), (4, 9, 7)], torch.float32)
+    optimizer = trained(fast_backend, pairs)
+    A, B = pairs[0]
+    optimizer.param_groups[0]["params"] = [p for p in optimizer.param_groups[0]["params"] if p is not A]
+    kept = [optimizer.state[B][name] for name in ("exp_avg", "exp_avg_sq")] + [optimizer.state[A]["exp_avg"]]
+    free(optimizer.state[A]["exp_avg_sq"])
+    before = [t.clone() for t in kept]
+    random_grads(factors(pairs), torch.Generator().manual_seed(1))
+    with pytest.raises(ValueError, match="state 'exp_avg_sq': .*was freed"):
+        optimizer.step()
+    assert all(map(torch.equal, kept, before)) and optimizer.state[A]["reflora_phase"] == 1
