@@ -90,6 +90,7 @@ class Plan:
         self._expert_of_row = _integers([row.expert for row in self.rows])
         self._strides = list(map(Tensor.stride, self.factors))
         self._shapes = list(map(Tensor.size, self.factors))
+        self._grad_strides: list[tuple[int, ...]] = []  # of the last gradients
         # where each row begins in its factor, in bytes and in elements
         self._starts, self._offsets = {}, {}
         for side, factors in ((A_SIDE, self.factors[::2]), (B_SIDE, self.factors[1::2])):
@@ -133,8 +134,11 @@ class Plan:
         for number, side in enumerate((A_SIDE, B_SIDE)):
             self.tensors[side + G] = tensors[number::2]
             self.table[:, side + G] = pointers[:, number] + self._starts[side]
-            self.table[:, side + G_SR : side + G_SN + 1] = self.table[:, side + P_SR : side + P_SN + 1]
         strides = list(map(Tensor.stride, tensors))
+        if strides != self._grad_strides:
+            self._grad_strides = strides
+            for side in (A_SIDE, B_SIDE):
+                self.table[:, side + G_SR : side + G_SN + 1] = self.table[:, side + P_SR : side + P_SN + 1]
         if strides != self._strides:
             for index, (tensor, ours) in enumerate(zip(tensors, self._strides)):
                 if strides[index] != ours:

@@ -141,8 +141,11 @@ class AdamWEngine(Engine):
         strays: list[tuple[Tensor, int]] = []
         self._leaving = []
         present = list(map(is_not, grads, repeat(None)))
-        self._check([grad for grad in grads if grad is not None], present)
+        given = [grad for grad in grads if grad is not None]
+        self._check(given, present)
         if None in slots or not all(present):
+            if not {*map(_LAYOUT, given)} <= {torch.strided}:
+                self._refuse(given, present)
             for index, (pair, slot, (a, b)) in enumerate(zip(self.pairs, slots, sides)):
                 if slot is not None and a is not None and b is not None:
                     continue
@@ -153,18 +156,24 @@ class AdamWEngine(Engine):
                 strays += lone
                 sides[index] = (None, None)
             active = [t for pair, (a, _) in zip(self.pairs, sides) if a is not None for t in (pair.A, pair.B)]
-        self.plan.bind_grads(sides)
+        try:
+            self.plan.bind_grads(sides)
+        except RuntimeError:  # a gradient without an address
+            self._refuse(given, present)
+            raise
         self.written = active
         return strays
 
     def _check(self, grads: Sequence[Tensor], present: Sequence[bool]) -> None:
-        """Gradients are dense, of their factors' dtypes, and no lazy negatives. present: the factors that have one."""
+        """Gradients are of their factors' dtypes, and no lazy negatives. present: whether each factor has one."""
         if any(map(Tensor.is_neg, grads)):
             remedy = "Call .resolve_neg() first."
             fail("a gradient", "the values themselves in memory", "their negatives (is_neg)", remedy)
-        dtypes = list(compress(self.plan.dtypes, present))
-        if list(map(_DTYPE, grads)) == dtypes and {*map(_LAYOUT, grads)} <= {torch.strided}:
-            return
+        if list(map(_DTYPE, grads)) != list(compress(self.plan.dtypes, present)):
+            self._refuse(grads, present)
+
+    def _refuse(self, grads: Sequence[Tensor], present: Sequence[bool]) -> None:
+        """Raise for the first gradient that is not dense or of another dtype than its factor."""
         for factor, grad in zip(compress(self.plan.factors, present), grads):
             if grad.layout is not torch.strided or grad.dtype is not factor.dtype:
                 name = next(pair.name for pair in self.pairs if pair.A is factor or pair.B is factor)

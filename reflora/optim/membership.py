@@ -107,7 +107,9 @@ def pairs_of_unseen(optimizer: Any, sharded: bool = False) -> list[LoRAPair]:
     seen: set[int] = optimizer._seen
     if not seen:
         seen.update(id(factor) for pair in optimizer.pairs for factor in (pair.A, pair.B))
-    params = (param for group in optimizer.param_groups for param in group["params"])
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    if seen.issuperset(map(id, params)):
+        return []
     unseen = [param for param in params if id(param) not in seen and param.grad is not None]
     seen.update(map(id, unseen))
     return further_pairs(optimizer, (), sharded) if unseen and optimizer._again is not None else []
