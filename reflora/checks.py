@@ -64,6 +64,13 @@ def check_held(what: str, tensor: Tensor) -> None:
         fail(what, "a tensor with memory", "one whose storage was freed", "Load or compute it again.")
 
 
+def check_gradient(what: str, grad: Tensor, param: Tensor) -> None:
+    """Its shape is the parameter's, unless `.data` of either was replaced, and it has memory."""
+    if grad.shape != param.shape:
+        fail(what, tuple(param.shape), tuple(grad.shape), "Gradients are shaped like their parameters.")
+    check_held(what, grad)
+
+
 def check_real() -> None:
     """Tensors made here have memory: tables and results are read and written by address."""
     probe = torch.empty(1, dtype=torch.uint8, device="cpu")

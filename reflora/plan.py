@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .checks import fail
+from .checks import check_gradient, fail
 from .columns import (
     A_SIDE,
     ACTIVE,
@@ -185,11 +185,8 @@ class Plan:
         self.table[:, TAG] += self._expert_of_row
 
     def _check_shapes(self, tensors: Sequence[Tensor]) -> None:
-        """A gradient keeps its shape when `.data`, its own or its parameter's, is replaced."""
         for index, (tensor, factor) in enumerate(zip(tensors, self.factors)):
-            if tensor.shape != factor.shape:
-                what = f"{self.pairs[index // 2].name}, gradient of {'AB'[index % 2]}"
-                fail(what, tuple(factor.shape), tuple(tensor.shape), "Gradients are shaped like their factors.")
+            check_gradient(f"{self.pairs[index // 2].name}, gradient of {'AB'[index % 2]}", tensor, factor)
 
     def _bind_strided(self, side: int, number: int, tensor: Tensor) -> None:
         pair = self.pairs[number]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import columns as col
 from ..backends import AdamWStep
-from ..checks import fail
+from ..checks import check_gradient, fail
 from ..columns import A_SIDE, B_SIDE, PLAIN
 from ..constants import STORAGE_DTYPES
 from ..engine import Engine, mark_written
@@ -149,8 +149,11 @@ class AdamWEngine(Engine):
             for index, (pair, slot, (a, b)) in enumerate(zip(self.pairs, slots, sides)):
                 if slot is not None and a is not None and b is not None:
                     continue
-                owned = [] if slot is None else [(pair.A, slot[0], a), (pair.B, slot[1], b)]
-                lone = [(factor, group) for factor, group, grad in owned if grad is not None]
+                owned = [] if slot is None else [("A", pair.A, slot[0], a), ("B", pair.B, slot[1], b)]
+                lone = [(factor, group) for _, factor, group, grad in owned if grad is not None]
+                for side, factor, _, grad in owned:
+                    if grad is not None:
+                        check_gradient(f"{pair.name}, gradient of {side}", grad, factor)
                 if lone or slot is None:
                     self._leaving.append(pair)
                 strays += lone

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backends import AdamWStep
-from ..checks import check_held, check_places, fail
+from ..checks import check_gradient, check_held, check_places, fail
 from ..constants import start_of
 from ..engine import Engines
 from ..pairs import LoRAPair
@@ -100,9 +100,7 @@ def _refuse(members: Members, grad_of: GradOf) -> None:
             continue
         if grad.layout is not torch.strided:
             fail("a gradient", "a dense tensor", grad.layout, "Use sparse=False.", RuntimeError)
-        if grad.shape != p.shape:
-            fail("a gradient", tuple(p.shape), tuple(grad.shape), "Gradients are shaped like their parameters.")
-        check_held("a gradient", grad)
+        check_gradient("a gradient", grad, p)
         check_held("a parameter", p)
         check_places("a parameter", p)
 

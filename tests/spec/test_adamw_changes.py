@@ -141,7 +141,7 @@ def test_torch_options_are_taken():
 
 
 def test_a_refused_step_changes_nothing(fast_backend):
-    """A sparse gradient in a plain parameter: the pairs, stepped first, must not have moved either."""
+    """A sparse gradient in a plain parameter: the pairs must not have moved either."""
     pairs = leaf_pairs([(4, 30, 21)], torch.float32)
     table = torch.nn.Embedding(5, 3, sparse=True)
     optimizer = RefLoRAAdamW([*factors(pairs), table.weight], pairs=pairs, lr=1e-2, backend=fast_backend)

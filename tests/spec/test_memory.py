@@ -112,6 +112,7 @@ def reshaped(*shape):
 BAD_GRADIENTS = {
     # FSDP and offloading free storages; the C++ core would read address 0
     "freed": (lambda t: setattr(t, "grad", freed(*t.shape)), "whose storage was freed"),
+    "sparse": (lambda t: setattr(t, "grad", t.grad.to_sparse()), r"strided, like its factor, got .* torch.sparse_coo"),
     # its memory holds the ascent
     "negated": (lambda t: setattr(t, "grad", torch._neg_view(t.grad)), r"their negatives .is_neg.*resolve_neg"),
     **{str(shape): reshaped(*shape) for shape in ((3, 4), (6, 3), (12, 4), (4, 6), (6, 8))},
@@ -122,9 +123,12 @@ BAD_GRADIENTS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("lone", [False, True], ids=["", "lone"])
 @pytest.mark.parametrize("kind", BAD_GRADIENTS)
-def test_a_step_whose_gradient_cannot_be_used(fast_backend, kind):
+def test_a_step_whose_gradient_cannot_be_used(fast_backend, kind, lone):
     factors, optimizer = stepped(fast_backend)
+    if lone:
+        factors[0].grad = None
     before = [t.detach().clone() for t in factors]
     spoil, message = BAD_GRADIENTS[kind]
     spoil(factors[1])

@@ -187,7 +187,7 @@ def test_a_step_that_is_refused_moves_no_moments(fast_backend):
     pairs[0][0].grad = None
     pairs[1][0].grad.data = torch.ones(9, 4)
     before = [t.detach().clone() for p in factors(pairs) for t in (p, *optimizer.state[p].values())]
-    with pytest.raises(ValueError, match="Gradients are shaped like their factors"):
+    with pytest.raises(ValueError, match="Gradients are shaped like their parameters"):
         optimizer.step()
     assert all(map(torch.equal, before, [t for p in factors(pairs) for t in (p, *optimizer.state[p].values())]))
 
