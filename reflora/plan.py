@@ -85,11 +85,9 @@ class Plan:
         self.tensors: dict[int, list[Tensor]] = {}
         self.pair_tensors: dict[int, list[Tensor]] = {}
         self._seen = self._where()
-        self.dtypes: list[torch.dtype] = self._seen[-1]
+        _, self._strides, self._shapes, self.dtypes = self._seen
         self._pair_of_row = _integers([row.pair for row in self.rows])
         self._expert_of_row = _integers([row.expert for row in self.rows])
-        self._strides = list(map(Tensor.stride, self.factors))
-        self._shapes = list(map(Tensor.size, self.factors))
         self._grad_strides: list[tuple[int, ...]] = []  # of the last gradients
         # where each row begins in its factor, in bytes and in elements
         self._starts, self._offsets = {}, {}

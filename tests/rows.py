@@ -115,7 +115,7 @@ class Rows:
             self.engine.refresh()
         amsgrad = any(h.amsgrad for h in self.hypers)
         self.engine.bind_state(self.state, [(0, 1)] * len(self.pairs), flat, amsgrad, interval > 1)
-        self.engine.bind_grads(self.state, flat)
+        self.engine.bind_grads(flat)
 
     def step(self, grads: Grads, **fields: Any) -> Tensor:
         """fields: of AdamWStep. Returns the result table, on the CPU."""

@@ -128,9 +128,7 @@ class AdamWEngine(Engine):
             found += [entries[MASTER] for side in self._entries for entries in side if MASTER in entries]
         return found
 
-    def bind_grads(
-        self, state: MutableMapping[Tensor, Any], grads: Sequence[Tensor | None]
-    ) -> list[tuple[Tensor, int]]:
+    def bind_grads(self, grads: Sequence[Tensor | None]) -> list[tuple[Tensor, int]]:
         """Point at this step's gradients, of A and B alternately.
 
         Returns factors whose partner has none, with their group: they take plain steps, for which `leave` moves the

@@ -12,12 +12,11 @@ from torch.optim.adamw import adamw
 from ..engine import mark_written
 from ..overlap import extent
 from .scaler import Scaler
-from .state import LIKE_TORCH, MASTER, Storage, fit, init_param
+from .state import LIKE_TORCH, MASTER, Storage, fit, init_param, moments_of
 
 State = MutableMapping[Tensor, Any]
 # a parameter's gradient, or None
 GradOf = Callable[[Tensor], Tensor | None]
-ADAMW = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
@@ -59,7 +58,7 @@ def _step_device(
     has_complex = any(p.is_complex() for p in params)
     device = params[0].device.type
     fused = device in FUSED_DEVICES and not has_complex
-    names = ADAMW if group["amsgrad"] else ADAMW[:2]
+    names = moments_of(group["amsgrad"])
     rows = [_row(p.detach(), grad, state, names) for p, grad, state in zip(params, grads, states) if grad is not None]
     # torch's fused step goes through memory in order, whatever the strides
     stepped = [row if _in_one_order(row) else [t.contiguous() for t in row] for row in rows]

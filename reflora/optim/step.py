@@ -118,7 +118,7 @@ def _bind(
     for engine in ready:
         grads = list(map(grad_of, engine.plan.factors))
         engine.bind_state(state, [slots[i] for i in engine.chosen], grads, amsgrad, options.keeps_S)
-        for factor, group in engine.bind_grads(state, grads):
+        for factor, group in engine.bind_grads(grads):
             strays.setdefault(group, []).append(factor)
     return strays
 
