@@ -29,13 +29,13 @@ DEPS := $(VENV)/.deps
 CORE := $(VENV)/.core
 BUILT := $(VENV)/.built
 
-.PHONY: help test pytest kernels emulate messages soak sanitize mutants audit lint format docs wheel hub build bench compare memory steps scaling eigh digest paper language gpu predict compile-table clean
+.PHONY: help test pytest kernels emulate emulator messages soak sanitize mutants audit lint format docs wheel hub build bench compare memory steps scaling eigh digest paper language gpu predict compile-table clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 test:  ## what CI runs on every change: lint, the tests that need no GPU, every kernel as compiled
-	CMAKE_BUILD_PARALLEL_LEVEL=$(BESIDE) $(MAKE) -j2 build lint  # the core is compiled while pip unpacks
+	CMAKE_BUILD_PARALLEL_LEVEL=$(BESIDE) $(MAKE) -j2 build lint emulator  # the core is compiled while pip unpacks
 	$(MAKE) pytest
 	$(MAKE) kernels
 	$(MAKE) messages
@@ -50,6 +50,9 @@ kernels: $(BUILT)  ## tests of every kernel, on what Triton compiles for a GPU, 
 emulate: $(BUILT)  ## all tests of kernels, on such code, and the emulator's own; ORDER= forward, reverse, random
 	PYTHONPATH=tools/ptxsim OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -q tools/ptxsim/tests
 	for order in $(ORDER); do PTXSIM_ORDER=$$order $(EMULATED) $(ARGS) || exit 1; done
+
+emulator: $(DEPS)  ## compiles tools/ptxsim, once, into the user's cache
+	PYTHONPATH=tools/ptxsim $(PY) -c "import ptxsim; ptxsim.track_torch()"
 
 messages:  ## every error and warning that the tests have provoked, on one page to be read: build/messages.md
 	$(PY) tests/messages.py $(MESSAGES) build/messages.md

@@ -102,7 +102,7 @@ def test_table_has_every_architecture_and_its_limit() -> None:
     rows = program(
         "compile_table",
         "--kernels",
-        "polar",
+        "apply",
         "--classes",
         "16",
         "--precisions",

@@ -113,14 +113,14 @@ def test_bad_matrices_give_nan_and_only_theirs():
     for results in (triton_backend.eigh(X, "float32"), triton_backend.svd(X, "float32")):
         for result in results:
             assert torch.equal(result.isnan().flatten(1).all(1), bad) and result[0].isfinite().all()
-    root = triton_backend.inv_root(X @ X.mT, 2.0, 0.1, UNIT, "float64")
+    root = triton_backend.inv_root(X @ X.mT, 2.0, 0.1, UNIT, "float32")
     assert torch.equal(root.isnan().flatten(1).all(1), bad) and root[0].isfinite().all()
 
 
 def test_out_is_written_and_nothing_beside_it():
-    X = stack([kinds(5)["gaussian"], kinds(5)["rank 1"]], DOUBLE)
-    room = torch.full((4, 5, 5), torch.nan, dtype=DOUBLE, device=DEVICE)
-    values = torch.full((4, 5), torch.nan, dtype=DOUBLE, device=DEVICE)
+    X = stack([kinds(6)["gaussian"], kinds(6)["rank 1"]], DOUBLE)
+    room = torch.full((4, 6, 6), torch.nan, dtype=DOUBLE, device=DEVICE)
+    values = torch.full((4, 6), torch.nan, dtype=DOUBLE, device=DEVICE)
     w, V = triton_backend.eigh(X, "float64", out=(values[1:3], room[1:3]))
     assert w.data_ptr() == values[1].data_ptr() and V.data_ptr() == room[1].data_ptr()
     for written in (room, values):
@@ -240,8 +240,8 @@ def test_one_launch_a_call(monkeypatch):
             kernel, "run", lambda *a, _n=name, _r=kernel.run, **k: launches.append(_n) or _r(*a, **k)
         )  # fmt: skip
     X = stack([spd(3, 1), spd(3, 2)], SINGLE).expand(2, 2, 3, 3)
-    linalg.eigh(X, backend="triton"), linalg.eigvalsh(X, backend="triton"), linalg.svd(X, backend="triton")
-    linalg.inv_root(X, 4, backend="triton")
+    how = {"backend": "triton", "precision": "float32"}
+    linalg.eigh(X, **how), linalg.eigvalsh(X, **how), linalg.svd(X, **how), linalg.inv_root(X, 4, **how)
     assert launches == ["eigh_kernel", "eigh_kernel", "svd_kernel", "inv_root_kernel"]
 
 

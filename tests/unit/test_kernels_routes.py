@@ -74,7 +74,11 @@ SCHEDULES = {
 
 @pytest.mark.parametrize(
     "schedule, dtype",
-    [("fresh", torch.float32), ("interval", DOUBLE), ("warm-up", DOUBLE)],
+    [
+        ("fresh", torch.float32),
+        ("interval", torch.float32),
+        pytest.param("warm-up", DOUBLE, marks=pytest.mark.thorough),
+    ],
     ids=str,
 )
 def test_routes_agree_to_the_bit(schedule, dtype):
