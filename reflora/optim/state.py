@@ -63,17 +63,17 @@ def fit(state: dict[str, Any], param: Tensor, experts: int, storage: Storage) ->
     Needed after a load, and after `model.to(...)` has replaced the parameter's data. Raises ValueError where a moment
     does not have the parameter's shape.
     """
+    shape, device, strides, like = param.shape, param.device, param.stride(), storage.dtype(param)
     for name in (*MOMENTS, MASTER):
         kept = state.get(name)
         if kept is None:
             continue
         check_held(f"state {name!r}", kept)
-        if kept.shape != param.shape:
-            remedy = "The state belongs to another model or rank."
-            fail(f"state {name!r}", tuple(param.shape), tuple(kept.shape), remedy)
-        dtype = torch.float32 if name == MASTER else storage.dtype(param)
-        ours, theirs = (dtype, param.device, param.stride()), (kept.dtype, kept.device, kept.stride())
-        if ours != theirs or kept.is_neg() or kept.is_conj():
+        if kept.shape != shape:
+            fail(f"state {name!r}", tuple(shape), tuple(kept.shape), "The state belongs to another model or rank.")
+        dtype = torch.float32 if name == MASTER else like
+        same = kept.dtype == dtype and kept.stride() == strides and kept.device == device
+        if not same or kept.is_neg() or kept.is_conj():
             state[name] = zeros_like(param, dtype).copy_(kept)
     if MASTER in state and not storage.has_master(param):
         del state[MASTER]
@@ -85,7 +85,8 @@ def fit(state: dict[str, Any], param: Tensor, experts: int, storage: Storage) ->
 
 def _counts(step: Any, param: Tensor, experts: int) -> Tensor:
     """A step count as one float32 per expert, or as a scalar, on the parameter's device."""
-    step = torch.as_tensor(step, dtype=torch.float32, device=param.device)
+    if not isinstance(step, Tensor) or step.dtype != torch.float32 or step.device != param.device:
+        step = torch.as_tensor(step, dtype=torch.float32, device=param.device)
     if experts > 1:
         return step if step.dim() else step.expand(experts).clone()
     return step.max() if step.dim() else step
