@@ -107,7 +107,6 @@ def test_other_rows_round_to_nearest(every_backend, stored):
     assert same(plain, seeded)
 
 
-@pytest.mark.thorough
 def test_stochastic_rounding_with_the_scalar_refactoring(every_backend):
     """Powers of two: what has been rounded by chance stays on the grid, and BA is that of the update."""
     start = [LoRAPair(p.name, p.A, 64 * p.B) for p in layers(4, BF16)[:3]]
