@@ -51,7 +51,7 @@ def cases(firsts, seconds, thorough):
     return [pytest.param(a, b, marks=marks if thorough(a, b) else ()) for a in firsts for b in seconds]
 
 
-# each of these compiles kernels of its own
+# a schedule and RefLoRA-S compile kernels of their own for each type
 STORED_MODES = cases(
     ["exact", "start", "interval and warm-up", "scalar", "scalar, start"], STORED,
     lambda name, stored: name not in ("exact", "start") and stored not in ("float32", "bfloat16"),

@@ -117,10 +117,11 @@ def test_bad_matrices_give_nan_and_only_theirs():
     assert torch.equal(root.isnan().flatten(1).all(1), bad) and root[0].isfinite().all()
 
 
-def test_out_is_written_and_nothing_beside_it():
-    X = stack([kinds(6)["gaussian"], kinds(6)["rank 1"]], DOUBLE)
-    room = torch.full((4, 6, 6), torch.nan, dtype=DOUBLE, device=DEVICE)
-    values = torch.full((4, 6), torch.nan, dtype=DOUBLE, device=DEVICE)
+@pytest.mark.parametrize("n", [THOROUGH(5), 6], ids=["unaligned", "aligned"])
+def test_out_is_written_and_nothing_beside_it(n):
+    X = stack([kinds(n)["gaussian"], kinds(n)["rank 1"]], DOUBLE)
+    room = torch.full((4, n, n), torch.nan, dtype=DOUBLE, device=DEVICE)
+    values = torch.full((4, n), torch.nan, dtype=DOUBLE, device=DEVICE)
     w, V = triton_backend.eigh(X, "float64", out=(values[1:3], room[1:3]))
     assert w.data_ptr() == values[1].data_ptr() and V.data_ptr() == room[1].data_ptr()
     for written in (room, values):

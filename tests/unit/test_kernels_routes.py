@@ -77,6 +77,7 @@ SCHEDULES = {
     [
         ("fresh", torch.float32),
         ("interval", torch.float32),
+        pytest.param("interval", DOUBLE, marks=pytest.mark.thorough),
         pytest.param("warm-up", DOUBLE, marks=pytest.mark.thorough),
     ],
     ids=str,
