@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from ..constants import STORAGE_DTYPES
 from ..engine import mark_written
 from ..overlap import extent
 from .scaler import Scaler
@@ -17,6 +18,7 @@ from .state import LIKE_TORCH, MASTER, Storage, fit, init_param, moments_of
 State = MutableMapping[Tensor, Any]
 # a parameter's gradient, or None
 GradOf = Callable[[Tensor], Tensor | None]
+TORCH_STEPS = {*STORAGE_DTYPES, torch.complex32, torch.complex64, torch.complex128}
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
@@ -31,14 +33,16 @@ def step_stray(
     step_plain(state, [param], grad_of, group, Scaler(scale, found_inf))
 
 
-def prepare_plain(
+def prepared(
     state: State, params: Sequence[Tensor], grad_of: GradOf, amsgrad: bool, storage: Storage = LIKE_TORCH
-) -> None:
-    """Make or fit the state of those with a gradient, before anything is written: this is what may fail."""
+) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """The state of those with a gradient, made or fitted, as `state` is to hold it: this is what may fail."""
     for p in params:
         if grad_of(p) is not None:
-            init_param(state[p], p, amsgrad, 1, storage)
-            fit(state[p], p, 1, storage)
+            entries = dict(state.get(p, ()))
+            init_param(entries, p, amsgrad, 1, storage)
+            fit(entries, p, 1, storage)
+            yield p, entries
 
 
 def step_plain(

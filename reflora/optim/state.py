@@ -61,7 +61,7 @@ def fit(state: dict[str, Any], param: Tensor, experts: int, storage: Storage) ->
     """Make moments and step count match their parameter in dtype, device and strides, which the kernels rely on.
 
     Needed after a load, and after `model.to(...)` has replaced the parameter's data. Raises ValueError where a moment
-    does not have the parameter's shape.
+    does not have the parameter's shape, and where there is not one count per expert.
     """
     shape, device, strides, like = param.shape, param.device, param.stride(), storage.dtype(param)
     for name in (*MOMENTS, MASTER):
@@ -87,9 +87,13 @@ def _counts(step: Any, param: Tensor, experts: int) -> Tensor:
     """A step count as one float32 per expert, or as a scalar, on the parameter's device."""
     if not isinstance(step, Tensor) or step.dtype != torch.float32 or step.device != param.device:
         step = torch.as_tensor(step, dtype=torch.float32, device=param.device)
-    if experts > 1:
-        return step if step.dim() else step.expand(experts).clone()
-    return step.max() if step.dim() else step
+    if experts == 1 and step.numel():
+        return step.max() if step.dim() else step
+    if not step.dim():
+        return step.expand(experts).clone()
+    if step.shape != (experts,):
+        fail("state 'step'", (experts,), tuple(step.shape), "The state belongs to another model or rank.")
+    return step.contiguous()
 
 
 def init_param(state: dict[str, Any], param: Tensor, amsgrad: bool, experts: int, storage: Storage) -> None:
@@ -121,7 +125,7 @@ def init_pair(state: dict[str, Any], pair: LoRAPair, keep_S: bool) -> None:
     for name in (PHASE, STEPS):
         if name not in state:
             state[name] = torch.zeros(experts, dtype=torch.float32, device=device)
-        state[name] = state[name].to(device, torch.float32)
+        state[name] = state[name].to(device, torch.float32).contiguous()
     if keep_S:
         dtype = torch.float64 if pair.A.dtype == torch.float64 else torch.float32
         saved = state.get(SAVED)

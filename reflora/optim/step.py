@@ -19,7 +19,7 @@ from ..pairs import LoRAPair
 from .adamw_engine import AdamWEngine, Slot, capturing
 from .groups import hyper_table
 from .membership import LONE, NO_GRADIENT, say_plain
-from .plain import GradOf, State, prepare_plain, step_plain, step_stray
+from .plain import TORCH_STEPS, GradOf, State, prepared, step_plain, step_stray
 from .scaler import Scaler
 from .state import Storage
 
@@ -73,9 +73,13 @@ def adamw_(
     tables = [hyper_table(groups, engine.plan.device) for engine in ready]
     strays = _bind(ready, members.slots, groups, state, grad_of, options)
     _tell(engines, strays, told)
+    fitted: list[tuple[Tensor, dict[str, Any]]] = []
     for number, group in enumerate(groups):
-        prepare_plain(state, members.plain[number], grad_of, group["amsgrad"])
-        prepare_plain(state, strays.get(number, ()), grad_of, group["amsgrad"], options.storage)
+        fitted += prepared(state, members.plain[number], grad_of, group["amsgrad"])
+        fitted += prepared(state, strays.get(number, ()), grad_of, group["amsgrad"], options.storage)
+    for p, entries in fitted:
+        state[p].clear()
+        state[p].update(entries)
     for engine in ready:
         engine.leave()
     # torch may yet refuse a parameter: then no pair has moved
@@ -101,6 +105,8 @@ def _refuse(members: Members, grad_of: GradOf) -> None:
         if grad.layout is not torch.strided:
             fail("a gradient", "a dense tensor", grad.layout, "Use sparse=False.", RuntimeError)
         check_gradient("a gradient", grad, p)
+        if p.dtype not in TORCH_STEPS:
+            fail("a parameter", "a dtype of torch's AdamW", p.dtype, "Freeze it, or cast it to a wider dtype.")
         check_held("a parameter", p)
         check_places("a parameter", p)
 

@@ -1,10 +1,13 @@
 """Optimizer state that is moved, replaced or reset between steps of RefLoRAAdamW: the next step is of what there is."""
 
+import math
+
 import pytest
 import torch
 from toys import clones, factors, leaf_pairs, random_grads, run, targets
 
 from reflora import RefLoRAAdamW
+from reflora.pairs import LoRAPair
 
 
 @pytest.mark.parametrize("options", [{}, {"interval": 2, "amsgrad": True}, {"scalar": True}], ids=str)
@@ -107,10 +110,8 @@ def test_master_weights_that_have_moved_beside_wider_factors(backend, move):
     start, ends = leaf_pairs([(4, 30, 21)], torch.bfloat16) + leaf_pairs([(5, 12, 70)], torch.float32), []
     for moved in (False, True):
         pairs = clones(start)
-        optimizer, generator = (
-            RefLoRAAdamW(pairs, lr=1e-2, master_weights=True, backend=backend),
-            torch.Generator().manual_seed(0),
-        )
+        optimizer = RefLoRAAdamW(pairs, lr=1e-2, master_weights=True, backend=backend)
+        generator = torch.Generator().manual_seed(0)
         for number in range(4):
             random_grads(factors(pairs), generator)
             if moved and number:
@@ -140,6 +141,42 @@ def test_a_moment_that_is_a_lazy_negative(fast_backend):
             optimizer.step()
         ends.append([A, B])
     assert all(map(torch.equal, *ends))
+
+
+def one_place(value):
+    """The same count for all experts, in one place of memory."""
+    return value[:1].expand_as(value)
+
+
+@pytest.mark.parametrize("entry", ["step", "reflora_phase", "reflora_steps"])
+@pytest.mark.parametrize("change", [one_place, lambda t: torch.cat([t, t])[:2]], ids=["one place", "a longer storage"])
+def test_counts_of_experts_in_other_memory(fast_backend, entry, change):
+    ends = []
+    for changed in (False, True):
+        torch.manual_seed(0)
+        A, B = torch.randn(8, 16).requires_grad_(), torch.randn(16, 8).requires_grad_()
+        optimizer = RefLoRAAdamW([LoRAPair("moe", A, B, "experts(2)")], lr=1e-2, backend=fast_backend)
+        for number in range(3):
+            if changed and number:
+                optimizer.state[A][entry] = change(optimizer.state[A][entry])
+            random_grads([A, B], torch.Generator().manual_seed(number))
+            optimizer.step()
+        ends.append([A, B, *optimizer.state[A].values()])
+    assert all(map(torch.equal, *ends))
+
+
+@pytest.mark.parametrize("shape", [(1,), (3,), (2, 1), (0,)])
+def test_counts_of_other_experts_are_refused(fast_backend, shape):
+    """They were read and written past their end."""
+    A, B = torch.randn(8, 16).requires_grad_(), torch.randn(16, 8).requires_grad_()
+    optimizer = RefLoRAAdamW([LoRAPair("moe", A, B, "experts(2)")], lr=1e-2, backend=fast_backend)
+    random_grads([A, B], torch.Generator().manual_seed(0))
+    optimizer.step()
+    optimizer.state[A]["step"] = counts = torch.full((6,), 7.0)[: math.prod(shape)].view(shape)
+    before = [t.detach().clone() for t in (A, B)]
+    with pytest.raises(ValueError, match="state 'step': expected .2,."):
+        optimizer.step()
+    assert all(map(torch.equal, (A, B), before)) and (counts == 7).all()
 
 
 @pytest.mark.parametrize("name, shape", [("reflora_S", (1, 2, 3, 3)), ("reflora_phase", (2,)), ("reflora_steps", ())])
