@@ -6,8 +6,11 @@ import pytest
 import torch
 from conftest import device_of, served, spectrum_pair
 
+from reflora import reference
+from reflora.backends import triton_backend
 from reflora.columns import DEGENERATE, SKIPPED
 from reflora.pairs import LoRAPair
+from reflora.plan import Plan
 
 DOUBLE = torch.float64
 # a GPU runs the kernels under `pytest -m gpu`, tools/ptxsim without one, under `make emulate`
@@ -24,6 +27,22 @@ def pair(r, k_A=3.0, k_B=1e3, dtype=torch.float32, n_in=150, n_out=173, scale_A=
     """A pair with log-spaced spectra of the given condition."""
     A, B = spectrum_pair(r, n_in, n_out, k_A, k_B)
     return LoRAPair("pair", (scale_A * A).to(DEVICE, dtype), (scale_B * B).to(DEVICE, dtype))
+
+
+def precondition(pairs, grads, scalar=False, precision="float64"):
+    """The kernels over these gradients. Returns the result rows."""
+    plan = Plan(pairs)
+    plan.bind_grads(grads)
+    return triton_backend.precondition(plan, scalar, precision)
+
+
+def refactor(pairs, scalar=False, precision="float64"):
+    return triton_backend.refactor(Plan(pairs), scalar, precision)
+
+
+def preconditioned(pairs, grads):
+    """(gA, gB) of each pair by the reference."""
+    return [reference.precondition(*(t.cpu() for t in (p.A, p.B, *sides))) for p, sides in zip(pairs, grads)]
 
 
 def degenerate_pairs():

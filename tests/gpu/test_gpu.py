@@ -8,15 +8,14 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import affine_error, spectrum_pair
-from kernel_cases import DEVICE, DOUBLE, pair, randn
+from kernel_cases import DEVICE, DOUBLE, pair, precondition, preconditioned, randn
 from rows import PLAIN_ADAMW, Rows, check_step
 
-from reflora import RefLoRAAdamW, linalg, precondition_, refactor_, reference
+from reflora import RefLoRAAdamW, linalg, precondition_, refactor_
 from reflora import columns as col
-from reflora.backends import resolve, triton_backend
+from reflora.backends import resolve
 from reflora.columns import REFACTORED
 from reflora.pairs import LoRAPair
-from reflora.plan import Plan
 
 pytestmark = pytest.mark.gpu
 
@@ -49,11 +48,9 @@ def test_triton_is_chosen():
 def test_real_shapes(shapes, blocks, r):
     pairs = layers(shapes, blocks, r)
     grads = gradients(pairs)
-    before = [(a.clone(), b.clone()) for a, b in grads]
+    wanted = preconditioned(pairs, grads)
     assert precondition_(pairs, grads).refactored == len(pairs)
-    for p, g, old in zip(pairs, grads, before):
-        for got, want in zip(g, reference.precondition(p.A.cpu(), p.B.cpu(), old[0].cpu(), old[1].cpu())):
-            assert error(got, want) < 1e-5
+    assert all(error(got, want) < 1e-5 for sides, both in zip(grads, wanted) for got, want in zip(sides, both))
     products = [p.B.double() @ p.A.double() for p in pairs]
     diagnostics = refactor_(pairs)
     assert diagnostics.refactored == len(pairs)
@@ -86,12 +83,9 @@ def test_half_precision_storage(dtype, r):
     """Against the reference on the same rounded factors; one rounding of the result is left."""
     pairs = layers(DEBERTA, 1, r, dtype, k_B=20.0)
     grads = gradients(pairs)
-    before = [(a.clone(), b.clone()) for a, b in grads]
+    wanted, rounding = preconditioned(pairs, grads), torch.finfo(dtype).eps
     assert precondition_(pairs, grads).refactored == len(pairs)
-    rounding = torch.finfo(dtype).eps
-    for p, g, old in zip(pairs, grads, before):
-        for got, want in zip(g, reference.precondition(p.A.cpu(), p.B.cpu(), old[0].cpu(), old[1].cpu())):
-            assert error(got, want) < rounding
+    assert all(error(got, want) < rounding for sides, both in zip(grads, wanted) for got, want in zip(sides, both))
     products = [p.B.double() @ p.A.double() for p in pairs]
     refactor_(pairs)
     for p, product in zip(pairs, products):
@@ -118,12 +112,12 @@ def test_mixed_types_and_ranks_in_few_launches(monkeypatch):
     dtypes = (torch.float32, torch.bfloat16, torch.float16, DOUBLE)
     pairs = [pair(r, 3, 10, dtype, 300 + r, 200) for r in (3, 8, 24, 40, 100) for dtype in dtypes]
     grads = gradients(pairs)
-    before = [(a.clone(), b.clone()) for a, b in grads]
+    wanted = preconditioned(pairs, grads)
     assert precondition_(pairs, grads, backend="triton").refactored == len(pairs)
     assert sorted(grid[0] for grid in launches) == [4, 4, 4, 8]
-    for p, g, old in zip(pairs, grads, before):
-        for got, want in zip(g, reference.precondition(p.A.cpu(), p.B.cpu(), old[0].cpu(), old[1].cpu())):
-            assert error(got, want) < max(1e-5, torch.finfo(p.A.dtype).eps)
+    for sides, both in zip(grads, wanted):
+        for got, want in zip(sides, both):
+            assert error(got, want) < max(1e-5, torch.finfo(got.dtype).eps)
 
 
 def no_wait(run):
@@ -142,9 +136,7 @@ def test_no_wait_for_the_device():
     precondition_(pairs, grads), refactor_(pairs)  # compiles
     assert no_wait(lambda: precondition_(pairs, grads)).refactored == len(pairs)
     assert no_wait(lambda: refactor_(pairs)).refactored == len(pairs)
-    plan = Plan(pairs)
-    plan.bind_grads(grads)
-    results = no_wait(lambda: triton_backend.precondition(plan, True, "float64"))
+    results = no_wait(lambda: precondition(pairs, grads, scalar=True))
     assert (results[:, col.STATUS] == REFACTORED).all()
 
 

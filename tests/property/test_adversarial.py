@@ -7,16 +7,7 @@ import math
 import adversarial
 import pytest
 import torch
-from adversarial_checks import (
-    check_adamw,
-    check_kept,
-    check_refactored,
-    draw,
-    norm_of,
-    saturated,
-    three_steps,
-    top_of,
-)
+from adversarial_checks import check_adamw, check_kept, check_refactored, draw, norm_of, saturated, three_steps, top_of
 from conftest import served
 
 import reflora

@@ -130,6 +130,15 @@ def without(*what: object, call: Callable[[], list[Tensor]]) -> list[Tensor]:
     return WITHOUT[what]
 
 
+def trained_alike(ambient: str, *what: object, make: Callable[..., torch.optim.Optimizer]) -> Training:
+    """Its bits are those of a training in no such surroundings, which is kept for each `what`."""
+    wanted, training = without(*what, call=Training(make)), Training(make)
+    with AMBIENT[ambient]():
+        got = training()
+    assert_same_bits(got, wanted)
+    return training
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("ambient", AMBIENT)
 def test_adamw(ambient: str, name: str, backend: str) -> None:
@@ -140,12 +149,8 @@ def test_adamw(ambient: str, name: str, backend: str) -> None:
         params = [*(t for p in pairs for t in (p.A, p.B)), bias]
         return RefLoRAAdamW(params, pairs, lr=1e-2, backend=backend, **OPTIONS[name])  # type: ignore[arg-type]
 
-    wanted, training = without(name, backend, call=Training(make)), Training(make)
-    with AMBIENT[ambient]():
-        got = training()
-    assert_same_bits(got, wanted)
-    # and what was made there serves outside
-    training.optimizer.step()
+    # what was made there serves outside
+    trained_alike(ambient, name, backend, make=make).optimizer.step()
 
 
 @pytest.mark.parametrize("options", [{}, {"warmup_steps": 1}, {"interval": 2}, {"scalar": True, "warmup_steps": 0}])
@@ -159,10 +164,7 @@ def test_wrapped(ambient: str, base: type[torch.optim.Optimizer], options: dict[
         params = [*(t for p in pairs for t in (p.A, p.B)), bias]
         return reflora.wrap(base)(params, pairs, lr=1e-2, backend="torch", **options)
 
-    wanted, training = without(base, str(options), call=Training(make)), Training(make)
-    with AMBIENT[ambient]():
-        got = training()
-    assert_same_bits(got, wanted)
+    trained_alike(ambient, base, str(options), make=make)
 
 
 @pytest.mark.parametrize("warmup_steps", [None, 0, 2])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import needs_compiler
+from refusals import refused, unchanged
 
 import reflora
 from reflora.columns import PLAIN
@@ -71,14 +72,12 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_errors_are_those_of_the_eager_function(case):
-    before = A.clone(), B.clone()
     told = []
     for call in (WRONG[case], torch.compile(WRONG[case], backend="eager")):
-        with pytest.raises((ValueError, TypeError)) as caught:
+        with refused("", A, B) as caught:
             call()
         told.append((type(caught.value), str(caught.value)))
     assert told[0] == told[1] and torch.is_grad_enabled()
-    assert len(told[0][1]) < 300 and torch.equal(A, before[0]) and torch.equal(B, before[1])
 
 
 @pytest.mark.parametrize("case", ["too few gradients", "too many", "a dict", "no flag"])
@@ -113,9 +112,9 @@ def test_nothing():
 
 def test_one_gradient_of_two():
     lone = [(torch.randn(4, 10), None), like(ONE[0])]
-    before = lone[0][0].clone()
-    found = torch.compile(precondition([pair(), pair()], lone), backend="eager", fullgraph=True)()
-    assert found.status.tolist() == [PLAIN, 0] and torch.equal(lone[0][0], before)
+    with unchanged(lone[0][0]):
+        found = torch.compile(precondition([pair(), pair()], lone), backend="eager", fullgraph=True)()
+    assert found.status.tolist() == [PLAIN, 0]
 
 
 def refactor_two(a, b, c, d):
@@ -151,25 +150,21 @@ SHARED = {
 def test_shared_memory_is_seen_past_the_copies_of_a_graph(case, backend):
     """Functionalisation hands an operator copies of what it writes, which share nothing any more."""
     function, given = SHARED[case]
-    before = [t.clone() for t in given]
     for call in (function, torch.compile(function, backend=backend)):
-        with pytest.raises(ValueError, match="expected memory of its own, got memory shared with pair 0") as told:
+        with refused("^pair .*: expected memory of its own, got memory shared with pair 0", *given):
             call(*given)
-        assert str(told.value).startswith("pair ") and all(map(torch.equal, given, before))
     torch._dynamo.reset()
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="memory shared with pair 0|memory shared with gradient"):
+    error = pytest.raises(torch._dynamo.exc.Unsupported, match="memory shared with pair 0|memory shared with gradient")
+    with unchanged(*given), error:
         torch.compile(function, backend=backend, fullgraph=True)(*given)
-    assert all(map(torch.equal, given, before))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "eager"])
 def test_views_that_meet_in_a_graph_made_for_others(backend):
     call = torch.compile(refactor_two, backend=backend, fullgraph=True)
     call(*pair(), *pair())
-    before = BUFFER.clone()
-    with pytest.raises(ValueError, match="pair 1, A: expected memory of its own, got memory shared with pair 0, A"):
+    with refused("pair 1, A: expected memory of its own, got memory shared with pair 0, A", BUFFER):
         call(BUFFER[:40].view(4, 10), B.clone(), BUFFER[39:79].view(4, 10), B.clone())
-    assert torch.equal(BUFFER, before)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "eager"])
@@ -187,7 +182,7 @@ def test_slices_of_one_buffer_are_one_graph(backend):
 
 def test_operators_by_hand_break_a_graph_as_well():
     call = torch.compile(lambda a, b: torch.ops.reflora.refactor_([a, b, a, b], "linear;linear", False, "", "float64"))
-    with pytest.raises(ValueError, match="memory shared with pair 0"):
+    with refused("memory shared with pair 0"):
         call(A, B)
 
 
@@ -208,7 +203,7 @@ OPERATOR_CALLS = {
 @pytest.mark.parametrize("case", OPERATOR_CALLS)
 def test_operators_check_what_they_get(case):
     name, arguments, message = OPERATOR_CALLS[case]
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         getattr(torch.ops.reflora, name)(*arguments)
 
 

@@ -3,6 +3,7 @@
 import numpy
 import pytest
 import torch
+from refusals import each_refused, refused
 
 import reflora
 from reflora.backends import resolve
@@ -53,17 +54,16 @@ BAD_PAIRS = {
 @pytest.mark.parametrize("op", ["refactor_", "precondition_", "RefLoRAAdamW"])
 def test_bad_pairs(case, op):
     pairs, error, message = BAD_PAIRS[case]
-    if op == "RefLoRAAdamW":
-        with pytest.raises(error, match=message):
+    with refused(message, error=error):
+        if op == "RefLoRAAdamW":
             reflora.RefLoRAAdamW([torch.zeros(2, requires_grad=True)], pairs=pairs)
-    else:
-        with pytest.raises(error, match=message):
+        else:
             getattr(reflora, op)(pairs)
 
 
 @pytest.mark.gpu
 def test_two_devices_in_a_pair():
-    with pytest.raises(ValueError, match="B on cpu like A"):
+    with refused("B on cpu like A"):
         as_pairs([(torch.randn(4, 10), torch.randn(6, 4, device="cuda"))])
 
 
@@ -86,9 +86,8 @@ NO_GRADS = {
 @pytest.mark.parametrize("case", NO_GRADS)
 def test_gradients_that_do_not_match(case):
     grads, message = NO_GRADS[case]
-    with pytest.raises((TypeError, ValueError), match=message) as told:
+    with refused(message):
         reflora.precondition_([pair()], grads)
-    assert len(str(told.value)) < 300
 
 
 def test_gradients_of_an_iterator():
@@ -99,9 +98,8 @@ def test_gradients_of_an_iterator():
 @pytest.mark.parametrize("value", ["no", 1, 0, None, numpy.True_, torch.tensor(True)], ids=repr)
 def test_scalar_is_true_or_false(fast_backend, value):
     for call in (reflora.refactor_, lambda pairs, **options: reflora.precondition_(pairs, pairs, **options)):
-        with pytest.raises(TypeError, match="scalar: expected True or False, got .*None|type|Tensor") as told:
+        with refused("scalar: expected True or False, got .*None|type|Tensor", error=TypeError):
             call([pair()], scalar=value, backend=fast_backend)
-        assert len(str(told.value)) < 300
 
 
 @pytest.mark.parametrize(
@@ -109,17 +107,16 @@ def test_scalar_is_true_or_false(fast_backend, value):
 )
 def test_backend_and_precision_are_words(value):
     for name in ("backend", "precision"):
-        with pytest.raises(ValueError, match=f"{name}: expected .*, got ") as told:
+        with refused(f"{name}: expected .*, got "):
             reflora.refactor_([pair()], **{name: value})
-        assert len(str(told.value)) < 300
-    with pytest.raises(ValueError, match="precision: expected 'float64' or 'float32', got None"):
+    with refused("precision: expected 'float64' or 'float32', got None"):
         reflora.refactor_([pair()], precision=None)
 
 
 @pytest.mark.parametrize("value", [numpy.int64(3), numpy.uint8(3), torch.tensor(3), True, 3.0, "3", None], ids=repr)
 def test_counts_are_ints(value):
     """numpy's integers have no place in a kernel or a checkpoint."""
-    with pytest.raises(ValueError, match="n: expected an integer >= 1, got .*(type|None|Tensor)") as told:
+    with refused("n: expected an integer >= 1, got .*(type|None|Tensor)") as told:
         check_count("n", value, 1)
     assert ("Pass an int." in str(told.value)) == hasattr(value, "__index__")
     for right in (1, 3, 2**31 - 1):
@@ -134,33 +131,31 @@ def test_errors_are_as_short_for_any_model():
         lambda: reflora.refactor_({i: one for i, one in enumerate(many)}),
     ]  # fmt: skip
     for call in wrong:
-        with pytest.raises((ValueError, TypeError)) as told:
+        with refused(""):
             call()
-        assert len(str(told.value)) < 300
 
 
 def test_backends_and_precisions():
-    with pytest.raises(ValueError, match="None or one of triton, cpp, torch, got 'cuda'"):
-        reflora.refactor_([pair()], backend="cuda")
-    with pytest.raises(ValueError, match="'float64' or 'float32', got 'double'"):
-        reflora.refactor_([pair()], precision="double")
-    with pytest.raises(RuntimeError, match="works on CPU tensors"):
-        resolve("cpp", torch.device("cuda"))
+    each_refused({
+        "None or one of triton, cpp, torch, got 'cuda'": lambda: reflora.refactor_([pair()], backend="cuda"),
+        "'float64' or 'float32', got 'double'": lambda: reflora.refactor_([pair()], precision="double"),
+        "works on CPU tensors": lambda: resolve("cpp", torch.device("cuda")),
+    })  # fmt: skip
     assert resolve(None, torch.device("cpu")).NAME in ("cpp", "torch")
     assert resolve(None, torch.device("mps")).NAME == "torch"
 
 
 def test_triton_without_a_gpu(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(RuntimeError, match="backend 'triton': expected one that can serve cpu, got .*GPU|CUDA"):
+    with refused("backend 'triton': expected one that can serve cpu, got .*GPU|CUDA", error=RuntimeError):
         reflora.refactor_([pair()], backend="triton")
 
 
 def test_optimizer_needs_to_know_the_pairs():
     parameters = [t.requires_grad_() for t in pair()]
-    with pytest.raises(ValueError, match="find_pairs"):
+    with refused("find_pairs"):
         reflora.RefLoRAAdamW(parameters)
-    with pytest.raises(TypeError, match="either parameters or pairs"):
+    with refused("either parameters or pairs"):
         reflora.RefLoRAAdamW([tuple(parameters)], pairs=[tuple(parameters)])
 
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from refusals import refused
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, RMSprop
 
@@ -193,10 +194,9 @@ def test_scalar_with_every_implementation_of_adam(options):
 def test_scalar_over_unknown_state():
     model = Layers(2)
     optimizer = RMSprop(model.parameters(), lr=1e-2)
-    before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(ValueError, match="RefLoRA-S over RMSprop.*scalar=False"):
+    with refused("RefLoRA-S over RMSprop.*scalar=False", *model.parameters()):
         Refactorer(model, use_scalar=True).integrate_into_optimizer(optimizer)
-    assert not optimizer._optimizer_step_pre_hooks and all(map(torch.equal, before, model.parameters()))
+    assert not optimizer._optimizer_step_pre_hooks
 
 
 def test_full_variant_over_any_state():
@@ -313,5 +313,5 @@ def test_re_init_of_a_quantised_layer_is_refused():
     model = mixed()
     base = model.base_model.model.linear.base_layer
     base.weight = nn.Parameter(base.weight.detach().to(torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match="re_init of .*linear.*re_init=False"):
+    with refused("re_init of .*linear.*re_init=False"):
         Refactorer(model, re_init=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from refusals import refused
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -216,30 +218,24 @@ def test_hooks_under_an_optimizer_that_preconditions_are_refused_at_its_first_st
     model = build()
     optimizer = reflora.create_reflora_optimizer(model, cls, lr=1e-3)
     reflora.GradientHooks(model)
-    before = [p.detach().clone() for p in trained(model)]
-    with pytest.raises(ValueError, match="S would be applied twice"):
+    with refused("S would be applied twice", *trained(model)):
         train(model, optimizer, range(1))
-    assert all(torch.equal(p, old) for p, old in zip(trained(model), before))
 
 
 def test_a_refactorer_on_an_optimizer_that_refactors_is_refused() -> None:
     for cls in (None, torch.optim.SGD):
         model = build()
         optimizer = reflora.create_reflora_optimizer(model, cls, lr=1e-3)
-        with pytest.raises(ValueError, match="expected one that does not refactor by itself"):
+        with refused("expected one that does not refactor by itself"):
             reflora.Refactorer(model).integrate_into_optimizer(optimizer)
 
 
 def test_s_is_applied_once() -> None:
     model = build()
     hooks = reflora.GradientHooks(model)
-    for again in (
-        reflora.GradientHooks,
-        reflora.Refactorer,
-        lambda m: reflora.create_reflora_optimizer(m, lr=1e-3),
-        lambda m: reflora.create_reflora_optimizer(m, torch.optim.SGD, lr=1e-3),
-    ):
-        with pytest.raises(ValueError, match=r"GradientHooks on the model. Call their remove\(\) first"):
+    create = functools.partial(reflora.create_reflora_optimizer, lr=1e-3)
+    for again in (reflora.GradientHooks, reflora.Refactorer, create, lambda m: create(m, torch.optim.SGD)):
+        with refused(r"GradientHooks on the model. Call their remove\(\) first"):
             again(model)
     hooks.remove()
     reflora.GradientHooks(model)
@@ -247,7 +243,7 @@ def test_s_is_applied_once() -> None:
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
 def test_copies_are_refused(copied: Any) -> None:
-    with pytest.raises(TypeError, match="over the copy"):
+    with refused("over the copy", error=TypeError):
         copied(reflora.GradientHooks(build()))
 
 

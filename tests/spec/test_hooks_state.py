@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import refused
 from test_hooks import adamw, build, train
 
 import reflora
@@ -69,9 +70,8 @@ def test_a_state_that_is_not_theirs_is_refused_and_changes_nothing(name: str) ->
     train(model, adamw(model), range(3), hooks)
     before = copy.deepcopy(hooks.state_dict())
     given, said = wrong_states(before)[name]
-    with pytest.raises((TypeError, ValueError), match=said) as caught:
+    with refused(said):
         hooks.load_state_dict(given)
-    assert len(str(caught.value)) < 300
     assert all(torch.equal(value, before[key]) for key, value in hooks.state_dict().items())
 
 

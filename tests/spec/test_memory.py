@@ -1,7 +1,10 @@
 """Tensors whose address says nothing, or something else than their values, are refused: no call may crash."""
 
+import operator
+
 import pytest
 import torch
+from refusals import everything, refused
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import reflora
@@ -55,7 +58,6 @@ MAKERS = {
 def test_refused_as_factor_and_as_gradient(fast_backend, kind):
     make, message = MAKERS[kind]
     A, B = torch.randn(4, 10), torch.randn(6, 4)
-    before = A.clone(), B.clone()
     calls = [
         lambda: reflora.refactor_([(make(4, 10), B)], backend=fast_backend),
         lambda: reflora.refactor_([(A, make(6, 4))], backend=fast_backend),
@@ -64,10 +66,8 @@ def test_refused_as_factor_and_as_gradient(fast_backend, kind):
         lambda: RefLoRAAdamW(pairs=[(make(4, 10), B)], params=[B.clone().requires_grad_()], backend=fast_backend),
     ]
     for call in calls:
-        with pytest.raises(ValueError, match=message) as told:
+        with refused(message, A, B):
             call()
-        assert len(str(told.value)) < 300
-    assert torch.equal(A, before[0]) and torch.equal(B, before[1])
 
 
 @pytest.mark.parametrize("transform", ["grad", "vmap"])
@@ -79,7 +79,7 @@ def test_refused_inside_torch_func(fast_backend, transform):
         return A.sum()
 
     A = torch.randn(4, 10) if transform == "grad" else torch.randn(3, 4, 10)
-    with pytest.raises(ValueError, match="inside torch.func"):
+    with refused("inside torch.func"):
         getattr(torch.func, transform)(loss)(A)
 
 
@@ -94,10 +94,10 @@ def test_served_all_the_same(fast_backend):
     assert torch.equal(history.detach(), wanted[0]) and torch.equal(plain.detach(), wanted[1])
 
 
-def stepped(backend):
+def stepped(backend, **options):
     """(factors with gradients, their optimizer after a step)."""
     factors = [torch.randn(4, 10).requires_grad_(), torch.randn(6, 4).requires_grad_()]
-    optimizer = RefLoRAAdamW([tuple(factors)], backend=backend)
+    optimizer = RefLoRAAdamW([tuple(factors)], backend=backend, **options)
     for t in factors:
         t.grad = torch.randn_like(t)
     optimizer.step()
@@ -129,34 +129,25 @@ def test_a_step_whose_gradient_cannot_be_used(fast_backend, kind, lone):
     factors, optimizer = stepped(fast_backend)
     if lone:
         factors[0].grad = None
-    before = [t.detach().clone() for t in factors]
     spoil, message = BAD_GRADIENTS[kind]
     spoil(factors[1])
-    with pytest.raises(ValueError, match=message):
+    with refused(message, *factors):
         optimizer.step()
-    assert all(torch.equal(t.detach(), old) for t, old in zip(factors, before))
 
 
 def test_a_step_whose_factor_was_freed(fast_backend):
     factors, optimizer = stepped(fast_backend)
     factors[0].untyped_storage().resize_(0)
-    with pytest.raises(ValueError, match="memory of its own"):
+    with refused("memory of its own", factors[1]):
         optimizer.step()
 
 
 @pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq", "step", "reflora_phase", "reflora_steps", "reflora_S"])
 def test_a_step_whose_state_was_freed(fast_backend, name):
-    A, B = torch.randn(4, 10).requires_grad_(), torch.randn(6, 4).requires_grad_()
-    optimizer = RefLoRAAdamW([(A, B)], interval=2, backend=fast_backend)
-    A.grad, B.grad = torch.randn(4, 10), torch.randn(6, 4)
-    optimizer.step()
+    (A, B), optimizer = stepped(fast_backend, interval=2)
     optimizer.state[A][name].untyped_storage().resize_(0)
-    before = A.detach().clone(), B.detach().clone()
-    with pytest.raises(
-        ValueError, match=f"state '{name}': expected a tensor with memory, got one whose storage was freed"
-    ):
+    with refused(f"state '{name}': expected a tensor with memory, got one whose storage was freed", A, B):
         optimizer.step()
-    assert torch.equal(A, before[0]) and torch.equal(B, before[1])
 
 
 def in_fake_mode(call):
@@ -178,11 +169,10 @@ def test_a_step_in_a_mode_that_makes_tensors_without_memory(fast_backend, mode, 
     factors, optimizer = stepped(fast_backend)
     if first:
         optimizer = RefLoRAAdamW([tuple(factors)], backend=fast_backend)
-    before = [t.detach().clone() for t in (*factors, *(v for own in optimizer.state.values() for v in own.values()))]
-    with pytest.raises(RuntimeError, match="expected real ones, got those of FakeTensorMode"):
+    kept = everything(optimizer)
+    with refused("expected real ones, got those of FakeTensorMode", *kept, error=RuntimeError):
         WITHOUT_MEMORY[mode](optimizer.step)
-    after = [*factors, *(v for own in optimizer.state.values() for v in own.values())]
-    assert len(after) == len(before) and all(map(torch.equal, after, before))
+    assert all(map(operator.is_, everything(optimizer), kept))
 
 
 LINALG = {
@@ -211,27 +201,26 @@ def test_linalg_reads_and_writes_no_memory_that_is_not_there(fast_backend, name)
             out[place].untyped_storage().resize_(left)
             calls.append(lambda out=out: function(torch.eye(4), out=out[0] if whole else out, backend=fast_backend))
         for call in calls:
-            with pytest.raises(ValueError, match=f"{name}.*: expected a tensor with memory of its own"):
+            with refused(f"{name}.*: expected a tensor with memory of its own"):
                 call()
-    with pytest.raises(ValueError, match="elements do not share memory"):
+    with refused("elements do not share memory"):
         out = [t.flatten()[0].expand(t.shape) for t in ((results,) if whole else results)]
         function(torch.eye(4), out=out[0] if whole else out, backend=fast_backend)
 
 
 def test_second_matrices_of_linalg():
-    calls = {
-        "V0": lambda V: linalg.eigh(torch.eye(4), V0=V), "Y": lambda Y: linalg.geometric_mean(torch.eye(4), Y),
+    X, ops = torch.eye(4), torch.ops.reflora
+    functions = {"V0": lambda V: linalg.eigh(X, V0=V), "Y": lambda Y: linalg.geometric_mean(X, Y)}
+    operators = {
+        "V0": lambda V: ops.eigh(X, V, "", "float64"), "Y": lambda Y: ops.geometric_mean(X, Y, "", "float64"),
     }  # fmt: skip
-    ops = torch.ops.reflora
-    calls["V0 "] = lambda V: ops.eigh(torch.eye(4), V, "", "float64")
-    calls["Y "] = lambda Y: ops.geometric_mean(torch.eye(4), Y, "", "float64")
-    for name, call in calls.items():
+    for name, call in (*functions.items(), *operators.items()):
         for left in (0, 8):
-            with pytest.raises(ValueError, match=f"{name.strip()}: expected a tensor with memory"):
+            with refused(f"{name}: expected a tensor with memory"):
                 call(freed(4, 4, left=left))
-        if not name.endswith(" "):
-            with pytest.raises(ValueError, match=f"{name}: expected a dense tensor"):
-                call(torch.eye(4).to_sparse())
+    for name, call in functions.items():
+        with refused(f"{name}: expected a dense tensor"):
+            call(X.to_sparse())
 
 
 def test_linalg_reads_what_is_expanded_or_negated(fast_backend):
@@ -256,7 +245,6 @@ def test_inference_tensors_are_written_in_inference_mode_alone(backend):
         grads = [(torch.randn(4, 10), torch.randn(6, 4)), (make(4, 10), make(6, 4))]
         out = make(3, 3)
         told = [t for both in (*pairs, *grads) for t in both]
-        before = [t.clone() for t in told]
         calls = [
             lambda: reflora.refactor_(pairs, backend=backend),  # noqa: B023
             lambda: reflora.precondition_(pairs, grads, backend=backend),  # noqa: B023
@@ -264,9 +252,8 @@ def test_inference_tensors_are_written_in_inference_mode_alone(backend):
         ]
         if kind == "inside":
             for call in calls:
-                with pytest.raises(RuntimeError, match="made in inference mode. Call under torch.inference_mode"):
+                with refused("made in inference mode. Call under torch.inference_mode", *told, error=RuntimeError):
                     call()
-            assert all(map(torch.equal, told, before))
         with torch.inference_mode(kind == "inside"):
             for call in calls:
                 call()
@@ -288,11 +275,11 @@ def test_parameters_of_lazy_modules():
         lambda: torch.compile(lambda: reflora.refactor_([(lazy, B)]), backend="eager")(),
     ]  # fmt: skip
     for call in calls:
-        with pytest.raises(ValueError, match="expected a tensor with a shape, got UninitializedParameter"):
+        with refused("expected a tensor with a shape, got UninitializedParameter"):
             call()
 
 
 def test_the_table_takes_no_null():
     plan = Plan([LoRAPair("layer", torch.randn(4, 10), torch.randn(6, 4))])
-    with pytest.raises(ValueError, match="layer, gradient: expected a tensor with memory"):
+    with refused("layer, gradient: expected a tensor with memory"):
         plan.bind_grads([(torch.randn(4, 10), freed(6, 4))])

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import everything, refused, unchanged
 from torch.optim import SGD, Adam, AdamW, NAdam
-from toys import backward, clones, factors, leaf_pairs, random_grads, targets
+from toys import backward, clones, factors, leaf_pairs, random_grads, run, targets
 
 import reflora
 
@@ -52,21 +53,20 @@ def expected(name: str) -> str:
 
 @pytest.mark.parametrize("name, value", CASES, ids=id_of)
 def test_reflora_adamw(name: str, value: Any) -> None:
-    with pytest.raises((TypeError, ValueError), match=f"{expected(name)}.*got ") as caught:
+    with refused(f"{expected(name)}.*got "):
         reflora.RefLoRAAdamW(leaf_pairs([(4, 30, 21)]), **{name: value})
-    assert len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize("name, other", [("stochastic_rounding", "master_weights"), ("carry_grams", "scalar")])
 def test_options_that_contradict(name: str, other: str) -> None:
-    with pytest.raises(ValueError, match=f"^{name}: expected False with {other}=True"):
+    with refused(f"^{name}: expected False with {other}=True"):
         reflora.RefLoRAAdamW(leaf_pairs([(4, 30, 21)]), **{name: True, other: True})
 
 
 @pytest.mark.parametrize("name", ["lr", "eps", "weight_decay", "betas", "amsgrad", "maximize"])
 def test_a_group(name: str) -> None:
     pairs = leaf_pairs([(4, 30, 21)])
-    with pytest.raises(TypeError, match=f"^{name}: expected "):
+    with refused(f"^{name}: expected ", error=TypeError):
         reflora.RefLoRAAdamW([{"params": factors(pairs), name: WRONG[name][0]}], pairs=pairs)
 
 
@@ -83,12 +83,11 @@ WRAPPED = [
 @pytest.mark.parametrize("cls, name, value", WRAPPED, ids=id_of)
 def test_a_wrapped_optimizer(cls: Any, name: str, value: Any) -> None:
     pairs = leaf_pairs([(4, 30, 21)])
-    with pytest.raises((TypeError, ValueError), match=f"^{name}: expected ") as caught:
+    with refused(f"^{name}: expected "):
         reflora.wrap(cls)(factors(pairs), pairs=pairs, **{"lr": 1e-3, name: value})
-    assert len(str(caught.value)) < 300
     optimizer: Any = reflora.wrap(cls)(factors(pairs), pairs=pairs, lr=1e-3)
     if name in optimizer.defaults:
-        with pytest.raises(TypeError, match=f"^{name}: expected "):
+        with refused(f"^{name}: expected ", error=TypeError):
             optimizer.add_param_group({"params": [torch.zeros(3, requires_grad=True)], name: value})
 
 
@@ -111,30 +110,9 @@ def test_what_a_scheduler_writes_is_refused_before_anything_moves(name: str, val
     backward(pairs, targets(pairs))
     other.grad = torch.ones(5)
     optimizer.step()
-    before = [p.detach().clone() for p in (*factors(pairs), other)]
-    state = {p: {k: v.clone() for k, v in own.items()} for p, own in optimizer.state.items()}
     optimizer.param_groups[0][name] = value
-    with pytest.raises((TypeError, ValueError), match=expected(name)):
+    with refused(expected(name), *everything(optimizer)):
         optimizer.step()
-    assert all(map(torch.equal, before, (*factors(pairs), other)))
-    for param, entries in state.items():
-        assert all(torch.equal(optimizer.state[param][key], value) for key, value in entries.items())
-
-
-def test_a_state_that_does_not_fit_a_plain_parameter_is_refused_before_the_pairs_move(fast_backend: str) -> None:
-    pairs = leaf_pairs([(4, 30, 21)])
-    other = torch.randn(5, requires_grad=True)
-    optimizer = reflora.RefLoRAAdamW([*factors(pairs), other], pairs=pairs, lr=1e-2, backend=fast_backend)
-    goals = targets(pairs)
-    backward(pairs, goals)
-    other.grad = torch.ones(5)
-    optimizer.step()
-    optimizer.state[other]["exp_avg"] = torch.zeros(7)
-    before = [p.detach().clone() for p in factors(pairs)]
-    backward(pairs, goals)
-    with pytest.raises(ValueError, match="state 'exp_avg': expected .5,., got .7,."):
-        optimizer.step()
-    assert all(map(torch.equal, before, factors(pairs)))
 
 
 def failing(base: Any) -> Any:
@@ -152,9 +130,8 @@ def failing(base: Any) -> Any:
 
 
 def test_a_base_step_that_fails_does_not_have_its_gradients_preconditioned_twice() -> None:
-    pairs, twins = leaf_pairs([(4, 30, 21), (5, 12, 9)]), leaf_pairs([(4, 30, 21), (5, 12, 9)])
-    for mine, other in zip(factors(pairs), factors(twins)):
-        other.data.copy_(mine.data)
+    pairs = leaf_pairs([(4, 30, 21), (5, 12, 9)])
+    twins = clones(pairs)
     goals = targets(pairs)
     fails = failing(SGD)(factors(pairs), pairs=pairs, lr=1e-2, interval=2)
     plain = reflora.wrap(SGD)(factors(twins), pairs=twins, lr=1e-2, interval=2)
@@ -174,22 +151,15 @@ def test_a_base_step_that_fails_does_not_have_its_gradients_preconditioned_twice
 @pytest.mark.parametrize("resumed", [False, True])
 @pytest.mark.parametrize("when", [0, 1, 2])
 @pytest.mark.parametrize("warmup_steps", [0, 1])
-@pytest.mark.parametrize(
-    "base, options",
-    [
-        (SGD, {"momentum": 0.9}),
-        (torch.optim.AdamW, {}),
-        (torch.optim.Adagrad, {}),
-        (SGD, {"momentum": 0.9, "interval": 2}),
-    ],
-    ids=str,
-)
-def test_a_base_step_that_fails_leaves_state_whose_units_are_known(base, options, warmup_steps, when, resumed) -> None:
+@pytest.mark.parametrize("base", [SGD, AdamW, torch.optim.Adagrad])
+@pytest.mark.parametrize("interval", [1, 2])
+def test_a_base_step_that_fails_leaves_state_whose_units_are_known(base, interval, warmup_steps, when, resumed) -> None:
     """The step is taken again with gradients of its own; later the run goes on from a checkpoint."""
+    options = {"warmup_steps": warmup_steps, "interval": interval, **({"momentum": 0.9} if base is SGD else {})}
     start, ends = [(30 * A.detach(), B.detach()) for A, B in leaf_pairs([(4, 30, 21), (5, 12, 9)], torch.float32)], []
     for fails in (False, True):
         pairs = clones(start)
-        make = partial(failing(base), factors(pairs), pairs=pairs, lr=1e-3, warmup_steps=warmup_steps, **options)
+        make = partial(failing(base), factors(pairs), pairs=pairs, lr=1e-3, **options)
         optimizer, generator = make(), torch.Generator().manual_seed(0)
         for number in range(6):
             if resumed and number == 4:
@@ -251,9 +221,8 @@ def test_options_that_other_optimizers_leave_in_the_groups_are_taken_out(make: A
     groups = [{"params": factors(pairs), **options}]
     optimizer = make(groups, lr=1e-2, **options)
     assert not {"pairs", "interval", "scalar"} & optimizer.param_groups[0].keys()
-    with pytest.raises(ValueError, match="parameter group 0: expected no 'pairs', got a list") as caught:
+    with refused("parameter group 0: expected no 'pairs', got a list"):
         make([{"params": factors(pairs), "pairs": leaf_pairs([(4, 30, 21)] * 40)}], lr=1e-2, pairs=pairs)
-    assert len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize(
@@ -264,13 +233,9 @@ def test_what_a_scheduler_writes_for_a_wrapped_class_is_refused(name: str, value
     groups = [{"params": factors(pairs[:1])}, {"params": factors(pairs[1:])}]
     optimizer: Any = reflora.wrap(SGD)(groups, pairs=pairs, lr=1e-2)
     backward(pairs, targets(pairs))
-    before = [p.detach().clone() for p in factors(pairs)]
-    grads = [p.grad.clone() for p in factors(pairs)]
     optimizer.param_groups[1][name] = value
-    with pytest.raises((TypeError, ValueError), match=f"^{name}: expected "):
+    with refused(f"^{name}: expected ", *factors(pairs), *(p.grad for p in factors(pairs))):
         optimizer.step()
-    assert all(map(torch.equal, before, factors(pairs)))
-    assert all(torch.equal(p.grad, grad) for p, grad in zip(factors(pairs), grads))
 
 
 @pytest.mark.parametrize("make", [reflora.RefLoRAAdamW, reflora.wrap(AdamW)], ids=["RefLoRAAdamW", "over AdamW"])
@@ -279,31 +244,31 @@ def test_an_option_of_the_whole_optimizer_in_an_added_group_is_refused(make: Any
     """And in one that is there from the start."""
     pairs = leaf_pairs([(4, 30, 21)])
     groups = [{"params": factors(pairs)}, {"params": [torch.zeros(3, requires_grad=True)], name: value}]
-    with pytest.raises(ValueError, match=f"parameter group 1: expected no '{name}', got {value!r}"):
+    with refused(f"parameter group 1: expected no '{name}', got {value!r}"):
         make(groups, pairs=pairs, lr=1e-2)
     optimizer = make(factors(pairs), pairs=pairs, lr=1e-2)
     group = {"params": [torch.zeros(3, requires_grad=True)], name: value, "pairs": []}
-    with pytest.raises(ValueError, match=f"add_param_group: expected no '{name}'"):
+    with refused(f"add_param_group: expected no '{name}'"):
         optimizer.add_param_group(group)
     assert len(optimizer.param_groups) == 1 and "pairs" in group
 
 
 def test_base_options_that_are_none() -> None:
     pairs = leaf_pairs([(4, 30, 21)])
-    with pytest.raises(TypeError, match="base_options: expected a dictionary, got str"):
+    with refused("base_options: expected a dictionary, got str"):
         reflora.wrap(SGD)(factors(pairs), pairs=pairs, lr=1e-2, base_options="momentum")
-    with pytest.raises(TypeError, match="base_options: expected 'momentum' once"):
+    with refused("base_options: expected 'momentum' once"):
         reflora.wrap(SGD)(factors(pairs), pairs=pairs, lr=1e-2, momentum=0.5, base_options={"momentum": 0.9})
 
 
 def test_classes_with_reflora_in_them() -> None:
     cls = reflora.wrap(SGD)
     assert reflora.wrap(cls) is cls
-    with pytest.raises(TypeError, match="a class without RefLoRA, got RefLoRAAdamW"):
+    with refused("a class without RefLoRA, got RefLoRAAdamW"):
         reflora.wrap(reflora.RefLoRAAdamW)
     pytorch_optimizer = pytest.importorskip("pytorch_optimizer")
     for name in ("Lookahead", "TRAC", "OrthoGrad"):
-        with pytest.raises(TypeError, match=f"{name}, which wraps optimizers. Put RefLoRA inside"):
+        with refused(f"{name}, which wraps optimizers. Put RefLoRA inside"):
             reflora.wrap(getattr(pytorch_optimizer, name))
 
 
@@ -313,9 +278,9 @@ def test_a_bad_gradient_outside_the_pairs_skips_a_wrapped_step() -> None:
     optimizer: Any = reflora.wrap(SGD)([*factors(pairs), head], pairs=pairs, lr=1e-2)
     backward(pairs, targets(pairs))
     head.grad = torch.full((5,), torch.nan)
-    before = [p.detach().clone() for p in (*factors(pairs), head)]
-    optimizer.step()
-    assert optimizer.skipped_steps == 1 and all(map(torch.equal, before, (*factors(pairs), head)))
+    with unchanged(*factors(pairs), head):
+        optimizer.step()
+    assert optimizer.skipped_steps == 1
 
 
 OTHER_STATES = {
@@ -328,10 +293,9 @@ OTHER_STATES = {
 def test_a_state_of_another_optimizer_is_refused(name: str) -> None:
     pairs = leaf_pairs([(4, 30, 21)])
     other = OTHER_STATES[name](factors(pairs))
-    backward(pairs, targets(pairs))
-    other.step()
+    run(other, pairs, targets(pairs), 1)
     optimizer = reflora.RefLoRAAdamW(pairs, lr=1e-2)
-    with pytest.raises(ValueError, match="loaded state: expected step, exp_avg and exp_avg_sq"):
+    with refused("loaded state: expected step, exp_avg and exp_avg_sq"):
         optimizer.load_state_dict(other.state_dict())
     assert optimizer.param_groups[0]["lr"] == 1e-2 and not optimizer.state
 
@@ -340,9 +304,8 @@ def test_a_state_of_another_optimizer_is_refused(name: str) -> None:
 def test_a_count_that_is_none_is_refused(step: Any) -> None:
     pairs = leaf_pairs([(4, 30, 21)])
     optimizer = reflora.RefLoRAAdamW(pairs, lr=1e-2)
-    backward(pairs, targets(pairs))
-    optimizer.step()
+    run(optimizer, pairs, targets(pairs), 1)
     state = optimizer.state_dict()
     state["state"][0]["step"] = step
-    with pytest.raises(ValueError, match="loaded state 'step': expected a count"):
+    with refused("loaded state 'step': expected a count"):
         optimizer.load_state_dict(state)

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from refusals import refused
 
 import reflora
 from reflora import overlap
@@ -29,10 +30,8 @@ def test_random_views_against_the_sets_of_their_addresses():
         views = []
         for _ in range(2):
             dims = draw.choice([1, 2, 2, 2, 3])
-            shape, strides = (
-                [draw.randint(1, 4) for _ in range(dims)],
-                draw.choices([1, 1, 2, 3, 5, 7, 8, 16, 24], k=dims),
-            )
+            shape = [draw.randint(1, 4) for _ in range(dims)]
+            strides = draw.choices([1, 1, 2, 3, 5, 7, 8, 16, 24], k=dims)
             own = buffer if draw.random() < 0.8 else buffer.view(torch.float16)
             views.append(own.as_strided(shape, strides, draw.randint(0, 60)))
         (first, count), (second, other) = map(addresses, views)
@@ -83,11 +82,7 @@ A, B = torch.randn(4, 9), torch.randn(7, 4)
 GA, GB = torch.randn(4, 9), torch.randn(7, 4)
 BUFFER = torch.randn(100)
 SHARED = {
-    "the same gradient twice": (
-        [(A, B), (A + 1, B + 1)],
-        [(GA, GB), (GA, GB + 1)],
-        "shared with pair 0, gradient of A",
-    ),
+    "one gradient twice": ([(A, B), (A + 1, B + 1)], [(GA, GB), (GA, GB + 1)], "shared with pair 0, gradient of A"),
     "its own factor": ([(A, B)], [(A, GB)], "gradient of A: .* shared with pair 0, A"),
     "another pair's factor": ([(A, B), (A + 1, B + 1)], [(GA, GB), (GA + 1, B)], "gradient of B: .* pair 0, B"),
     "a part of a factor": ([(A, B)], [(GA, A.as_strided((7, 4), (4, 1), 8))], "gradient of B: .* pair 0, A"),
@@ -101,19 +96,15 @@ SHARED = {
 @pytest.mark.parametrize("case", SHARED)
 def test_shared_gradients_are_refused_before_anything_is_written(fast_backend, case):
     pairs, grads, message = SHARED[case]
-    before = [t.clone() for t in (A, B, GA, GB, BUFFER)]
-    with pytest.raises(ValueError, match=message) as told:
+    with refused(message, A, B, GA, GB, BUFFER):
         reflora.precondition_(pairs, grads, backend=fast_backend)
-    assert len(str(told.value)) < 300 and all(map(torch.equal, (A, B, GA, GB, BUFFER), before))
 
 
 def test_factors_over_themselves_are_refused(fast_backend):
-    before = BUFFER.clone()
     for strides in ((3, 1), (1, 2), (0, 1)):
         for pair in ((BUFFER.as_strided((4, 9), strides), B), (A, BUFFER.as_strided((7, 4), strides))):
-            with pytest.raises(ValueError, match="elements do not share memory"):
+            with refused("elements do not share memory", BUFFER):
                 reflora.refactor_([pair], backend=fast_backend)
-    assert torch.equal(BUFFER, before)
 
 
 def test_a_lone_gradient_may_lie_anywhere(fast_backend):

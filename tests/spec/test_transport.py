@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from refusals import refused
 from torch import nn
 from torch.optim import SGD, Adagrad, Adam, NAdam, RAdam, RMSprop
 from toys import step_sizes, worst_jolt
@@ -92,9 +93,9 @@ def test_leaving_B_zero_moves_the_state_once():
 
 def test_unknown_classes_are_refused():
     pairs = make_pairs()
-    with pytest.raises(ValueError, match="RefLoRA-S over Adagrad.*Adam, AdamW, NAdam, RAdam, SGD.*scalar=False"):
+    with refused("RefLoRA-S over Adagrad.*Adam, AdamW, NAdam, RAdam, SGD.*scalar=False"):
         wrap(Adagrad, pairs, scalar=True)
-    with pytest.raises(ValueError, match="RefLoRA-S over RMSprop"):
+    with refused("RefLoRA-S over RMSprop"):
         wrap(RMSprop, pairs, scalar=True)
 
 
@@ -105,11 +106,9 @@ def test_state_that_cannot_be_moved_is_refused_before_anything_changes():
     pairs = make_pairs()
     optimizer = wrap(Quantised, pairs, scalar=True)
     optimizer.state[pairs[2].B]["exp_avg"] = torch.zeros(pairs[2].B.shape, dtype=torch.uint8)
-    before = [factor.detach().clone() for factor in factors(pairs)]
     backward(pairs, targets(pairs))
-    with pytest.raises(ValueError, match="layer 2, state of WrappedQuantised.*exp_avg"):
+    with refused("layer 2, state of WrappedQuantised.*exp_avg", *factors(pairs)):
         optimizer.step()
-    assert all(map(torch.equal, factors(pairs), before))
     optimizer.state[pairs[2].B] = {"state1": torch.zeros(3)}
-    with pytest.raises(ValueError, match="'state1'"):
+    with refused("'state1'"):
         Transport(optimizer, pairs)

@@ -8,16 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import Adam, AdamW
-from wrapping import (
-    assert_same,
-    backward,
-    factors,
-    make_pairs,
-    precondition_by_reference,
-    targets,
-    twins,
-    wrap,
-)
+from wrapping import assert_same, backward, factors, make_pairs, precondition_by_reference, targets, twins, wrap
 
 import reflora
 from reflora.optim.pairs import PairOps, multiply

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from conftest import affine_error
-from kernel_cases import DOUBLE, MARKS, degenerate_pairs, pair, randn
+from kernel_cases import DOUBLE, MARKS, degenerate_pairs, pair, precondition, preconditioned, randn, refactor
 
 from reflora import columns as col
 from reflora import reference
@@ -34,9 +34,7 @@ def read_S(p, precision="float64"):
     gA, gB = torch.zeros_like(p.A), torch.zeros_like(p.B)
     gA[:, :r].fill_diagonal_(1)
     gB[:r].fill_diagonal_(1)
-    plan = Plan([p])
-    plan.bind_grads([(gA, gB)])
-    result = triton_backend.precondition(plan, False, precision)[0]
+    result = precondition([p], [(gA, gB)], precision=precision)[0]
     assert not gA[:, r:].any() and not gB[r:].any()
     return gB[:r].cpu(), gA[:, :r].cpu(), result.cpu()
 
@@ -93,15 +91,14 @@ def test_sides_in_chunks(n_in, n_out, r, precision, monkeypatch):
     assert result[col.STATUS] == (DEGENERATE if degenerate else REFACTORED)
     gA, gB = (torch.randn_like(t) for t in (p.A, p.B))
     wanted = [(S_inv.double() @ gA.cpu().double()), gB.cpu().double() @ S.double()]
-    plan = Plan([p])
-    plan.bind_grads([(gA, gB)])
-    torch.testing.assert_close(triton_backend.precondition(plan, False, precision)[0].cpu(), result, equal_nan=True)
+    again = precondition([p], [(gA, gB)], precision=precision)[0].cpu()
+    torch.testing.assert_close(again, result, equal_nan=True)
     for got, want in zip((gA, gB), wanted):
         assert float((got.cpu().double() - want).norm() / want.norm()) < 1e-6
     if not degenerate:
         assert affine_error(S, p.A.cpu(), p.B.cpu()) <= (1e-4 if precision == "float64" else 1e-2)
     product = p.B.double() @ p.A.double()
-    triton_backend.refactor(plan, False, precision)
+    refactor([p], precision=precision)
     assert float((p.B.double() @ p.A.double() - product).norm() / product.norm()) < 1e-5
     assert float(p.A.double().norm() / p.B.double().norm()) == pytest.approx(1, rel=1e-4)
 
@@ -117,10 +114,8 @@ def test_sides_in_chunks_by_a_number(r, dtype, monkeypatch):
     s = float(reference.balance_scalar(p.A.cpu(), p.B.cpu()))
     gA, gB = (torch.randn_like(t) for t in (p.A, p.B))
     wanted = [gA / s, gB * s, *(t.to(p.A) for t in reference.refactor(p.A.cpu(), p.B.cpu(), scalar=True))]
-    plan = Plan([p])
-    plan.bind_grads([(gA, gB)])
-    assert float(triton_backend.precondition(plan, True, "float64")[0, col.SCALE]) == pytest.approx(s, rel=1e-10)
-    triton_backend.refactor(plan, True, "float64")
+    assert float(precondition([p], [(gA, gB)], scalar=True)[0, col.SCALE]) == pytest.approx(s, rel=1e-10)
+    refactor([p], scalar=True)
     for got, want in zip((gA, gB, p.A, p.B), wanted):
         torch.testing.assert_close(got, want, rtol=1e-6 if dtype == torch.float32 else 1e-12, atol=0)
 
@@ -148,9 +143,7 @@ def test_degenerate(precision, monkeypatch):
     names, pairs, statuses, scales = zip(*degenerate_pairs())
     grads = [(torch.randn_like(p.A), torch.randn_like(p.B)) for p in pairs]
     before = [(a.clone(), b.clone()) for a, b in grads]
-    plan = Plan(pairs)
-    plan.bind_grads(grads)
-    results = triton_backend.precondition(plan, False, precision)
+    results = precondition(pairs, grads, precision=precision)
     assert results[:, col.STATUS].tolist() == [float(s) for s in statuses], names
     for p, (gA, gB), (oldA, oldB), status, scale, result in zip(pairs, grads, before, statuses, scales, results):
         if status == SKIPPED:
@@ -170,9 +163,7 @@ def test_gradients_not_finite_or_saturating():
     grads[1][1][172, 3] = torch.nan
     grads[2][1].mul_(1e30)
     before = [(a.clone(), b.clone()) for a, b in grads]
-    plan = Plan(pairs)
-    plan.bind_grads(grads)
-    results = triton_backend.precondition(plan, False, "float64")
+    results = precondition(pairs, grads)
     assert results[:, col.STATUS].tolist() == [SKIPPED, SKIPPED, REFACTORED]
     for i in (0, 1):
         assert torch.equal(grads[i][0], before[i][0])
@@ -201,15 +192,13 @@ def test_layouts_and_types_in_one_launch(monkeypatch):
     grads = [(torch.randn_like(p.A), torch.randn_like(p.B)) for p in pairs]
     grads[5] = (strided(grads[5][0]), grads[5][1].contiguous())
     grads[8] = (None, grads[8][1])
-    plan = Plan(pairs)
-    plan.bind_grads(grads)
     expected = []
     for p, g in zip(pairs, grads):
         if g[0] is not None:
             views = zip(p.views_A(p.A), p.views_B(p.B), p.views_A(g[0]), p.views_B(g[1]))
             expected += [(gA, gB, *reference.precondition(A, B, gA, gB)) for A, B, gA, gB in views]
     idle = grads[8][1].clone()
-    results = triton_backend.precondition(plan, False, "float64")
+    results = precondition(pairs, grads)
     assert results[:, col.STATUS].tolist() == [REFACTORED] * (7 + E) + [PLAIN]
     assert torch.equal(grads[8][1], idle) and results[-1, 1:].isnan().all()
     for gA, gB, wantA, wantB in expected:
@@ -217,7 +206,7 @@ def test_layouts_and_types_in_one_launch(monkeypatch):
             assert float((got - want).norm() / want.norm()) < (1e-10 if got.dtype == DOUBLE else 1e-5)
     rows = [(A, B) for p in pairs for A, B in zip(p.views_A(p.A), p.views_B(p.B))]
     products = [B.double() @ A.double() for A, B in rows]
-    assert (triton_backend.refactor(Plan(pairs), False, "float64")[:, col.STATUS] == REFACTORED).all()
+    assert (refactor(pairs)[:, col.STATUS] == REFACTORED).all()
     for (A, B), product in zip(rows, products):
         A, B = A.double(), B.double()
         assert float((B @ A - product).norm() / product.norm()) < 1e-5
@@ -230,8 +219,7 @@ def test_refactor(precision):
     pairs = [pair(r, 4, 200, dtype) for r in ranks for dtype in (torch.float32, DOUBLE)]
     pairs.append(LoRAPair("degenerate", randn(4, 30), 5 * randn(20, 1) @ randn(1, 4)))
     products = [p.B.double() @ p.A.double() for p in pairs]
-    plan = Plan(pairs)
-    results = triton_backend.refactor(plan, False, precision)
+    results = refactor(pairs, precision=precision)
     assert results[:, col.STATUS].tolist() == [REFACTORED] * 2 * len(ranks) + [DEGENERATE]
     for p, product in zip(pairs, products):
         A, B = p.A.double(), p.B.double()
@@ -250,11 +238,9 @@ def test_scalar_of_16_bits():
     s = 2.0 ** (2 * round(math.log2(float(reference.balance_scalar(p.A, p.B))) / 2))
     gA, gB = torch.randn_like(p.A), torch.randn_like(p.B)
     wanted = [gA.double() / s, gB.double() * s, p.A.double() * s**0.5, p.B.double() / s**0.5]
-    plan = Plan([p])
-    plan.bind_grads([(gA, gB)])
-    result = triton_backend.precondition(plan, True, "float64")[0]
+    result = precondition([p], [(gA, gB)], scalar=True)[0]
     assert result[col.STATUS] == REFACTORED and float(result[col.SCALE]) == s
-    triton_backend.refactor(plan, True, "float64")
+    refactor([p], scalar=True)
     for got, want in zip((gA, gB, p.A, p.B), wanted):
         torch.testing.assert_close(got, want.half())
 
@@ -262,7 +248,7 @@ def test_scalar_of_16_bits():
 @pytest.mark.parametrize("b, s", [(2.0, 1.0), (8.0, 16.0), (32.0, 16.0)])
 def test_a_root_between_two_powers_of_two_goes_to_the_even_one(b, s):
     p = LoRAPair("", randn(2, 8, dtype=torch.bfloat16).fill_(1.0), randn(8, 2, dtype=torch.bfloat16).fill_(b))
-    result = triton_backend.refactor(Plan([p]), True, "float64")[0]
+    result = refactor([p], scalar=True)[0]
     assert float(result[col.SCALE]) == s
     assert p.A.unique().tolist() == [s**0.5] and p.B.unique().tolist() == [b / s**0.5]
 
@@ -270,7 +256,7 @@ def test_a_root_between_two_powers_of_two_goes_to_the_even_one(b, s):
 def test_scalar_leaves_zero_and_nan_alone():
     pairs = [LoRAPair("", randn(2, 9), 0 * randn(8, 2)), LoRAPair("", randn(2, 9) * torch.nan, randn(8, 2))]
     before = [(p.A.clone(), p.B.clone()) for p in pairs]
-    results = triton_backend.refactor(Plan(pairs), True, "float64")
+    results = refactor(pairs, scalar=True)
     assert results[:, col.STATUS].tolist() == [DEGENERATE, SKIPPED]
     for p, (A, B) in zip(pairs, before):
         torch.testing.assert_close(p.A, A, rtol=0, atol=0, equal_nan=True)
@@ -281,10 +267,8 @@ def test_ranks_past_128_go_through_torch():
     """One plan: some rows by kernels, some by the torch backend, results in the plan's order."""
     pairs = [pair(4, 3, 30), pair(130, 3, 30), pair(20, 3, 30)]
     grads = [(torch.randn_like(p.A), torch.randn_like(p.B)) for p in pairs]
-    expected = [reference.precondition(p.A.cpu(), p.B.cpu(), a.cpu(), b.cpu()) for p, (a, b) in zip(pairs, grads)]
-    plan = Plan(pairs)
-    plan.bind_grads(grads)
-    results = triton_backend.precondition(plan, False, "float64")
+    expected = preconditioned(pairs, grads)
+    results = precondition(pairs, grads)
     assert results[:, col.STATUS].tolist() == [REFACTORED] * 3
     for got, want in zip(grads, expected):
         for x, y in zip(got, want):

@@ -67,8 +67,7 @@ def test_every_kind_of_matrix(n, dtype, precision):
 
 
 @pytest.mark.parametrize(
-    "n, kind",
-    [*map(THOROUGH, (5, 5, 64), ("graded over 1e12", "close to I", "graded rows")), (128, "close to I")],
+    "n, kind", [*map(THOROUGH, (5, 5, 64), ("graded over 1e12", "close to I", "graded rows")), (128, "close to I")]
 )
 def test_mixed_precision_and_large_ones(n, kind):
     precision = "float64" if n == 5 else "float32"

@@ -65,23 +65,14 @@ def assert_same(ones, others):
         assert status == other_status and same(tensors, other_tensors)
 
 
-SCHEDULES = {
-    "fresh": [{}] * 2,
-    "interval": [{"interval": 2}] * 3,
-    "warm-up": [PLAIN_ADAMW, {}, PLAIN_ADAMW],
-}
+SCHEDULES = {"fresh": [{}] * 2, "interval": [{"interval": 2}] * 3, "warm-up": [PLAIN_ADAMW, {}, PLAIN_ADAMW]}
 
 
-@pytest.mark.parametrize(
-    "schedule, dtype",
-    [
-        ("fresh", torch.float32),
-        ("interval", torch.float32),
-        pytest.param("interval", DOUBLE, marks=pytest.mark.thorough),
-        pytest.param("warm-up", DOUBLE, marks=pytest.mark.thorough),
-    ],
-    ids=str,
-)
+ROUTED = [("fresh", torch.float32), ("interval", torch.float32)]
+ROUTED += [pytest.param(name, DOUBLE, marks=pytest.mark.thorough) for name in ("interval", "warm-up")]
+
+
+@pytest.mark.parametrize("schedule, dtype", ROUTED, ids=str)
 def test_routes_agree_to_the_bit(schedule, dtype):
     assert_same(run(dtype, SCHEDULES[schedule]), run(dtype, SCHEDULES[schedule], "row"))
 

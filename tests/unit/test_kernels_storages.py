@@ -4,17 +4,14 @@ from functools import partial
 
 import pytest
 import torch
-from kernel_cases import DOUBLE, MARKS, pair, randn
+from kernel_cases import DOUBLE, MARKS, pair, precondition, preconditioned, randn, refactor
 from rows import Rows
 
 from reflora import columns as col
-from reflora import reference
-from reflora.backends import triton_backend
 from reflora.columns import REFACTORED
 from reflora.kernels.step import launch
 from reflora.kernels.step.launch import aligned
 from reflora.pairs import LoRAPair
-from reflora.plan import Plan
 
 pytestmark = MARKS
 
@@ -45,10 +42,8 @@ def draw(pairs):
 def test_preconditioned_gradients(r, storage):
     pairs = pairs_of(r, storage)
     grads = draw(pairs)
-    wanted = [reference.precondition(p.A.cpu(), p.B.cpu(), a.cpu(), b.cpu()) for p, (a, b) in zip(pairs, grads)]
-    plan = Plan(pairs)
-    plan.bind_grads(grads)
-    results = triton_backend.precondition(plan, False, "float64")
+    wanted = preconditioned(pairs, grads)
+    results = precondition(pairs, grads)
     assert results[:, col.STATUS].tolist() == [REFACTORED] * len(pairs)
     rounding = {DOUBLE: 1e-11, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
     for sides, exact in zip(grads, wanted):
@@ -60,7 +55,7 @@ def test_preconditioned_gradients(r, storage):
 def test_refactored_factors(r, storage):
     pairs = pairs_of(r, storage)
     products = [p.B.double() @ p.A.double() for p in pairs]
-    results = triton_backend.refactor(Plan(pairs), False, "float64")
+    results = refactor(pairs)
     assert results[:, col.STATUS].tolist() == [REFACTORED] * len(pairs)
     rounding = {DOUBLE: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
     for p, product in zip(pairs, products):
@@ -96,13 +91,11 @@ def seen(found, forced, *arguments):
 
 def take(kind, p, grads):
     """What `kind` leaves of a pair and its gradients."""
-    if kind in ("precondition", "refactor"):
-        plan = Plan([p])
-        if kind == "refactor":
-            triton_backend.refactor(plan, False, "float64")
-            return [p.A, p.B]
-        plan.bind_grads(grads[0])
-        triton_backend.precondition(plan, False, "float64")
+    if kind == "refactor":
+        refactor([p])
+        return [p.A, p.B]
+    if kind == "precondition":
+        precondition([p], grads[0])
         return [p.A, p.B, *grads[0][0]]
     rows = Rows([p], "triton", copied=False)
     for own in grads:

@@ -82,15 +82,8 @@ def test_buffers_that_another_stream_reads_are_kept_for_it(capture, monkeypatch)
     plan.device = META
     prepared = launch.prepare(plan)
     (group,) = prepared.groups
-    made = [
-        prepared.oversized_index,
-        *prepared.rerouted_index.values(),
-        group.workspace,
-        group.headers,
-        group.arrivals,
-        group.entries,
-        group.items,
-    ]
+    made = [prepared.oversized_index, *prepared.rerouted_index.values()]
+    made += [group.workspace, group.headers, group.arrivals, group.entries, group.items]
     launch.prepare(plan)
     assert not held
     capture["stream"] = 2
