@@ -50,5 +50,9 @@ def put(key: str, value: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tens
     return lambda tensors: tensors.update({key: value(tensors[key])})
 
 
+def add(tensors: dict[str, Tensor]) -> Callable[[dict[str, Tensor]], None]:
+    return lambda found: found.update(tensors)
+
+
 def spot(value: float) -> Callable[[Tensor], Tensor]:
     return lambda factor: factor.index_fill(1, torch.tensor([1]), value)

@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import os
 import shutil
+from pathlib import Path
 
 import messages
 import pytest
@@ -103,6 +104,14 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     from tiny_models import shrink
 
     shrink(monkeypatch)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """The folder of a saved adapter."""
+    from adapter_cases import save
+
+    return save(tmp_path / "adapter")
 
 
 def spectrum_factor(r: int, n: int, condition: float, dtype: torch.dtype = torch.float64) -> torch.Tensor:

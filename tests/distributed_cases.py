@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import runpy
@@ -10,10 +11,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.distributed.checkpoint as dcp
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from two_processes import WORLD
 
 import reflora
@@ -21,6 +28,9 @@ import reflora
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {}, "scalar": {"scalar": True}, "interval": {"interval": 3}, "warmup": {"warmup_steps": 2},
 }  # fmt: skip
+Training = tuple[nn.Module, torch.optim.Optimizer]
+# exactly, not up to rounding
+assert_equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
 class Net(nn.Module):
@@ -48,19 +58,27 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return torch.randint(11, (8, 5), generator=generator), torch.randint(3, (8,), generator=generator)
 
 
-def train(
-    model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, rank: int = 0, world: int = 1
-) -> list[float]:
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, rank: int = 0, world: int = 1) -> None:
     """On this process's share of every batch; the mean of the shares is the whole's."""
-    losses = []
     for step in steps:
         tokens, labels = (part.chunk(world)[rank] for part in batch(step))
         optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(tokens), labels)
-        loss.backward()
+        nn.functional.cross_entropy(model(tokens), labels).backward()
         optimizer.step()
-        losses.append(loss.item())
-    return losses
+
+
+def train_hooked(model: nn.Module, cls: Callable[..., Any], rank: int = 0, world: int = 1) -> dict[str, Tensor]:
+    """By an optimizer of this class behind GradientHooks."""
+    hooks = reflora.GradientHooks(model, warmup_steps=0)
+    optimizer = cls(trainable(model), lr=1e-2)
+    for step in range(6):
+        train(model, optimizer, range(step, step + 1), rank, world)
+        hooks.refresh()
+    return trained(model)
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
@@ -100,9 +118,6 @@ def ddp(rank: int, folder: Path) -> dict[str, dict[str, Tensor]]:
 
 
 def sharded(placed: bool, start: bool | str = True) -> nn.Module:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     model = build(start)
     options: dict[str, Any] = {"mesh": init_device_mesh("cpu", (WORLD,))}
     if placed:
@@ -127,14 +142,7 @@ def fsdp2(rank: int, folder: Path) -> dict[str, Any]:
     return found
 
 
-def experts_of(pair: reflora.LoRAPair, experts: int) -> list[reflora.LoRAPair]:
-    return [reflora.LoRAPair("experts", pair.A, pair.B, f"experts({experts})")]
-
-
 def stacked_experts() -> list[reflora.LoRAPair]:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-
     mesh = init_device_mesh("cpu", (WORLD,))
     A, B = (distribute_tensor(torch.randn(shape), mesh, [Shard(1)]) for shape in ((3, 2, 8), (8, 2, 3)))
     return [reflora.LoRAPair("stack", A, B, "experts(3)")]
@@ -144,11 +152,12 @@ def fsdp2_refusals(rank: int, folder: Path) -> dict[str, str]:
     model = sharded(False)
     pairs = reflora.find_pairs(model)
     over = reflora.wrap(torch.optim.AdamW)
+    experts = [reflora.LoRAPair("experts", pairs[1].A, pairs[1].B, "experts(3)")]
     found = {
         "RefLoRAAdamW": refused(lambda: reflora.RefLoRAAdamW(model.parameters(), pairs=pairs)),
         "refactor_": refused(lambda: reflora.refactor_(pairs)),
         "options": refused(lambda: reflora.create_reflora_optimizer(model, lr=1e-2, carry_grams=True)),
-        "experts": refused(lambda: over(model.parameters(), pairs=experts_of(pairs[1], 3))),
+        "experts": refused(lambda: over(model.parameters(), pairs=experts)),
         "stacked experts": refused(lambda: over(model.parameters(), pairs=stacked_experts())),
     }
     # a gradient that is not finite in one process is so in all
@@ -179,8 +188,6 @@ def fsdp2_refactorer(rank: int, folder: Path) -> dict[str, list[bool]]:
 
 
 def fsdp1(rank: int, folder: Path) -> dict[str, str]:
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
     model = FullyShardedDataParallel(build(), device_id=torch.device("cpu"), use_orig_params=True)
     return {
         "optimizer": refused(lambda: reflora.create_reflora_optimizer(model, lr=1e-2)),
@@ -189,40 +196,37 @@ def fsdp1(rank: int, folder: Path) -> dict[str, str]:
     }
 
 
+def through_a_checkpoint(
+    steps: Callable[..., None], place: Path, first: Training, second: Training
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights after six steps of the first, and of the second, which takes over what was saved in the middle."""
+    steps(*first, range(3))
+    weights, state = get_state_dict(*first)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=str(place))
+    weights, state = get_state_dict(*second)
+    loaded = {"model": weights, "optimizer": state}
+    dcp.load(loaded, checkpoint_id=str(place))
+    set_state_dict(*second, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+    steps(*first, range(3, 6))
+    steps(*second, range(3, 6))
+    return trained(first[0]), trained(second[0])
+
+
 def fsdp2_checkpoint(rank: int, folder: Path) -> dict[str, Any]:
-    """torch.distributed.checkpoint in the middle, into a model and an optimizer made anew."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-
-    found = {}
+    found, steps = {}, functools.partial(train, rank=rank, world=WORLD)
     for variant, options in VARIANTS.items():
-        model = sharded(True)
-        optimizer = reflora.create_reflora_optimizer(model, lr=1e-2, **options)
-        train(model, optimizer, range(3), rank, WORLD)
-        weights, state = get_state_dict(model, optimizer)
-        place = str(folder / variant)
-        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=place)
-        train(model, optimizer, range(3, 6), rank, WORLD)
-
-        again = sharded(True, start="gaussian")
-        resumed = reflora.create_reflora_optimizer(again, lr=1e-2, **options)
-        weights, state = get_state_dict(again, resumed)
-        loaded = {"model": weights, "optimizer": state}
-        dcp.load(loaded, checkpoint_id=place)
-        set_state_dict(again, resumed, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
-        train(again, resumed, range(3, 6), rank, WORLD)
-        found[variant] = (trained(model), trained(again))
+        models = sharded(True), sharded(True, start="gaussian")
+        made = [(model, reflora.create_reflora_optimizer(model, lr=1e-2, **options)) for model in models]
+        found[variant] = through_a_checkpoint(steps, folder / variant, *made)
     return found
 
 
 def fsdp2_after_the_optimizer(rank: int, folder: Path) -> dict[str, Tensor]:
     """What accelerate does: shard the model of an optimizer that exists, and swap its parameters."""
-    from torch.distributed.fsdp import fully_shard
-
     model = build()
     optimizer = reflora.create_reflora_optimizer(model, reflora.wrap(torch.optim.AdamW), lr=1e-2)
     fully_shard(model)
-    optimizer.param_groups[0]["params"] = [p for p in model.parameters() if p.requires_grad]
+    optimizer.param_groups[0]["params"] = trainable(model)
     train(model, optimizer, range(6), rank, WORLD)
     return trained(model)
 
@@ -253,12 +257,8 @@ def example(rank: int, folder: Path) -> dict[str, Any]:
 
     path, printed = str(Path(__file__).parents[1] / "examples" / "fsdp2.py"), io.StringIO()
     AcceleratorState._reset_state(reset_partial_state=True)
-    argv, sys.argv = sys.argv, [path, "15", str(folder)]
-    try:
-        with contextlib.redirect_stdout(printed):
-            runpy.run_path(path, run_name="__main__")
-    finally:
-        sys.argv = argv
+    with contextlib.redirect_stdout(printed), mock.patch.object(sys, "argv", [path, "15", str(folder)]):
+        runpy.run_path(path, run_name="__main__")
     return {"printed": printed.getvalue(), "files": {path.name: path.read_bytes() for path in folder.iterdir()}}
 
 
@@ -287,7 +287,7 @@ def deepspeed(rank: int, folder: Path) -> dict[str, Any]:
 
     def engine_of(stage: int, wanted: Any = torch.optim.AdamW, **more: Any) -> Any:
         model = build(dtype=torch.float32)
-        optimizer = wanted([p for p in model.parameters() if p.requires_grad], lr=1e-2, **more)
+        optimizer = wanted(trainable(model), lr=1e-2, **more)
         config = {
             "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2,
             "zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True,
@@ -324,10 +324,6 @@ def environment(rank: int, port: int) -> None:
 
 def fsdp2_hard_shapes(rank: int, folder: Path) -> dict[str, Any]:
     """Ranks and outputs of one: a process holds nothing of them. A bad gradient there; states that cannot be moved."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
 
     def model_of() -> nn.Module:
         torch.manual_seed(0)
@@ -353,18 +349,8 @@ def fsdp2_hard_shapes(rank: int, folder: Path) -> dict[str, Any]:
     optimizer.step()
     found["skipped"] = optimizer.skipped_steps  # type: ignore[attr-defined]
 
-    model = model_of()
-    optimizer = reflora.create_reflora_optimizer(model, torch.optim.RMSprop, lr=1e-2)
-    train_on(model, optimizer, range(3))
-    weights, state = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=str(folder / "unit"))
-    train_on(model, optimizer, range(3, 6))
-    again = model_of()
-    resumed = reflora.create_reflora_optimizer(again, torch.optim.RMSprop, lr=1e-2)
-    weights, state = get_state_dict(again, resumed)
-    loaded = {"model": weights, "optimizer": state}
-    dcp.load(loaded, checkpoint_id=str(folder / "unit"))
-    set_state_dict(again, resumed, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
-    train_on(again, resumed, range(3, 6))
-    found["resumed"] = all(torch.equal(a, b) for a, b in zip(trained(model).values(), trained(again).values()))
+    models = model_of(), model_of()
+    made = [(model, reflora.create_reflora_optimizer(model, torch.optim.RMSprop, lr=1e-2)) for model in models]
+    whole, resumed = through_a_checkpoint(train_on, folder / "unit", *made)
+    found["resumed"] = all(map(torch.equal, whole.values(), resumed.values()))
     return found

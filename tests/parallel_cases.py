@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from distributed_cases import build, environment, refused, train, trained
+from distributed_cases import build, environment, refused, train, train_hooked, trainable, trained
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor, distribute_tensor
 from two_processes import WORLD
 
 import reflora
 
 TOKENS = torch.arange(24).view(2, 12)
+# by name: the class and the options of the optimizer
+TENSOR_PARALLEL: dict[str, tuple[Any, dict[str, Any]]] = {
+    "AdamW": (None, {}), "NAdam": (torch.optim.NAdam, {}), "scalar": (None, {"scalar": True, "warmup_steps": 0}),
+}  # fmt: skip
 
 
 def causal(folder: Path | None = None, **loading: Any) -> nn.Module:
@@ -36,16 +43,11 @@ def causal(folder: Path | None = None, **loading: Any) -> nn.Module:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                _set(parameter, torch.randn(parameter.shape, generator=generator) / 10)
+                value = torch.randn(parameter.shape, generator=generator) / 10
+                if isinstance(parameter, DTensor):
+                    value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+                parameter.copy_(value)
     return model
-
-
-def _set(parameter: Tensor, value: Tensor) -> None:
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    if isinstance(parameter, DTensor):
-        value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
-    parameter.copy_(value)
 
 
 def train_causal(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 4) -> dict[str, Tensor]:
@@ -60,9 +62,7 @@ def tensor_parallel(rank: int, folder: Path) -> dict[str, Any]:
     """transformers' own, `tp_plan="auto"`."""
     environment(rank, 29513)
     found: dict[str, Any] = {}
-    for name, cls, options in (
-        ("AdamW", None, {}), ("NAdam", torch.optim.NAdam, {}), ("scalar", None, {"scalar": True, "warmup_steps": 0}),
-    ):  # fmt: skip
+    for name, (cls, options) in TENSOR_PARALLEL.items():
         model = causal(folder, tp_plan="auto")
         found["placements"] = {pair.name: pair.sharded for pair in reflora.find_pairs(model)}
         found[name] = train_causal(model, reflora.create_reflora_optimizer(model, cls, lr=1e-2, **options))
@@ -83,22 +83,14 @@ def tensor_parallel(rank: int, folder: Path) -> dict[str, Any]:
 
 def zero_redundancy(rank: int, folder: Path) -> dict[str, Any]:
     """torch's ZeroRedundancyOptimizer: GradientHooks serve it; around a RefLoRA optimizer it parts the pairs."""
-    from torch.distributed.optim import ZeroRedundancyOptimizer
-
+    over_adamw = functools.partial(ZeroRedundancyOptimizer, optimizer_class=torch.optim.AdamW)
     model = nn.parallel.DistributedDataParallel(build("gaussian"))
-    hooks = reflora.GradientHooks(model, warmup_steps=0)
-    params = [p for p in model.parameters() if p.requires_grad]
-    zero = ZeroRedundancyOptimizer(params, torch.optim.AdamW, lr=1e-2)
-    for step in range(6):
-        train(model, zero, range(step, step + 1), rank, WORLD)
-        hooks.refresh()
-    found: dict[str, Any] = {"hooks": trained(model)}
+    found: dict[str, Any] = {"hooks": train_hooked(model, over_adamw, rank, WORLD)}
     for name, cls in (("wrap", reflora.wrap(torch.optim.AdamW)), ("RefLoRAAdamW", reflora.RefLoRAAdamW)):
         model = nn.parallel.DistributedDataParallel(build("gaussian"))
-        params, pairs = [p for p in model.parameters() if p.requires_grad], reflora.find_pairs(model)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            zero = ZeroRedundancyOptimizer(params, cls, lr=1e-2, pairs=pairs)
+            zero = ZeroRedundancyOptimizer(trainable(model), cls, lr=1e-2, pairs=reflora.find_pairs(model))
             error = refused(lambda zero=zero, model=model: train(model, zero, range(1), rank, WORLD))  # type: ignore[misc]
         found[name] = [error, *(str(one.message) for one in caught if "LoRA" in str(one.message))]
     return found

@@ -62,9 +62,6 @@ def _enter(rank: int, cases: Sequence[Case], folder: str) -> None:
             dist.destroy_process_group()
 
 
-# ---- what the processes do
-
-
 if __name__ == "__main__":
     os.environ["DS_ACCELERATOR"] = "cpu"
     messages.install()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_cases import A0, B0, change_config, change_tensors, put, save
+from adapter_cases import A0, B0, add, change_config, change_tensors, put
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -19,23 +19,11 @@ from reflora import doctor
 from reflora.doctor import adapter as adapters
 
 
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    return save(tmp_path / "adapter")
-
-
 def test_of_a_training_run_only_the_adapter_is_copied(
     saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = [
-        "optimizer.pt",
-        "scheduler.pt",
-        "rng_state.pth",
-        "rng_state_1.pth",
-        "trainer_state.json",
-        "training_args.bin",
-    ]
-    run += ["scaler.pt", "latest", "zero_to_fp32.py", "optimizer.bin", "random_states_0.pkl", "adapter_model.bin"]
+    run = ["optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state.pth", "rng_state_1.pth", "latest"]
+    run += ["trainer_state.json", "training_args.bin", "zero_to_fp32.py", "random_states_0.pkl", "adapter_model.bin"]
     folders = ["global_step12", "checkpoint-3", "runs", ".git", "pytorch_model_fsdp_0", "optimizer_0"]
     kept = ["README.md", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
     kept += ["chat_template.jinja", "vocab.txt", "optimizer-notes.md", "latest.md"]
@@ -73,14 +61,10 @@ def test_links_are_followed_and_dead_ones_left(saved: Path, tmp_path: Path) -> N
 
 def test_what_cannot_be_balanced_stays(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """B = 0, as PEFT starts, and experts of which one has a NaN."""
-
-    def spoil(tensors: dict[str, Tensor]) -> None:
-        tensors[B0].zero_()
-        path = "base_model.model.experts.lora"
-        tensors[f"{path}_A.weight"], tensors[f"{path}_B.weight"] = torch.randn(8, 5), torch.randn(6, 8)
-        tensors[f"{path}_A.weight"][5] = float("nan")  # of the second expert
-
-    change_tensors(spoil)(saved)
+    path, A = "base_model.model.experts.lora", torch.randn(8, 5)
+    A[5] = float("nan")  # of the second expert
+    change_tensors(add({f"{path}_A.weight": A, f"{path}_B.weight": torch.randn(6, 8)}))(saved)
+    change_tensors(put(B0, torch.zeros_like))(saved)
     change_config(target_parameters=["experts.w"])(saved)
     assert program.main(["doctor", str(saved), "--refactor", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
@@ -102,42 +86,35 @@ def nearly_cancelled(tensors: dict[str, Tensor]) -> None:
     tensors[B0] = torch.cat([B, -(B + 1e-3 * torch.randn(10, 2))], dim=1)
 
 
-@pytest.mark.parametrize("spoil", [one_row_twice, nearly_cancelled], ids=lambda case: case.__name__)
+def ranks_above_the_width(tensors: dict[str, Tensor]) -> None:
+    for key in tensors:
+        tensors[key] = torch.randn(14, 12) if "lora_A" in key else torch.randn(10, 14)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "rank", "layers"),
+    [(one_row_twice, 4, ["0.q"]), (nearly_cancelled, 4, ["0.q"]), (ranks_above_the_width, 14, ["0.q", "0.v", "1.q"])],
+    ids=["one row twice", "nearly cancelled", "ranks above the width"],
+)
 def test_a_degenerate_layer_is_copied_bit_for_bit(
-    spoil: Callable[[dict[str, Tensor]], None], saved: Path, tmp_path: Path
+    spoil: Callable[[dict[str, Tensor]], None], rank: int, layers: list[str], saved: Path, tmp_path: Path
 ) -> None:
     change_tensors(spoil)(saved)
+    change_config(r=rank)(saved)
     written = doctor.Adapter(saved).write_balanced(tmp_path / "out")
-    assert written.kept == {"degenerate": ["layers.0.q"]} and written.balanced == 2
-    assert 0 < written.moved < 1e-6
+    assert written.kept == {"degenerate": [f"layers.{layer}" for layer in layers]}
+    assert written.balanced == 3 - len(layers)
+    assert 0 < written.moved < 1e-6 if written.balanced else written.moved == 0
     before, after = load_file(saved / doctor.WEIGHTS), load_file(tmp_path / "out" / doctor.WEIGHTS)
-    assert [key for key in before if torch.equal(before[key], after[key])] == [A0, B0]
-
-
-def test_ranks_above_a_layer_s_width_leave_all_as_it_is(saved: Path, tmp_path: Path) -> None:
-    def widen(tensors: dict[str, Tensor]) -> None:
-        for key, factor in tensors.items():
-            tensors[key] = torch.randn(14, 12) if "lora_A" in key else torch.randn(10, 14).to(factor.dtype)
-
-    change_tensors(widen)(saved)
-    change_config(r=14)(saved)
-    written = doctor.Adapter(saved).write_balanced(tmp_path / "out")
-    assert written.kept == {"degenerate": ["layers.0.q", "layers.0.v", "layers.1.q"]}
-    assert (written.balanced, written.moved) == (0, 0.0)
-    before, after = load_file(saved / doctor.WEIGHTS), load_file(tmp_path / "out" / doctor.WEIGHTS)
-    assert all(torch.equal(before[key], after[key]) for key in before)
+    for key, factor in before.items():
+        assert torch.equal(factor, after[key]) == any(f".{layer}." in key for layer in layers), key
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_degenerate_expert_stays_and_the_others_are_balanced(dtype: torch.dtype, saved: Path, tmp_path: Path) -> None:
-    path = "base_model.model.experts.lora"
-
-    def add(tensors: dict[str, Tensor]) -> None:
-        A, B = torch.randn(12, 9), 0.1 * torch.randn(7, 12)
-        A[5] = A[4]  # rows 4 to 7 are of the second expert, and columns 1, 4, 7, 10
-        tensors[f"{path}_A.weight"], tensors[f"{path}_B.weight"] = A.to(dtype), B.to(dtype)
-
-    change_tensors(add)(saved)
+    path, A, B = "base_model.model.experts.lora", torch.randn(12, 9), 0.1 * torch.randn(7, 12)
+    A[5] = A[4]  # rows 4 to 7 are of the second expert, and columns 1, 4, 7, 10
+    change_tensors(add({f"{path}_A.weight": A.to(dtype), f"{path}_B.weight": B.to(dtype)}))(saved)
     change_config(target_parameters=["experts.w"])(saved)
     written = doctor.Adapter(saved).write_balanced(tmp_path / "out")
     assert written.kept == {"degenerate": ["experts[1]"]} and written.balanced == 5
@@ -187,22 +164,17 @@ def test_what_cannot_be_copied_is_named(
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+# OUT, from where the adapter's folder is
 PLACES = {
-    "equal": (lambda folder: folder, "expected a folder outside the adapter's"),
-    "inside": (lambda folder: folder / "balanced", "expected a folder outside the adapter's"),
-    "inside, by a detour": (lambda folder: folder / ".." / folder.name / "a" / "b", "expected a folder outside"),
-    "taken": (lambda folder: folder.parent / "taken", "expected a name not taken, got a folder that is there"),
-    "a file": (lambda folder: folder / ".." / "file", "expected a name not taken, got a file that is there"),
-    "below a file": (
-        lambda folder: folder.parent / "file" / "out",
-        "expected a folder to write, got a file on the way",
-    ),
-    "a loop on the way": (
-        lambda folder: folder / ".." / "loop" / "out",
-        "expected a folder to write, got a file on the way",
-    ),
-    "unwritable": (lambda folder: Path("/proc/out"), "expected a folder to write"),
-    "too long": (lambda folder: folder.parent / ("long" * 100), "expected a folder to write, got File name too long"),
+    "equal": ("adapter", "expected a folder outside the adapter's"),
+    "inside": ("adapter/balanced", "expected a folder outside the adapter's"),
+    "inside, by a detour": ("adapter/../adapter/a/b", "expected a folder outside"),
+    "taken": ("taken", "expected a name not taken, got a folder that is there"),
+    "a file": ("adapter/../file", "expected a name not taken, got a file that is there"),
+    "below a file": ("file/out", "expected a folder to write, got a file on the way"),
+    "a loop on the way": ("adapter/../loop/out", "expected a folder to write, got a file on the way"),
+    "unwritable": ("/proc/out", "expected a folder to write"),
+    "too long": ("long" * 100, "expected a folder to write, got File name too long"),
 }
 
 
@@ -214,7 +186,7 @@ def test_where_out_cannot_be(place: str, saved: Path) -> None:
     where, said = PLACES[place]
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     with pytest.raises(SystemExit, match=f"^reflora doctor: --refactor .*{said}") as caught:
-        program.main(["doctor", str(saved), "--refactor", str(where(saved))])
+        program.main(["doctor", str(saved), "--refactor", str(saved.parent / where)])
     assert len(str(caught.value)) < 300
     assert before == {path.name: path.read_bytes() for path in saved.iterdir()}
     assert sorted(path.name for path in saved.parent.iterdir()) == ["adapter", "file", "loop", "taken"]
@@ -269,12 +241,9 @@ def test_rounding_is_no_move(dtype: torch.dtype, scale: float, saved: Path, tmp_
 
 
 def test_huge_factors_are_measured(saved: Path) -> None:
+    tensors = load_file(saved / doctor.WEIGHTS)
+    norm = float((tensors[B0].double() @ tensors[A0].double()).norm())
     change_tensors(put(A0, lambda A: A.double() * 1e200))(saved)
     change_tensors(put(B0, lambda B: B.double() * 1e-200))(saved)
     layers = {one.name: one for one in doctor.Adapter(saved).layers()}
-    assert layers["layers.0.q"].norm == pytest.approx(float(load_norm(saved)), rel=1e-6)
-
-
-def load_norm(folder: Path) -> float:
-    tensors = load_file(folder / doctor.WEIGHTS)
-    return float(((tensors[B0] * 1e200) @ (tensors[A0] * 1e-200)).norm())
+    assert layers["layers.0.q"].norm == pytest.approx(norm, rel=1e-6)

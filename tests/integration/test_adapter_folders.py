@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from adapter_cases import A0, B0, CONFIG, change_config, change_tensors, put, save, spot
+from adapter_cases import A0, B0, add, change_config, change_tensors, put, save, spot
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from reflora import __main__ as program
 from reflora import doctor
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    return save(tmp_path / "adapter")
 
 
 def config_of(text: bytes) -> Callable[[Path], object]:
@@ -31,21 +25,15 @@ def weights_of(content: Callable[[bytes], bytes]) -> Callable[[Path], object]:
 
 
 def into_subfolders(folder: Path) -> None:
+    for name in (doctor.CONFIG, doctor.WEIGHTS):
+        (folder / name).unlink()
     for name in ("one", "two"):
-        shutil.copytree(folder, folder.parent / name)
-    for path in folder.iterdir():
-        path.unlink()
-    for name in ("one", "two"):
-        (folder.parent / name).rename(folder / name)
+        save(folder / name)
 
 
 def as_file(folder: Path) -> None:
     shutil.rmtree(folder)
     folder.write_text("")
-
-
-def without_r(folder: Path) -> None:
-    (folder / doctor.CONFIG).write_text(json.dumps({k: v for k, v in CONFIG.items() if k != "r"}))
 
 
 def spelt_twice(key: str) -> Callable[[dict[str, Tensor]], None]:
@@ -86,7 +74,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "deep config": (config_of(b"[" * 100_000), "expected JSON, got text that is not"),
     "r a text": (change_config(r="4"), "r: expected an integer > 0, got '4'"),
     "r null": (change_config(r=None), "r: expected an integer > 0, got None"),
-    "no r": (without_r, "r: expected an integer > 0, got none"),
+    "no r": (config_of(b'{"peft_type": "LORA", "target_modules": ["q", "v"]}'), "r: expected an integer > 0, got none"),
     "r true": (change_config(r=True), "r: expected an integer > 0, got True"),
     "rank_pattern of lists": (change_config(rank_pattern={"q": [True]}), "rank_pattern: expected names with integers"),
     "rank_pattern no regex": (change_config(rank_pattern={"(": 4}), "rank_pattern: expected regular expressions"),
@@ -125,33 +113,20 @@ BAD_LAYERS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "int8": (put(A0, lambda A: A.to(torch.int8)), "int8 factors"),
     "float8": (put(B0, lambda B: B.to(torch.float8_e4m3fn)), "float8_e4m3fn factors"),
     "complex": (put(A0, lambda A: A.to(torch.complex64)), "complex64 factors"),
-    "bias of A": (
-        lambda tensors: tensors.update({A0.replace("weight", "bias"): torch.ones(4)}), "lora_A.bias is not known"
-    ),
-    "a new tensor": (
-        lambda tensors: tensors.update({A0.replace("lora_A.weight", "lora_next"): torch.ones(4)}),
-        "lora_next is not known",
-    ),
-    "AdaLoRA's scale": (
-        lambda tensors: tensors.update({A0.replace("lora_A.weight", "lora_E"): torch.ones(4)}),
-        "lora_E stands between B and A",
-    ),
-    "another rank": (
-        lambda tensors: tensors.update({A0: torch.ones(6, 12), B0: torch.ones(10, 6)}), "A has 6 rows, not 4"
-    ),
-    "grouped": (
-        lambda tensors: tensors.update({A0: torch.ones(4, 12, 3), B0: torch.ones(10, 2, 1)}), "grouped convolution"
-    ),
-}  # fmt: skip
+    "bias of A": (add({A0.replace("weight", "bias"): torch.ones(4)}), "lora_A.bias is not known"),
+    "a new tensor": (add({A0.replace("A.weight", "next"): torch.ones(4)}), "lora_next is not known"),
+    "AdaLoRA's scale": (add({A0.replace("A.weight", "E"): torch.ones(4)}), "lora_E stands between B and A"),
+    "another rank": (add({A0: torch.ones(6, 12), B0: torch.ones(10, 6)}), "A has 6 rows, not 4"),
+    "grouped": (add({A0: torch.ones(4, 12, 3), B0: torch.ones(10, 2, 1)}), "grouped convolution"),
+}
 
 
 @pytest.mark.parametrize("spoilt", BAD_LAYERS)
 def test_a_bad_layer_is_told_of_and_copied_as_it_is(
     spoilt: str, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    change, status = BAD_LAYERS[spoilt]
+    (change, status), out = BAD_LAYERS[spoilt], tmp_path / "out"
     change_tensors(change)(saved)
-    out = tmp_path / "out"
     assert program.main(["doctor", str(saved), "--refactor", str(out)]) == 0
     printed = capsys.readouterr().out
     (row,) = [line for line in printed.splitlines() if line.startswith("layers.0.q ")]
@@ -160,8 +135,7 @@ def test_a_bad_layer_is_told_of_and_copied_as_it_is(
     before, after = load_file(saved / doctor.WEIGHTS), load_file(out / doctor.WEIGHTS)
     assert before.keys() == after.keys()
     for key, factor in before.items():
-        same = torch.equal(factor.view(torch.uint8), after[key].view(torch.uint8))
-        assert same == (".0.q." in key), key
+        assert torch.equal(factor.view(torch.uint8), after[key].view(torch.uint8)) == (".0.q." in key), key
 
 
 def test_a_picture_leaves_bad_layers_out(saved: Path, tmp_path: Path) -> None:

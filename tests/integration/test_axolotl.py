@@ -56,17 +56,13 @@ def trainer(folder: Path) -> AxolotlTrainer:
     return AxolotlTrainer(page_cases.adapted(), args, train_dataset=page_cases.rows())
 
 
-def optimizer_of(made: Trainer) -> Any:
-    return getattr(made.optimizer, "optimizer", made.optimizer)
-
-
 def test_a_run(plugin: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     made = trainer(tmp_path)
     with caplog.at_level("INFO"):
         plugin.post_trainer_create(config(), made)
     assert "reflora: trains with" in caplog.text
     made.train()
-    optimizer = optimizer_of(made)
+    optimizer: Any = getattr(made.optimizer, "optimizer", made.optimizer)
     assert isinstance(optimizer, reflora.RefLoRAAdamW) and optimizer.diagnostics().refactored == len(optimizer.pairs)
     group = optimizer.param_groups[0]
     assert (group["weight_decay"], group["betas"], group["eps"]) == (0.3, (0.9, 0.95), 1e-7)

@@ -13,13 +13,6 @@ import torch
 from torch import Tensor
 from two_processes import Case, together
 
-
-def assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor], rtol: float = 1e-9, atol: float = 1e-12) -> None:
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, rtol=rtol, atol=atol, msg=lambda said, n=name: f"{n}: {said}")
-
-
 # one worker makes both processes, once
 pytestmark = pytest.mark.xdist_group("two processes")
 # with those of test_parallel.py and test_examples.py
@@ -30,6 +23,7 @@ CASES = (
     *([cases.deepspeed] if importlib.util.find_spec("deepspeed") else []), cases.example,
 )  # fmt: skip
 results = functools.cache(together)
+assert_close = functools.partial(torch.testing.assert_close, rtol=1e-9, atol=1e-12)
 
 
 def both(case: Case) -> list[Any]:
@@ -49,16 +43,16 @@ def alone() -> dict[str, dict[str, Tensor]]:
 def test_ddp(alone: dict[str, dict[str, Tensor]]) -> None:
     one, other = both(cases.ddp)
     for variant, wanted in alone.items():
-        assert_equal(one[variant], wanted)
-        assert all(torch.equal(one[variant][name], other[variant][name]) for name in wanted)
+        assert_close(one[variant], wanted)
+        cases.assert_equal(one[variant], other[variant])
 
 
 def test_fsdp2(alone: dict[str, dict[str, Tensor]]) -> None:
     one, other = both(cases.fsdp2)
     for variant, wanted in alone.items():
         for how in ("along r", "along n"):
-            assert_equal(one[f"{variant}, {how}"], wanted)
-            assert_equal(other[f"{variant}, {how}"], wanted)
+            assert_close(one[f"{variant}, {how}"], wanted)
+            assert_close(other[f"{variant}, {how}"], wanted)
     names, refactored, condition = one["report"]
     assert len(names) == refactored == 3 and 1 < condition < 1e6
     dims = one["placements"]
@@ -70,7 +64,7 @@ def test_fsdp2(alone: dict[str, dict[str, Tensor]]) -> None:
 def test_fsdp2_through_a_distributed_checkpoint() -> None:
     for found in both(cases.fsdp2_checkpoint):
         for whole, resumed in found.values():
-            assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+            cases.assert_equal(resumed, whole)
 
 
 def test_what_cannot_serve_sharded_factors_says_what_can() -> None:
@@ -91,13 +85,13 @@ def test_the_refactorer_leaves_a_sharded_layer_alone_whose_gradient_is_not_finit
 
 def test_fsdp2_of_a_model_whose_optimizer_exists(alone: dict[str, dict[str, Tensor]]) -> None:
     for found in both(cases.fsdp2_after_the_optimizer):
-        assert_equal(found, alone["full"])
+        assert_close(found, alone["full"])
 
 
 def test_accelerate_accumulates_and_clips() -> None:
     wanted = cases.accumulated_alone(0.1)
     for found in both(cases.accelerated):
-        assert_equal(found, wanted)
+        assert_close(found, wanted)
 
 
 @pytest.mark.skipif(cases.deepspeed not in CASES, reason="no deepspeed")
@@ -106,7 +100,7 @@ def test_deepspeed() -> None:
     wanted = cases.accumulated_alone(None, torch.float32, eps=1e-30)
     for found in both(cases.deepspeed):
         for stage in (1, 2):
-            assert_equal(found[f"stage {stage}"], wanted, rtol=1e-4, atol=1e-6)
+            assert_close(found[f"stage {stage}"], wanted, rtol=1e-4, atol=1e-6)
         assert "ZeRO-3 takes them away" in found["ZeRO-3"]
         assert "DeepSpeed: reflora.GradientHooks" in found["RefLoRAAdamW"]
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from adapter_cases import change_tensors
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -20,20 +21,10 @@ from reflora import doctor
 from reflora.backends import triton_backend
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding, self.conv = nn.Embedding(9, 12), nn.Conv1d(12, 10, 3, padding=1)
-        self.first, self.last = nn.Linear(10, 16), nn.Linear(16, 5)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        hidden = torch.tanh(self.conv(self.embedding(tokens).mT)).mT
-        return self.last(torch.tanh(self.first(hidden)))
-
-
 def base() -> nn.Module:
     torch.manual_seed(0)
-    return Net()
+    layers = {"embedding": nn.Embedding(9, 12), "conv": nn.Conv1d(12, 10, 3, padding=1)}
+    return nn.Sequential(OrderedDict(layers, first=nn.Linear(10, 16), last=nn.Linear(16, 5)))
 
 
 @pytest.fixture
@@ -74,12 +65,12 @@ def test_report(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_a_collapsed_adapter_is_told_of(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = saved / doctor.WEIGHTS
-    tensors = load_file(path)
-    for name, factor in tensors.items():
-        if "_B" in name:
-            factor[:, 1:] = factor[:, :1]
-    save_file(tensors, path, {"format": "pt"})
+    def collapse(tensors: dict[str, Tensor]) -> None:
+        for name, factor in tensors.items():
+            if "_B" in name:
+                factor[:, 1:] = factor[:, :1]
+
+    change_tensors(collapse)(saved)
     program.main(["doctor", str(saved)])
     assert "stable rank 1.00 in the median: nearly all of B A is one direction" in capsys.readouterr().out
 
@@ -103,30 +94,27 @@ def test_a_picture_is_where_the_doctor_says(
     assert capsys.readouterr().out.splitlines()[-1] == f"wrote {doctor.shown(folder / written)}"
 
 
-NO_PICTURE: dict[str, tuple[Callable[[Path], str], str]] = {
-    "empty": (lambda _: "", r" \.: expected a file to write, got a folder"),
-    "a folder": (lambda place: f"{place}/dir.png", "dir.png: expected a file to write, got a folder that is there"),
-    "a folder with .png": (lambda place: f"{place}/dir", "dir: expected a file to write, got a folder that is there"),
-    "a pipe": (lambda place: f"{place}/pipe.png", "expected a file to write, got a pipe or device"),
-    "another kind": (
-        lambda place: f"{place}/pic.xyz",
-        "expected a name that ends in .png, got .xyz. Pass another FILE",
-    ),
-    "below a file": (lambda place: f"{place}/file/pic.png", "expected a file to write, got a file on the way"),
+NO_PICTURE = {
+    "empty": ("", r" \.: expected a file to write, got a folder"),
+    "a folder": ("dir.png", "dir.png: expected a file to write, got a folder that is there"),
+    "a folder with .png": ("dir", "dir: expected a file to write, got a folder that is there"),
+    "a pipe": ("pipe.png", "expected a file to write, got a pipe or device"),
+    "another kind": ("pic.xyz", "expected a name that ends in .png, got .xyz. Pass another FILE"),
+    "below a file": ("file/pic.png", "expected a file to write, got a file on the way"),
 }
 
 
 @pytest.mark.parametrize("case", NO_PICTURE)
 def test_a_picture_that_cannot_be_is_refused_first(
-    case: str, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    case: str, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "dir.png").mkdir()
     (tmp_path / "file").write_text("mine")
     os.mkfifo(tmp_path / "pipe.png")
     where, said = NO_PICTURE[case]
-    arguments = ["doctor", str(saved), "--refactor", str(tmp_path / "out"), "--png", where(tmp_path)]
     with pytest.raises(SystemExit, match=f"^reflora doctor: --png.*{said}"):
-        program.main(arguments)
+        program.main(["doctor", str(saved), "--refactor", str(tmp_path / "out"), "--png", where])
     assert capsys.readouterr().out == "" and not (tmp_path / "out").exists()
 
 
@@ -137,10 +125,9 @@ def test_a_picture_that_cannot_be_written(place: str, saved: Path) -> None:
 
 
 def test_names_that_the_terminal_cannot_show(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = {
-        key.replace("first", "pr\u0435mier"): factor for key, factor in load_file(saved / doctor.WEIGHTS).items()
-    }
-    save_file(tensors, saved / doctor.WEIGHTS, {"format": "pt"})
+    tensors = load_file(saved / doctor.WEIGHTS)
+    renamed = {key.replace("first", "pr\u0435mier"): factor for key, factor in tensors.items()}
+    save_file(renamed, saved / doctor.WEIGHTS, {"format": "pt"})
     out, written = tmp_path / "\u4e2d", io.BytesIO()
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252"))

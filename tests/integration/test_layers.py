@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
-import io
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from distributed_cases import trainable
 from peft import LoraConfig, get_peft_model
 from test_peft import KINDS, adapted
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ def assert_trains(
     other = other or copy.deepcopy(model)
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     if groups is None:
-        groups = lambda one: [p for p in one.parameters() if p.requires_grad]  # noqa: E731
+        groups = trainable
         ours = reflora.create_reflora_optimizer(model, lr=1e-2, weight_decay=0.01)
     else:
         ours = reflora.RefLoRAAdamW(groups(model), pairs=reflora.find_pairs(model), lr=1e-2)
@@ -86,27 +87,20 @@ def test_a_layer_trains(kind: str) -> None:
     assert_trains(adapted(make(), **config), kind)
 
 
-class Mixed(nn.Module):
-    """Two linear layers and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Sequential(nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
-
-
 def mixed(**config: Any) -> nn.Module:
+    """Two linear layers and a head."""
     torch.manual_seed(0)
-    return get_peft_model(
-        Mixed(), LoraConfig(r=2, target_modules=["layer.0", "layer.2"], init_lora_weights=False, **config)
-    )
+    base = nn.Module()
+    base.layer = nn.Sequential(nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+    lora = LoraConfig(r=2, target_modules=["layer.0", "layer.2"], init_lora_weights=False, **config)
+    return get_peft_model(base, lora)
 
 
 def test_modules_to_save_and_other_parameters_take_plain_steps() -> None:
     model = mixed(modules_to_save=["layer.4"])
     assert sum(p.requires_grad for p in model.parameters()) == 6
     assert_trains(model, "linear")
-    model = mixed(bias="all")
-    assert_trains(model, "linear")
+    assert_trains(mixed(bias="all"), "linear")
 
 
 @pytest.mark.parametrize("active, ranks", [(["other"], [3]), (["default", "other"], [2, 2, 3])], ids=["one", "both"])
@@ -135,18 +129,14 @@ def test_lora_plus_ratio() -> None:
 def test_qlora(bits: int) -> None:
     bnb = pytest.importorskip("bitsandbytes")
 
-    class Quantised(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = (
-                bnb.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32)
-                if bits == 4
-                else bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
-            )
-
     def build() -> nn.Module:
         torch.manual_seed(0)
-        base = Quantised().to("cpu")
+        base = nn.Module()
+        if bits == 4:
+            base.layer = bnb.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32)
+        else:
+            base.layer = bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
+        base.to("cpu")
         setattr(base, f"is_loaded_in_{bits}bit", True)
         return get_peft_model(base, LoraConfig(r=4, target_modules=["layer"], init_lora_weights=False))
 
@@ -159,16 +149,10 @@ def test_qlora(bits: int) -> None:
         assert_trains(model, f"{bits} bits", build())
 
 
-def _eight_bit(name: str) -> Any:
-    if name == "torchao":
-        return pytest.importorskip("torchao.optim").AdamW8bit
-    return pytest.importorskip("bitsandbytes").optim.AdamW8bit
-
-
 @pytest.mark.parametrize("name", ["bitsandbytes", "torchao"])
-def test_eight_bit_states(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eight_bit_states(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From B = 0, through the wrapper: as with float32 states, up to their eight bits; and a resume is exact."""
-    cls = _eight_bit(name)
+    cls = pytest.importorskip(f"{name}.optim").AdamW8bit
     # torchao traces its step; the C++ that Inductor would make of it takes 10 s to compile
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
 
@@ -197,10 +181,8 @@ def test_eight_bit_states(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert kinds & {"OptimState8bit", torch.uint8}
     clone = copy.deepcopy(ours)
     resumed = reflora.create_reflora_optimizer(clone, cls, lr=3e-3, weight_decay=0.01)
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    resumed.load_state_dict(torch.load(file, weights_only=False))
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    resumed.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=False))
     train(ours, optimizer, range(6, 12))
     train(clone, resumed, range(6, 12))
     for mine, again, wanted in zip(ours.parameters(), clone.parameters(), exact.parameters()):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_cases import batch, build, trained
+from distributed_cases import assert_equal, batch, build, trained
 from torch import Tensor, nn
 
 import reflora
@@ -15,6 +15,7 @@ import reflora
 lightning = pytest.importorskip("pytorch_lightning")
 fabric = pytest.importorskip("lightning_fabric")
 CLIP, STEPS = 0.5, 4
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def make(model: nn.Module, kind: str, **options: Any) -> torch.optim.Optimizer:
@@ -66,11 +67,6 @@ def by_hand(kind: str, scaler: Any = None, **options: Any) -> dict[str, Tensor]:
     return trained(model)
 
 
-def assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
-
-
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["RefLoRAAdamW", "over NAdam"])
 def test_lightning(kind: str) -> None:
     assert_equal(fit(Module(kind)), by_hand(kind))
@@ -86,21 +82,18 @@ def scaler_of() -> torch.amp.GradScaler:
     return torch.amp.GradScaler("cpu", init_scale=2.0**8)
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind, options", [("RefLoRAAdamW", {"fused": False}), ("over NAdam", {})], ids=str)
 def test_lightning_clips_under_fp16(kind: str, options: dict[str, Any]) -> None:
     found = fit(Module(kind, **options), plugins=[half(scaler_of())])
     assert_equal(found, by_hand(kind, scaler_of(), **options))
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_lightning_refuses_to_clip_what_unscales_by_itself() -> None:
     """As it refuses torch's fused AdamW."""
     with pytest.raises(RuntimeError, match="gradient clipping"):
         fit(Module("RefLoRAAdamW"), plugins=[half(scaler_of())])
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_fabric_clips_under_fp16() -> None:
     from lightning_fabric.plugins.precision import MixedPrecision
 

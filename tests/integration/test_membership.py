@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from distributed_cases import assert_equal, trainable
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ CLASSES: dict[str, Callable[..., Any]] = {
     "RefLoRAAdamW": reflora.RefLoRAAdamW, "over AdamW": reflora.wrap(torch.optim.AdamW),
     "over SGD": reflora.wrap(torch.optim.SGD),
 }  # fmt: skip
+CONFIG = LoraConfig(r=3, target_modules=["0", "2"], init_lora_weights=False)
 by_class = pytest.mark.parametrize("cls", CLASSES.values(), ids=CLASSES)
 
 
@@ -26,28 +28,22 @@ def build(*adapters: str) -> Any:
     """Two layers; every adapter with random factors, all of them active and trainable."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(10, 12), nn.Tanh(), nn.Linear(12, 3))
-    config = LoraConfig(r=3, target_modules=["0", "2"], init_lora_weights=False)
-    model = get_peft_model(net, config, adapter_name=(adapters or ("default",))[0])
-    for name in adapters[1:]:
+    first, *others = adapters or ("default",)
+    model = get_peft_model(net, CONFIG, adapter_name=first)
+    for name in others:
         add(model, name)
     return model
 
 
 def add(model: Any, name: str) -> list[nn.Parameter]:
     """The parameters of another adapter, made active beside the others."""
-    config = LoraConfig(r=3, target_modules=["0", "2"], init_lora_weights=False)
-    model.add_adapter(name, config)
+    model.add_adapter(name, CONFIG)
     model.base_model.set_adapter([*model.base_model.active_adapters, name])
     return [p for key, p in model.named_parameters() if f".{name}." in key]
 
 
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
 def backward(model: nn.Module, step: int = 0) -> None:
-    for parameter in model.parameters():
-        parameter.grad = None
+    model.zero_grad()
     x = torch.randn(8, 10, generator=torch.Generator().manual_seed(step))
     model(x).square().mean().backward()
 
@@ -76,8 +72,7 @@ def test_an_adapter_added_later_is_stepped_as_from_the_start(cls: Callable[..., 
             backward(model, step)
             assert told(own.step) == []
     assert optimizer.diagnostics().refactored == at_once.diagnostics().refactored == 4
-    for mine, wanted in zip(trainable(later), trainable(whole)):
-        assert torch.equal(mine, wanted)
+    assert_equal(trainable(later), trainable(whole))
 
 
 @by_class
@@ -107,13 +102,19 @@ def test_further_pairs_are_checked(cls: Callable[..., Any]) -> None:
 
 
 @by_class
-def test_a_pair_of_which_one_factor_is_stepped_is_named_once(cls: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("lacks", ["a step", "a gradient"])
+def test_a_pair_of_which_one_factor_lacks_one_is_named_once(cls: Callable[..., Any], lacks: str) -> None:
     model = build()
     pairs = reflora.find_pairs(model)
-    optimizer = cls([p for p in trainable(model) if p is not pairs[0].B], pairs=pairs, lr=1e-2)
+    left_out = pairs[0].B if lacks == "a step" else None
+    optimizer = cls([p for p in trainable(model) if p is not left_out], pairs=pairs, lr=1e-2)
+    pairs[1].A.requires_grad_(lacks != "a gradient")
     backward(model)
-    first = told(optimizer.step)
-    assert len(first) == 1 and f"1 LoRA pair(s) are stepped without RefLoRA ({pairs[0].name})" in first[0]
+    (said,) = told(optimizer.step)
+    if lacks == "a step":
+        assert f"1 LoRA pair(s) are stepped without RefLoRA ({pairs[0].name})" in said
+    else:
+        assert pairs[1].name in said and "has a gradient" in said
     backward(model)
     assert told(optimizer.step) == []
 
@@ -128,35 +129,20 @@ def test_without_a_whole_pair_there_is_an_error(cls: Callable[..., Any]) -> None
         optimizer.step()
 
 
-@by_class
-def test_a_pair_of_which_one_factor_has_a_gradient_is_named_once(cls: Callable[..., Any]) -> None:
-    model = build()
-    pairs = reflora.find_pairs(model)
-    optimizer = cls(trainable(model), pairs=pairs, lr=1e-2)
-    pairs[1].A.requires_grad_(False)
-    backward(model)
-    first = told(optimizer.step)
-    assert len(first) == 1 and pairs[1].name in first[0] and "has a gradient" in first[0]
-    backward(model)
-    assert told(optimizer.step) == []
-
-
 @pytest.mark.parametrize("side", ["A", "B"])
 def test_layers_of_which_one_factor_is_frozen_are_named(side: str) -> None:
     """LoRA-FA trains B alone, MiCA too."""
     model = build()
-    for name, parameter in model.named_parameters():
-        if f"0.lora_{'B' if side == 'A' else 'A'}" in name:
-            parameter.requires_grad_(False)
+    layer = model.base_model.model[0]
+    (layer.lora_B if side == "A" else layer.lora_A).requires_grad_(False)
     with pytest.warns(UserWarning, match=rf"1 LoRA pair.s. .*0.default.*only {side} is trained"):
         assert len(reflora.find_pairs(model)) == 1
 
 
 def test_where_one_factor_is_frozen_everywhere_the_error_says_so() -> None:
     model = build()
-    for name, parameter in model.named_parameters():
-        if "lora_A" in name:
-            parameter.requires_grad_(False)
+    for pair in reflora.find_pairs(model):
+        pair.A.requires_grad_(False)
     with pytest.raises(ValueError, match="2 that are not supported .*only B is trained.*Train both"):
         reflora.find_pairs(model)
 
@@ -184,11 +170,10 @@ def test_state_is_made_at_the_first_gradient_as_in_torch(cls: Callable[..., Any]
     step(["adapter3", "adapter5"])
     assert optimizer.diagnostics().refactored == 4
     assert sum(bool(state) for state in optimizer.state.values()) == 8
-    again = copy.deepcopy(optimizer.state_dict())
-    optimizer.load_state_dict(again)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     step(["adapter1"])
     plain.step()
-    assert {p for p, state in plain.state.items()} < set(trainable(model))
+    assert set(plain.state) < set(trainable(model))
 
 
 def test_a_pair_that_wakes_late_steps_as_one_that_never_slept(fast_backend: str) -> None:
@@ -212,8 +197,7 @@ def test_a_pair_that_wakes_late_steps_as_one_that_never_slept(fast_backend: str)
         else:
             other.step()
         optimizer.step()
-    for mine, wanted in zip(pairs[1], alone[1]):
-        assert torch.equal(mine, wanted)
+    assert_equal(pairs[1], alone[1])
 
 
 def test_found_pairs_are_a_plain_list_to_copies_and_pickles() -> None:
@@ -239,24 +223,17 @@ def test_a_model_that_is_gone_is_not_looked_at(cls: Callable[..., Any]) -> None:
 def test_pairs_whose_first_gradient_comes_later_are_stepped(cls: Callable[..., Any], how: str) -> None:
     """Their parameters were there from the start, and in no pair: they were frozen when the pairs were looked for."""
     model = build("first", "second")
+    params, layer = trainable(model), model.base_model.model[0]
     if how == "unfrozen":
-        late = [p for key, p in model.named_parameters() if "0.lora" in key]
-        for parameter in late:
-            parameter.requires_grad_(False)
+        layer.lora_A.requires_grad_(False), layer.lora_B.requires_grad_(False)
     else:
         model.base_model.set_adapter("first")
-    optimizer = cls(
-        [p for key, p in model.named_parameters() if "lora" in key],
-        pairs=reflora.find_pairs(model),
-        lr=1e-2,
-        warmup_steps=0,
-    )
+    optimizer = cls(params, pairs=reflora.find_pairs(model), lr=1e-2, warmup_steps=0)
     assert len(optimizer.pairs) == 2
     backward(model)
     optimizer.step()
     if how == "unfrozen":
-        for parameter in late:
-            parameter.requires_grad_()
+        layer.lora_A.requires_grad_(), layer.lora_B.requires_grad_()
     else:
         model.base_model.set_adapter(["first", "second"])
     backward(model)

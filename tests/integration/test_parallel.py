@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import parallel_cases as cases
 import pytest
 import torch
-from test_distributed import assert_equal, both
+from test_distributed import assert_close, both
 
 import reflora
 
 pytestmark = pytest.mark.xdist_group("two processes")
 
 
-@pytest.mark.parametrize(
-    "name, cls, options",
-    [("AdamW", None, {}), ("NAdam", torch.optim.NAdam, {}), ("scalar", None, {"scalar": True, "warmup_steps": 0})],
-    ids=["AdamW", "NAdam", "scalar"],
-)
-def test_tensor_parallel(name: str, cls: Any, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", cases.TENSOR_PARALLEL)
+def test_tensor_parallel(name: str) -> None:
     """`tp_plan="auto"` cuts B alone; every process takes the step of the whole model."""
+    cls, options = cases.TENSOR_PARALLEL[name]
     model = cases.causal()
     start = cases.trained(model)
-    alone = cases.train_causal(
-        model, reflora.create_reflora_optimizer(model, cls or reflora.RefLoRAAdamW, lr=1e-2, **options)
-    )
+    optimizer = reflora.create_reflora_optimizer(model, cls or reflora.RefLoRAAdamW, lr=1e-2, **options)
+    alone = cases.train_causal(model, optimizer)
     for found in both(cases.tensor_parallel):
         assert all(found["placements"].values())
-        assert_equal(found[name], alone, rtol=2e-4, atol=2e-6)
+        assert_close(found[name], alone, rtol=2e-4, atol=2e-6)
         assert all(float((found[name][key] - start[key]).abs().max()) > 1e-3 for key in start)
 
 
@@ -40,14 +34,9 @@ def test_tensor_parallel_is_refused_where_it_cannot_be_served() -> None:
 
 
 def test_zero_redundancy_optimizer() -> None:
-    model = cases.build("gaussian")
-    hooks = reflora.GradientHooks(model, warmup_steps=0)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for step in range(6):
-        cases.train(model, optimizer, range(step, step + 1))
-        hooks.refresh()
+    alone = cases.train_hooked(cases.build("gaussian"), torch.optim.AdamW)
     for found in both(cases.zero_redundancy):
-        assert_equal(found["hooks"], cases.trained(model))
+        assert_close(found["hooks"], alone)
 
 
 def test_zero_redundancy_optimizer_around_reflora_is_refused() -> None:

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from distributed_cases import trainable
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.optim import SGD
@@ -61,7 +62,7 @@ def test_trainer_takes_both_signatures(monkeypatch, tmp_path):
         model=model, args=TrainingArguments(tmp_path, use_cpu=True, report_to=[]), refactorer=Refactorer(model)
     )
     parent = RefTrainer.__mro__[1]
-    optimizer = SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer = SGD(trainable(model), lr=0.1)
     monkeypatch.setattr(parent, "create_optimizer", lambda self: optimizer)
     assert trainer.create_optimizer() is optimizer
     monkeypatch.setattr(parent, "create_optimizer", lambda self, model=None: optimizer)

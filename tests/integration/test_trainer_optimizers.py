@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from distributed_cases import assert_equal, trained
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_trainer import Classifier
 from torch import nn
+from torch.utils.data import default_collate
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import reflora
@@ -22,8 +24,7 @@ from reflora import OptimizerFactory, Refactorer, RefLoRACallback, RefTrainer, c
 
 def build() -> nn.Module:
     torch.manual_seed(0)
-    model = Classifier()
-    return get_peft_model(model, LoraConfig(r=3, target_modules=["linear", "embedding"]))
+    return get_peft_model(Classifier(), LoraConfig(r=3, target_modules=["linear", "embedding"]))
 
 
 def rows(count: int = 48) -> list[dict[str, torch.Tensor]]:
@@ -43,16 +44,12 @@ def arguments(folder: Path, **more: Any) -> TrainingArguments:
     return TrainingArguments(folder, **{**default, **more})
 
 
-def _optimizers(model: nn.Module, **options: Any) -> dict[str, Any]:
-    return {"optimizers": (create_reflora_optimizer(model, lr=1e-2, **options), None)}
-
-
 def _factory(model: nn.Module, **options: Any) -> dict[str, Any]:
     return {"optimizer_cls_and_kwargs": (OptimizerFactory, {"lr": 1e-2, **options})}
 
 
 WAYS: dict[str, Callable[[nn.Module], dict[str, Any]]] = {
-    "optimizers": _optimizers,
+    "optimizers": lambda model: {"optimizers": (create_reflora_optimizer(model, lr=1e-2), None)},
     "factory": _factory,
     "RefLoRA-S": lambda model: _factory(model, scalar=True),
     "warm-up and interval": lambda model: _factory(model, warmup_steps=2, interval=3),
@@ -70,27 +67,23 @@ def trainer_of(way: str, folder: Path, **more: Any) -> Trainer:
     return cls(model=model, args=arguments(folder, **more), train_dataset=rows(), **given)
 
 
-def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
-
-
-def assert_equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    for name, value in wanted.items():
-        assert torch.equal(found[name], value), name
+def logged(trainer: Trainer) -> list[dict[str, Any]]:
+    """What was told of the training, not of its end."""
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_stop_and_resume_is_bit_equal(way: str, tmp_path: Path) -> None:
     whole = trainer_of(way, tmp_path / "whole")
-    start = weights(whole)
+    start = trained(whole.model)
     whole.train()
-    assert any(not torch.equal(value, start[name]) for name, value in weights(whole).items())
+    assert any(not torch.equal(value, start[name]) for name, value in trained(whole.model).items())
     resumed = trainer_of(way, tmp_path / "resumed")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     assert resumed.state.global_step == 6
-    assert_equal(weights(resumed), weights(whole))
+    assert_equal(trained(resumed.model), trained(whole.model))
 
 
 def test_factory_is_the_optimizer_and_both_are_a_plain_loop(tmp_path: Path) -> None:
@@ -98,7 +91,7 @@ def test_factory_is_the_optimizer_and_both_are_a_plain_loop(tmp_path: Path) -> N
     for trainer in (given, made):
         trainer.train()
         assert type(trainer.optimizer.optimizer) is reflora.RefLoRAAdamW  # type: ignore[union-attr]
-    assert_equal(weights(made), weights(given))
+    assert_equal(trained(made.model), trained(given.model))
     model = build()
     optimizer = create_reflora_optimizer(model, lr=1e-2)
     for batch in trainer_of("optimizers", tmp_path / "other").get_train_dataloader():
@@ -106,11 +99,8 @@ def test_factory_is_the_optimizer_and_both_are_a_plain_loop(tmp_path: Path) -> N
         model(**batch)["loss"].backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    plain = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    wanted = weights(given)
     # the loader of another trainer has an order of its own: the first epoch of the same seed
-    for name, value in plain.items():
-        torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-5)
+    assert_equal(trained(model), trained(given.model), rtol=1e-4, atol=1e-5)
 
 
 def test_a_factory_before_transformers_5_says_what_to_do() -> None:
@@ -141,7 +131,7 @@ def test_callback_reports_to_history_and_reporters(way: str, tmp_path: Path) -> 
     trainer.add_callback(reporter)
     RefLoRACallback().install(trainer)
     trainer.train()
-    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    steps = logged(trainer)
     assert len(steps) == 6 and all(entry.keys() >= KEYS for entry in steps[1:])
     assert all(entry.keys() >= KEYS for entry in [entry for entry in reporter.seen if "loss" in entry][1:])
     # B = 0 at first, which has neither; then both layers have their S
@@ -170,8 +160,7 @@ def test_callback_counts_the_layers_skipped_since_the_last_log(way: str, skipped
     trainer.add_callback(Spoil(1, 2))
     trainer.add_callback(RefLoRACallback())
     trainer.train()
-    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert [entry["reflora/skipped"] for entry in steps] == [skipped, 0]
+    assert [entry["reflora/skipped"] for entry in logged(trainer)] == [skipped, 0]
 
 
 def test_callback_counts_a_skipped_layer_once_where_an_interval_leaves_it_standing(tmp_path: Path) -> None:
@@ -182,8 +171,7 @@ def test_callback_counts_a_skipped_layer_once_where_an_interval_leaves_it_standi
     )  # fmt: skip
     RefLoRACallback().install(trainer)
     trainer.train()
-    first = next(entry for entry in trainer.state.log_history if "loss" in entry)
-    assert first["reflora/skipped"] == 1
+    assert logged(trainer)[0]["reflora/skipped"] == 1
 
 
 def test_callback_hears_an_evaluation_before_the_training(tmp_path: Path) -> None:
@@ -205,20 +193,15 @@ def test_adapter_loads_in_plain_peft_and_merges_and_the_base_is_untouched(tmp_pa
     trainer = trainer_of("factory", tmp_path)
     base = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
     trainer.train()
-    for name, p in trainer.model.named_parameters():
-        if name in base:
-            assert torch.equal(p, base[name]), name
+    assert_equal({name: p.detach() for name, p in trainer.model.named_parameters() if name in base}, base)
     trainer.model.save_pretrained(tmp_path / "adapter")
     assert set(load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
     torch.manual_seed(0)
-    plain = Classifier()
-    loaded = PeftModel.from_pretrained(plain, str(tmp_path / "adapter"))
-    tokens = torch.stack([row["tokens"] for row in rows(4)])
-    labels = torch.zeros(4, dtype=torch.long)
-    wanted = trainer.model.eval()(tokens, labels)["logits"]
-    assert torch.equal(loaded.eval()(tokens, labels)["logits"], wanted)
-    merged = loaded.merge_and_unload()
-    torch.testing.assert_close(merged(tokens, labels)["logits"], wanted, rtol=1e-4, atol=1e-5)
+    loaded = PeftModel.from_pretrained(Classifier(), str(tmp_path / "adapter"))
+    batch = default_collate(rows(4))
+    wanted = trainer.model.eval()(**batch)["logits"]
+    assert_equal(loaded.eval()(**batch)["logits"], wanted)
+    assert_equal(loaded.merge_and_unload()(**batch)["logits"], wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("scalar", [False, True], ids=["RefLoRA", "RefLoRA-S"])
@@ -227,10 +210,8 @@ def test_resume_from_an_adapter_is_bit_equal(scalar: bool, tmp_path: Path) -> No
 
     def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
         for step in steps:
-            batch = rows()[8 * step : 8 * step + 8]
             optimizer.zero_grad()
-            inputs = {name: torch.stack([row[name] for row in batch]) for name in ("tokens", "labels")}
-            model(**inputs)["loss"].backward()
+            model(**default_collate(rows()[8 * step : 8 * step + 8]))["loss"].backward()
             optimizer.step()
 
     model = build()
@@ -244,8 +225,7 @@ def test_resume_from_an_adapter_is_bit_equal(scalar: bool, tmp_path: Path) -> No
     again = create_reflora_optimizer(resumed, lr=1e-2, scalar=scalar)
     again.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
     train(resumed, again, range(3, 6))
-    for one, other in zip(model.parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(one, other)
+    assert_equal(list(model.parameters()), list(resumed.parameters()))
 
 
 # ---- TRL
@@ -260,24 +240,21 @@ def test_sft_trainer(tmp_path: Path) -> None:
     texts = [f"the {word} sat on mat {i}" for i in range(12) for word in ("cat", "dog")]
     folder = save_causal(tmp_path / "model", texts)
 
-    def trained(**given: Any) -> nn.Module:
-        torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_pretrained(str(folder))
-        config = trl.SFTConfig(
-            str(tmp_path / "out"), max_steps=4, per_device_train_batch_size=4, report_to=[], use_cpu=True, bf16=False,
-            disable_tqdm=True, max_length=32, save_strategy="no", learning_rate=1e-2, logging_steps=1,
-            gradient_checkpointing=False,
-        )  # fmt: skip
-        trainer = trl.SFTTrainer(
-            model=model, args=config, train_dataset=datasets.Dataset.from_dict({"text": texts}),
-            processing_class=transformers.AutoTokenizer.from_pretrained(str(folder)),
-            peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"), **given,
-        )  # fmt: skip
-        RefLoRACallback().install(trainer)
-        trainer.train()
-        steps = [entry for entry in trainer.state.log_history if "loss" in entry]
-        assert len(steps) == 4 and all(entry.keys() >= KEYS for entry in steps[1:])
-        return trainer.model
-
-    one = trained(optimizer_cls_and_kwargs=(OptimizerFactory, {"lr": 1e-2}))
-    assert all(pair.B.abs().sum() > 0 and pair.B.isfinite().all() for pair in reflora.find_pairs(one))
+    torch.manual_seed(0)
+    config = trl.SFTConfig(
+        str(tmp_path / "out"), max_steps=4, per_device_train_batch_size=4, report_to=[], use_cpu=True, bf16=False,
+        disable_tqdm=True, max_length=32, save_strategy="no", learning_rate=1e-2, logging_steps=1,
+        gradient_checkpointing=False,
+    )  # fmt: skip
+    trainer = trl.SFTTrainer(
+        model=transformers.AutoModelForCausalLM.from_pretrained(str(folder)), args=config,
+        train_dataset=datasets.Dataset.from_dict({"text": texts}),
+        processing_class=transformers.AutoTokenizer.from_pretrained(str(folder)),
+        peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+        optimizer_cls_and_kwargs=(OptimizerFactory, {"lr": 1e-2}),
+    )  # fmt: skip
+    RefLoRACallback().install(trainer)
+    trainer.train()
+    steps = logged(trainer)
+    assert len(steps) == 4 and all(entry.keys() >= KEYS for entry in steps[1:])
+    assert all(pair.B.abs().sum() > 0 and pair.B.isfinite().all() for pair in reflora.find_pairs(trainer.model))

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_membership import add, backward, build, by_class, told, trainable
+from distributed_cases import trainable
+from test_membership import add, backward, build, by_class, told
 from torch import nn
 
 import reflora
@@ -33,12 +34,12 @@ def test_hooks_and_refactorers_name_the_pairs_they_lack(way: str, change: str) -
     model = build()
     layer = model.base_model.model[0]
     if change == "unfrozen":
-        layer.lora_A["default"].weight.requires_grad_(False), layer.lora_B["default"].weight.requires_grad_(False)
+        layer.lora_A.requires_grad_(False), layer.lora_B.requires_grad_(False)
     made: Any = getattr(reflora, way)(model)
     if change == "adapter":
         add(model, "second")
     elif change == "unfrozen":
-        layer.lora_A["default"].weight.requires_grad_(), layer.lora_B["default"].weight.requires_grad_()
+        layer.lora_A.requires_grad_(), layer.lora_B.requires_grad_()
     else:
         for side in (layer.lora_A, layer.lora_B):
             side["default"].weight = nn.Parameter(side["default"].weight.detach().clone())
