@@ -11,18 +11,23 @@ OF_ARGUMENTS = (TypeError, ValueError)
 
 
 @contextmanager
-def unchanged(*tensors: Tensor) -> Iterator[None]:
-    before = [t.detach().clone() for t in tensors]
+def unchanged(*tensors: Tensor, of: Optimizer | None = None) -> Iterator[None]:
+    """The block leaves these tensors as they were, and parameters and state `of` an optimizer."""
+
+    def held() -> list[Tensor]:
+        return [*tensors, *(everything(of) if of else ())]
+
+    before = [t.detach().clone() for t in held()]
     yield
-    assert all(t.detach().equal(old) for t, old in zip(tensors, before))
+    assert all(t.detach().equal(old) for t, old in zip(held(), before, strict=True))
 
 
 @contextmanager
 def refused(
-    message: str, *kept: Tensor, error: type[Exception] | tuple[type[Exception], ...] = OF_ARGUMENTS
+    message: str, *kept: Tensor, of: Optimizer | None = None, error: type[Exception] | tuple = OF_ARGUMENTS
 ) -> Iterator[pytest.ExceptionInfo]:
-    """The block ends in an error that matches, in under 300 characters, and leaves these tensors as they were."""
-    with unchanged(*kept), pytest.raises(error, match=message) as told:
+    """The block ends in an error that matches, in under 300 characters, and all is `unchanged`."""
+    with unchanged(*kept, of=of), pytest.raises(error, match=message) as told:
         yield told
     assert len(str(told.value)) < 300
 
@@ -37,4 +42,4 @@ def each_refused(calls: dict[str, Callable[[], object]], *kept: Tensor) -> None:
 def everything(optimizer: Optimizer) -> list[Tensor]:
     """Parameters and state."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    return [t for p in params for t in (p, *optimizer.state[p].values())]
+    return [t for p in params for t in (p, *optimizer.state.get(p, {}).values())]

@@ -2,11 +2,10 @@
 
 import copy
 import io
-import operator
 
 import pytest
 import torch
-from refusals import everything, refused
+from refusals import refused
 from toys import backward, clones, factors, leaf_pairs, random_grads, run, targets
 
 from reflora import RefLoRAAdamW
@@ -72,10 +71,8 @@ def test_a_state_of_another_shape_is_refused_before_anything_changes():
     optimizers = [RefLoRAAdamW(p) for p in (pairs, other)]
     for p, optimizer in zip((pairs, other), optimizers):
         run(optimizer, p, targets(p), 1)
-    kept = everything(optimizers[0])
-    with refused("loaded state 'exp_avg': expected .21, 4., got .22, 4.", *kept):
+    with refused("loaded state 'exp_avg': expected .21, 4., got .22, 4.", of=optimizers[0]):
         optimizers[0].load_state_dict(optimizers[1].state_dict())
-    assert all(map(operator.is_, everything(optimizers[0]), kept))
 
 
 def test_a_state_of_another_number_of_experts_is_refused():

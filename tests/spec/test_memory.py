@@ -1,10 +1,8 @@
 """Tensors whose address says nothing, or something else than their values, are refused: no call may crash."""
 
-import operator
-
 import pytest
 import torch
-from refusals import everything, refused
+from refusals import refused
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import reflora
@@ -169,10 +167,8 @@ def test_a_step_in_a_mode_that_makes_tensors_without_memory(fast_backend, mode, 
     factors, optimizer = stepped(fast_backend)
     if first:
         optimizer = RefLoRAAdamW([tuple(factors)], backend=fast_backend)
-    kept = everything(optimizer)
-    with refused("expected real ones, got those of FakeTensorMode", *kept, error=RuntimeError):
+    with refused("expected real ones, got those of FakeTensorMode", *factors, of=optimizer, error=RuntimeError):
         WITHOUT_MEMORY[mode](optimizer.step)
-    assert all(map(operator.is_, everything(optimizer), kept))
 
 
 LINALG = {

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from refusals import everything, refused
+from refusals import refused
 from toys import clones, factors, leaf_pairs, random_grads
 
 from reflora import RefLoRAAdamW
@@ -176,7 +176,7 @@ def test_a_step_that_is_refused_moves_no_moments(fast_backend):
     random_grads(factors(pairs), torch.Generator().manual_seed(1))
     pairs[0][0].grad = None
     pairs[1][0].grad.data = torch.ones(9, 4)
-    with refused("Gradients are shaped like their parameters", *everything(optimizer)):
+    with refused("Gradients are shaped like their parameters", of=optimizer):
         optimizer.step()
 
 
