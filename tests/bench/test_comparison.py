@@ -2,70 +2,70 @@
 
 from __future__ import annotations
 
-import csv
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from bench_cases import medians
 from conftest import spectrum_pair
 
-from benchmarks import memory, methods, models, options, throughput, training, unit_determinant, variants
+from benchmarks import harness, memory, methods, models, options, throughput, training, unit_determinant, variants
 from reflora import reference
 
 CPU = torch.device("cpu")
 SIZE = ["--device", "cpu", "--batch", "2", "--rank", "2", "--length", "12"]
+INPUT = {"input_ids": torch.arange(6)[None], "attention_mask": torch.ones(1, 6, dtype=torch.long)}
 
 
 def adapter(rank: int = 2) -> variants.Adapter:
     return variants.Adapter(rank, rank, "all-linear", seed=3, steps=6)
 
 
-def figures(path: Path) -> dict[tuple[str, str], float]:
-    return {(row["method"], row["metric"]): float(row["p50"]) for row in csv.DictReader(path.open())}
+@pytest.fixture
+def minilm(tiny: None) -> models.Loaded:
+    return models.load("minilm", 11, CPU, seed=0)
+
+
+def bench_of(*more: str, steps: int = 6, warmup: int = 0) -> training.Bench:
+    return options.prepare(throughput.parse([*SIZE, "--steps", "40", *more]), steps, warmup).bench
+
+
+def run(names: str, steps: int, warmup: int = 1) -> tuple[list[training.Runner], list[harness.Measurement], str]:
+    given = f"--steps {steps} --warmup {warmup} --methods {names}"
+    return throughput.run(throughput.parse([*SIZE, *given.split()]))
 
 
 # ---- variants
 
 
 @pytest.mark.parametrize("name", variants.NAMES)
-def test_variants_share_the_frozen_weights_and_leave_them_alone(tiny: None, name: str) -> None:
-    loaded = models.load("minilm", 11, CPU, seed=0)
-    before = {key: value.clone() for key, value in loaded.model.state_dict().items()}
-    model = variants.build(name, loaded, adapter())
+def test_variants_share_the_frozen_weights_and_leave_them_alone(minilm: models.Loaded, name: str) -> None:
+    before = {key: value.clone() for key, value in minilm.model.state_dict().items()}
+    model = variants.build(name, minilm, adapter())
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    frozen = {p.data_ptr() for p in loaded.model.parameters()}
-    assert trainable and not any(parameter.data_ptr() in frozen for parameter in trainable)
+    frozen = {n: parameter.data_ptr() for n, parameter in minilm.model.named_parameters()}
+    assert trainable and not any(parameter.data_ptr() in frozen.values() for parameter in trainable)
     if name not in ("full", "pissa"):
         rest = {parameter.data_ptr() for parameter in model.parameters() if not parameter.requires_grad}
-        moved = {"classifier.weight", "classifier.bias"} if name != "bitfit" else set()
-        moved |= {
-            n for n, _ in loaded.model.named_parameters() if name == "bitfit" and ("bias" in n or "classifier" in n)
-        }
-        kept = {p.data_ptr() for n, p in loaded.model.named_parameters() if n not in moved}
-        assert kept <= rest
-    ids, mask = torch.arange(6)[None], torch.ones(1, 6, dtype=torch.long)
-    loss = model(input_ids=ids, attention_mask=mask, labels=torch.tensor([1])).loss
-    loss.backward()
+        moved = ("bias", "classifier") if name == "bitfit" else ("classifier.weight", "classifier.bias")
+        assert rest >= {pointer for n, pointer in frozen.items() if not any(part in n for part in moved)}
+    model(**INPUT, labels=torch.tensor([1])).loss.backward()
     torch.optim.SGD(trainable, lr=0.1).step()
-    for key, value in loaded.model.state_dict().items():
+    for key, value in minilm.model.state_dict().items():
         assert torch.equal(value, before[key]), key
-    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    assert not any(parameter.requires_grad for parameter in minilm.model.parameters())
 
 
-def test_variants_start_from_the_same_function(tiny: None) -> None:
-    loaded = models.load("minilm", 11, CPU, seed=0)
-    ids, mask = torch.arange(6)[None], torch.ones(1, 6, dtype=torch.long)
-    outputs = []
-    for name in variants.NAMES:
-        model = variants.build(name, loaded, adapter()).eval()
-        outputs.append(model(input_ids=ids, attention_mask=mask).logits)
-    for other in outputs[1:]:
-        torch.testing.assert_close(other, outputs[0], rtol=1e-4, atol=1e-4)
+def test_variants_start_from_the_same_function(minilm: models.Loaded) -> None:
+    first, *others = (variants.build(name, minilm, adapter()).eval()(**INPUT).logits for name in variants.NAMES)
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=1e-4, atol=1e-4)
 
 
-def test_pairs_and_their_weights_belong_together(tiny: None) -> None:
-    model = variants.build("lora", models.load("minilm", 11, CPU, seed=0), adapter())
+def test_pairs_and_their_weights_belong_together(minilm: models.Loaded) -> None:
+    model = variants.build("lora", minilm, adapter())
     pairs, weights = variants.pairs_of(model), variants.base_weights(model)
     assert len(pairs) == len(weights) == 13
     for (A, B), W in zip(pairs, weights):
@@ -75,8 +75,7 @@ def test_pairs_and_their_weights_belong_together(tiny: None) -> None:
 def test_checkpointed_training_keeps_fewer_activations(tiny: None) -> None:
     peaks = []
     for flag in ("--checkpointing", "--no-checkpointing"):
-        chosen = throughput.parse(["--model", "llama2-7b", *SIZE, "--batch", "16", "--steps", "23", flag])
-        footprint = options.prepare(chosen, 2, 0).bench.memory("lora")
+        footprint = bench_of("--model", "llama2-7b", "--batch", "16", flag, steps=2).memory("lora")
         assert footprint is not None
         peaks.append(footprint.peak)
     assert peaks[0] < 0.8 * peaks[1]
@@ -91,8 +90,7 @@ def test_bitfit_needs_biases(tiny: None) -> None:
 
 
 def test_every_method_trains_and_is_measured(tiny: None, capsys: pytest.CaptureFixture[str]) -> None:
-    chosen = throughput.parse([*SIZE, "--steps", "5", "--warmup", "1", "--methods", "all"])
-    runners, rows, text = throughput.run(chosen)
+    runners, rows, text = run("all", steps=5)
     assert [runner.name for runner in runners] == [n for n in methods.METHODS if n not in methods.EXPERIMENTS]
     found = {(row.method, row.metric): row.summary.p50 for row in rows}
     for runner in runners:
@@ -109,11 +107,11 @@ def test_every_method_trains_and_is_measured(tiny: None, capsys: pytest.CaptureF
     assert "training" in errors and "memory" in errors
 
 
-def test_memory_is_the_state_that_each_method_has(tiny: None, tmp_path: Path) -> None:
+def test_memory_is_the_state_that_each_method_has(minilm: models.Loaded, tmp_path: Path) -> None:
     chosen = "lora,reflora,reflora-s,lora-pro-full,lora-fa,full,lora-rite"  # test_every_method_trains has the others
     memory.main([*SIZE, "--methods", chosen, "--out", str(tmp_path)])
-    found = figures(tmp_path / "memory_minilm_cpu.csv")
-    model = variants.build("lora", models.load("minilm", 11, CPU, seed=0), adapter())
+    found = medians(tmp_path / "memory_minilm_cpu.csv", "method", "metric")
+    model = variants.build("lora", minilm, adapter())
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     products = sum(B.shape[0] * A.shape[1] for A, B in variants.pairs_of(model))
     # two float32 moments a parameter, and a step count for each
@@ -144,8 +142,7 @@ def test_every_kind_of_model_trains(
 
 def test_llama_leaves_out_what_it_has_no_biases_or_room_for() -> None:
     chosen = throughput.parse(["--device", "cpu", "--model", "llama-7b", "--methods", "all"])
-    left_out = {"bitfit", "full", "pissa", "lora-pro-full"}
-    assert left_out.isdisjoint(chosen.methods) and "reflora" in chosen.methods
+    assert {"bitfit", "full", "pissa", "lora-pro-full"}.isdisjoint(chosen.methods) and "reflora" in chosen.methods
     assert chosen.dtype is torch.bfloat16 and chosen.checkpointing
     assert not throughput.parse(["--device", "cpu", "--model", "llama-7b", "--no-checkpointing"]).checkpointing
 
@@ -166,26 +163,21 @@ class Failing(torch.optim.AdamW):
         raise torch.linalg.LinAlgError("no convergence (error code: 3)")
 
 
-class Spoiling(torch.optim.SGD):
-    def step(self, closure: object = None) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                parameter.data.fill_(torch.nan)
-
-
 @pytest.mark.parametrize(
-    ("broken", "failure"),
-    [(Failing, "step 1: no convergence"), (Spoiling, "step 2: the loss is not finite")],
+    "build, failure",
+    [
+        (lambda subject: Failing(subject.parameters), "step 1: no convergence"),
+        (lambda subject: torch.optim.SGD(subject.parameters, lr=math.inf), "step 2: the loss is not finite"),
+    ],
     ids=["raises", "nan"],
 )
 def test_method_that_fails_says_where_and_the_others_go_on(
-    tiny: None, broken: Callable[..., torch.optim.Optimizer], failure: str, monkeypatch: pytest.MonkeyPatch
+    tiny: None, build: Callable[..., torch.optim.Optimizer], failure: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(methods.METHODS, "balora", methods.Method("BaLoRA", lambda s: broken(s.parameters)))
-    chosen = throughput.parse([*SIZE, "--steps", "4", "--warmup", "1", "--methods", "lora,balora"])
-    runners, rows, text = throughput.run(chosen)
+    monkeypatch.setitem(methods.METHODS, "balora", methods.Method("BaLoRA", build))
+    runners, rows, text = run("lora,balora", steps=4)
     assert runners[1].failure == failure and f"failed at {failure}" in text
-    if broken is Failing:  # its memory is given back at once
+    if "step 1" in failure:  # its memory is given back at once
         assert runners[1].optimizer is None and not runners[1].parameters
     assert {row.method for row in rows} == {"LoRA"}
 
@@ -200,19 +192,16 @@ def test_method_without_room_leaves_the_others_alone(tiny: None, variant: str, m
         return whole(name, *others)  # type: ignore[arg-type]
 
     monkeypatch.setattr(variants, "build", build)
-    chosen = throughput.parse([*SIZE, "--steps", "4", "--warmup", "1", "--methods", f"{variant},lora"])
-    runners, rows, text = throughput.run(chosen)
+    runners, rows, text = run(f"{variant},lora", steps=4)
     assert runners[0].failure == "start: CUDA out of memory. Tried to allocate 20.00 GiB"
     assert f"failed at {runners[0].failure}" in text and {row.method for row in rows} == {"LoRA"}
-    assert options.prepare(chosen, 2, 0).bench.memory(variant) is None
+    assert bench_of(steps=2).memory(variant) is None
 
 
 def test_adaloras_penalty_is_trained_for_images_too(tiny: None) -> None:
-    chosen = throughput.parse(["--model", "vit-base", *SIZE, "--steps", "23"])
-    bench = options.prepare(chosen, 3, 0).bench
-    lora, adalora = (bench.runner(name) for name in ("lora", "adalora"))
+    bench = bench_of("--model", "vit-base", steps=3)
     losses = []
-    for runner in (lora, adalora):
+    for runner in map(bench.runner, ("lora", "adalora")):
         assert runner.places is not None and runner.optimizer is not None
         runner.places.install(runner.parameters)
         losses.append(bench.backward(runner.places.model, runner.optimizer, 0))
@@ -220,18 +209,14 @@ def test_adaloras_penalty_is_trained_for_images_too(tiny: None) -> None:
 
 
 def test_nora_starts_from_its_sketch_and_the_others_do_not(tiny: None) -> None:
-    prepared = options.prepare(throughput.parse([*SIZE, "--steps", "30"]), 4, 0)
-    bench: training.Bench = prepared.bench
-    lora, nora = (bench.runner(name).parameters for name in ("lora", "nora+"))
-    assert any(not torch.equal(one, other) for one, other in zip(lora, nora))
-    again = bench.runner("reflora").parameters
-    assert all(torch.equal(one, other) for one, other in zip(lora, again))
+    bench = bench_of(steps=4)
+    lora, nora, again = (bench.runner(name).parameters for name in ("lora", "nora+", "reflora"))
+    assert not all(map(torch.equal, lora, nora)) and all(map(torch.equal, lora, again))
 
 
 def test_unit_determinant_keeps_the_shape_of_s_alone() -> None:
     A, B = spectrum_pair(4, 30, 20, 3.0, 50.0)
-    dead = (torch.randn(4, 30, dtype=torch.float64), torch.zeros(20, 4, dtype=torch.float64))
-    S, inverse = unit_determinant.unit_means([(A, 7.0 * B), dead])
+    S, inverse = unit_determinant.unit_means([(A, 7.0 * B), (torch.randn_like(A), torch.zeros_like(B))])
     expected = reference.refactoring(A, B).S
     torch.testing.assert_close(S[0], expected / torch.linalg.det(expected) ** 0.25, rtol=1e-9, atol=1e-12)
     eye = torch.eye(4, dtype=torch.float64)
@@ -242,18 +227,13 @@ def test_unit_determinant_keeps_the_shape_of_s_alone() -> None:
 # ---- that a method is what its name says
 
 
-def test_variants_are_what_their_names_say(tiny: None) -> None:
-    loaded = models.load("minilm", 11, CPU, seed=0)
-    made = {name: variants.build(name, loaded, adapter()) for name in variants.NAMES}
+def test_variants_are_what_their_names_say(minilm: models.Loaded) -> None:
+    made = {name: variants.build(name, minilm, adapter()) for name in variants.NAMES}
     assert any("lora_magnitude_vector" in name for name, _ in made["dora"].named_parameters())
     assert all(B.any() for _, B in variants.pairs_of(made["pissa"]))
     assert not any(B.any() for _, B in variants.pairs_of(made["lora"]))
     assert any("lora_E" in name for name, _ in made["adalora"].named_parameters())
     assert {"bias"} < {n.rsplit(".")[-1] for n, p in made["bitfit"].named_parameters() if p.requires_grad}
-
-
-def bench_of(*more: str, steps: int = 6, warmup: int = 0) -> training.Bench:
-    return options.prepare(throughput.parse([*SIZE, "--steps", "40", *more]), steps, warmup).bench
 
 
 def trained(bench: training.Bench, name: str, steps: int) -> training.Runner:
@@ -268,15 +248,17 @@ def test_loraplus_gives_b_its_own_rate_and_adalora_allocates(tiny: None) -> None
     bench = bench_of()
     rates = {group["lr"] for group in bench.runner("lora+").optimizer.param_groups if group["params"]}  # type: ignore
     assert rates == {1e-3, 16e-3}
-    model = trained(bench, "adalora", 5).places.model  # type: ignore[union-attr]
-    assert model.base_model.rankallocator.ipt
+    assert trained(bench, "adalora", 5).places.model.base_model.rankallocator.ipt  # type: ignore[union-attr]
 
 
-def test_published_loop_departs_from_adamw_after_its_warmup(tiny: None) -> None:
-    bench = bench_of(warmup=2)
-    lora, published = (torch.stack(trained(bench, name, 6).losses) for name in ("lora", "published"))
-    torch.testing.assert_close(lora[:3], published[:3], rtol=1e-6, atol=0)
-    assert not torch.allclose(lora[4:], published[4:], rtol=1e-6)
+def test_methods_share_weights_batches_and_dropout_and_depart_after_the_warmup(tiny: None) -> None:
+    """In the warm-up every method is plain AdamW: the same losses from the same start, in whatever order they ran."""
+    runners, _, _ = run("lora,reflora,published", steps=7, warmup=3)
+    lora, reflora, published = (torch.stack(runner.losses) for runner in runners)
+    torch.testing.assert_close(reflora[:4], lora[:4], rtol=1e-4, atol=0)
+    torch.testing.assert_close(published[:4], lora[:4], rtol=1e-6, atol=0)
+    assert not torch.allclose(published[5:], lora[5:], rtol=1e-6)
+    assert len({runner.parameters[0].data_ptr() for runner in runners}) == 3
 
 
 def test_setting_carries_scaling_and_decay(tiny: None) -> None:
@@ -288,8 +270,7 @@ def test_setting_carries_scaling_and_decay(tiny: None) -> None:
     assert subject.options == {"lr": 1e-3, "weight_decay": 0.3}
 
 
-def test_memory_is_measured_on_factors_that_are_not_zero(tiny: None) -> None:
-    bench = bench_of()
+def test_memory_is_measured_on_factors_that_are_not_zero(tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
     whole = methods.build
 
@@ -297,9 +278,8 @@ def test_memory_is_measured_on_factors_that_are_not_zero(tiny: None) -> None:
         seen.extend(bool(factor.any()) for pair in subject.pairs for factor in pair)
         return whole(name, subject)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(methods, "build", build)
-        assert bench.memory("published") is not None
+    monkeypatch.setattr(methods, "build", build)
+    assert bench_of().memory("published") is not None
     assert seen and all(seen)
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import importlib.machinery
+import io
 import re
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from decimal import Decimal, getcontext
 from pathlib import Path
 
 import pytest
 import torch
-from test_kernels_benchmark import PretendedEvent, PretendedGenerator, PretendedGpu, rows_of
+from bench_cases import PretendedGpu, medians, rows_of
 from torch import Tensor
 
 from benchmarks import eigh, eigh_figure, harness, kernels, probes, solvers
@@ -22,16 +23,18 @@ from benchmarks.solvers import Case, Sample, Solver
 CPU = torch.device("cpu")
 TINY = ["--sizes", "5", "--batches", "2", "20", "--rounds", "2", "--seconds", "0.01"]
 ERRORS = {"residual", "orthogonality", "eigenvalues"}
+Eigenpairs = tuple[Tensor, Tensor]
 
 
-def main(folder: Path, *arguments: str, device: str = "cpu") -> dict[tuple[str, str, str], float]:
-    """Medians by case, method and metric."""
-    kernels.main(["eigh", *TINY, "--device", device, *arguments, "--out", str(folder)])
-    return read(folder / f"eigh_{device}.csv")
+def main(folder: Path, *arguments: str, device: str = "cpu") -> tuple[dict[tuple[str, ...], float], str]:
+    """Medians by case, method and metric, and what was printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        kernels.main(["eigh", *TINY, "--device", device, *arguments, "--out", str(folder)])
+    return read(folder / f"eigh_{device}.csv"), printed.getvalue()
 
 
-def read(path: Path) -> dict[tuple[str, str, str], float]:
-    return {(row["case"], row["method"], row["metric"]): float(row["p50"]) for row in rows_of(path)}
+def read(path: Path) -> dict[tuple[str, ...], float]:
+    return medians(path, "case", "method", "metric")
 
 
 def symmetric(batch: int, n: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -55,9 +58,8 @@ def test_errors_are_in_units_of_eps_and_of_the_worst_matrix(place: int) -> None:
     eps, n = torch.finfo(X.dtype).eps, 4
     w[place, 2] += 1e5 * eps
     errors = Sample(X).errors(w, V)
-    size = torch.linalg.eigvalsh(X)[place].abs().max()
     assert errors["residual"] == pytest.approx(1e5 / n / float(torch.linalg.matrix_norm(X[place])), rel=1e-2)
-    assert errors["eigenvalues"] == pytest.approx(1e5 / float(size), rel=1e-3)
+    assert errors["eigenvalues"] == pytest.approx(1e5 / float(torch.linalg.eigvalsh(X)[place].abs().max()), rel=1e-3)
     assert errors["orthogonality"] < 10
     V[place] *= 1 + 1e6 * eps
     assert Sample(X).errors(w, V)["orthogonality"] == pytest.approx(2 * 1e6 * n**0.5 / n, rel=1e-2)
@@ -122,8 +124,8 @@ def test_short_calls_are_timed_many_on_end(monkeypatch: pytest.MonkeyPatch) -> N
 # ---- the program
 
 
-def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = main(tmp_path)
+def test_end_to_end(tmp_path: Path) -> None:
+    found, out = main(tmp_path)
     cases = [f"{dtype} n=5 batch={batch}" for dtype in ("float32", "float64") for batch in (2, 20)]
     assert list(dict.fromkeys(case for case, _, _ in found)) == cases
     assert {method for _, method, _ in found} == {"torch", "torch, 1 thread", "reflora"}
@@ -134,13 +136,8 @@ def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (tmp_path / "eigh_cpu.png").read_bytes().startswith(b"\x89PNG")
     row = rows_of(tmp_path / "eigh_cpu.csv")[0]
     assert row["dtype"] == "float32/float64" and row["torch.linalg.eigh"].startswith("syevd of ")
-    out = capsys.readouterr().out
     assert "float64 n=5\nmethod" in out and "speed-up" in out and "orthogonality" in out
     assert row["threads"] == str(torch.get_num_threads())  # set back after the calls with one
-
-
-def broken(how: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Callable[..., solvers.Call]:
-    return lambda X, Y, backend: lambda: how(*torch.linalg.eigh(X))
 
 
 @pytest.mark.parametrize(
@@ -155,63 +152,49 @@ def broken(how: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Callable[.
     ids=["values", "vectors", "order", "nan", "raises"],
 )
 def test_a_wrong_method_is_not_timed(
-    how: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    how: Callable[..., Eigenpairs], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(solvers.BUILD, "reflora", broken(how))
-    with pytest.raises(SystemExit) as ended:
-        main(tmp_path, "--dtypes", "float32")
-    out, found = capsys.readouterr().out, read(tmp_path / "eigh_cpu.csv")
+    monkeypatch.setitem(solvers.BUILD, "reflora", lambda X, Y, backend: lambda: how(*torch.linalg.eigh(X)))
+    with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit) as ended:
+        kernels.main(["eigh", *TINY, "--device", "cpu", "--dtypes", "float32", "--out", str(tmp_path)])
+    out, found = printed.getvalue(), read(tmp_path / "eigh_cpu.csv")
     assert ended.value.code == 1
     assert re.search(rf"^reflora, float32 n=5 batch=20: failed: .*{message}", out, re.M), out
     assert {metric for _, method, metric in found if method == "reflora"} <= ERRORS
     assert ("float32 n=5 batch=20", "torch", "wall") in found
 
 
-def test_what_would_take_too_long_sits_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_would_take_too_long_sits_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(X: Tensor, Y: Tensor, backend: str | None) -> solvers.Call:
         assert len(X) <= eigh.PROBED, "a call that was to be sat out"
         return lambda: (harness.time.sleep(0.02), *torch.linalg.eigh(X))[1:]
 
     monkeypatch.setitem(solvers.BUILD, "torch", slow)
     arguments = ["--dtypes", "float64", "--batches", "2", "200", "--seconds-per-call", "0.1"]
-    found = main(tmp_path, *arguments, "--methods", "torch", "reflora")
-    assert re.search(r"^torch, float64 n=5 batch=200: sat out: a call would take .* s", capsys.readouterr().out, re.M)
+    found, out = main(tmp_path, *arguments, "--methods", "torch", "reflora")
+    assert re.search(r"^torch, float64 n=5 batch=200: sat out: a call would take .* s", out, re.M)
     assert ("float64 n=5 batch=200", "reflora", "wall") in found
     assert ("float64 n=5 batch=200", "reflora", "wall speed-up over torch") not in found
     assert ("float64 n=5 batch=2", "reflora", "wall speed-up over torch") in found
 
 
-def test_what_would_not_fit_sits_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_would_not_fit_sits_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case("float64", 5, 20)
+    assert probes.free_bytes(CPU) > 1 << 20  # known on Linux
     monkeypatch.setattr(probes, "free_bytes", lambda device: 2 * eigh.TENSORS * case.bytes - 1)
-    found = main(tmp_path, "--dtypes", "float64")
-    assert f"all, {case}: sat out: needs " in capsys.readouterr().out
+    found, out = main(tmp_path, "--dtypes", "float64")
+    assert f"all, {case}: sat out: needs " in out
     assert {own for own, _, _ in found} == {"float64 n=5 batch=2"}
 
 
-def test_free_memory_is_known_on_linux() -> None:
-    assert probes.free_bytes(CPU) > 1 << 20
-
-
-def test_methods_of_a_gpu_are_left_out_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = main(tmp_path, "--dtypes", "float32", "--methods", "torch", "cupy", "reflora-graph")
-    out = capsys.readouterr().out
+def test_methods_of_a_gpu_are_left_out_on_a_cpu(tmp_path: Path) -> None:
+    found, out = main(tmp_path, "--dtypes", "float32", "--methods", "torch", "cupy", "reflora-graph")
     assert "CuPy: left out: needs a GPU" in out and "reflora, graph: left out: needs a GPU" in out
     assert {method for _, method, _ in found} == {"torch"} and not (tmp_path / "eigh_cpu.png").exists()
 
 
 def test_the_lapack_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = (
-        "- Intel(R) oneAPI Math Kernel Library Version 2024.2-Product Build 1\n- ... LAPACK_INFO=mkl, TORCH_VERSION=1"
-    )
+    config = "- Intel(R) oneAPI Math Kernel Library Version 2024.2-Product Build 1\nLAPACK_INFO=mkl, TORCH_VERSION=1"
     monkeypatch.setattr(torch.__config__, "show", lambda: config)
     assert solvers.library(CPU) == "syevd of MKL 2024.2"
     monkeypatch.setattr(torch.__config__, "show", lambda: "LAPACK_INFO=open, ")
@@ -231,7 +214,7 @@ class PretendedGraph:
 
 
 def pretended_cupy(calls: list[str]) -> types.ModuleType:
-    def decompose(x: Tensor) -> tuple[Tensor, Tensor]:
+    def decompose(x: Tensor) -> Eigenpairs:
         calls.append("cupy")
         return tuple(torch.linalg.eigh(x))
 
@@ -243,31 +226,13 @@ def pretended_cupy(calls: list[str]) -> types.ModuleType:
     return cupy
 
 
-@pytest.fixture
-def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    pretended: dict[str, Callable[..., object]] = {
-        "is_available": lambda: True, "synchronize": lambda *_: None, "get_device_name": lambda *_: "pretended",
-        "mem_get_info": lambda *_: (1 << 30, 1 << 31), "Event": PretendedEvent, "CUDAGraph": PretendedGraph,
-        "graph": lambda graph: contextlib.nullcontext(),
-        "current_stream": lambda *_: types.SimpleNamespace(cuda_stream=0),
-    }  # fmt: skip
-    for name, value in pretended.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(torch, "Generator", PretendedGenerator)
-    with PretendedGpu():
-        yield
-
-
-@pytest.mark.usefixtures("pretended_gpu")
-def test_eigh_takes_the_way_of_a_gpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_eigh_takes_the_way_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but the device itself: both kinds of timing, graph, warm start, CuPy."""
     from reflora import linalg
 
     calls: list[str] = []
 
-    def solve(X: Tensor, *, V0: Tensor | None = None, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    def solve(X: Tensor, *, V0: Tensor | None = None, backend: str | None = None) -> Eigenpairs:
         calls.append(f"warm {V0 is not None}")
         if V0 is not None:  # the eigenvectors of something near X
             almost = V0.mT @ X @ V0
@@ -277,20 +242,23 @@ def test_eigh_takes_the_way_of_a_gpu(
 
     monkeypatch.setattr(linalg, "eigh", solve)
     monkeypatch.setitem(sys.modules, "cupy", pretended_cupy(calls))
-    found = main(tmp_path, "--dtypes", "float32", device="cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1 << 30, 1 << 31))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", PretendedGraph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: types.SimpleNamespace(cuda_stream=0))
+    with PretendedGpu(monkeypatch):
+        found, out = main(tmp_path, "--dtypes", "float32", device="cuda")
     assert {method for _, method, _ in found} == {solvers.LABELS[name] for name in eigh.GPU_METHODS}
     case = "float32 n=5 batch=20"
+    times = {f"{kind}{what}" for kind in ("gpu", "wall") for what in ("", " a matrix", " speed-up over torch")}
     for name in eigh.GPU_METHODS:
         own = {metric for at, method, metric in found if (at, method) == (case, solvers.LABELS[name])}
-        kinds = ("gpu", "wall")
-        assert own >= {m for k in kinds for m in (k, f"{k} a matrix", f"{k} speed-up over torch")} | {"residual"}
+        assert own >= times | {"residual"}
     assert {"cupy", "warm True", "warm False"} <= set(calls) and PretendedGraph.replays > 4
-    row = rows_of(tmp_path / "eigh_cuda.csv")[0]
-    assert row["torch.linalg.eigh"].endswith("; CuPy 13.0")
-    assert "gpu ms" in capsys.readouterr().out and (tmp_path / "eigh_cuda.png").exists()
+    assert rows_of(tmp_path / "eigh_cuda.csv")[0]["torch.linalg.eigh"].endswith("; CuPy 13.0")
+    assert "gpu ms" in out and (tmp_path / "eigh_cuda.png").exists()
 
 
-@pytest.mark.usefixtures("pretended_gpu")
 def test_cupy_is_left_out_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(solvers.importlib.util, "find_spec", lambda name: None)
     cuda = torch.device("cuda")

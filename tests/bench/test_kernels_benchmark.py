@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import csv
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from bench_cases import PretendedGpu, medians, rows_of
 from conftest import spectrum_pair
-from torch.overrides import TorchFunctionMode
 
-from benchmarks import (
-    figures,
-    harness,
-    host,
-    kernels,
-    methods,
-    probes,
-    roofline,
-    roofline_figure,
-    scaling,
-    shapes,
-    step,
-    stepper,
-)
+from benchmarks import figures, harness, host, kernels, methods, probes, roofline, scaling, shapes, step, stepper
 from benchmarks.baselines import peft_optimizers
+from benchmarks.roofline_figure import main as draw_roofline
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -37,25 +25,17 @@ TINY = ["--rounds", "2", "--warm", "2", "--copy-mib", "1", "--device", "cpu"]
 
 def test_riemannian_is_the_formula() -> None:
     """`gA (B^T B + reg I)^-1 gA` and `gB (A A^T + reg I)^-1` in front of AdamW; what is in no pair gets AdamW alone."""
-    pairs = [tuple(f.requires_grad_() for f in spectrum_pair(4, 30, 20, 3.0, 10.0)) for _ in range(2)]
-    other = torch.randn(5, requires_grad=True)
-    plain = [f.detach().clone().requires_grad_() for pair in pairs for f in pair] + [other.detach().clone()]
-    plain[-1].requires_grad_()
-    own = [f for pair in pairs for f in pair] + [other]
-    optimizer = peft_optimizers.riemannian(own, pairs, lr=1e-2, weight_decay=0.0)
-    expected = torch.optim.AdamW(plain, lr=1e-2, weight_decay=0.0)
-    gradients = [torch.randn_like(f) for f in own]
-    for p, gradient in zip(own, gradients):
-        p.grad = gradient.clone()
-    damping = 1e-2 * torch.eye(4, dtype=pairs[0][0].dtype)
-    for i, (A, B) in enumerate(pairs):
-        gradients[2 * i] = torch.linalg.solve(B.detach().T @ B.detach() + damping, gradients[2 * i])
-        gram = A.detach() @ A.detach().T + damping
-        gradients[2 * i + 1] = torch.linalg.solve(gram, gradients[2 * i + 1], left=False)
-    for p, gradient in zip(plain, gradients):
-        p.grad = gradient.to(p.dtype)
-    optimizer.step()
-    expected.step()
+    start = [*spectrum_pair(4, 30, 20, 3.0, 10.0), *spectrum_pair(4, 30, 20, 3.0, 10.0), torch.randn(5)]
+    own, plain = ([tensor.clone().requires_grad_() for tensor in start] for _ in range(2))
+    for p, twin in zip(own, plain):
+        p.grad = torch.randn_like(p)
+        twin.grad = p.grad.clone()
+    damping = 1e-2 * torch.eye(4, dtype=start[0].dtype)
+    for A, B in (plain[:2], plain[2:4]):
+        gram_A, gram_B = (A @ A.T + damping).detach(), (B.T @ B + damping).detach()
+        A.grad, B.grad = torch.linalg.solve(gram_B, A.grad), torch.linalg.solve(gram_A, B.grad, left=False)
+    peft_optimizers.riemannian(own, [tuple(own[:2]), tuple(own[2:4])], lr=1e-2, weight_decay=0.0).step()
+    torch.optim.AdamW(plain, lr=1e-2, weight_decay=0.0).step()
     torch.testing.assert_close([p.detach() for p in own], [p.detach() for p in plain], rtol=1e-5, atol=1e-7)
 
 
@@ -91,9 +71,7 @@ def test_launches_are_counted_by_kind() -> None:
         event("kernel", "gram_kernel", "f"), {"ph": "M"},
     ]  # fmt: skip
     assert probes.count(events) == probes.Launches(kernels=2, to_host=1, others=2)
-
-
-def test_nothing_of_a_device_is_claimed_on_a_cpu() -> None:
+    # nothing of a device is claimed on a CPU
     assert probes.launches(lambda: torch.ones(3), CPU) is None and probes.allocated(CPU) is None
 
 
@@ -111,12 +89,6 @@ def test_stopwatch_knows_host_time_from_wall_time(monkeypatch: pytest.MonkeyPatc
     assert (watch.host, watch.seconds) == (2.0, 6.0)
 
 
-def test_rounds_end_when_their_time_is_up() -> None:
-    seen: list[int] = []
-    harness.interleave({"a": seen.append, "b": seen.append}, 5, "turns", seconds=0.0)
-    assert seen == [0, 0]
-
-
 def test_slow_methods_sit_out_but_take_part_three_times() -> None:
     assert [stepper._stride(50, fit) for fit in (1000.0, 50.0, 10.0, 0.1)] == [1, 1, 5, 16]
 
@@ -124,20 +96,15 @@ def test_slow_methods_sit_out_but_take_part_three_times() -> None:
 # ---- step and scaling, end to end
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(path.open()))
-
-
 def test_step_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("peft")
     kernels.main(["step", "--cases", "minilm:4", *TINY, "--out", str(tmp_path)])
     rows = rows_of(tmp_path / "step_cpu.csv")
-    labels = {methods.LABELS[name] for name in step.CPU_METHODS}
     cold = {(row["method"], row["metric"]): float(row["p50"]) for row in rows if row["case"].endswith("cold")}
+    labels = {methods.LABELS[name] for name in step.CPU_METHODS}
     assert {method for method, metric in cold if metric == "wall to LoRA"} == labels
     assert cold["LoRA", "wall to LoRA"] == 1 and cold["copy", "bandwidth"] > 0
-    moved = 28 * shapes.size(shapes.layers("minilm"), 4) / 1e6
-    assert cold["RefLoRA", "bytes to move"] == pytest.approx(moved, rel=1e-5)
+    assert cold["RefLoRA", "bytes to move"] == pytest.approx(28e-6 * shapes.size(shapes.layers("minilm"), 4), rel=1e-5)
     assert {row["case"].split()[-1] for row in rows} == {"cold", "warm"}
     assert not {"host", "gpu", "kernel launches"} & {row["metric"] for row in rows}  # of a GPU alone
     assert "minilm (36 pairs) r=4 warm" in capsys.readouterr().out
@@ -166,38 +133,6 @@ def test_a_method_that_fails_is_shown_and_the_others_go_on(
         kernels.main([*arguments, "--methods", "lora", "reflora"])
 
 
-class PretendedEvent:
-    """A CUDA event on a machine without CUDA: two seconds pass between any two."""
-
-    recorded = 0
-
-    def __init__(self, enable_timing: bool) -> None:
-        assert enable_timing
-
-    def record(self) -> None:
-        PretendedEvent.recorded += 1
-        self.number = self.recorded
-
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, later: PretendedEvent) -> float:
-        return 2e3 * (later.number - self.number)
-
-
-class PretendedGenerator(torch.Generator):
-    def __new__(cls, *_: object) -> PretendedGenerator:
-        return super().__new__(cls)
-
-
-class PretendedGpu(TorchFunctionMode):
-    """Whatever is made on the GPU is made on the CPU."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        here = [CPU if isinstance(a, torch.device) else a for a in args]
-        return func(*here, **{k: CPU if k == "device" else v for k, v in (kwargs or {}).items()})
-
-
 def test_step_takes_the_way_of_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -209,20 +144,15 @@ def test_step_takes_the_way_of_a_gpu(
         kernel, copy = {"cat": "kernel", "name": "k"}, {"cat": "gpu_memcpy", "name": "Memcpy DtoH"}
         return [{"ph": "X", **event} for event in (kernel, kernel, kernel, copy)]
 
-    pretended: dict[str, Callable[..., object]] = {
-        "is_available": lambda: True, "synchronize": lambda *_: None, "get_device_name": lambda *_: "pretended",
-        "memory_allocated": lambda *_: next(memory), "max_memory_allocated": lambda *_: next(memory) + 10**6,
-        "reset_peak_memory_stats": lambda *_: None, "Event": PretendedEvent,
-    }  # fmt: skip
-    for name, value in pretended.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(torch, "Generator", PretendedGenerator)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: next(memory))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: next(memory) + 10**6)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda *_: None)
     monkeypatch.setattr(harness, "trace", trace)
     arguments = ["step", "--cases", "minilm:4", *TINY, "--device", "cuda", "--methods", "lora", "reflora"]
-    with PretendedGpu():
+    with PretendedGpu(monkeypatch):
         kernels.main([*arguments, "--out", str(tmp_path)])
-    rows = rows_of(tmp_path / "step_cuda.csv")
-    found = {row["metric"]: float(row["p50"]) for row in rows if row["method"] == "RefLoRA"}
+    every = medians(tmp_path / "step_cuda.csv", "method", "metric")
+    found = {metric: value for (method, metric), value in every.items() if method == "RefLoRA"}
     assert set(found) == {
         "gpu", "wall", "host", "gpu to LoRA", "wall to LoRA", "bytes to move", "of copy bandwidth", "overtaken",
         "kernel launches", "copies to the host", "other copies and fills", "memory kept above LoRA",
@@ -235,15 +165,11 @@ def test_step_takes_the_way_of_a_gpu(
 
 def test_scaling_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--base", "2", "3", "16", "--rank", "2", "4", "--layers", "1", "3", "--width", "16"]
-    chosen = ["--methods", "lora", "reflora"]
-    kernels.main(["scaling", *sizes, *chosen, *TINY, "--out", str(tmp_path)])
+    kernels.main(["scaling", *sizes, "--methods", "lora", "reflora", *TINY, "--out", str(tmp_path)])
     rows = rows_of(tmp_path / "scaling_cpu.csv")
     # the base stands in all three panels and is measured once
-    assert [c for c in dict.fromkeys(row["case"] for row in rows)] == [
-        "r=2, 3 pairs, width 16",
-        "r=4, 3 pairs, width 16",
-        "r=2, 1 pairs, width 16",
-    ]
+    cases = [f"r={rank}, {pairs} pairs, width 16" for rank, pairs in ((2, 3), (4, 3), (2, 1))]
+    assert list(dict.fromkeys(row["case"] for row in rows)) == cases
     assert {row["method"] for row in rows if row["metric"] == "wall to LoRA"} == {"LoRA", "RefLoRA"}
     assert (tmp_path / "scaling_cpu.png").read_bytes().startswith(b"\x89PNG")
 
@@ -258,25 +184,18 @@ def test_figure_sets_far_methods_apart() -> None:
 
 
 def test_every_method_of_the_step_benchmark_has_a_colour_and_a_marker() -> None:
-    labels = {methods.LABELS[name] for name in methods.BARE}
-    assert labels <= set(figures.COLOURS) == set(figures.MARKERS)
+    assert {methods.LABELS[name] for name in methods.BARE} <= set(figures.COLOURS) == set(figures.MARKERS)
     assert len(set(figures.COLOURS.values())) == len(figures.COLOURS)
 
 
-def test_scaling_varies_one_size_at_a_time() -> None:
-    seen = {}
-    for device in ("cpu", "cuda"):
-        options = type("Options", (), {"device": torch.device(device), "base": None, **dict.fromkeys(scaling.PANELS)})
-        panels = scaling.points(options)  # type: ignore[arg-type]
-        base = scaling.BASE[device]
-        for name, panel in panels.items():
-            others = {
-                (p.rank, p.layers, p.width)[i] for i, n in enumerate(scaling.PANELS) if n != name for _, p in panel
-            }
-            assert others == {getattr(base, n) for n in scaling.PANELS if n != name}
-            assert [getattr(p, name) for _, p in panel] == [x for x, _ in panel] == list(scaling.PANELS[name])
-        seen[device] = base
-    assert seen["cpu"] != seen["cuda"]
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_scaling_varies_one_size_at_a_time(device: str) -> None:
+    options = argparse.Namespace(device=torch.device(device), base=None, **dict.fromkeys(scaling.PANELS))
+    for name, panel in scaling.points(options).items():
+        others = [n for n in scaling.PANELS if n != name]
+        assert all(getattr(point, n) == getattr(scaling.BASE[device], n) for n in others for _, point in panel)
+        assert [getattr(p, name) for _, p in panel] == [x for x, _ in panel] == list(scaling.PANELS[name])
+    assert scaling.BASE["cpu"] != scaling.BASE["cuda"]
 
 
 # ---- roofline
@@ -284,7 +203,7 @@ def test_scaling_varies_one_size_at_a_time() -> None:
 
 def test_roofline_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     roofline.main([])
-    roofline_figure.main([str(tmp_path / "roofline.png")])
+    draw_roofline([str(tmp_path / "roofline.png")])
     assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
     assert "36 B per parameter, 1.29 of AdamW's" in capsys.readouterr().out
 

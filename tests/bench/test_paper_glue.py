@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,9 @@ from benchmarks import data, finetuning, jsonl
 from benchmarks.paper import convergence, glue, glue_tasks, tables, tuning
 
 CPU = torch.device("cpu")
+SHORT = "--tasks cola --steps 2 --batch 4 --rank 2 --device cpu"
+Runs = list[dict[str, Any]]
+Series = Callable[[str], Runs]
 ROWS = {
     "cola": [{"sentence1": f"the {word} {i}", "label": i % 2} for i, word in enumerate(["cat", "dog"] * 20)],
     "stsb": [{"sentence1": f"a {i}", "sentence2": f"b {i % 3}", "label": 0.5 * (i % 11)} for i in range(44)],
@@ -29,29 +33,33 @@ def root(tmp_path: Path) -> Path:
     """With REFLORA_DATA, a folder that has `glue`, rows of the real tasks."""
     for name, rows in ROWS.items():
         if "REFLORA_DATA" in os.environ:
-            real = data.rows(Path(os.environ["REFLORA_DATA"]) / "glue" / name / "train.jsonl.gz")
-            rows = real[: len(rows)]
+            rows = data.rows(Path(os.environ["REFLORA_DATA"]) / "glue" / name / "train.jsonl.gz")[: len(rows)]
         folder = tmp_path / "data" / name
-        folder.mkdir(parents=True)
         write_rows(folder / "train.jsonl.gz", rows)  # type: ignore[arg-type]
         write_rows(folder / "dev.jsonl.gz", rows[:12])  # type: ignore[arg-type]
     return tmp_path / "data"
 
 
-def test_series_resumes_and_its_table_names_every_method(
-    tiny: None,
-    root: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def series(tiny: None, root: Path, tmp_path: Path) -> Series:
+    """Runs the program on more options; gives all that its file has then."""
     out = tmp_path / "runs.jsonl"
-    size = ["--steps", "4", "--batch", "4", "--rank", "2", "--alpha", "2", "--device", "cpu", "--out", str(out)]
-    some = ["--data", str(root), "--tasks", "cola", "stsb", "--seeds", "0", "1", "--lrs", "1e-3", "1e-2"]
-    glue.main([*some, *size, "--methods", "lora"])
-    glue.main([*some, *size, "--methods", "lora", "reflora"])
-    glue.main([*some[:5], "--seeds", "0", "--lrs", "1e-3", *size, "--methods", "dora", "lora-rite", "full"])
-    runs = [json.loads(line) for line in out.read_text().splitlines()]
+
+    def run(more: str) -> Runs:
+        glue.main(["--data", str(root), "--out", str(out), *f"{SHORT} {more}".split()])
+        return list(map(json.loads, out.open()))
+
+    return run
+
+
+def test_series_resumes_and_its_table_names_every_method(
+    series: Series, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = "--tasks cola stsb --steps 4 --alpha 2"
+    some = f"{size} --seeds 0 1 --lrs 1e-3 1e-2 --methods"
+    series(f"{some} lora")
+    series(f"{some} lora reflora")
+    runs = series(f"{size} --seeds 0 --lrs 1e-3 --methods dora lora-rite full")
     assert len(runs) == 2 * 2 * 2 * 2 + 2 * 3
     assert all(run["finite"] and run["machine"]["torch"] == torch.__version__ for run in runs)
     assert set(runs[0]["scores"]) == {"Matthews"} and runs[0]["score"] == runs[0]["scores"]["Matthews"]
@@ -59,11 +67,10 @@ def test_series_resumes_and_its_table_names_every_method(
     assert pair["score"] == pytest.approx(sum(pair["scores"].values()) / 2, abs=1e-3)
     monkeypatch.setattr(finetuning, "train", lambda *_: pytest.fail("made a run"))
     capsys.readouterr()
-    glue.main([*some, *size, "--methods", "lora", "reflora", "--table"])
+    series(f"{some} lora reflora --table")
     printed = capsys.readouterr().out
-    assert (
-        ": 16 runs, the last on" in printed and "RefLoRA" in printed and "81.88" in printed
-    )  # of the paper: CoLA and STS-B
+    assert ": 16 runs, the last on" in printed and "RefLoRA" in printed
+    assert "81.88" in printed  # of the paper: CoLA and STS-B
 
 
 def test_same_seed_same_run_and_the_rate_rises_and_falls(tiny: None, root: Path) -> None:
@@ -90,8 +97,7 @@ def test_metrics_are_glues() -> None:
     labels = [0.0, 1.0, 0.0, 0.0]
     assert glue_tasks.TASKS["qqp"].scores(logits, labels) == pytest.approx({"accuracy": 75.0, "F1": 100 * 2 / 3})
     assert glue_tasks.TASKS["cola"].scores(logits, labels)["Matthews"] == pytest.approx(100 / 3**0.5)
-    values = torch.tensor([[1.0], [2.0], [4.0]])
-    scores = glue_tasks.TASKS["stsb"].scores(values, [1.0, 2.0, 3.0])
+    scores = glue_tasks.TASKS["stsb"].scores(torch.tensor([[1.0], [2.0], [4.0]]), [1.0, 2.0, 3.0])
     assert scores == pytest.approx({"Pearson": 98.198, "Spearman": 100.0}, abs=1e-3)
     assert glue_tasks.TASKS["stsb"].scores(torch.ones(3, 1), [1.0, 2.0, 3.0]) == {"Pearson": 0.0, "Spearman": 0.0}
 
@@ -112,29 +118,20 @@ def test_learning_rates_are_compared_on_the_seeds_they_share() -> None:
     assert tuning.best([run(1e-3, 0, -1.5), gone]) == {("lora", "cola"): (1e-3, [-1.5])}
 
 
-def test_other_dev_rows_are_another_run_and_repeats_are_one(
-    tiny: None, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "runs.jsonl"
-    size = ["--steps", "2", "--batch", "4", "--rank", "2", "--device", "cpu", "--out", str(out), "--tasks", "cola"]
-    some = ["--data", str(root), "--methods", "lora", "lora", "--seeds", "0", "0", "--lrs", "1e-3", "1e-3"]
-    glue.main([*some, *size, "--eval-rows", "4"])
+def test_other_dev_rows_are_another_run_and_repeats_are_one(series: Series, capsys: pytest.CaptureFixture[str]) -> None:
+    some = "--methods lora lora --seeds 0 0 --lrs 1e-3 1e-3"
+    series(f"{some} --eval-rows 4")
     assert ": 1 runs" in capsys.readouterr().out
-    glue.main([*some, *size])
-    assert [json.loads(line)["eval_rows"] for line in out.read_text().splitlines()] == [4, 12]
+    assert [run["eval_rows"] for run in series(some)] == [4, 12]
 
 
-def test_other_texts_are_another_run(tiny: None, root: Path, tmp_path: Path) -> None:
+def test_other_texts_are_another_run(series: Series, root: Path) -> None:
     """Of the same number of rows: a line of the file stood for whatever the data had become."""
-    out = tmp_path / "runs.jsonl"
-    copied = Path(shutil.copytree(root, tmp_path / "copy"))
-    size = ["--steps", "2", "--batch", "4", "--rank", "2", "--device", "cpu", "--out", str(out), "--tasks", "cola"]
-    some = ["--data", str(copied), "--methods", "lora", "--seeds", "0", "--lrs", "1e-3", *size]
-    glue.main(some)
-    write_rows(copied / "cola" / "train.jsonl.gz", [{**row, "sentence1": "else"} for row in ROWS["cola"]])  # type: ignore[arg-type,dict-item]
-    glue.main(some)
-    glue.main(some)
-    runs = [json.loads(line) for line in out.read_text().splitlines()]
+    some = "--methods lora --seeds 0 --lrs 1e-3"
+    series(some)
+    write_rows(root / "cola" / "train.jsonl.gz", [{**row, "sentence1": "else"} for row in ROWS["cola"]])  # type: ignore[arg-type,dict-item]
+    series(some)
+    runs = series(some)
     assert len(runs) == 2 and runs[0]["rows"] == runs[1]["rows"]
 
 
@@ -175,20 +172,19 @@ def test_papers_averages_come_out_of_its_columns() -> None:
         assert sum(glue_tasks.PAPER[method].values()) / 8 == pytest.approx(average, abs=0.006), method
 
 
-def test_convergence_takes_the_tuned_rates_and_keeps_every_loss(tiny: None, root: Path, tmp_path: Path) -> None:
-    size = ["--data", str(root), "--steps", "5", "--batch", "4", "--rank", "2", "--device", "cpu", "--seeds", "0", "1"]
-    tuned = tmp_path / "tuned.jsonl"
-    glue.main([*size, "--tasks", "cola", "--lrs", "1e-3", "3e-2", "--methods", "lora", "reflora", "--out", str(tuned)])
-    best = {method: lr for (method, _), (lr, _) in tuning.best(list(map(json.loads, tuned.open()))).items()}
+def test_convergence_takes_the_tuned_rates_and_keeps_every_loss(series: Series, root: Path, tmp_path: Path) -> None:
+    tuned = series("--steps 5 --seeds 0 1 --lrs 1e-3 3e-2 --methods lora reflora")
+    best = {method: lr for (method, _), (lr, _) in tuning.best(tuned).items()}
     out = tmp_path / "deep" / "convergence.jsonl"
-    more = ["--task", "cola", "--tuned", str(tuned), "--out", str(out)]
-    convergence.main([*size, *more, "--methods", "lora", "reflora"])
-    runs = [json.loads(line) for line in out.read_text().splitlines()]
+    size = "--task cola --steps 5 --batch 4 --rank 2 --device cpu --seeds 0 1"
+    some = ["--data", str(root), "--tuned", str(tmp_path / "runs.jsonl"), "--out", str(out), *size.split(), "--methods"]
+    convergence.main([*some, "lora", "reflora"])
+    runs = list(map(json.loads, out.open()))
     assert [len(run["losses"]) for run in runs] == [5] * 4
     assert {run["method"]: run["lr"] for run in runs} == best
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG") and out.with_suffix(".svg").exists()
     with pytest.raises(SystemExit, match="--tuned: expected runs of task cola, model minilm, .* got none for dora"):
-        convergence.main([*size, *more, "--methods", "lora", "dora"])
+        convergence.main([*some, "lora", "dora"])
 
 
 def test_running_mean() -> None:
@@ -204,19 +200,8 @@ def test_line_that_was_cut_off_is_made_again(tmp_path: Path) -> None:
     assert [run["seed"] for run in record.runs()] == [0, 1]
 
 
-def test_batch_larger_than_the_data_gets_one_clear_line(root: Path) -> None:
-    with pytest.raises(SystemExit, match="glue: --batch: expected at most the 40 rows of cola, got 41"):
-        glue.main(["--data", str(root), "--tasks", "cola", "--batch", "41", "--device", "cpu"])
-
-
-def test_rates_tuned_on_the_first_seed(
-    tiny: None, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "runs.jsonl"
-    size = ["--steps", "2", "--batch", "4", "--rank", "2", "--device", "cpu", "--out", str(out), "--tasks", "cola"]
-    some = ["--data", str(root), "--methods", "lora", "reflora", "--seeds", "0", "1", "2", "--lrs", "1e-3", "1e-2"]
-    glue.main([*some, *size, "--tune-first-seed"])
-    runs = [json.loads(line) for line in out.read_text().splitlines()]
+def test_rates_tuned_on_the_first_seed(series: Series, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = series("--methods lora reflora --seeds 0 1 2 --lrs 1e-3 1e-2 --tune-first-seed")
     assert ": 8 runs" in capsys.readouterr().out
     for method in ("lora", "reflora"):
         own = [run for run in runs if run["method"] == method]
@@ -225,12 +210,10 @@ def test_rates_tuned_on_the_first_seed(
 
 
 def test_line_of_an_older_file_has_the_defaults_of_what_it_does_not_say(tmp_path: Path) -> None:
-    recipe = finetuning.Recipe("minilm", "lora", 0, 1e-3, 2, 4, 16, 2, 2)
-    key = finetuning.key("cola", recipe)
+    key = finetuning.key("cola", finetuning.Recipe("minilm", "lora", 0, 1e-3, 2, 4, 16, 2, 2))
     record = finetuning.Record(tmp_path / "runs.jsonl", {})
     record.add({name: value for name, value in key.items() if name not in ("targets", "lora_dropout")} | {"score": 1.0})
-    other = {**key, "lora_dropout": 0.1}
-    found = record.find([key, other])
+    found = record.find([key, {**key, "lora_dropout": 0.1}])
     assert found[0] is not None and found[0]["score"] == 1.0 and found[1] is None
 
 
@@ -240,9 +223,8 @@ def test_hub_has_every_task(monkeypatch: pytest.MonkeyPatch) -> None:
     def load_dataset(name: str, config: str) -> dict[str, list[dict[str, object]]]:
         assert name == "nyu-mll/glue" and config in glue_tasks.TASKS
         made = [{**rows, "label": label} for label in ([1.0, 2.5, 4.0] if config == "stsb" else [0, 1, 2])]
-        if config == "mnli":
-            return {"train": made, "validation_matched": made, "validation_mismatched": made, "test_matched": made}
-        return {"train": made, "validation": made, "test": made}
+        mnli = ("train", "validation_matched", "validation_mismatched", "test_matched")
+        return dict.fromkeys(mnli if config == "mnli" else ("train", "validation", "test"), made)
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
@@ -276,18 +258,21 @@ def test_tables_keep_unlike_runs_apart_and_mark_unequal_ones() -> None:
     assert "10.00 (0.001)*" in lines[2] and "6.00 (0.01) " in lines[4]
 
 
-def test_a_model_without_its_weights_is_refused(root: Path, tmp_path: Path, tiny: None) -> None:
-    """Random ones stood in for those of the hub, as in a benchmark of speed."""
-    size = ["--steps", "1", "--batch", "2", "--tasks", "cola", "--out", str(tmp_path / "runs.jsonl"), "--device", "cpu"]
-    with pytest.raises(SystemExit, match="--model: expected trained weights of deberta-v3-base, got random weights"):
-        glue.main(["--data", str(root), "--model", "deberta-v3-base", *size])
-    with pytest.raises(SystemExit, match="--model: expected trained weights, got llama2-7b"):
-        glue.main(["--data", str(root), "--model", "llama2-7b", *size])
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ("--batch 41", "glue: --batch: expected at most the 40 rows of cola, got 41"),
+        # random weights stood in for those of the hub, as in a benchmark of speed
+        ("--model deberta-v3-base", "--model: expected trained weights of deberta-v3-base, got random weights"),
+        ("--model llama2-7b", "--model: expected trained weights, got llama2-7b"),
+    ],
+)
+def test_what_data_and_model_lack_is_told_in_one_line(series: Series, more: str, message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        series(more)
 
 
 def test_a_model_of_another_kind_is_refused(root: Path, tmp_path: Path) -> None:
-    texts = ["some words", "and others"]
-    causal = save_causal(tmp_path / "model", texts)
-    size = ["--steps", "1", "--batch", "2", "--tasks", "cola", "--out", str(tmp_path / "runs.jsonl"), "--device", "cpu"]
+    causal = save_causal(tmp_path / "model", ["some words", "and others"])
     with pytest.raises(SystemExit, match="--model: expected a text model, got .* of causal kind"):
-        glue.main(["--data", str(root), "--model", str(causal), *size])
+        glue.main(["--data", str(root), "--model", str(causal), "--out", str(tmp_path / "runs.jsonl"), *SHORT.split()])

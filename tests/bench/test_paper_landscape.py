@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import pytest
 import torch
+from bench_cases import rows_of
 
 from benchmarks.paper import landscape
 from benchmarks.paper.landscape import Regression, Row
@@ -44,8 +44,7 @@ def test_refactoring_lowers_the_bounds_and_affords_a_larger_and_better_step(seed
 def test_the_branch_with_known_smoothness_reaches_zero_and_meets_the_balanced_one() -> None:
     problem = Regression.draw(*SIZE, 0, 4.0)
     unit = landscape.unit(problem)
-    G, L = problem.gradient, problem.smoothness
-    floor = problem.loss(problem.B @ problem.A) - float(G.square().sum()) / (2 * L)
+    floor = problem.loss(problem.B @ problem.A) - float(problem.gradient.square().sum()) / (2 * problem.smoothness)
     for share in (0.01, 0.2, 0.49):
         known = landscape.step(problem, "RefLoRA, L known", share * unit)
         assert known.alternative == pytest.approx(floor, rel=1e-6)
@@ -72,13 +71,12 @@ def test_balanced_choice_is_the_least_of_the_alternative_bound() -> None:
 
 def test_alternative_bound_as_printed_dips_below_the_loss() -> None:
     """Why `proved` stands beside it: with `x < 2 t` the completed square of equation 7 is no bound."""
-    problem = Regression.draw(*SIZE, 0, 4.0)
-    assert any(row.alternative < row.loss for row in rows(problem, "LoRA"))
+    assert any(row.alternative < row.loss for row in rows(Regression.draw(*SIZE, 0, 4.0), "LoRA"))
 
 
 def test_program_writes_its_rows_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     landscape.main(["--points", "7", "--out", str(tmp_path)])
-    written = list(csv.DictReader((tmp_path / "landscape.csv").open()))
+    written = rows_of(tmp_path / "landscape.csv")
     assert len(written) == 21 and {row["method"] for row in written} == set(landscape.METHODS)
     assert (tmp_path / "landscape.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "landscape.svg").read_text()

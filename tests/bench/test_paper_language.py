@@ -40,9 +40,9 @@ def test_a_series_resumes_and_its_table_and_figure_have_every_start(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = save_causal(tmp_path / "model", language_tasks.questions(root))
-    out = tmp_path / "runs.jsonl"
-    size = ["--model", str(model), "--steps", "3", "--batch", "2", "--length", "24", "--rank", "2", "--device", "cpu"]
-    some = ["--data", str(root), *size, "--lrs", "1e-3", "1e-2", "1e-1", "--out", str(out)]
+    out, figure = tmp_path / "runs.jsonl", tmp_path / "runs.png"
+    size = "--steps 3 --batch 2 --length 24 --rank 2 --device cpu --lrs 1e-3 1e-2 1e-1"
+    some = ["--data", str(root), "--model", str(model), "--out", str(out), *size.split()]
     language.main([*some, "--methods", "lora"])
     language.main([*some, "--methods", "lora", "reflora"])
     language.main([*some, "--methods", "reflora", "reflora-s", "--plain-steps", "0"])
@@ -54,20 +54,19 @@ def test_a_series_resumes_and_its_table_and_figure_have_every_start(
     capsys.readouterr()
     language.main([*some, "--methods", "lora", "reflora", "reflora-s", "--table"])
     printed = capsys.readouterr().out
-    whole = out.with_suffix(".png").read_bytes()
+    whole = figure.read_bytes()
     language.main([*some, "--methods", "lora", "--table"])
-    assert out.with_suffix(".png").read_bytes() == whole, "a figure of one method took the place of all"
+    assert figure.read_bytes() == whole, "a figure of one method took the place of all"
     assert ": 12 runs, the last on" in printed
     for name in ("LoRA ", "RefLoRA ", "RefLoRA, exact from B = 0", "RefLoRA-S, exact from B = 0"):
         assert f"\n{name}" in printed
-    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert whole.startswith(b"\x89PNG")
 
 
 def test_the_loss_is_the_mean_over_all_tokens(root: Path, tmp_path: Path) -> None:
     """Of texts of unlike lengths, in batches of any size: padding counts for nothing."""
     texts = [example.text for example in language_tasks.load("commonsense", root).eval]
-    path = save_causal(tmp_path / "model", texts)
-    recipe = finetuning.Recipe(str(path), "lora", 0, 1e-3, 1, 2, 32, 2, 2)
+    recipe = finetuning.Recipe(str(save_causal(tmp_path / "model", texts)), "lora", 0, 1e-3, 1, 2, 32, 2, 2)
     run = finetuning.build(recipe, 1, CPU, kind="causal")
     examples = [data.Example(text[: 20 + 15 * place], 0) for place, text in enumerate(texts)]
     total, count = 0.0, 0
@@ -101,12 +100,8 @@ def test_table_marks_a_best_rate_inside_and_at_the_end() -> None:
 
 def test_losses_are_compared_seed_by_seed() -> None:
     lora = [run_of(1e-3, loss, method="lora", seed=seed) for seed, loss in enumerate((2.0, 4.0))]
-    runs = [
-        run_of(1e-3, 2.02),
-        run_of(1e-3, 4.12, seed=1),
-        run_of(1e-3, 9.0, seed=2),
-        run_of(1e-3, None, plain_steps=9),
-    ]
+    runs = [run_of(1e-3, loss, seed=seed) for seed, loss in enumerate((2.02, 4.12, 9.0))]
+    runs.append(run_of(1e-3, None, plain_steps=9))
     assert language.above_lora([*runs, *lora]) == {"RefLoRA": {1e-3: pytest.approx(2.0)}}
     broken = [run_of(1e-2, 5.0, method="lora"), run_of(1e-2, 4.0)]
     assert language.above_lora([*runs, *lora, *broken]) == language.above_lora([*runs, *lora])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -57,12 +58,9 @@ def test_kernels_of_a_trace() -> None:
     assert found["gram_kernel"].args == {"grid": [4, 1, 2]} and profile.kernels([])[0].times == []
 
 
-class Copies:
-    bytes, seconds = 1000, 1e-9 * 1000 / 3000  # 3000 GB/s
-
-
 def test_measurements_and_their_table() -> None:
-    rows = profile.measurements("case", "reflora", profile.kernels(EVENTS), 1000, Copies())  # type: ignore[arg-type]
+    copies = SimpleNamespace(bytes=1000, seconds=1e-9 * 1000 / 3000)  # 3000 GB/s
+    rows = profile.measurements("case", "reflora", profile.kernels(EVENTS), 1000, copies)  # type: ignore[arg-type]
     found = {(row.method.removeprefix("RefLoRA: "), row.metric): row.summary.p50 for row in rows}
     assert found[UPDATE, "bytes to move"] == pytest.approx(28e-3)
     assert found[UPDATE, "bandwidth"] == pytest.approx((28e3 / 10e-6 + 28e3 / 20e-6) / 2 / 1e9)
@@ -95,5 +93,4 @@ def test_a_step_is_seen(tmp_path: Path) -> None:
     for name in ("LoRA: fused AdamW", "RefLoRA: gram_kernel", "RefLoRA: update_kernel", "RefLoRA-S: turn_kernel"):
         assert name in text
     options = argparse.Namespace(bare=True, methods=["reflora"], steps=2, device=torch.device("cuda"))
-    copies = profile.probes.Copies(options.device, 64)
-    assert profile.measure(options, "minilm", 8, copies) == []
+    assert profile.measure(options, "minilm", 8, profile.probes.Copies(options.device, 64)) == []

@@ -48,8 +48,7 @@ def test_innermost_loop_is_counted(text: Callable[[], str]) -> None:
     """The outer loop is not innermost, the one behind EXIT is a subroutine, the forward branch is none."""
     (loop,) = sass.elimination_loops(text())
     assert (loop.body[0].address, loop.body[-1].address, loop.rounds) == (0x30, 0x80, 1)
-    counts = {kind: number for kind, number in loop.counts().items() if number}
-    assert counts == {"DFMA": 1, "SHFL": 1, "total": 6}
+    assert {kind: number for kind, number in loop.counts().items() if number} == {"DFMA": 1, "SHFL": 1, "total": 6}
     assert loop.function() == ("?" if text() == LISTING else "test_sass.labelled")
 
 
@@ -61,19 +60,8 @@ def test_a_kernel_from_the_cache_of_a_copy_that_is_gone() -> None:
 
 
 def test_unrolled_loop_counts_its_pivots() -> None:
-    once = LISTING.replace(
-        "        /*0070*/                   SHFL.BFLY PT, R3, R2, 0x8, 0x1f ;", "        /*0070*/  MUFU.RCP R3, R2 ;"
-    )
-    (loop,) = sass.elimination_loops(once)
+    (loop,) = sass.elimination_loops(LISTING.replace("SHFL.BFLY PT, R3, R2, 0x8, 0x1f ;", "MUFU.RCP R3, R2 ;"))
     assert loop.rounds == 2
-
-
-def program(module: str, *arguments: str) -> list[dict[str, object]]:
-    """Rows that a program prints as JSON, in a process of its own."""
-    command = [sys.executable, "-m", f"benchmarks.{module}", "--json", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def loops_of(kernel: str, rank_class: int) -> list[sass.Row]:
@@ -98,20 +86,15 @@ def test_a_pivot_of_the_step_is_short() -> None:
 
 
 def test_table_has_every_architecture_and_its_limit() -> None:
+    """As the program prints it, in a process of its own."""
     capabilities = ",".join(map(str, compile_table.CAPABILITIES))
-    rows = program(
-        "compile_table",
-        "--kernels",
-        "apply",
-        "--classes",
-        "16",
-        "--precisions",
-        "float32",
-        "--capabilities",
-        capabilities,
-    )
+    chosen = f"--json --kernels apply --classes 16 --precisions float32 --capabilities {capabilities}"
+    command = [sys.executable, "-m", "benchmarks.compile_table", *chosen.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(row["capability"], row["limit"]) for row in rows] == list(compile_table.SHARED_LIMITS.items())
-    assert all(row["fits"] == "yes" and row["registers"] > 0 for row in rows)  # type: ignore[operator]
+    assert all(row["fits"] == "yes" and row["registers"] > 0 for row in rows)
 
 
 def test_table_names_the_kernels_of_the_package() -> None:

@@ -103,7 +103,7 @@ def test_further_pairs_are_checked(cls: Callable[..., Any]) -> None:
 
 @by_class
 @pytest.mark.parametrize("lacks", ["a step", "a gradient"])
-def test_a_pair_of_which_one_factor_lacks_one_is_named_once(cls: Callable[..., Any], lacks: str) -> None:
+def test_a_pair_in_half_is_named_once(cls: Callable[..., Any], lacks: str) -> None:
     model = build()
     pairs = reflora.find_pairs(model)
     left_out = pairs[0].B if lacks == "a step" else None

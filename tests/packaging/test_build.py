@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tarfile
 import zipfile
@@ -13,16 +12,10 @@ from email import message_from_bytes
 from pathlib import Path
 
 import pytest
+from processes import ROOT, printed, run
 
-ROOT = Path(__file__).parents[2]
 PARTS = ["reflora", "csrc", "setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in"]
 PARTS += ["LICENSE", "README.md", "CHANGELOG.md"]
-
-
-def run(command: list[str], cwd: Path, **env: str | None) -> subprocess.CompletedProcess[str]:
-    """`command` with `env` on top of the environment; None unsets a variable."""
-    merged = {key: value for key, value in {**os.environ, **env}.items() if value is not None}
-    return subprocess.run(command, cwd=cwd, env=merged, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +28,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copytree(source, copy / part, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
         else:
             shutil.copy(source, copy / part)
-    done = run([sys.executable, "setup.py", "-q", "sdist"], copy)
-    assert done.returncode == 0, done.stderr
+    printed([sys.executable, "setup.py", "-q", "sdist"], copy)
     (archive,) = (copy / "dist").iterdir()
     with tarfile.open(archive) as tar:
         tar.extractall(copy / "unpacked")
@@ -52,8 +44,7 @@ def test_sdist_holds_what_a_build_needs(sdist: Path) -> None:
 
 def test_pure_python_wheel(sdist: Path, tmp_path: Path) -> None:
     options = ["--no-build-isolation", "--no-deps", "-w", str(tmp_path)]
-    done = run([sys.executable, "-m", "pip", "wheel", *options, str(sdist)], tmp_path, REFLORA_NO_CPP="1")
-    assert done.returncode == 0, done.stdout + done.stderr
+    printed([sys.executable, "-m", "pip", "wheel", *options, str(sdist)], tmp_path, REFLORA_NO_CPP="1")
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -77,32 +68,28 @@ from reflora.backends import load, resolve
 cpu = torch.device("cpu")
 print(json.dumps([reflora.__file__, resolve(None, cpu).NAME, load("cpp").unavailable(cpu)]))
 """
-    done = run([sys.executable, "-c", program], tmp_path, PYTHONPATH=str(tmp_path / "site"))
-    assert done.returncode == 0, done.stderr
-    file, backend, reason = json.loads(done.stdout)
+    python = [sys.executable, "-c", program]
+    file, backend, reason = json.loads(printed(python, tmp_path, PYTHONPATH=str(tmp_path / "site")))
     assert file.startswith(str(tmp_path)) and backend == "torch" and "REFLORA_NO_CPP" in reason
 
     # in the source tree, which a program in its folder imports before what is installed
-    done = run([sys.executable, "-c", program], sdist, PYTHONPATH=str(sdist))
-    assert done.returncode == 0, done.stderr
-    _, backend, reason = json.loads(done.stdout)
+    _, backend, reason = json.loads(printed(python, sdist, PYTHONPATH=str(sdist)))
     assert backend == "torch" and "source tree" in reason and "pip install -e ." in reason
     assert "_C" in reason  # what the import said: a core may be there and not load
 
 
-@pytest.mark.parametrize("how", ["CXX points nowhere", "none on the PATH"])
-def test_one_clear_line_without_a_compiler(sdist: Path, tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize("found", ["CXX=/nonexistent/c++", "none on the PATH"])
+def test_one_clear_line_without_a_compiler(sdist: Path, tmp_path: Path, found: str) -> None:
     places = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     for name in ("cmake", "ninja"):
         program = shutil.which(name, path=places)
         assert program is not None, f"{name} is needed to build"
         (tmp_path / name).symlink_to(program)
-    env = {"CXX": "/nonexistent/c++"} if how.startswith("CXX") else {"CXX": None, "PATH": str(tmp_path)}
+    env = {"CXX": "/nonexistent/c++"} if "CXX" in found else {"CXX": None, "PATH": str(tmp_path)}
     shutil.rmtree(sdist / "build", ignore_errors=True)
     done = run([sys.executable, "setup.py", "-q", "build_ext"], sdist, **env)
     assert done.returncode != 0
     (line,) = [line for line in (done.stdout + done.stderr).splitlines() if "warning" not in line.lower()]
-    found = "CXX=/nonexistent/c++" if "CXX" in how else "none on the PATH"
     assert line.startswith(f"error: reflora: expected a C++20 compiler, found {found}; install ")
     assert "set REFLORA_NO_CPP=1" in line
 
@@ -120,15 +107,13 @@ def mapped(*words):
 
 def test_core_loads_without_torch() -> None:
     program = f"{MAPPED}import reflora._C\nprint(mapped('torch', 'libc10'), 'torch' in sys.modules)"
-    done = run([sys.executable, "-c", program], ROOT)
+    done = run([sys.executable, "-c", program])
     assert (done.stdout.strip(), done.stderr) == ("[] False", "")
 
 
 def test_core_shares_the_openmp_runtime_of_torch() -> None:
     report = "print(json.dumps(mapped('gomp', 'iomp', 'libomp')))"
     program = f"{MAPPED}import torch\n{report}\nimport reflora._C\n{report}"
-    done = run([sys.executable, "-c", program], ROOT)
-    assert done.returncode == 0, done.stderr
-    before, after = map(json.loads, done.stdout.splitlines())
+    before, after = map(json.loads, printed([sys.executable, "-c", program]).splitlines())
     assert after == before
     assert before or not Path("/proc/self/maps").exists()

@@ -15,7 +15,6 @@ import os
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +23,10 @@ import page_cases
 import pytest
 import torch
 import yaml
+from processes import ROOT, printed
 
 import reflora
 
-ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", *sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^(<!-- needs a GPU -->\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # their sections are programs by themselves
@@ -72,11 +71,10 @@ COMMANDS = {
 }  # fmt: skip
 
 
-def run(command: list[str], folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
+def run(command: list[str], folder: Path, **env: str) -> str:
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     default = {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
-    merged = {**os.environ, **default, **env}
-    return subprocess.run(command, cwd=folder, env=merged, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    return printed(command, folder, **{**default, **env})
 
 
 def program(unit: str, gpu: bool) -> str:
@@ -100,27 +98,25 @@ def test_every_program_has_what_it_takes_as_given() -> None:
     assert set(UNITS) == set(page_cases.GIVEN) and len(UNITS) > 12
 
 
+def job(unit: str, folder: Path, gpu: bool = False) -> tuple[str, str, str]:
+    page = folder / "page.py"
+    page.write_text(program(unit, gpu))
+    return unit, str(page), str(folder)
+
+
 def run_pages(jobs: list[list[tuple[str, str, str]]], place: Path, **env: str) -> dict[str, dict[str, str]]:
     (place / "jobs.json").write_text(json.dumps(jobs))
     command = [sys.executable, str(ROOT / "tests/page_cases.py"), str(place / "jobs.json"), str(place / "out.json")]
-    done = run(command, place, **env)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run(command, place, **env)
     return json.loads((place / "out.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
     """Of every unit: those that set a process up for themselves have one each, the others share one."""
-    place = tmp_path_factory.mktemp("pages")
-    jobs: list[list[tuple[str, str, str]]] = []
-    for units in [*([unit] for unit in UNITS if unit in ALONE), [unit for unit in UNITS if unit not in ALONE]]:
-        jobs.append([])
-        for unit in units:
-            folder = place / str(UNITS.index(unit))
-            folder.mkdir()
-            (folder / "page.py").write_text(program(unit, gpu=False))
-            jobs[-1].append((unit, str(folder / "page.py"), str(folder)))
-    return run_pages(jobs, place)
+    made = {unit: job(unit, tmp_path_factory.mktemp("page")) for unit in UNITS}
+    alone = [[made.pop(unit)] for unit in UNITS if unit in ALONE]
+    return run_pages([*alone, list(made.values())], tmp_path_factory.mktemp("pages"))
 
 
 @pytest.mark.xdist_group("pages")
@@ -178,8 +174,7 @@ def test_commands(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -
         assert words[0] == "-m" and run_module(words[1], words[2:])
         return
     starts = {"make": ["make", "-n", "-C", str(ROOT)], "pip": [sys.executable, "-m", "pip"], "python": [sys.executable]}
-    done = run([*starts[first], *words], folder)
-    assert done.returncode == 0 and done.stdout, done.stderr[-3000:]
+    assert run([*starts[first], *words], folder)
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if BIG.match(command)])
@@ -196,7 +191,6 @@ def test_benchmarks_of_large_models(command: str, tiny: None, tmp_path: Path) ->
 @pytest.mark.gpu
 @pytest.mark.parametrize("unit", sorted({block.unit for block in BLOCKS if block.needs_gpu}))
 def test_python_on_a_gpu(unit: str, tmp_path: Path) -> None:
-    (tmp_path / "page.py").write_text(program(unit, gpu=True))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-    found = run_pages([[(unit, str(tmp_path / "page.py"), str(tmp_path))]], tmp_path, CUDA_VISIBLE_DEVICES=visible)
+    found = run_pages([[job(unit, tmp_path, gpu=True)]], tmp_path, CUDA_VISIBLE_DEVICES=visible)
     assert found[unit]["error"] == ""

@@ -24,6 +24,5 @@ def test_every_row_names_a_test(page: str, tables: int, least: int) -> None:
 @pytest.mark.parametrize("file, name, gpu", NAMED)
 def test_row_is_a_test(file: str, name: str, gpu: str) -> None:
     source = next((ROOT / "tests").rglob(file)).read_text()
-    functions = [node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
-    assert name in functions
+    assert name in [node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
     assert bool(gpu) == ("pytestmark = pytest.mark.gpu" in source)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-import subprocess
 from importlib import import_module
 from pathlib import Path
 
+import processes
 import pytest
 
 from benchmarks import kernels
 
-ROOT = Path(__file__).parents[2]
 PARTS = "build compile smoke pytest memcheck racecheck step profile throughput eigh compare memory llama ncu glue"
 STUB = """#!/usr/bin/env bash
 name=${0##*/}
@@ -29,42 +28,40 @@ def run(folder: Path, without: str = "", **settings: str) -> tuple[int, list[lis
     But for `timeout`, which goes on to what it is to run.
     """
     tools = folder / "tools"
-    tools.mkdir()
+    tools.mkdir(parents=True)
     for name in {"python", "ncu", "compute-sanitizer", "nvidia-smi", "timeout"} - set(without.split()):
         (tools / name).write_text(STUB + 'shift 5; "$@"\n' * (name == "timeout"))
         (tools / name).chmod(0o755)
-    env = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": str(tools / "python")}
-    env.update(COMMANDS=str(folder / "commands"), DATA=str(folder), **settings)
-    out = folder / "out"
-    done = subprocess.run([".ci/gpu", str(out)], cwd=ROOT, env=env, capture_output=True, text=True)
-    commands = [shlex.split(line) for line in (folder / "commands").read_text().splitlines()]
-    return done.returncode, commands, (out / "summary.txt").read_text()
+    out, called = folder / "out", folder / "commands"
+    env = {"PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": str(tools / "python"), "COMMANDS": str(called)}
+    done = processes.run([".ci/gpu", str(out)], DATA=str(folder), **env, **settings)
+    return done.returncode, list(map(shlex.split, called.open())), (out / "summary.txt").read_text()
 
 
-def parse(monkeypatch: pytest.MonkeyPatch, module: str, arguments: list[str]) -> None:
-    """Leaves with SystemExit where the module would not take these arguments."""
-    for program in kernels.PROGRAMS:
-        monkeypatch.setattr(program, "run", lambda parser, options: None)
-    loaded = import_module(module)
-    (loaded.main if loaded is kernels else loaded.parse)(arguments)
-
-
-def test_every_part_runs_a_command_that_parses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_part_runs_a_command_that_parses_and_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, commands, summary = run(tmp_path, PARTS=PARTS)
     assert code == 0, summary
     for part in [*PARTS.split(), "glue-table"]:
         assert f"==== {part}: ok in " in summary
+    for program in kernels.PROGRAMS:
+        monkeypatch.setattr(program, "run", lambda parser, options: None)
     modules = []
     for name, *arguments in commands:
         if "-m" in arguments and name != "timeout":
-            at = arguments.index("-m")
-            modules.append((name, arguments[at + 1]))
-            if arguments[at + 1] == "pytest":
-                assert all((ROOT / a).is_file() for a in arguments if a.startswith("tests/"))
-            else:
-                parse(monkeypatch, arguments[at + 1], arguments[at + 2 :])
+            module, *options = arguments[arguments.index("-m") + 1 :]
+            modules.append((name, module))
+            if module == "pytest":
+                assert all((processes.ROOT / option).is_file() for option in options if option.startswith("tests/"))
+            else:  # leaves with SystemExit where the module would not take these options
+                loaded = import_module(module)
+                (loaded.main if loaded is kernels else loaded.parse)(options)
     assert modules.count(("python", "benchmarks.paper.glue")) == 5 * 3 + 1
     assert modules.count(("ncu", "benchmarks.kernels")) == modules.count(("compute-sanitizer", "pytest")) == 2
+    # so that pytest and the benchmarks report what they have; but what runs in the background ignores an interrupt
+    limits = [command for command in commands if command[0] == "timeout"]
+    for command in limits:
+        assert command[1:5] == ["-s", "TERM" if "bash" in command else "INT", "-k", "10"]
+    assert len(limits) > 10
 
 
 @pytest.mark.skipif(bool(shutil.which("ncu", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")), reason="ncu is there")
@@ -75,21 +72,11 @@ def test_a_tool_that_is_missing_is_said(tmp_path: Path) -> None:
     assert [command[0] for command in commands] == ["nvidia-smi", "python", "timeout", "python"]
 
 
-def test_what_runs_out_of_time_is_interrupted(tmp_path: Path) -> None:
-    """So that pytest and the benchmarks report what they have; but what runs in the background ignores an interrupt."""
-    limits = [command for command in run(tmp_path, PARTS=PARTS)[1] if command[0] == "timeout"]
-    for command in limits:
-        assert command[1:5] == ["-s", "TERM" if "bash" in command else "INT", "-k", "10"]
-    assert len(limits) > 10
-
-
 def test_a_part_that_fails_is_reported_and_the_others_run(tmp_path: Path) -> None:
     # the first of 15 in the background: long gone when the last one starts
     code, commands, summary = run(tmp_path, PARTS="step eigh glue", BROKEN="--tasks cola --seeds 0")
     assert code == 1
     assert "==== glue: failed (1) in " in summary and "==== glue-table: ok in " in summary
     assert [command[0] for command in commands].count("python") == 1 + 2 + 16
-    for folder in ("first", "second"):
-        (tmp_path / folder).mkdir()
     assert "==== step: failed (3) in " in run(tmp_path / "first", PARTS="step eigh", BROKEN="kernels step")[2]
     assert "==== eigh: out of time in " in run(tmp_path / "second", PARTS="step eigh", DEADLINE="-1")[2]

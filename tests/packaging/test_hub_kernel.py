@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import ast
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import ROOT, printed
 
-ROOT = Path(__file__).parents[2]
 # two optimizers of the same state, one of each copy, compiled: an operator of one must not be the other's
 PROGRAM = """
 import sys
@@ -54,8 +52,7 @@ print("ok")
 @pytest.fixture(scope="module")
 def staged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("hub") / "kernel"
-    done = subprocess.run([sys.executable, str(ROOT / ".ci/hub_kernel.py"), str(out)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    printed([sys.executable, ".ci/hub_kernel.py", str(out)])
     return out
 
 
@@ -84,8 +81,5 @@ def test_it_loads_and_computes_beside_the_installed_package(staged: Path, tmp_pa
     assert kernels._rust.Build.open(staged)  # raises for what kernel-builder would not take
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    done = subprocess.run(
-        [sys.executable, str(program), str(staged)], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-    assert (done.returncode, done.stdout.strip()) == (0, "ok"), done.stderr[-3000:]
+    command = [sys.executable, str(program), str(staged)]
+    assert printed(command, PYTHONPATH=str(ROOT), HF_HUB_OFFLINE="1").strip() == "ok"

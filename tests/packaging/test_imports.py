@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from processes import ROOT, run
 
-ROOT = Path(__file__).parents[2]
 # a module imports its own top-level name and the rows above, nothing beside it or below; imports inside functions
 # count, imports for type checkers alone do not
 LAYERS = (
@@ -32,8 +31,6 @@ LAYERS = (
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-# only these look modules up by name, where ast cannot follow
-DYNAMIC = {"__init__.py", "backends/__init__.py"}
 HEAVY = ["triton", "peft", "transformers"]
 MODULES = sorted((ROOT / "reflora").rglob("*.py"))
 
@@ -74,22 +71,19 @@ def test_imports_run_one_way(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "source"),
+    ("name", "source", "count"),
     [
-        ("plan.py", "from .backends import resolve"),
-        ("optim/wrapper.py", "def f():\n    from ..integrations.peft import find_pairs"),
-        ("kernels/pair.py", "from ..backends import FRESH"),
-        ("pairs.py", "import reflora.plan"),
-        ("engine.py", "from reflora import linalg"),
-        ("backends/__init__.py", "from .. import surprise"),
+        ("plan.py", "from .backends import resolve", 1),
+        ("optim/wrapper.py", "def f():\n    from ..integrations.peft import find_pairs", 1),
+        ("kernels/pair.py", "from ..backends import FRESH", 1),
+        ("pairs.py", "import reflora.plan", 1),
+        ("engine.py", "from reflora import linalg", 1),
+        ("backends/__init__.py", "from .. import surprise", 1),
+        ("kernels/adamw.py", "if TYPE_CHECKING:\n    from ..backends import AdamWStep", 0),
     ],
 )
-def test_imports_the_other_way_are_refused(name: str, source: str) -> None:
-    assert len(refused(source, name)) == 1
-
-
-def test_imports_for_type_checkers_are_free() -> None:
-    assert refused("if TYPE_CHECKING:\n    from ..backends import AdamWStep", "kernels/adamw.py") == []
+def test_imports_the_other_way_are_refused_but_for_type_checkers(name: str, source: str, count: int) -> None:
+    assert len(refused(source, name)) == count
 
 
 def test_names_only_in_init() -> None:
@@ -98,8 +92,9 @@ def test_names_only_in_init() -> None:
 
 
 def test_modules_are_looked_up_by_name_in_two_places_only() -> None:
+    """There ast cannot follow."""
     found = {relative(p) for p in MODULES if re.search(r"\b(import_module|__import__)\(", p.read_text())}
-    assert found == DYNAMIC
+    assert found == {"__init__.py", "backends/__init__.py"}
 
 
 def test_core_never_includes_torch() -> None:
@@ -126,7 +121,7 @@ def test_baselines_never_import_reflora() -> None:
 )
 def test_import_stays_light(statement: str, absent: list[str]) -> None:
     program = f"{statement}; import sys; print([m for m in {absent} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    done = run([sys.executable, "-c", program])
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
 

@@ -41,9 +41,8 @@ def test_names_of_deep_models_are_shortened() -> None:
     for name, parameter in model.named_parameters():
         if "lora_A" in name and not name.endswith("0.39.lora_A.default.weight"):
             parameter.requires_grad_(False)
-    with pytest.warns(
-        UserWarning, match=r"^39 LoRA pair.s. are stepped without RefLoRA .*, \.\.\.\): only B is trained"
-    ) as told:
+    message = r"^39 LoRA pair.s. are stepped without RefLoRA .*, \.\.\.\): only B is trained"
+    with pytest.warns(UserWarning, match=message) as told:
         reflora.find_pairs(model)
     assert len(str(told[0].message)) < 300
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import inspect
-import os
 import re
-import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from processes import ROOT, printed
 
 import reflora
 
-ROOT = Path(__file__).parents[2]
 MARKDOWN = [p for folder in ("", "docs", "benchmarks") for p in (ROOT / folder).glob("**/*.md" if folder else "*.md")]
 
 
@@ -42,9 +40,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("mkdocs")
     out = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(out)]
-    env = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    printed(command, NO_MKDOCS_2_WARNING="1")
     return out
 
 

@@ -2,23 +2,17 @@
 
 import os
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 from conftest import needs_compiler
+from processes import printed
 
-ROOT = Path(__file__).parents[2]
 # of CMakeLists.txt
 FLAGS = ("-std=c++20", "-Wall", "-Wextra", "-Wno-psabi", "-Werror", "-fsyntax-only", "-DREFLORA_ISA=base")
 
 
 @needs_compiler
 def test_kernels_compile_without_a_warning(tmp_path):
-    columns = subprocess.run([sys.executable, str(ROOT / "reflora" / "columns.py")], capture_output=True, check=True)
-    (tmp_path / "columns.h").write_bytes(columns.stdout)
+    (tmp_path / "columns.h").write_text(printed([sys.executable, "reflora/columns.py"]))
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))))
-    done = subprocess.run(
-        [compiler, *FLAGS, f"-I{tmp_path}", str(ROOT / "csrc" / "kernels.cpp")], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[:3000]
+    printed([compiler, *FLAGS, f"-I{tmp_path}", "csrc/kernels.cpp"])
