@@ -5,29 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import device_of
-from rows import (
-    BF16,
-    DOUBLE,
-    FLOAT,
-    HALF,
-    OTHERS,
-    PLAIN_ADAMW,
-    STORED,
-    WIDE,
-    Rows,
-    check_step,
-    grads_like,
-    layers,
-    pair,
-    same,
-)
+from rows import BF16, DOUBLE, FLOAT, OTHERS, PLAIN_ADAMW, STORED, Rows, check_step, grads_like, layers, pair, same
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reflora import columns as col
 from reflora.backends import AdamWStep, load
 from reflora.columns import DEGENERATE, PLAIN, REFACTORED, SKIPPED
 from reflora.constants import START_STEPS
-from reflora.optim.state import MASTER, PHASE, SAVED, STEPS
+from reflora.optim.state import MASTER, PHASE, SAVED, STEPS, Storage
 from reflora.pairs import LoRAPair
 from reflora.reference import Hypers
 
@@ -182,7 +167,7 @@ def test_unchecked_gradients_that_are_nan_count_as_zero(every_backend, options):
 @pytest.mark.parametrize(
     "options, dtype",
     [*((options, FLOAT) for options in UNCHECKED), (UNCHECKED[0], BF16),
-     pytest.param(UNCHECKED[1], HALF, marks=pytest.mark.thorough)], ids=str,
+     pytest.param(UNCHECKED[1], torch.float16, marks=pytest.mark.thorough)], ids=str,
 )  # fmt: skip
 def test_unchecked_gradients_past_the_range_leave_factors_and_moments_finite(every_backend, options, dtype):
     start = layers(4, dtype)[:3]
@@ -196,7 +181,7 @@ def test_unchecked_gradients_past_the_range_leave_factors_and_moments_finite(eve
         assert (rows.step(grads, check=False, **options)[:, col.STATUS] != SKIPPED).all()
         assert all(t.isfinite().all() for t in rows.tensors())
         # squares fit, so that v forgets them again
-        assert dtype == HALF or all(float(v.max()) < 1e37 for v in rows.own("A", "exp_avg_sq"))
+        assert dtype == torch.float16 or all(float(v.max()) < 1e37 for v in rows.own("A", "exp_avg_sq"))
     with torch.no_grad():
         rows.pairs[1].A[0, 0] = torch.nan
     assert rows.step(grads_like(start), check=False, **options)[1, col.STATUS] == SKIPPED
@@ -321,7 +306,7 @@ class NothingIsRead(TorchDispatchMode):
 def test_the_host_reads_nothing_from_the_device(options):
     """By the backend of torch operations, which serves any device; test_gpu.py has the others."""
     start = layers(4, BF16)
-    rows = Rows(start, "torch", OTHERS, WIDE)
+    rows = Rows(start, "torch", OTHERS, Storage(moments=True))
     scalars = {"found_inf": torch.tensor(0.0), "grad_scale": torch.tensor(2.0), "lrs": (torch.tensor(1e-3), None)}
     first, second = grads_like(start), grads_like(start)
     rows.step(first, **options, **scalars)

@@ -5,22 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import device_of
-from rows import (
-    BF16,
-    DOUBLE,
-    FLOAT,
-    HALF,
-    OTHERS,
-    PLAIN_ADAMW,
-    STORED,
-    WIDE,
-    WITH_MASTER,
-    Rows,
-    grads_like,
-    layers,
-    pair,
-    same,
-)
+from rows import BF16, FLOAT, OTHERS, PLAIN_ADAMW, STORED, WIDE, WITH_MASTER, Rows, grads_like, layers, pair, same
 from test_rounding import plain_round
 
 from reflora import columns as col
@@ -32,7 +17,7 @@ WIDER = "float64", "float16", "bfloat16, master"
 SCALAR = pytest.mark.parametrize("scalar", [False, True], ids=["full", "scalar"])
 
 
-@pytest.mark.parametrize("dtype", [BF16, HALF], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
 def test_master_weights_are_the_weights_of_a_float32_run(every_backend, dtype):
     """S is found from the rounded factors: where it is I, nothing tells the two apart."""
     start = layers(4, dtype)[:6]
@@ -139,7 +124,7 @@ def check_carried(backend, start, storage=None, scaled=True, **options):
         assert same(*([result] for result in results)) and same(carried, fresh), number
 
 
-@pytest.mark.parametrize("dtype", [FLOAT, DOUBLE], ids=str)
+@pytest.mark.parametrize("dtype", [FLOAT, torch.float64], ids=str)
 def test_carried_grams_are_the_fresh_ones(every_backend, dtype):
     check_carried(every_backend, layers(4, dtype), scaled=dtype == FLOAT)
 
@@ -157,7 +142,7 @@ def test_carried_grams_of_what_is_stored(fast_backend, name, r):
 
 @pytest.mark.parametrize("options", [{"interval": 3}, {"warmup_steps": 2}, {"interval": 2, "warmup_steps": 2}], ids=str)
 def test_carried_grams_follow_the_schedule(fast_backend, options):
-    check_carried(fast_backend, layers(6, DOUBLE), **options)
+    check_carried(fast_backend, layers(6, torch.float64), **options)
 
 
 def test_carried_grams_of_factors_rounded_by_chance(fast_backend):
@@ -166,7 +151,7 @@ def test_carried_grams_of_factors_rounded_by_chance(fast_backend):
 
 @pytest.mark.parametrize("scale", [1e-70, 1e70, 1e-300, 1e300])
 def test_carried_grams_at_the_ends_of_the_range(fast_backend, scale):
-    start = [LoRAPair(p.name, scale * p.A, scale * p.B) for p in layers(5, DOUBLE)[:3]]
+    start = [LoRAPair(p.name, scale * p.A, scale * p.B) for p in layers(5, torch.float64)[:3]]
     start[0].B[:, 0] = 0
     carried, fresh = (Rows(start, fast_backend, [Hypers(lr=1e-3 * scale)] * 2) for _ in range(2))
     for _ in range(3):
