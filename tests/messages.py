@@ -28,7 +28,7 @@ Site = tuple[str, int]
 
 class Recorder:
     def __init__(self, folder: str):
-        self.folder, self.seen = folder, set[Site]()
+        self.folder, self.seen = folder and os.path.abspath(folder), set[Site]()  # a test may change the working one
 
     def __call__(self, kind: str, said: str, frame: FrameType) -> None:
         assert len(said) < LONGEST, f"{len(said)} characters: {said}"
