@@ -1,5 +1,6 @@
 """What is asked of every refusal: one short error, and nothing has changed."""
 
+import builtins
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -7,7 +8,7 @@ import pytest
 from torch import Tensor
 from torch.optim import Optimizer
 
-OF_ARGUMENTS = (TypeError, ValueError)
+OF_ARGUMENTS = (TypeError, ValueError)  # whichever of them
 
 
 @contextmanager
@@ -24,7 +25,7 @@ def unchanged(*tensors: Tensor, of: Optimizer | None = None) -> Iterator[None]:
 
 @contextmanager
 def refused(
-    message: str, *kept: Tensor, of: Optimizer | None = None, error: type[Exception] | tuple = OF_ARGUMENTS
+    message: str, *kept: Tensor, of: Optimizer | None = None, error: type[Exception] | tuple = ValueError
 ) -> Iterator[pytest.ExceptionInfo]:
     """The block ends in an error that matches, in under 300 characters, and all is `unchanged`."""
     with unchanged(*kept, of=of), pytest.raises(error, match=message) as told:
@@ -33,9 +34,10 @@ def refused(
 
 
 def each_refused(calls: dict[str, Callable[[], object]], *kept: Tensor) -> None:
-    """calls: by the message of their errors."""
-    for message, call in calls.items():
-        with refused(message, *kept, error=(*OF_ARGUMENTS, RuntimeError)):
+    """calls: by their errors, as `TypeError: V0: expected a tensor`."""
+    for named, call in calls.items():
+        kind, message = named.split(": ", 1)
+        with refused(message, *kept, error=getattr(builtins, kind)):
             call()
 
 

@@ -18,7 +18,20 @@ from ..columns import A_SIDE, B_SIDE, PLAIN
 from ..constants import STORAGE_DTYPES
 from ..engine import Engine, mark_written
 from ..pairs import LoRAPair
-from .state import MASTER, MOMENTS, PHASE, SAVED, STEPS, Storage, fit, init_pair, init_param, leave_units, moments_of
+from .state import (
+    MASTER,
+    MOMENTS,
+    PHASE,
+    SAVED,
+    STEPS,
+    Storage,
+    check_pair,
+    fit,
+    init_pair,
+    init_param,
+    leave_units,
+    moments_of,
+)
 
 Slot = tuple[int, int]
 _DTYPE, _LAYOUT, _VERSION = map(attrgetter, ("dtype", "layout", "_version"))
@@ -77,6 +90,8 @@ class AdamWEngine(Engine):
         self._options, self._versions = options, []
         self._idle = self._without_state(state, slots, grads)
         kept = [slot is not None and i not in self._idle for i, slot in enumerate(slots)]
+        for pair in compress(self.pairs, kept):
+            check_pair(state, pair)
         sides: tuple[list[Any], list[Any]] = ([], [])
         for pair, keep in zip(self.pairs, kept):
             for factor, states in zip((pair.A, pair.B), sides):

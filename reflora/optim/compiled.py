@@ -27,7 +27,7 @@ from ..operators import OP_TAGS
 from ..pairs import LoRAPair
 from .adamw_engine import AdamWEngine
 from .scaler import Scaler
-from .state import LIKE_TORCH, Storage, fit, init_pair, init_param
+from .state import LIKE_TORCH, Storage, check_fits, check_pair, fit, init_pair, init_param
 from .step import Members, Options, adamw_, engines_of
 
 SEED = "reflora_seed"
@@ -166,9 +166,11 @@ class CompiledStep(Optimizer):
                 self._state_names.append(())
                 continue
             experts, storage = (pair.experts, self.storage) if pair else (1, LIKE_TORCH)
+            check_fits(self.state[p], p, experts)
             init_param(self.state[p], p, amsgrad, experts, storage)
             fit(self.state[p], p, experts, storage)
             if pair is not None and p is pair.A:
+                check_pair(self.state, pair)
                 init_pair(self.state[p], pair, keeps_S)
             self._state_names.append(tuple(self.state[p]))
         if self._traced_results is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from ..constants import STORAGE_DTYPES
 from ..engine import mark_written
 from ..overlap import extent
 from .scaler import Scaler
-from .state import LIKE_TORCH, MASTER, Storage, fit, init_param, moments_of
+from .state import LIKE_TORCH, MASTER, fit, init_param, moments_of
 
 State = MutableMapping[Tensor, Any]
 # a parameter's gradient, or None
@@ -33,16 +33,12 @@ def step_stray(
     step_plain(state, [param], grad_of, group, Scaler(scale, found_inf))
 
 
-def prepared(
-    state: State, params: Sequence[Tensor], grad_of: GradOf, amsgrad: bool, storage: Storage = LIKE_TORCH
-) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-    """The state of those with a gradient, made or fitted, as `state` is to hold it: this is what may fail."""
+def prepare_plain(state: State, params: Sequence[Tensor], grad_of: GradOf, amsgrad: bool) -> None:
+    """Make or fit the state of those with a gradient."""
     for p in params:
         if grad_of(p) is not None:
-            entries = dict(state.get(p, ()))
-            init_param(entries, p, amsgrad, 1, storage)
-            fit(entries, p, 1, storage)
-            yield p, entries
+            init_param(state[p], p, amsgrad, 1, LIKE_TORCH)
+            fit(state[p], p, 1, LIKE_TORCH)
 
 
 def step_plain(
@@ -67,14 +63,20 @@ def _step_device(
     # torch's fused step goes through memory in order, whatever the strides
     stepped = [row if _in_one_order(row) else [t.contiguous() for t in row] for row in rows]
     wide, like, firsts, seconds, *largest = map(list, zip(*stepped))
+    counts = [state["step"] for state in states]
+    # a factor of experts, whose partner has no gradient, has one per expert
+    counted = [count.max() if count.dim() else count for count in counts]
     lr = group["lr"] if fused and isinstance(group["lr"], Tensor) else float(group["lr"])
     adamw(
-        wide, like, firsts, seconds, largest[0] if largest else [], [state["step"] for state in states],
+        wide, like, firsts, seconds, largest[0] if largest else [], counted,
         fused=fused, foreach=not fused, capturable=device == "cuda",
         grad_scale=scaler.grad_scale, found_inf=scaler.found_inf, has_complex=has_complex,
         amsgrad=group["amsgrad"], maximize=group["maximize"], lr=lr, weight_decay=float(group["weight_decay"]),
         beta1=float(group["betas"][0]), beta2=float(group["betas"][1]), eps=float(group["eps"]),
     )  # fmt: skip
+    for count, largest_count in zip(counts, counted):
+        if count.dim():
+            count += largest_count - count.max()
     for p, row, own in zip(params, rows, stepped):
         for t, made in zip((row[0], *row[2:]), (own[0], *own[2:])):
             if made is not t:

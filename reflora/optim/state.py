@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ MOMENTS = {"exp_avg": Moment(M, 1), "exp_avg_sq": Moment(V, 2), "max_exp_avg_sq"
 MASTER = "master"
 PHASE, STEPS, SAVED = "reflora_phase", "reflora_steps", "reflora_S"
 HALF = (torch.bfloat16, torch.float16)
+STRANGE = "The state belongs to another model or rank."
 
 
 @dataclass(frozen=True)
@@ -57,20 +59,34 @@ def zeros_like(param: Tensor, dtype: torch.dtype) -> Tensor:
     return zeros
 
 
-def fit(state: dict[str, Any], param: Tensor, experts: int, storage: Storage) -> None:
-    """Make moments and step count match their parameter in dtype, device and strides, which the kernels rely on.
-
-    Needed after a load, and after `model.to(...)` has replaced the parameter's data. Raises ValueError where a moment
-    does not have the parameter's shape, and where there is not one count per expert.
-    """
-    shape, device, strides, like = param.shape, param.device, param.stride(), storage.dtype(param)
+def check_fits(state: Mapping[str, Any], param: Tensor, experts: int) -> None:
+    """Raises ValueError where `fit` could not: a moment of another shape, not one count per expert, freed memory."""
+    shape = param.shape
     for name in (*MOMENTS, MASTER):
         kept = state.get(name)
         if kept is None:
             continue
         check_held(f"state {name!r}", kept)
         if kept.shape != shape:
-            fail(f"state {name!r}", tuple(shape), tuple(kept.shape), "The state belongs to another model or rank.")
+            fail(f"state {name!r}", tuple(shape), tuple(kept.shape), STRANGE)
+    step = state.get("step")
+    if isinstance(step, Tensor):
+        check_held("state 'step'", step)
+        # of a factor that has left its pair the largest count is taken
+        if step.dim() and step.shape != (experts,) and (experts > 1 or not step.numel()):
+            fail("state 'step'", (experts,), tuple(step.shape), STRANGE)
+
+
+def fit(state: dict[str, Any], param: Tensor, experts: int, storage: Storage) -> None:
+    """Make moments and step count match their parameter in dtype, device and strides, which the kernels rely on.
+
+    Needed after a load, and after `model.to(...)` has replaced the parameter's data. `check_fits` comes first.
+    """
+    device, strides, like = param.device, param.stride(), storage.dtype(param)
+    for name in (*MOMENTS, MASTER):
+        kept = state.get(name)
+        if kept is None:
+            continue
         dtype = torch.float32 if name == MASTER else like
         same = kept.dtype == dtype and kept.stride() == strides and kept.device == device
         if not same or kept.is_neg() or kept.is_conj():
@@ -78,22 +94,17 @@ def fit(state: dict[str, Any], param: Tensor, experts: int, storage: Storage) ->
     if MASTER in state and not storage.has_master(param):
         del state[MASTER]
     if "step" in state:
-        if isinstance(state["step"], Tensor):
-            check_held("state 'step'", state["step"])
         state["step"] = _counts(state["step"], param, experts)
 
 
 def _counts(step: Any, param: Tensor, experts: int) -> Tensor:
-    """A step count as one float32 per expert, or as a scalar, on the parameter's device."""
+    """A step count as one float32 per expert, each in a place of its own, or as a scalar, on the parameter's device."""
     if not isinstance(step, Tensor) or step.dtype != torch.float32 or step.device != param.device:
         step = torch.as_tensor(step, dtype=torch.float32, device=param.device)
-    if experts == 1 and step.numel():
+    step = step.resolve_neg()
+    if experts == 1:
         return step.max() if step.dim() else step
-    if not step.dim():
-        return step.expand(experts).clone()
-    if step.shape != (experts,):
-        fail("state 'step'", (experts,), tuple(step.shape), "The state belongs to another model or rank.")
-    return step.contiguous()
+    return (step if step.dim() else step.expand(experts)).contiguous()
 
 
 def init_param(state: dict[str, Any], param: Tensor, amsgrad: bool, experts: int, storage: Storage) -> None:
@@ -117,15 +128,13 @@ def init_pair(state: dict[str, Any], pair: LoRAPair, keep_S: bool) -> None:
     balances the layer (moments in units of I).
     reflora_steps `[E]` float32: steps that the pair has taken part in, which drive phasing in, warm-up and interval.
     While S is phased in, steps that began with a factor at 0 count as one.
-    reflora_S `[E, 2, r, r]`: the last S and S^-1, kept only for interval > 1; zeros before the first. Raises ValueError
-    for entries of other shapes.
+    reflora_S `[E, 2, r, r]`: the last S and S^-1, kept only for interval > 1; zeros before the first.
     """
-    compare_shapes(state, shapes_of_pair(pair), "state")
     device, experts, r = pair.A.device, pair.experts, pair.rank
     for name in (PHASE, STEPS):
         if name not in state:
             state[name] = torch.zeros(experts, dtype=torch.float32, device=device)
-        state[name] = state[name].to(device, torch.float32).contiguous()
+        state[name] = state[name].to(device, torch.float32).resolve_neg().contiguous()
     if keep_S:
         dtype = torch.float64 if pair.A.dtype == torch.float64 else torch.float32
         saved = state.get(SAVED)
@@ -140,7 +149,10 @@ def check_shapes(entries: dict[str, Any], param: Tensor, pair: LoRAPair | None) 
     if entries and (missing := [name for name in ("step", *moments_of(False)) if name not in entries]):
         fail("loaded state", "step, exp_avg and exp_avg_sq", f"one without {', '.join(missing)}", remedy)
     step = entries.get("step", 0)
-    counted = bool((step >= 0).all()) if isinstance(step, Tensor) else isinstance(step, (int, float)) and step >= 0
+    if isinstance(step, Tensor):
+        counted = step.numel() > 0 and bool((step >= 0).all())
+    else:
+        counted = isinstance(step, (int, float)) and step >= 0
     if not counted:
         fail("loaded state 'step'", "a count", repr(step), remedy)
     wanted = {name: tuple(param.shape) for name in (*MOMENTS, MASTER)}
@@ -151,19 +163,26 @@ def check_shapes(entries: dict[str, Any], param: Tensor, pair: LoRAPair | None) 
     compare_shapes(entries, wanted)
 
 
+def check_pair(state: Mapping[Tensor, Any], pair: LoRAPair) -> None:
+    """Raises ValueError for the state of a pair that does not fit it."""
+    for factor in (pair.A, pair.B):
+        check_fits(state.get(factor, {}), factor, pair.experts)
+    compare_shapes(state.get(pair.A, {}), shapes_of_pair(pair), "state")
+
+
 def shapes_of_pair(pair: LoRAPair) -> dict[str, tuple[int, ...]]:
     """Shapes of the entries of `init_pair`."""
     return {PHASE: (pair.experts,), STEPS: (pair.experts,), SAVED: (pair.experts, 2, pair.rank, pair.rank)}
 
 
-def compare_shapes(entries: dict[str, Any], wanted: dict[str, tuple[int, ...]], what: str = "loaded state") -> None:
+def compare_shapes(entries: Mapping[str, Any], wanted: dict[str, tuple[int, ...]], what: str = "loaded state") -> None:
     for name, shape in wanted.items():
         if name not in entries:
             continue
         kept = entries[name]
         found = tuple(kept.shape) if isinstance(kept, Tensor) else repr(kept)
         if found != shape:
-            fail(f"{what} {name!r}", shape, found, "The state belongs to another model or rank.")
+            fail(f"{what} {name!r}", shape, found, STRANGE)
         check_held(f"{what} {name!r}", kept)
 
 

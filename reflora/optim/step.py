@@ -19,9 +19,9 @@ from ..pairs import LoRAPair
 from .adamw_engine import AdamWEngine, Slot, capturing
 from .groups import hyper_table
 from .membership import LONE, NO_GRADIENT, say_plain
-from .plain import TORCH_STEPS, GradOf, State, prepared, step_plain, step_stray
+from .plain import TORCH_STEPS, GradOf, State, prepare_plain, step_plain, step_stray
 from .scaler import Scaler
-from .state import Storage
+from .state import Storage, check_fits
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def adamw_(
     groups: as an optimizer's param_groups. state: by parameter, made where it is missing. seed: of stochastic rounding,
     or None. told: what has been warned about.
     """
-    _refuse(members, grad_of)
+    _refuse(members, state, grad_of)
     ready = engines.ready()
     if any(capturing(engine.plan.device) and not engine.stepped for engine in ready):
         remedy = "Take a step outside the graph first, two with carry_grams=True."
@@ -73,13 +73,8 @@ def adamw_(
     tables = [hyper_table(groups, engine.plan.device) for engine in ready]
     strays = _bind(ready, members.slots, groups, state, grad_of, options)
     _tell(engines, strays, told)
-    fitted: list[tuple[Tensor, dict[str, Any]]] = []
-    for number, group in enumerate(groups):
-        fitted += prepared(state, members.plain[number], grad_of, group["amsgrad"])
-        fitted += prepared(state, strays.get(number, ()), grad_of, group["amsgrad"], options.storage)
-    for p, entries in fitted:
-        state[p].clear()
-        state[p].update(entries)
+    for params, group in zip(members.plain, groups):
+        prepare_plain(state, params, grad_of, group["amsgrad"])
     for engine in ready:
         engine.leave()
     # torch may yet refuse a parameter: then no pair has moved
@@ -97,8 +92,8 @@ def adamw_(
             step_stray(state, p, grad_of, groups[number], scaler, options.check_grads)
 
 
-def _refuse(members: Members, grad_of: GradOf) -> None:
-    """Refuse plain parameters and gradients that torch cannot step, before anything has changed."""
+def _refuse(members: Members, state: State, grad_of: GradOf) -> None:
+    """Refuse plain parameters, gradients and state that torch cannot step, before anything has changed."""
     for p, grad in ((p, grad_of(p)) for params in members.plain for p in params):
         if grad is None:
             continue
@@ -109,6 +104,7 @@ def _refuse(members: Members, grad_of: GradOf) -> None:
             fail("a parameter", "a dtype of torch's AdamW", p.dtype, "Freeze it, or cast it to a wider dtype.")
         check_held("a parameter", p)
         check_places("a parameter", p)
+        check_fits(state.get(p, {}), p, 1)
 
 
 def _bind(

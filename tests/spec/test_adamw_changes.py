@@ -92,13 +92,15 @@ def test_a_tiny_layer_leaves_the_warm_up(backend):
     assert torch.allclose(A.detach(), before) and all(t.isfinite().all() for t in (A, B))
 
 
-def test_an_experts_pair_with_one_gradient_takes_plain_steps(fast_backend):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_experts_pair_with_one_gradient_takes_plain_steps(fast_backend, compiled):
     A, B = torch.randn(8, 16).requires_grad_(), torch.randn(16, 8).requires_grad_()
     optimizer = RefLoRAAdamW([LoRAPair("moe", A, B, "experts(2)")], lr=1e-2, backend=fast_backend)
+    step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
     for both in (False, True, False, True):
         A.grad, B.grad = torch.randn_like(A), torch.randn_like(B) if both else None
         before = A.detach().clone()
-        optimizer.step()
+        step()
         assert not torch.equal(A.detach(), before)
     assert optimizer.state[A]["step"].tolist() == [4, 4] and optimizer.state[B]["step"].tolist() == [2, 2]
 

@@ -56,24 +56,24 @@ def test_bad_out():
     X, (w, V) = symmetric(2, 3), (torch.zeros(2, 3, dtype=DOUBLE), torch.zeros(2, 3, 3, dtype=DOUBLE))
     room = torch.zeros(3, 3, 3, dtype=DOUBLE)
     each_refused({
-        "eigh, out: expected 2 tensors, got Tensor": lambda: linalg.eigh(X, out=w),
-        "eigh, out: expected 2 tensors, got int": lambda: linalg.eigh(X, out=5),
-        "svd, out: expected 3 tensors, got 1": lambda: linalg.svd(X, out=(V,)),
-        r"out\[0\]: expected \(2, 3\)": lambda: linalg.eigh(X, out=(V, V)),
-        r"out\[1\]: expected .* torch.float64": lambda: linalg.eigh(X, out=(w, V.float())),
-        "Detach it": lambda: linalg.eigh(X.clone().requires_grad_(), out=(w, V)),
-        r"out\[1\]: .* does not require grad": lambda: linalg.eigh(X, out=(w, V.clone().requires_grad_())),
-        r"out\[1\]: expected memory of its own": lambda: linalg.polar(X, out=(V, V)),
-        "expected memory of its own": lambda: linalg.polar(X, out=(room[:2], room[1:])),
+        "TypeError: eigh, out: expected 2 tensors, got Tensor": lambda: linalg.eigh(X, out=w),
+        "TypeError: eigh, out: expected 2 tensors, got int": lambda: linalg.eigh(X, out=5),
+        "TypeError: svd, out: expected 3 tensors, got 1": lambda: linalg.svd(X, out=(V,)),
+        r"ValueError: out\[0\]: expected \(2, 3\)": lambda: linalg.eigh(X, out=(V, V)),
+        r"ValueError: out\[1\]: expected .* torch.float64": lambda: linalg.eigh(X, out=(w, V.float())),
+        "RuntimeError: Detach it": lambda: linalg.eigh(X.clone().requires_grad_(), out=(w, V)),
+        r"RuntimeError: out\[1\]: .* does not require": lambda: linalg.eigh(X, out=(w, V.clone().requires_grad_())),
+        r"ValueError: out\[1\]: expected memory of its own": lambda: linalg.polar(X, out=(V, V)),
+        "ValueError: expected memory of its own": lambda: linalg.polar(X, out=(room[:2], room[1:])),
     }, w, V, room)  # fmt: skip
 
 
 def test_bad_arguments():
     X = symmetric(2, 3)
     each_refused({
-        "sqrtm: expected a dense floating-point tensor": lambda: linalg.sqrtm(torch.eye(3).to_sparse()),
-        "V0: expected .* like X": lambda: linalg.eigh(X, V0=X[0]),
-        "inv_root, eps": lambda: linalg.inv_root(X, 4, eps=-1.0),
+        "TypeError: sqrtm: expected a dense floating-point tensor": lambda: linalg.sqrtm(torch.eye(3).to_sparse()),
+        "ValueError: V0: expected .* like X": lambda: linalg.eigh(X, V0=X[0]),
+        "ValueError: inv_root, eps": lambda: linalg.inv_root(X, 4, eps=-1.0),
     })  # fmt: skip
     for p in (0, -1, float("inf"), True, "4"):
         with refused("inv_root, p: expected a finite number > 0"):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from refusals import refused, unchanged
+from refusals import OF_ARGUMENTS, refused, unchanged
 from torch.optim import SGD, Adam, AdamW, NAdam
 from toys import backward, clones, factors, leaf_pairs, random_grads, run, targets
 
@@ -53,7 +53,7 @@ def expected(name: str) -> str:
 
 @pytest.mark.parametrize("name, value", CASES, ids=id_of)
 def test_reflora_adamw(name: str, value: Any) -> None:
-    with refused(f"{expected(name)}.*got "):
+    with refused(f"{expected(name)}.*got ", error=OF_ARGUMENTS):
         reflora.RefLoRAAdamW(leaf_pairs([(4, 30, 21)]), **{name: value})
 
 
@@ -83,7 +83,7 @@ WRAPPED = [
 @pytest.mark.parametrize("cls, name, value", WRAPPED, ids=id_of)
 def test_a_wrapped_optimizer(cls: Any, name: str, value: Any) -> None:
     pairs = leaf_pairs([(4, 30, 21)])
-    with refused(f"^{name}: expected "):
+    with refused(f"^{name}: expected ", error=OF_ARGUMENTS):
         reflora.wrap(cls)(factors(pairs), pairs=pairs, **{"lr": 1e-3, name: value})
     optimizer: Any = reflora.wrap(cls)(factors(pairs), pairs=pairs, lr=1e-3)
     if name in optimizer.defaults:
@@ -111,7 +111,7 @@ def test_what_a_scheduler_writes_is_refused_before_anything_moves(name: str, val
     other.grad = torch.ones(5)
     optimizer.step()
     optimizer.param_groups[0][name] = value
-    with refused(expected(name), of=optimizer):
+    with refused(expected(name), of=optimizer, error=OF_ARGUMENTS):
         optimizer.step()
 
 
@@ -234,7 +234,8 @@ def test_what_a_scheduler_writes_for_a_wrapped_class_is_refused(name: str, value
     optimizer: Any = reflora.wrap(SGD)(groups, pairs=pairs, lr=1e-2)
     backward(pairs, targets(pairs))
     optimizer.param_groups[1][name] = value
-    with refused(f"^{name}: expected ", *factors(pairs), *(p.grad for p in factors(pairs))):
+    grads = [p.grad for p in factors(pairs)]
+    with refused(f"^{name}: expected ", *factors(pairs), *grads, error=OF_ARGUMENTS):
         optimizer.step()
 
 
@@ -255,20 +256,20 @@ def test_an_option_of_the_whole_optimizer_in_an_added_group_is_refused(make: Any
 
 def test_base_options_that_are_none() -> None:
     pairs = leaf_pairs([(4, 30, 21)])
-    with refused("base_options: expected a dictionary, got str"):
+    with refused("base_options: expected a dictionary, got str", error=TypeError):
         reflora.wrap(SGD)(factors(pairs), pairs=pairs, lr=1e-2, base_options="momentum")
-    with refused("base_options: expected 'momentum' once"):
+    with refused("base_options: expected 'momentum' once", error=TypeError):
         reflora.wrap(SGD)(factors(pairs), pairs=pairs, lr=1e-2, momentum=0.5, base_options={"momentum": 0.9})
 
 
 def test_classes_with_reflora_in_them() -> None:
     cls = reflora.wrap(SGD)
     assert reflora.wrap(cls) is cls
-    with refused("a class without RefLoRA, got RefLoRAAdamW"):
+    with refused("a class without RefLoRA, got RefLoRAAdamW", error=TypeError):
         reflora.wrap(reflora.RefLoRAAdamW)
     pytorch_optimizer = pytest.importorskip("pytorch_optimizer")
     for name in ("Lookahead", "TRAC", "OrthoGrad"):
-        with refused(f"{name}, which wraps optimizers. Put RefLoRA inside"):
+        with refused(f"{name}, which wraps optimizers. Put RefLoRA inside", error=TypeError):
             reflora.wrap(getattr(pytorch_optimizer, name))
 
 

@@ -9,6 +9,7 @@ from refusals import refused
 from toys import clones, factors, leaf_pairs, random_grads
 
 from reflora import RefLoRAAdamW
+from reflora.optim import plain
 from reflora.pairs import LoRAPair
 
 
@@ -74,7 +75,7 @@ BROKEN = {
     "a freed parameter": (lambda W, _: free(W), "a parameter: .*was freed"),
     "a freed moment": (lambda W, state: free(state["exp_avg_sq"]), "state 'exp_avg_sq': .*was freed"),
     "a freed count": (lambda W, state: free(state["step"]), "state 'step': .*was freed"),
-    "a moment of another shape": (
+    "a misshapen moment": (
         lambda W, state: state.update(exp_avg=torch.zeros(3)),
         "'exp_avg': .* .5,., got .3,.",
     ),
@@ -84,23 +85,39 @@ BROKEN = {
 }
 
 
+KINDS = [
+    (kind, first) for kind in BROKEN for first in (False, True) if not first or not kind.endswith(("moment", "count"))
+]
+
+
 @pytest.mark.filterwarnings("ignore:.*only one factor")
-@pytest.mark.parametrize("kind", BROKEN)
-def test_a_plain_parameter_that_cannot_be_stepped_is_refused_before_anything_is_written(fast_backend, kind):
-    """Nor is the state of a factor fitted whose partner has no gradient: it would be one count for all experts."""
+@pytest.mark.parametrize("kind, first", KINDS)
+def test_a_plain_parameter_that_cannot_be_stepped_is_refused_before_anything_is_written(fast_backend, kind, first):
+    """first: before there is any state."""
     pairs, W = leaf_pairs([(3, 8, 6)], torch.float32), torch.nn.Parameter(torch.randn(5))
     A, B = torch.randn(8, 16).requires_grad_(), torch.randn(16, 8).requires_grad_()
     kept = [*factors(pairs), A, B, torch.nn.Parameter(torch.ones(3))]
     known = [*pairs, LoRAPair("moe", A, B, "experts(2)")]
     optimizer = RefLoRAAdamW([{"params": kept}, {"params": [W]}], pairs=known, lr=1e-2, backend=fast_backend)
     random_grads([W, *kept], torch.Generator().manual_seed(0))
-    optimizer.step()
+    if not first:
+        optimizer.step()
     spoil, message = BROKEN[kind]
-    spoil(W, optimizer.state[W])
-    B.grad, entries = None, [t for p in kept for t in (p, *optimizer.state[p].values())]
+    spoil(W, optimizer.state.get(W))
+    B.grad, entries = None, [t for p in kept for t in (p, *optimizer.state.get(p, {}).values())]
     with refused(message, *entries):
         optimizer.step()
-    assert all(map(operator.is_, entries, [t for p in kept for t in (p, *optimizer.state[p].values())]))
+    assert all(map(operator.is_, entries, [t for p in kept for t in (p, *optimizer.state.get(p, {}).values())]))
+    assert bool(optimizer.state) != first
+
+
+def test_what_torch_alone_refuses_is_refused_before_the_pairs_move(fast_backend, monkeypatch):
+    pairs, W = leaf_pairs([(3, 8, 6)], torch.float32), torch.nn.Parameter(torch.randn(5))
+    optimizer = RefLoRAAdamW([W, *factors(pairs)], pairs=pairs, lr=1e-2, backend=fast_backend)
+    random_grads([W, *factors(pairs)], torch.Generator().manual_seed(0))
+    monkeypatch.setattr(plain, "adamw", lambda *_, **options: 1 / 0)
+    with refused("division by zero", W, *factors(pairs), error=ZeroDivisionError):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
