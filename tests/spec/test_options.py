@@ -301,7 +301,7 @@ def test_a_state_of_another_optimizer_is_refused(name: str) -> None:
     assert optimizer.param_groups[0]["lr"] == 1e-2 and not optimizer.state
 
 
-@pytest.mark.parametrize("step", ["3", torch.tensor(float("nan")), -1])
+@pytest.mark.parametrize("step", ["3", torch.tensor(float("nan")), -1, torch.zeros(0)])
 def test_a_count_that_is_none_is_refused(step: Any) -> None:
     pairs = leaf_pairs([(4, 30, 21)])
     optimizer = reflora.RefLoRAAdamW(pairs, lr=1e-2)
