@@ -158,6 +158,11 @@ class CompiledStep(Optimizer):
         amsgrad = any(group["amsgrad"] for group in self.param_groups)
         pairs, keeps_S = self.stepped_pairs(), self.options.keeps_S
         owners = {t: pair for pair in pairs for t in (pair.A, pair.B)}
+        for known in pairs:
+            check_pair(self.state, known)
+        for p in parameters(self):
+            if p not in owners:
+                check_fits(self.state.get(p, {}), p, 1)
         self._state_names = []
         for p in parameters(self):
             pair = owners.get(p)
@@ -166,11 +171,9 @@ class CompiledStep(Optimizer):
                 self._state_names.append(())
                 continue
             experts, storage = (pair.experts, self.storage) if pair else (1, LIKE_TORCH)
-            check_fits(self.state[p], p, experts)
             init_param(self.state[p], p, amsgrad, experts, storage)
             fit(self.state[p], p, experts, storage)
             if pair is not None and p is pair.A:
-                check_pair(self.state, pair)
                 init_pair(self.state[p], pair, keeps_S)
             self._state_names.append(tuple(self.state[p]))
         if self._traced_results is None:

@@ -74,9 +74,9 @@ def _step_device(
         amsgrad=group["amsgrad"], maximize=group["maximize"], lr=lr, weight_decay=float(group["weight_decay"]),
         beta1=float(group["betas"][0]), beta2=float(group["betas"][1]), eps=float(group["eps"]),
     )  # fmt: skip
-    for count, largest_count in zip(counts, counted):
+    for count, now in zip(counts, counted):
         if count.dim():
-            count += largest_count - count.max()
+            count += now - count.max()
     for p, row, own in zip(params, rows, stepped):
         for t, made in zip((row[0], *row[2:]), (own[0], *own[2:])):
             if made is not t:

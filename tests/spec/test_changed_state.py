@@ -156,7 +156,8 @@ def test_counts_of_experts_in_other_memory(fast_backend, entry, change):
     for changed in (False, True):
         torch.manual_seed(0)
         A, B = torch.randn(8, 16).requires_grad_(), torch.randn(16, 8).requires_grad_()
-        optimizer = RefLoRAAdamW([LoRAPair("moe", A, B, "experts(2)")], lr=1e-2, backend=fast_backend)
+        pair = LoRAPair("moe", A, B, "experts(2)")
+        optimizer = RefLoRAAdamW([pair], lr=1e-2, warmup_steps=0, backend=fast_backend)
         for number in range(3):
             if changed and number:
                 optimizer.state[A][entry] = change(optimizer.state[A][entry])

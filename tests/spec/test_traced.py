@@ -177,6 +177,16 @@ def test_a_factor_that_is_frozen_for_a_while(frozen, options):
     assert all(map(torch.equal, *ends))
 
 
+def test_state_that_does_not_fit_is_refused_before_any_is_made():
+    pairs, W = leaf_pairs(SHAPES, torch.float32), torch.nn.Parameter(torch.randn(5))
+    optimizer = RefLoRAAdamW([*factors(pairs), W], pairs=pairs)
+    optimizer.state[W] = {"step": torch.tensor(1.0), "exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(5)}
+    random_grads([*factors(pairs), W], torch.Generator().manual_seed(0))
+    with pytest.raises(torch._dynamo.exc.InternalTorchDynamoError, match="state 'exp_avg': expected .5,., got .3,."):
+        torch.compile(optimizer.step, backend="eager")()
+    assert list(optimizer.state) == [W]
+
+
 @pytest.mark.parametrize("scalar", [False, True])
 def test_compiled_functions(fast_backend, scalar):
     pairs = leaf_pairs(SHAPES, torch.float64)
