@@ -9,6 +9,9 @@ import torch
 # by name, the devices that it is the first choice for; "torch" serves what the others cannot
 BACKENDS = {"triton": ("cuda",), "cpp": ("cpu",), "torch": ()}
 PRECISIONS = ("float64", "float32")
+# of InvariantAdamW
+METRICS = ("reflora", "scaled", "identity")
+MOMENTS = ("gradients", "momentum")
 STORAGE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # a factor is degenerate past this Frobenius condition estimate ||L||_F ||L^-1||_F of the Cholesky factor of its Gram

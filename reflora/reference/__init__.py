@@ -5,6 +5,7 @@ writes `W = A B^T`, so its A is our B and its B our A^T. Grams are `Ga = A A^T` 
 Every function takes any floating dtype, computes in float64 and returns float64.
 """
 
+from .invariant import Frames, InvariantState, frames, invariant_step, whitener
 from .mean import (
     MEET,
     Refactoring,
@@ -33,5 +34,5 @@ __all__ = [
     "MEET", "Refactoring", "balance_scalar", "choose", "condition", "geometric_mean", "known_smoothness",
     "known_smoothness_scalar", "meet", "met", "polar", "precondition", "present", "refactor", "refactoring",
     "shrink_weight", "shrunk", "sqrtm", "transport", "upper_bound", "AdamWState", "Hypers", "Schedule",
-    "adamw_step",
+    "adamw_step", "Frames", "InvariantState", "frames", "invariant_step", "whitener",
 ]  # fmt: skip

@@ -75,14 +75,14 @@ def adamw_step(
     factors, grads = (A.double(), B.double()), (grad_A.double(), grad_B.double())
     if not all(t.isfinite().all() for t in (*factors, *grads)):
         return *factors, state, "skipped"
-    grads = _each(lambda g, h: -g if h.maximize else g, grads, hypers)
+    grads = each(lambda g, h: -g if h.maximize else g, grads, hypers)
     if schedule.scalar:
         weights, state, why = _scalar_step(factors, grads, state, hypers, schedule, storage)
     else:
         S, S_inv, state, why = _mixer(*factors, state, schedule, kappa_max)
         weights, state = _updated(state.master or factors, (S_inv @ grads[0], grads[1] @ S), state, hypers)
     state = replace(state, count=state.count + 1, master=weights if state.master else None)
-    return *_each(lambda w: w.to(storage).double(), weights), state, why
+    return *each(lambda w: w.to(storage).double(), weights), state, why
 
 
 def _mixer(
@@ -131,7 +131,7 @@ def _scalar_step(
         weights, grads = (weights[0] * root, weights[1] / root), (grads[0] / root, grads[1] * root)
         state = state.moved(1 / root)
     weights, state = _updated(weights, grads, state, hypers)
-    stored = _each(lambda w: w.to(storage).double(), weights)
+    stored = each(lambda w: w.to(storage).double(), weights)
     if schedule.start:
         if met(*factors, *stored, meet(storage)):
             state = replace(state, phase=2.0)
@@ -155,9 +155,9 @@ def _updated(
 ) -> tuple[Sides, AdamWState]:  # fmt: skip
     """AdamW's step of both factors (Loshchilov and Hutter, algorithm 2)."""
     step = (state.step[0] + 1, state.step[1] + 1)
-    exp_avg = _each(lambda m, g, h: h.beta1 * m + (1 - h.beta1) * g, state.exp_avg, grads, hypers)
-    exp_avg_sq = _each(lambda v, g, h: h.beta2 * v + (1 - h.beta2) * g**2, state.exp_avg_sq, grads, hypers)
-    largest = _each(lambda x, v, h: x.maximum(v) if h.amsgrad else x, state.max_exp_avg_sq, exp_avg_sq, hypers)
+    exp_avg = each(lambda m, g, h: h.beta1 * m + (1 - h.beta1) * g, state.exp_avg, grads, hypers)
+    exp_avg_sq = each(lambda v, g, h: h.beta2 * v + (1 - h.beta2) * g**2, state.exp_avg_sq, grads, hypers)
+    largest = each(lambda x, v, h: x.maximum(v) if h.amsgrad else x, state.max_exp_avg_sq, exp_avg_sq, hypers)
 
     def moved(w: Tensor, m: Tensor, v: Tensor, x: Tensor, t: float, h: Hypers) -> Tensor:
         divisor = ((x if h.amsgrad else v) / (1 - h.beta2**t)).sqrt() + h.eps
@@ -165,11 +165,11 @@ def _updated(
         change = (m / divisor).where(m != 0, 0.0) / (1 - h.beta1**t)
         return w * (1 - h.lr * h.weight_decay) - h.lr * change
 
-    weights = _each(moved, weights, exp_avg, exp_avg_sq, largest, step, hypers)
+    weights = each(moved, weights, exp_avg, exp_avg_sq, largest, step, hypers)
     return weights, replace(state, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, max_exp_avg_sq=largest, step=step)
 
 
-def _each(function: Callable[..., Tensor], *sides: Sequence[Any]) -> Sides:
+def each(function: Callable[..., Tensor], *sides: Sequence[Any]) -> Sides:
     """The function applied to A's arguments and to B's."""
     of_A, of_B = (function(*own) for own in zip(*sides))
     return of_A, of_B
