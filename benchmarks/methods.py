@@ -73,6 +73,13 @@ def _reflora(subject: Subject, **more: Any) -> Optimizer:
     return reflora.RefLoRAAdamW(subject.parameters, pairs=subject.pairs, **steps, **more, **subject.options)
 
 
+def _invariant(subject: Subject, **more: Any) -> Optimizer:
+    import reflora
+
+    more["backend"] = subject.setting.backend
+    return reflora.InvariantAdamW(subject.parameters, pairs=subject.pairs, **more, **subject.options)
+
+
 def _unit_determinant(subject: Subject) -> Optimizer:
     from .unit_determinant import UnitDeterminantRefLoRA
 
@@ -121,6 +128,13 @@ METHODS: dict[str, Method] = {
     "reflora": Method("RefLoRA", _reflora),
     "reflora-carried": Method("RefLoRA, carried Grams", functools.partial(_reflora, carry_grams=True)),
     "reflora-s": Method("RefLoRA-S", functools.partial(_reflora, scalar=True)),
+    "invariant": Method("InvariantAdamW", _invariant),
+    "invariant-rite": Method("InvariantAdamW, scaled", functools.partial(_invariant, metric="scaled")),
+    "invariant-muon": Method(
+        "InvariantAdamW, scaled, momentum",
+        functools.partial(_invariant, metric="scaled", moments="momentum", betas=(0.95, 0.999)),
+    ),
+    "invariant-identity": Method("InvariantAdamW, identity", functools.partial(_invariant, metric="identity")),
     "published": Method("published RefLoRA", functools.partial(_published, scalar=False)),
     "published-s": Method("published RefLoRA-S", functools.partial(_published, scalar=True)),
     "reflora-unit": Method("RefLoRA, unit determinant", _unit_determinant),

@@ -1,4 +1,5 @@
 // One table row (or one small matrix), for one instruction set: compiled once each with REFLORA_ISA naming it.
+#include "invariant.h"
 #include "matrices.h"
 #include "row.h"
 
@@ -8,7 +9,12 @@ namespace REFLORA_ISA {
 template <class S, class T>
 static void run_row(const int64_t* row, double* result, double* kept, const Job& job, void* work) {
     Arena arena{static_cast<char*>(work)};
-    RowOp<S, T>{row, result, kept, job, arena}.run();
+    for (int i = 0; i < RESULTS; ++i) result[i] = __builtin_nan("");
+    result[STATUS] = PLAIN;
+    if (kept && !row[KEPT]) *kept = 0;
+    if (!row[ACTIVE] || job.found_inf) return;
+    if (job.kind != INVARIANT) return RowOp<S, T>{row, result, kept, job, arena}.run();
+    if (!InvariantOp<S, T>{row, result, job, arena}.run()) result[STATUS] = SKIPPED;
 }
 
 static void row(const int64_t* row, double* result, double* kept, const Job& job, void* work) {

@@ -32,10 +32,6 @@ struct RowOp {
     T *in = nullptr, *out = nullptr, *mixer_a = nullptr, *mixer_b = nullptr;
 
     void run() {
-        for (int i = 0; i < RESULTS; ++i) result[i] = __builtin_nan("");
-        result[STATUS] = PLAIN;
-        if (kept && !row[KEPT]) *kept = 0;
-        if (!row[ACTIVE] || job.found_inf) return;
         in = arena.take<T>(size_t(padded<float>(row[R]) * CHUNK));
         out = arena.take<T>(size_t(padded<float>(row[R]) * CHUNK));
         const bool has_grads = job.kind == PRECONDITION || job.kind == ADAMW;
@@ -270,26 +266,14 @@ struct RowOp {
             carry->sums = sums(side);
             for (int64_t i = 0; i < d.rp * d.rp; ++i) carry->sums[i] = 0;
         }
-        const auto run = [&](auto moment, const auto& weights) {
+        with_weights<S>(row, side, job, int64_t(taken), [&](auto moment, const auto& weights) {
             using Q = decltype(moment);
             if (carry) {
                 update_side<true, Q, T, S>(row, side, mixer, mixer, rp, u, weights, carry, in, out);
             } else {
                 update_side<false, Q, T, S>(row, side, mixer, mixer, rp, u, weights, carry, in, out);
             }
-        };
-        if constexpr (sizeof(S) == 2) {
-            const auto typed = [&](const auto& weights) {
-                return row[STATE] == F32 ? run(float{}, weights) : run(S{}, weights);
-            };
-            if (row[side + W]) return typed(Master{reinterpret_cast<float*>(row[side + W])});
-            if constexpr (is_bf16<S>) {
-                if (job.stochastic) return typed(stochastic(job.seed, row[TAG], side, int64_t(taken)));
-            }
-            typed(Nearest{});
-        } else {
-            run(S{}, Nearest{});
-        }
+        });
     }
 
     bool scalar_step(bool before, bool after) {  // false: skip

@@ -38,7 +38,7 @@ struct Solution {
 };
 
 constexpr int64_t CHUNK = 64;
-constexpr int MATRICES = 12;
+constexpr int MATRICES = 18;
 
 INLINE size_t bytes_for(int64_t r) {
     const size_t rp = size_t(padded<float>(r));

@@ -85,7 +85,9 @@ INLINE void narrow(double x, f16* out) { narrow(float(x), out); }
 // within +-limit; nan, which inf - inf in a product leaves, has no sign and becomes 0
 template <class T>
 INLINE T bounded(T x, T limit) {
-    return x > limit ? limit : x < -limit ? -limit : x == x ? x : T(0);
+    const T above = x > -limit ? x : -limit;  // one instruction each, as the second operand stands for nan
+    const T within = above < limit ? above : limit;
+    return x == x ? within : T(0);
 }
 
 // values beyond the storage range become its largest, so that nothing finite turns into inf

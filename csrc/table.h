@@ -10,7 +10,9 @@ namespace reflora {
 
 // reflora/constants.py's STORAGE_DTYPES
 enum DType { F32, F64, BF16, F16 };
-enum Kind { REFACTOR, PRECONDITION, SOLVE, ADAMW };
+enum Kind { REFACTOR, PRECONDITION, SOLVE, ADAMW, INVARIANT };
+// reflora/constants.py's METRICS
+enum Metric { REFLORA_METRIC, SCALED_METRIC, IDENTITY_METRIC };
 enum Function { POLAR, GEOMETRIC_MEAN, SQRTM, INVSQRTM, SVD, INV_ROOT };
 
 struct Job {
@@ -20,8 +22,13 @@ struct Job {
     // steps after which a Gram counts half in S, which then comes without its scale c; 0: the paper's S. With `scalar`
     // and a start, an AdamW step balances a row from the step on in which its norms cross
     int64_t start;
-    // AdamW only
+    // ADAMW only
     int64_t warmup_steps, interval;
+    // INVARIANT only; momentum: second moments are those of the mean gradient
+    Metric metric;
+    bool momentum;
+    double damping;
+    // both
     const double* hypers;
     double grad_scale;
     bool check, found_inf, stochastic;

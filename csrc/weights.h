@@ -65,5 +65,22 @@ INLINE Stochastic stochastic(uint64_t seed, int64_t tag, int side, int64_t steps
     return {uint32_t(key), uint32_t(key >> 32), 0, 1};
 }
 
+// use(Q{}, weights) for the type Q of a side's moments and the way its weights are kept; taken: steps before this one
+template <class S, class Use>
+INLINE void with_weights(const int64_t* row, int side, const Job& job, int64_t taken, Use use) {
+    if constexpr (sizeof(S) == 2) {
+        const auto typed = [&](const auto& weights) {
+            return row[STATE] == F32 ? use(float{}, weights) : use(S{}, weights);
+        };
+        if (row[side + W]) return typed(Master{reinterpret_cast<float*>(row[side + W])});
+        if constexpr (is_bf16<S>) {
+            if (job.stochastic) return typed(stochastic(job.seed, row[TAG], side, taken));
+        }
+        typed(Nearest{});
+    } else {
+        use(S{}, Nearest{});
+    }
+}
+
 }  // namespace REFLORA_ISA
 }  // namespace reflora

@@ -16,6 +16,7 @@ _HOMES = {
     "precondition_": "functional",
     "refactor_": "functional",
     "RefLoRAAdamW": "optim.adamw",
+    "InvariantAdamW": "optim.invariant",
     "create_reflora_optimizer": "integrations.optimizer",
     "OptimizerFactory": "integrations.optimizer",
     "wrap": "integrations.optimizer",
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from .integrations.trainer import RefLoRACallback as RefLoRACallback
     from .integrations.trainer import RefTrainer as RefTrainer
     from .optim.adamw import RefLoRAAdamW as RefLoRAAdamW
+    from .optim.invariant import InvariantAdamW as InvariantAdamW
     from .pairs import LoRAPair as LoRAPair
 
 

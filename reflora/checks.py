@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .constants import BACKENDS, PRECISIONS
+from .constants import BACKENDS, METRICS, MOMENTS, PRECISIONS
 from .overlap import extent, overlaps_itself, shared
 
 
@@ -190,6 +190,15 @@ def check_options(
     check_precision(precision)
     if differentiable:
         fail("differentiable", "False", repr(differentiable), "The fused step has no derivative.")
+
+
+def check_whitening(metric: Any, moments: Any, damping: Any) -> None:
+    for name, value, known in (("metric", metric, METRICS), ("moments", moments, MOMENTS)):
+        if not (isinstance(value, str) and value in known):
+            fail(name, f"one of {', '.join(known)}", told(value, str), f"{known[0]!r} is the default.")
+    check_number("damping", damping)
+    if not 0 < damping <= 1:
+        fail("damping", "a number in (0, 1]", repr(damping), "It is relative to the mean eigenvalue.")
 
 
 def check_schedule(interval: int, warmup_steps: int | None) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import reflora
-from reflora import linalg
+from reflora import linalg, reference
 from reflora.columns import REFACTORED, SKIPPED
 
 CPU = torch.device("cpu")
@@ -77,13 +77,13 @@ def saturated(values: Tensor, dtype: torch.dtype) -> Tensor:
     return values.clamp(-top, top).to(dtype).double()
 
 
-def three_steps(names: list[str], pairs: Pairs, optimizer: torch.optim.Optimizer) -> None:
-    """Finite, and no layer of finite factors and gradients left behind."""
+def three_steps(names: list[str], pairs: Pairs, optimizer: torch.optim.Optimizer, all_step: bool = True) -> None:
+    """Finite, and no layer of finite factors and gradients left behind; not all_step: norms may be out of range."""
     for _ in range(3):
         for A, B in pairs:
             A.grad, B.grad = torch.randn_like(A), torch.randn_like(B)
         optimizer.step()
-        assert optimizer.diagnostics().skipped == 0  # type: ignore[attr-defined]
+        assert optimizer.diagnostics().skipped == 0 or not all_step  # type: ignore[attr-defined]
     for name, (A, B) in zip(names, pairs):
         assert A.isfinite().all() and B.isfinite().all(), name
 
@@ -97,6 +97,35 @@ def check_adamw(names: list[str], pairs: Pairs, backend: str, scalar: bool) -> N
         for tensor in pair:
             moments = (optimizer.state[tensor][key] for key in ("exp_avg", "exp_avg_sq"))
             assert all(moment.isfinite().all() for moment in moments), name
+
+
+def check_invariant(names: list[str], pairs: Pairs, backend: str, metric: str, moments: str) -> None:
+    """Finite; and in the frame of its metric no first step of a sound layer is longer than the rate."""
+    for A, B in pairs:
+        A.requires_grad_(), B.requires_grad_()
+        A.grad, B.grad = torch.randn_like(A), torch.randn_like(B)
+    options = {"metric": metric, "moments": moments, "weight_decay": 0.0}
+    optimizer = reflora.InvariantAdamW(pairs, lr=1e-3, backend=backend, **options)  # type: ignore[arg-type]
+    before = [(A.detach().double(), B.detach().double()) for A, B in pairs]
+    optimizer.step()
+    compared = 0
+    for name, (A, B), (old_A, old_B) in zip(names, pairs, before):
+        if " x 1," not in name or not name.endswith(" x 1"):
+            continue
+        P_A, P_B, why = reference.frames(old_A, old_B, metric)
+        if why != "refactored" or max(map(float, map(torch.linalg.cond, (P_A, P_B)))) > 1e5:
+            continue
+        compared += 1
+        for change, P, factor in ((A - old_A, P_A, A), ((B - old_B).mT, P_B, B)):
+            rounding = torch.finfo(factor.dtype).eps * top_of(factor) * float(torch.linalg.matrix_norm(P.inverse(), 2))
+            size = torch.linalg.solve(P, change.detach().double()).square().mean().sqrt()
+            assert float(size) < 1.01e-3 + rounding, name
+    assert compared > len(pairs) / 20
+    three_steps(names, pairs, optimizer, all_step=pairs[0][0].dtype == torch.float32)
+    for name, pair in zip(names, pairs):
+        for tensor in pair:
+            kept = (optimizer.state[tensor][key] for key in ("exp_avg", "exp_avg_gram"))
+            assert all(moment.isfinite().all() for moment in kept), name
 
 
 def factors(

@@ -1,9 +1,10 @@
-"""Pairs with their optimizer state on a backend, each step of every row held to reflora.reference.adamw_step."""
+"""Pairs with their optimizer state on a backend, each step of every row held to reflora.reference's."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from typing import Any
 
 import torch
@@ -12,12 +13,12 @@ from torch import Tensor
 
 from reflora import columns as col
 from reflora import reference
-from reflora.backends import AdamWStep
+from reflora.backends import AdamWStep, InvariantStep, Step
 from reflora.columns import DEGENERATE, PLAIN, REFACTORED, SKIPPED
 from reflora.optim.adamw_engine import AdamWEngine
-from reflora.optim.state import MASTER, PHASE, SAVED, STEPS, Storage
+from reflora.optim.state import GRAM, MASTER, PHASE, SAVED, STEPS, Storage
 from reflora.pairs import LoRAPair
-from reflora.reference import AdamWState, Hypers, Schedule
+from reflora.reference import AdamWState, Hypers, InvariantState, Schedule
 
 LARGEST = "max_exp_avg_sq"
 
@@ -89,6 +90,8 @@ class Rows:
     hypers: of all A and of all B. copied: False for the pairs themselves.
     """
 
+    STEP: type[Step] = AdamWStep
+
     def __init__(
         self, pairs: Sequence[LoRAPair], backend: str, hypers: Sequence[Hypers] = HYPERS,
         storage: Storage | None = None, copied: bool = True,
@@ -122,7 +125,7 @@ class Rows:
         device = device_of(self.backend)
         grads = [tuple(g if g is None else g.to(device) for g in sides) for sides in grads]  # type: ignore[misc]
         self.bind(grads, 1 if fields.get("scalar") else fields.get("interval", 1))
-        self.engine.step(AdamWStep(self.table, **fields))
+        self.engine.step(self.STEP(self.table, **fields))
         assert self.engine.results is not None
         return self.engine.results.cpu()
 
@@ -143,19 +146,74 @@ class Rows:
         """A row's factors and state, in float64."""
         row = self.rows[number]
         p = self.pairs[row.pair]
-
-        def both(column: str) -> tuple[Tensor, Tensor]:
-            of_A, of_B = self.state[p.A][column], self.state[p.B][column]
-            return wide(p.views_A(of_A)[row.expert]), wide(p.views_B(of_B)[row.expert])
-
+        both = functools.partial(self._both, number)
         amsgrad, own = LARGEST in self.state[p.A], self.state[p.A]
         S = wide(own[SAVED][row.expert]) if SAVED in own else torch.zeros(2, 1, 1)
-        steps = tuple(float(self.state[t]["step"].view(-1)[row.expert]) for t in (p.A, p.B))
         return wide(row.A), wide(row.B), AdamWState(
-            both("exp_avg"), both("exp_avg_sq"), both(LARGEST) if amsgrad else both("exp_avg_sq"), steps,
+            both("exp_avg"), both("exp_avg_sq"), both(LARGEST) if amsgrad else both("exp_avg_sq"), self._steps(number),
             float(own[PHASE][row.expert]), float(own[STEPS][row.expert]),
             (S[0], S[1]) if S[0, 0, 0] != 0 else None, both(MASTER) if MASTER in own else None,
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
+
+    def _both(self, number: int, column: str) -> tuple[Tensor, Tensor]:
+        """An entry of a row's A and B, shaped like these."""
+        row = self.rows[number]
+        p = self.pairs[row.pair]
+        of_A, of_B = self.state[p.A][column], self.state[p.B][column]
+        return wide(p.views_A(of_A)[row.expert]), wide(p.views_B(of_B)[row.expert])
+
+    def _steps(self, number: int) -> tuple[float, float]:
+        row = self.rows[number]
+        p = self.pairs[row.pair]
+        of_A, of_B = (float(self.state[t]["step"].view(-1)[row.expert]) for t in (p.A, p.B))
+        return of_A, of_B
+
+    def expected(self, number: int, old: Any, grads: tuple[Tensor, Tensor], fields: dict[str, Any]) -> tuple[Any, ...]:
+        """What the reference makes of a row that `read` has given: (A, B, state, why)."""
+        schedule = Schedule(**{name: fields[name] for name in SCHEDULE if name in fields})
+        dtype = self.rows[number].A.dtype
+        return reference.adamw_step(*old[:2], *grads, old[2], self.hypers, schedule, dtype)  # type: ignore[arg-type]
+
+    def compared(self, number: int, got: Any, wanted: Any) -> list[tuple[str, torch.dtype]]:
+        """Entries of the state to compare, and their dtypes; counts are equal."""
+        p = self.pairs[self.rows[number].pair]
+        assert (got.step, got.phase, got.count) == (wanted.step, wanted.phase, wanted.count), p.name
+        of_moments, computed = self.storage.dtype(p.A), DOUBLE if p.A.dtype == DOUBLE else FLOAT
+        kept = [("exp_avg", of_moments), ("exp_avg_sq", of_moments)]
+        kept += [(LARGEST, of_moments)] * (LARGEST in self.state[p.A])
+        kept += [("S", computed)] * (SAVED in self.state[p.A] and wanted.S is not None)
+        return kept + [("master", FLOAT)] * self.storage.master
+
+
+class InvariantRows(Rows):
+    """The same bound as InvariantAdamW binds them."""
+
+    STEP = InvariantStep
+
+    def __init__(
+        self, pairs: Sequence[LoRAPair], backend: str, hypers: Sequence[Hypers] = HYPERS,
+        storage: Storage | None = None, copied: bool = True,
+    ):  # fmt: skip
+        super().__init__(pairs, backend, hypers, replace(storage or Storage(), grams=True), copied)
+
+    def read(self, number: int) -> tuple[Tensor, Tensor, Any]:
+        row = self.rows[number]
+        p = self.pairs[row.pair]
+        of_A, of_B = (wide(self.state[t][GRAM].view(-1, p.rank, p.rank)[row.expert]) for t in (p.A, p.B))
+        master = self._both(number, MASTER) if MASTER in self.state[p.A] else None
+        state = InvariantState(self._both(number, "exp_avg"), (of_A, of_B), self._steps(number), master)
+        return wide(row.A), wide(row.B), state
+
+    def expected(self, number: int, old: Any, grads: tuple[Tensor, Tensor], fields: dict[str, Any]) -> tuple[Any, ...]:
+        options = {name: fields[name] for name in ("metric", "moments", "damping") if name in fields}
+        dtype = self.rows[number].A.dtype
+        return reference.invariant_step(*old[:2], *grads, old[2], self.hypers, **options, storage=dtype)  # type: ignore[arg-type]
+
+    def compared(self, number: int, got: Any, wanted: Any) -> list[tuple[str, torch.dtype]]:
+        p = self.pairs[self.rows[number].pair]
+        assert got.step == wanted.step, p.name
+        kept = [("exp_avg", self.storage.dtype(p.A)), (GRAM, DOUBLE)]
+        return kept + [("master", FLOAT)] * self.storage.master
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -172,29 +230,24 @@ def check_step(rows: Rows, grads: Grads, **fields: Any) -> Tensor:
     """One step of every row against the reference's, each from where the row stands. Returns the result table."""
     before = [rows.read(number) for number in range(len(rows.rows))]
     results = rows.step(grads, **fields)
-    schedule = Schedule(**{name: fields[name] for name in SCHEDULE if name in fields})
     scale = float(fields.get("grad_scale", 1.0))
     for number, (row, old) in enumerate(zip(rows.rows, before)):
         p, sides = rows.pairs[row.pair], grads[row.pair]
         if sides[0] is None or sides[1] is None:
             continue
         own = wide(p.views_A(sides[0])[row.expert]) / scale, wide(p.views_B(sides[1])[row.expert]) / scale
-        *factors, state, why = reference.adamw_step(*old[:2], *own, old[2], rows.hypers, schedule, p.A.dtype)  # type: ignore[arg-type]
+        *factors, state, why = rows.expected(number, old, own, fields)
         assert results[number, col.STATUS] == STATUS[why], p.name
-        check_row(f"{p.name} {row.expert}", rows, p, rows.read(number), (*factors, state))
+        check_row(f"{p.name} {row.expert}", rows, number, rows.read(number), (*factors, state))
     return results
 
 
-def check_row(what: str, rows: Rows, p: LoRAPair, have: tuple[Any, ...], want: tuple[Any, ...]) -> None:
+def check_row(what: str, rows: Rows, number: int, have: tuple[Any, ...], want: tuple[Any, ...]) -> None:
     (A, B, got), (want_A, want_B, wanted) = have, want
-    assert (got.step, got.phase, got.count) == (wanted.step, wanted.phase, wanted.count), what
-    of_moments, computed = rows.storage.dtype(p.A), DOUBLE if p.A.dtype == DOUBLE else FLOAT
-    compared = [("A", p.A.dtype, A, want_A), ("B", p.A.dtype, B, want_B)]
-    kept = [("exp_avg", of_moments), ("exp_avg_sq", of_moments)]
-    kept += [(LARGEST, of_moments)] * (LARGEST in rows.state[p.A])
-    kept += [("S", computed)] * (SAVED in rows.state[p.A] and wanted.S is not None)
-    kept += [("master", FLOAT)] * rows.storage.master
-    for name, dtype in kept:
+    stored = rows.rows[number].A.dtype
+    computed = DOUBLE if stored == DOUBLE else FLOAT
+    compared = [("A", stored, A, want_A), ("B", stored, B, want_B)]
+    for name, dtype in rows.compared(number, got, wanted):
         compared += [(name, dtype, x, y) for x, y in zip(getattr(got, name), getattr(wanted, name))]
     for name, dtype, x, exact in compared:
         y, tolerance = exact.to(dtype).to(DOUBLE), TOLERANCE[computed]

@@ -20,13 +20,8 @@ from ..plan import Plan
 
 
 @dataclass(frozen=True)
-class AdamWStep:
-    """What one fused step does, besides what the plan's table points at.
-
-    Every row finds from its own counter n (COUNT) where its S comes from: I for n < warmup_steps, computed every
-    `interval` steps from there on, the last one in between. start: 0 for the paper's S; else S comes without its scale
-    c, of Grams shrunk with the weight reference.shrink_weight(n, start), and a step before which a factor is 0 counts
-    as the first. scalar: RefLoRA-S, at the same steps.
+class Step:
+    """What every fused step does, besides what the plan's table points at.
 
     hypers: float64 `[groups, HYPERS]` on the CPU. lrs: by group, the tensor on the device behind LR_AT, or None.
     check: search the gradients for inf and nan and skip a row that has one. carry: keep the Grams of the updated
@@ -35,10 +30,6 @@ class AdamWStep:
     """
 
     hypers: Tensor
-    scalar: bool = False
-    warmup_steps: int = 0
-    start: int = 0
-    interval: int = 1
     precision: str = "float64"
     check: bool = True
     carry: bool = False
@@ -47,10 +38,45 @@ class AdamWStep:
     found_inf: Tensor | None = None
     lrs: tuple[Tensor | None, ...] = ()
 
+    def on(self, backend: Backend, plan: Plan) -> Tensor:
+        """Take the step of the plan's active rows; float64 `[rows, RESULTS]` on the device."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class AdamWStep(Step):
+    """RefLoRA's step: AdamW on gradients multiplied by S^-1 and S.
+
+    Every row finds from its own counter n (COUNT) where its S comes from: I for n < warmup_steps, computed every
+    `interval` steps from there on, the last one in between. start: 0 for the paper's S; else S comes without its scale
+    c, of Grams shrunk with the weight reference.shrink_weight(n, start), and a step before which a factor is 0 counts
+    as the first. scalar: RefLoRA-S, at the same steps.
+    """
+
+    scalar: bool = False
+    warmup_steps: int = 0
+    start: int = 0
+    interval: int = 1
+
     @property
     def keep(self) -> bool:
         """Whether S is stored where the SAVED column points."""
         return self.interval > 1 and not self.scalar
+
+    def on(self, backend: Backend, plan: Plan) -> Tensor:
+        return backend.adamw(plan, self)
+
+
+@dataclass(frozen=True)
+class InvariantStep(Step):
+    """The momentum whitened in the frame of a metric; the three as in reference.invariant_step. V points at Grams."""
+
+    metric: str = "reflora"
+    moments: str = "gradients"
+    damping: float = 1e-6
+
+    def on(self, backend: Backend, plan: Plan) -> Tensor:
+        return backend.invariant(plan, self)
 
 
 class Backend(Protocol):
@@ -72,6 +98,8 @@ class Backend(Protocol):
     def solve(self, plan: Plan, precision: str, start: int = 0) -> Tensor: ...
 
     def adamw(self, plan: Plan, step: AdamWStep) -> Tensor: ...
+
+    def invariant(self, plan: Plan, step: InvariantStep) -> Tensor: ...
 
     # the same S from Grams summed elsewhere, float64 `[b, r, r]` of A and of B. n: the other sides of the factors
     # `[b]`. counts: steps `[b]` for an S that is phased in, or None. Returns S and S^-1, float64

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..columns import NUMBERS, RESULTS
-from ..constants import KAPPA_MAX, KAPPA_OF_RANK
+from ..constants import KAPPA_MAX, KAPPA_OF_RANK, METRICS
 from ..plan import Plan
-from . import AdamWStep, torch_backend
+from . import AdamWStep, InvariantStep, Step, torch_backend
 
 try:
     from .. import _C
@@ -31,7 +32,7 @@ if _C is not None and _C.NUMBERS != NUMBERS:
 
 NAME = "cpp"
 
-_REFACTOR, _PRECONDITION, _SOLVE, _ADAMW = range(4)
+_REFACTOR, _PRECONDITION, _SOLVE, _ADAMW, _INVARIANT = range(5)
 _POLAR, _GEOMETRIC_MEAN, _SQRTM, _INVSQRTM, _SVD, _INV_ROOT = range(6)
 # matrices past this order go through torch
 _MOST = 128
@@ -61,11 +62,23 @@ def solve(plan: Plan, precision: str, start: int = 0) -> Tensor:
 def adamw(plan: Plan, step: AdamWStep) -> Tensor:
     return _run(
         plan, step.precision, kind=_ADAMW, scalar=step.scalar, warmup_steps=step.warmup_steps, start=step.start,
-        interval=step.interval, hypers=step.hypers.data_ptr(),
-        grad_scale=1.0 if step.grad_scale is None else float(step.grad_scale), check=step.check,
-        found_inf=step.found_inf is not None and float(step.found_inf) != 0,
-        seed=None if step.seed is None else step.seed % 2**64, kept=_kept(plan, step.carry and not step.scalar),
+        interval=step.interval, kept=_kept(plan, step.carry and not step.scalar), **_of_step(step),
     )  # fmt: skip
+
+
+def invariant(plan: Plan, step: InvariantStep) -> Tensor:
+    return _run(
+        plan, step.precision, kind=_INVARIANT, scalar=False, metric=METRICS.index(step.metric),
+        momentum=step.moments == "momentum", damping=step.damping, **_of_step(step),
+    )  # fmt: skip
+
+
+def _of_step(step: Step) -> dict[str, Any]:
+    return {
+        "hypers": step.hypers.data_ptr(), "grad_scale": 1.0 if step.grad_scale is None else float(step.grad_scale),
+        "check": step.check, "found_inf": step.found_inf is not None and float(step.found_inf) != 0,
+        "seed": None if step.seed is None else step.seed % 2**64,
+    }  # fmt: skip
 
 
 # few and rare: only for factors that several processes hold

@@ -7,41 +7,18 @@ captured in a CUDA graph as far as torch's own linear algebra can.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import columns as col
-from ..columns import A_SIDE, B_SIDE, DEGENERATE, PLAIN, REFACTORED, SKIPPED
+from ..columns import DEGENERATE, PLAIN, REFACTORED, SKIPPED
 from ..plan import Plan
 from ..reference import meet
 from . import AdamWStep
 from .torch_groups import SIDES, Batch, chosen, groups, record, results_of, saturated, skip
-from .torch_rounding import round_stochastically, row_key
 from .torch_solve import Gram, Solution, gram, met
-
-
-class Memory:
-    """What is kept from one step to the next.
-
-    grams: of the factors as the last step left them, by (rows, precision). keys: of stochastic rounding, `[b]` per
-    side, by (seed, *tags); kept because a CUDA graph takes no numbers from the host.
-    """
-
-    def __init__(self, plan: Plan):
-        self.grams: dict[tuple, tuple[Gram, Gram]] = {}
-        self.keys: dict[tuple, list[Tensor]] = {}
-
-
-class Hypers(NamedTuple):
-    lr: float | Tensor
-    beta1: float
-    beta2: float
-    eps: float
-    decay: float
-    amsgrad: bool
-    maximize: bool
+from .torch_step import GroupStep, Memory
 
 
 def adamw(plan: Plan, step: AdamWStep, rows: Sequence[int] | None = None) -> Tensor:
@@ -72,13 +49,13 @@ def scalar_schedule(count: Tensor, step: AdamWStep) -> tuple[Tensor, Tensor]:
     return before, (past >= 0) & (past % step.interval == 0)
 
 
-class BatchStep:
-    """One group's step. Sides are lists `[A, B]`; moments in units of S move by `[1 / c, c]`."""
+class BatchStep(GroupStep):
+    """One group's step; moments in units of S move by `[1 / c, c]`."""
+
+    step: AdamWStep
 
     def __init__(self, group: Batch, step: AdamWStep, memory: Memory):
-        self.group, self.step, self.memory = group, step, memory
-        self.device = group.plan.device
-        self.hypers = [self._hypers(index) for index in group.hypers]
+        super().__init__(group, step, memory)
         self.count = torch.stack(group.once(col.COUNT)).long()
 
     def run(self, results: Tensor, grams: tuple[Gram, Gram]) -> None:
@@ -87,9 +64,7 @@ class BatchStep:
         grads = [self._gradient(side, h) for side, h in zip(SIDES, self.hypers)]
         if step.check:
             solution = skip(solution, *grads)
-        self.done = solution.status < SKIPPED
-        if step.found_inf is not None:
-            self.done &= step.found_inf.to(self.device) == 0
+        self.done = self._stepped(solution.status)
         self._load()
         if step.scalar:
             reported = self._scalar_step(solution, grads, grams)
@@ -99,33 +74,12 @@ class BatchStep:
         self._store()
         record(results, group, *grams, reported)
 
-    def _hypers(self, index: int) -> Hypers:
-        lr, beta1, beta2, eps, decay, amsgrad, maximize = self.step.hypers[index, : col.LR_AT].tolist()
-        device_lr = self.step.lrs[index] if index < len(self.step.lrs) else None
-        return Hypers(
-            lr if device_lr is None else device_lr.reshape(()).to(self.device, torch.float64),
-            beta1, beta2, eps, decay, amsgrad != 0, maximize != 0,
-        )  # fmt: skip
-
-    def _gradient(self, side: int, hypers: Hypers) -> Tensor:
-        g = self.group.stack(side, col.G).to(self.group.apply)
-        if self.step.grad_scale is not None:
-            g = g / self.step.grad_scale.to(self.device)
-        return -g if hypers.maximize else g
-
     def _load(self) -> None:
-        def wide(column: int) -> list[Tensor]:
-            return [self.group.stack(side, column).to(self.group.apply) for side in SIDES]
-
-        self.P, self.M, self.V = wide(col.P), wide(col.M), wide(col.V)
+        self.P, self.M, self.V = self._weights(), self._wide(col.M), self._wide(col.V)
         self.X = [
             self.group.stack(side, col.X).to(self.group.apply) if h.amsgrad else None
             for side, h in zip(SIDES, self.hypers)
         ]
-        if self.group.master:
-            # where w does not round to p, something else has written the factor
-            for i, (p, w) in enumerate(zip(self.P, wide(col.W))):
-                self.P[i] = w.where(w.to(self.group.dtype) == p, p)
 
     def _scalar_step(self, solution: Solution, grads: list[Tensor], old: tuple[Gram, Gram]) -> Solution:
         """RefLoRA-S; rows that are not refactored in this step take a plain one."""
@@ -225,45 +179,13 @@ class BatchStep:
             # eps = 0 and no gradient yet: 0 / 0 is no step
             ratio = torch.where(self.M[i] == 0, 0.0, self.M[i] / denom)
             self.P[i] = self.P[i] * (1 - h.lr * h.decay) - (h.lr / (1 - h.beta1**t)).to(apply) * ratio
-        self._round()
-
-    def _steps(self, side: int) -> Tensor:
-        return torch.stack(self.group.once(side + col.STEP)).long()
-
-    def _round(self) -> None:
-        """P as it will be stored; master weights keep what was computed."""
-        dtype = self.group.dtype
-        self.P = [saturated(p, torch.finfo(dtype).max) for p in self.P]
-        if self.group.master:
-            return
-        if self.step.seed is not None and dtype == torch.bfloat16:
-            keys = zip(self.P, self._keys(self.step.seed), SIDES)
-            rounded = [round_stochastically(p, key, self._steps(side)) for p, key, side in keys]
-        else:
-            rounded = [p.to(dtype) for p in self.P]
-        self.P = [p.to(self.group.apply) for p in rounded]
-
-    def _keys(self, seed: int) -> list[Tensor]:
-        tags, keys = self.group.column(col.TAG), self.memory.keys
-        which = (seed, *tags)
-        if which not in keys:
-            found = [[row_key(seed, tag, side) for tag in tags] for side in (0, 1)]
-            keys[which] = [torch.tensor(own, dtype=torch.int64, device=self.device) for own in found]
-        return keys[which]
+        self.P = self._round(self.P)
 
     def _store(self) -> None:
-        columns: list[tuple[int, Sequence[Tensor | None]]]
-        columns = [(col.P, self.P), (col.M, self.M), (col.V, self.V), (col.X, self.X)]
-        if self.group.master:
-            columns.append((col.W, self.P))
-        for i, side in enumerate(SIDES):
-            for column, values in columns:
-                value = values[i]
-                if value is not None:
-                    self.group.write(side, column, value, self.done)
-        for column in (A_SIDE + col.STEP, B_SIDE + col.STEP):
-            counts = self.group.once(column)
-            torch._foreach_add_(counts, list(self.done.to(counts[0].dtype).unbind(0)))
+        self._store_weights(self.P)
+        for column, values in ((col.M, self.M), (col.V, self.V), (col.X, self.X)):
+            self._write(column, values)
+        self._count_steps()
         counts = self.group.once(col.COUNT)
         before = torch.stack(counts)
         torch._foreach_copy_(counts, list((self.count + 1).to(before.dtype).where(self.done, before).unbind(0)))

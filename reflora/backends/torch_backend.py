@@ -11,7 +11,7 @@ from .. import columns as col
 from ..columns import A_SIDE, B_SIDE, REFACTORED, SKIPPED
 from ..constants import START_STEPS
 from ..plan import Plan
-from . import AdamWStep, torch_adamw
+from . import AdamWStep, InvariantStep, torch_adamw, torch_invariant
 from .torch_groups import SIDES, chosen, groups, record, reported, results_of, shrink_weight, skip
 from .torch_linalg import eigh, geometric_mean, inv_root, polar, sqrtm, svd
 from .torch_solve import fits, gram_of_sums
@@ -84,3 +84,8 @@ def means(
 def adamw(plan: Plan, step: AdamWStep, rows: Sequence[int] | None = None) -> Tensor:
     """One RefLoRA AdamW step; see AdamWStep."""
     return torch_adamw.adamw(plan, step, rows)
+
+
+def invariant(plan: Plan, step: InvariantStep, rows: Sequence[int] | None = None) -> Tensor:
+    """One step of InvariantAdamW; see InvariantStep."""
+    return torch_invariant.invariant(plan, step, rows)

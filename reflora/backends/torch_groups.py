@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from .. import columns as col
 from ..columns import A_SIDE, B_SIDE, PLAIN, SKIPPED
 from ..plan import Plan
+from .torch_frames import Frames
 from .torch_solve import Gram, Solution, balance, gram, solve
 
 SIDES = (A_SIDE, B_SIDE)
@@ -106,7 +108,10 @@ def groups(plan: Plan, rows: Sequence[int] | None) -> Iterator[Batch]:
     return (Batch(plan, numbers, key[0], key[1]) for key, numbers in found.items())
 
 
-def skip(solution: Solution, *grads: Tensor) -> Solution:
+Found = TypeVar("Found", Solution, Frames)
+
+
+def skip(solution: Found, *grads: Tensor) -> Found:
     """Skip rows with a gradient that is not finite."""
     finite = torch.stack([g.isfinite().all(2).all(1) for g in grads]).all(0)
     return solution._replace(status=solution.status.where(finite, SKIPPED))
@@ -128,12 +133,12 @@ def chosen(results: Tensor, rows: Sequence[int] | None) -> Tensor:
     return results if rows is None else torch.stack([results[number] for number in rows])
 
 
-def record(results: Tensor, group: Batch, a: Gram, b: Gram, solution: Solution) -> None:
+def record(results: Tensor, group: Batch, a: Gram, b: Gram, solution: Solution | Frames) -> None:
     values = reported(a, b, solution)
     torch._foreach_copy_([results[number, : col.REPORTED] for number in group.rows], list(values.unbind(0)))
 
 
-def reported(a: Gram, b: Gram, solution: Solution) -> Tensor:
+def reported(a: Gram, b: Gram, solution: Solution | Frames) -> Tensor:
     """Columns of the result table, `[b, REPORTED]`."""
     kappas = (solution.kappa_A, solution.kappa_B)
     columns = (solution.status, *kappas, solution.balance, solution.scale, a.norm, b.norm)

@@ -147,9 +147,8 @@ def solve(a: Gram, b: Gram, apply: torch.dtype, precision: str, weight: Tensor |
     Q = polar_factor(N, Lb_inv @ La_inv.mT)
     C, broke = torch.linalg.cholesky_ex(_symmetric(Q.mT @ N))
 
-    c = b.norm / a.norm
-    useful, huge = usable(c, apply), torch.finfo(apply).max
-    c = c.where(useful, 1.0)
+    c, useful = ratio(a, b, apply)
+    huge = torch.finfo(apply).max
     scale = c if weight is None else torch.ones_like(c)
     c_col = scale.view(-1, 1, 1)
     S = c_col * _symmetric(La_inv.mT @ Q.mT @ Lb.mT).double()
@@ -166,13 +165,24 @@ def solve(a: Gram, b: Gram, apply: torch.dtype, precision: str, weight: Tensor |
     P = (root * (La_inv.mT @ C).double()).where(keep, root * eye)
     C_inv_T = torch.linalg.solve_triangular(C.where(keep, eye), eye.expand_as(C), upper=False).mT
     P_inv_T = ((La @ C_inv_T).double() / root).where(keep, eye / root)
-    ratio = torch.where(a.norm > 0, b.norm / a.norm, torch.inf).view(-1, 1, 1)
-    distance = _frobenius(a.unit.double() - ratio**2 * b.unit) / _frobenius(a.unit.double())
-    distance = distance.where(a.norm.view(-1, 1, 1) > 0, torch.inf)
     return Solution(
         S.where(keep, c_col * eye).to(apply), S_inv.where(keep, eye / c_col).to(apply),
-        P, P_inv_T, status, c, distance.view(-1), of_A.kappa, of_B.kappa,
+        P, P_inv_T, status, c, imbalance(a, b), of_A.kappa, of_B.kappa,
     )  # fmt: skip
+
+
+def ratio(a: Gram, b: Gram, apply: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(`c = ||B|| / ||A||` `[b]`, 1 where it is of no use; where it is)."""
+    c = b.norm / a.norm
+    useful = usable(c, apply)
+    return c.where(useful, 1.0), useful
+
+
+def imbalance(a: Gram, b: Gram) -> Tensor:
+    """`||Ga - Gb||_F / ||Ga||_F` of the Grams themselves `[b]`; inf for A = 0."""
+    above = torch.where(a.norm > 0, b.norm / a.norm, torch.inf).view(-1, 1, 1)
+    distance = _frobenius(a.unit.double() - above**2 * b.unit) / _frobenius(a.unit.double())
+    return distance.where(a.norm.view(-1, 1, 1) > 0, torch.inf).view(-1)
 
 
 def balance(a: Gram, b: Gram, storage: torch.dtype, apply: torch.dtype) -> Solution:

@@ -112,6 +112,9 @@ def adamw(plan: Plan, step: AdamWStep) -> Tensor:
 # few and rare: only for factors that several processes hold
 means = torch_backend.means
 
+# no kernels of its own yet
+invariant = torch_backend.invariant
+
 
 def polar(X: Tensor, precision: str, out: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """`[batch, n, n]` -> (Q, H)."""

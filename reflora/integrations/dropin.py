@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 from ..ambient import independent
 from ..checks import check_count, check_flags, fail
 from ..diagnostics import Diagnostics
-from ..optim.adamw import RefLoRAAdamW
 from ..optim.membership import HALVED, Unserved, halved, listed, say_plain
 from ..optim.operations import ops_of
+from ..optim.paired import PairedAdamW
 from ..optim.transport import Transport, check_movable
 from ..optim.wrapped_pairs import FLATTENED
 from ..optim.wrapper import Wrapped, scaler_found_inf
@@ -126,7 +126,7 @@ class Refactorer:
             handle.remove()
         self._optimizer = optimizer
         self._check_members(optimizer)
-        if isinstance(optimizer, (RefLoRAAdamW, Wrapped)):
+        if isinstance(optimizer, (PairedAdamW, Wrapped)):
             remedy = "It needs no Refactorer; a Refactorer needs a plain optimizer, such as torch.optim.AdamW."
             fail("optimizer", "one that does not refactor by itself", type(optimizer).__name__, remedy)
         if self.use_scalar:

@@ -12,6 +12,9 @@ from torch.optim import Optimizer
 
 from ..checks import fail
 from ..optim.adamw import RefLoRAAdamW
+from ..optim.invariant import InvariantAdamW
+from ..optim.paired import PairedAdamW
+from ..optim.wrapped_pairs import DEFAULTS
 from ..optim.wrapper import Wrapped, reflora_class
 from .peft import find_pairs
 
@@ -39,9 +42,10 @@ def create_reflora_optimizer(
     Args:
         model: A PEFT model, or any with PEFT's LoRA layers in it.
         optimizer_cls: None and torch.optim.AdamW both give RefLoRAAdamW, which is AdamW with the preconditioning fused
-            in (torch's `foreach` changes nothing, `fused=False` only makes a GradScaler unscale before the step). Any
-            other class gives a subclass of it that preconditions inside `step`, with one sync per step on a GPU, or two
-            while a pair of RefLoRA-S waits for its norms.
+            in (torch's `foreach` changes nothing, `fused=False` only makes a GradScaler unscale before the step).
+            reflora.InvariantAdamW is taken as it is, without scalar, interval and warmup_steps. Any other class gives a
+            subclass of it that preconditions inside `step`, with one sync per step on a GPU, or two while a pair of
+            RefLoRA-S waits for its norms.
         lr: Learning rate.
         scalar: RefLoRA-S, as in RefLoRAAdamW.
         interval: Recompute S every `interval` steps.
@@ -69,13 +73,16 @@ def create_reflora_optimizer(
         if "base_options" in kwargs:
             remedy = "RefLoRAAdamW shares no option name with its base class: pass them as keywords."
             fail("base_options", "another optimizer_cls", "RefLoRAAdamW", remedy, TypeError)
-    is_ours = isinstance(optimizer_cls, type) and issubclass(optimizer_cls, (RefLoRAAdamW, Wrapped))
+    is_ours = isinstance(optimizer_cls, type) and issubclass(optimizer_cls, (PairedAdamW, Wrapped))
     cls: Any = optimizer_cls if is_ours else reflora_class(optimizer_cls)
     params = [param for param in model.parameters() if param.requires_grad]
-    return cls(
-        params, pairs=pairs, lr=lr, scalar=scalar, interval=interval, warmup_steps=warmup_steps,
-        backend=backend, precision=precision, **kwargs,
-    )  # fmt: skip
+    of_S: dict[str, Any] = {"scalar": scalar, "interval": interval, "warmup_steps": warmup_steps}
+    if issubclass(cls, InvariantAdamW):
+        if given := [name for name, value in of_S.items() if value != DEFAULTS[name]]:
+            remedy = "It has no S that is phased in, kept or scalar: leave it out."
+            fail(given[0], f"its default with {cls.__name__}", of_S[given[0]], remedy, TypeError)
+        of_S = {}
+    return cls(params, pairs=pairs, lr=lr, backend=backend, precision=precision, **of_S, **kwargs)
 
 
 class OptimizerFactory:

@@ -1,4 +1,4 @@
-"""The engine of RefLoRAAdamW: its table points at parameters, gradients and optimizer state."""
+"""The engine of an optimizer over pairs: its table points at parameters, gradients and optimizer state."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ import torch
 from torch import Tensor
 
 from .. import columns as col
-from ..backends import AdamWStep
+from ..backends import Step
 from ..checks import check_gradient, fail
 from ..columns import A_SIDE, B_SIDE, PLAIN
 from ..constants import STORAGE_DTYPES
 from ..engine import Engine, mark_written
 from ..pairs import LoRAPair
+from .grams import init_gram, part, rejoin
 from .state import (
+    GRAM,
     MASTER,
     MOMENTS,
     PHASE,
     SAVED,
+    SQUARES,
     STEPS,
     Storage,
     check_pair,
@@ -30,7 +33,6 @@ from .state import (
     init_pair,
     init_param,
     leave_units,
-    moments_of,
 )
 
 Slot = tuple[int, int]
@@ -59,8 +61,11 @@ class AdamWEngine(Engine):
         # numbers of owned pairs without state: they have had no gradient
         self._idle: set[int] = set()
         self._options: tuple[Any, ...] = ()
-        # pairs whose moments the next step moves back to units of S = I, before plain steps
+        # pairs whose moments the next step moves back to units of S = I, or parts, before plain steps
         self._leaving: list[LoRAPair] = []
+        # numbers of pairs with AdamW's second moments beside their Grams, and those that come back in the next step
+        self._parted: set[int] = set()
+        self._returning: list[LoRAPair] = []
         # factors that the next step updates
         self.written: list[Tensor] = []
         self._versions: list[int] = []
@@ -78,7 +83,8 @@ class AdamWEngine(Engine):
 
         grads: of A and B alternately. As in torch, a pair has no state before its first gradient.
         """
-        names = (*moments_of(amsgrad), "step")
+        moments, grams = self.storage.moments_of(amsgrad), self.storage.grams
+        names = (*moments, "step", *([GRAM] if grams else []))
         options = (slots, names, keep_S)
         wakes = [i for i in self._idle if grads[2 * i] is not None or grads[2 * i + 1] is not None]
         if self._owner is state and self._options == options and not wakes and self._still_bound(state):
@@ -96,19 +102,26 @@ class AdamWEngine(Engine):
         for pair, keep in zip(self.pairs, kept):
             for factor, states in zip((pair.A, pair.B), sides):
                 # a pair without state is not active: its row points at the factor, harmlessly
-                entries = state[factor] if keep else dict.fromkeys(MOMENTS, factor)
+                entries = state[factor] if keep else dict.fromkeys(moments, factor)
                 init_param(entries, factor, amsgrad, pair.experts, self.storage)
                 fit(entries, factor, pair.experts, self.storage)
+                if grams:
+                    init_gram(entries, pair, factor)
                 states.append(entries)
-            init_pair(sides[0][-1], pair, keep_S)
+            if not grams:
+                init_pair(sides[0][-1], pair, keep_S)
+        self._parted = {i for i, both in enumerate(zip(*sides)) if grams and any(SQUARES in own for own in both)}
         for index, (side, states) in enumerate(zip((A_SIDE, B_SIDE), sides)):
-            for name in moments_of(amsgrad):
+            for name in moments:
                 self.plan.bind(side, MOMENTS[name].column, [entries[name] for entries in states])
+            if grams:
+                matrices = [entries[GRAM].view(-1, p.rank, p.rank) for entries, p in zip(states, self.pairs)]
+                self.plan.bind_once(side + col.V, matrices)
             self.plan.bind_some(side, col.W, [entries.get(MASTER) for entries in states])
             self.plan.bind_once(side + col.STEP, [entries["step"] for entries in states])
             self.plan.bind_groups(side, [slot[index] if slot else 0 for slot in slots])
         self.plan.set(col.STATE, [STORAGE_DTYPES.index(self.storage.dtype(pair.A)) for pair in self.pairs])
-        for column, name in ((col.PHASE, PHASE), (col.COUNT, STEPS), *([(col.SAVED, SAVED)] if keep_S else [])):
+        for column, name in self._columns_of_pair(keep_S):
             self.plan.bind_once(column, [entries[name] for entries in sides[0]])
         self._owner, self._all = state, [*state, *state.values()]
         self._entries = tuple([entries for entries, keep in zip(side, kept) if keep] for side in sides)  # type: ignore[assignment]
@@ -136,12 +149,18 @@ class AdamWEngine(Engine):
     def _tensors(self) -> list[Tensor]:
         """The state tensors of every owned pair."""
         _, names, keep_S = self._options
-        of_pair = (*names, PHASE, STEPS, *([SAVED] if keep_S else []))
+        of_pair = (*names, *(name for _, name in self._columns_of_pair(keep_S)))
         sides = (map(itemgetter(*wanted), found) for wanted, found in zip((of_pair, names), self._entries))
         found = list(chain.from_iterable(chain.from_iterable(sides)))
         if self.storage.master:  # of 16-bit factors alone
             found += [entries[MASTER] for side in self._entries for entries in side if MASTER in entries]
         return found
+
+    def _columns_of_pair(self, keep_S: bool) -> list[tuple[int, str]]:
+        """What A's state holds for the pair, with its column."""
+        if self.storage.grams:
+            return []
+        return [(col.PHASE, PHASE), (col.COUNT, STEPS), *([(col.SAVED, SAVED)] if keep_S else [])]
 
     def bind_grads(self, grads: Sequence[Tensor | None]) -> list[tuple[Tensor, int]]:
         """Point at this step's gradients, of A and B alternately.
@@ -153,6 +172,7 @@ class AdamWEngine(Engine):
         sides = list(zip(grads[::2], grads[1::2]))
         strays: list[tuple[Tensor, int]] = []
         self._leaving = []
+        self._returning = [self.pairs[i] for i in self._parted if all(g is not None for g in sides[i])]
         present = list(map(is_not, grads, repeat(None)))
         given = [grad for grad in grads if grad is not None]
         self._check(given, present)
@@ -198,25 +218,34 @@ class AdamWEngine(Engine):
                 fail(f"{name}, gradient", f"{factor.dtype}, strided, like its factor", got, remedy)
 
     def leave(self) -> None:
-        """Move the moments of pairs that take plain steps from now on."""
+        """Move the moments of pairs that take plain steps from now on, and of those that no longer do."""
+        state = self._owner
         for pair in self._leaving:
-            leave_units(self._owner.get(pair.A, {}), self._owner.get(pair.B, {}), pair)
+            leave_units(state.get(pair.A, {}), state.get(pair.B, {}), pair)
+            for factor in (pair.A, pair.B):
+                part(state.get(factor, {}), pair, factor, self.storage)
+        if self.storage.grams:
+            self._parted.update(map(self.pairs.index, self._leaving))
+        for pair in self._returning:
+            for factor in (pair.A, pair.B):
+                rejoin(state[factor], pair, factor)
+            self._parted.discard(self.pairs.index(pair))
 
-    def step(self, step: AdamWStep) -> None:
+    def step(self, step: Step) -> None:
         """One step of the pairs with gradients."""
         if not self.written:
             shape = (len(self.plan.rows), col.RESULTS)
             self.results = torch.full(shape, torch.nan, dtype=torch.float64, device="cpu")
             self.results[:, col.STATUS] = PLAIN
             return
-        self.results = self.backend.adamw(self.plan, self._carried(step) if step.carry else step)
+        self.results = (self._carried(step) if step.carry else step).on(self.backend, self.plan)
         self.plan.release_grads()
         mark_written(self.written)
         self.stepped = True
         if step.carry:
             self._versions = list(map(_VERSION, self.plan.factors))
 
-    def _carried(self, step: AdamWStep) -> AdamWStep:
+    def _carried(self, step: Step) -> Step:
         """Mark the rows whose factors still have the Grams of the last step.
 
         A replayed graph writes factors without running Python: nothing is carried in a capture, nor after one.

@@ -27,7 +27,7 @@ def check_base(base: Any) -> None:
     if not (isinstance(base, type) and issubclass(base, Optimizer)):
         fail("optimizer_cls", "a subclass of torch.optim.Optimizer", repr(base), "Pass the class itself.", TypeError)
     check_single(base)
-    if any(parent.__name__ == "RefLoRAAdamW" for parent in base.__mro__):
+    if any(parent.__name__ == "PairedAdamW" for parent in base.__mro__):
         remedy = "Build it as it is; wrap(torch.optim.AdamW) gives an AdamW with the preconditioning in front."
         fail("optimizer_cls", "a class without RefLoRA", base.__name__, remedy, TypeError)
     if _takes_optimizer(base):

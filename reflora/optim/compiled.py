@@ -1,4 +1,4 @@
-"""RefLoRAAdamW.step() under torch.compile: one opaque, mutating operator, `torch.ops.reflora.adamw_`.
+"""A step under torch.compile: one opaque, mutating operator, `torch.ops.reflora.adamw_`.
 
 It is the functional step over the tensors that it is given, which may be copies. A string describes what does not
 change from step to step. Engines are kept between calls, keyed by the table of results, as long as that lives.
@@ -26,11 +26,13 @@ from ..engine import Engines
 from ..operators import OP_TAGS
 from ..pairs import LoRAPair
 from .adamw_engine import AdamWEngine
+from .grams import init_gram, part, rejoin
 from .scaler import Scaler
 from .state import LIKE_TORCH, Storage, check_fits, check_pair, fit, init_pair, init_param
-from .step import Members, Options, adamw_, engines_of
+from .step import AdamWOptions, InvariantOptions, Members, Options, adamw_, engines_of
 
 SEED = "reflora_seed"
+RULES = {rule.__name__: rule for rule in (AdamWOptions, InvariantOptions)}
 # per group, as floats; lr is 0 where it is a tensor
 GROUP_HYPERS = ("lr", "beta1", "beta2", "eps", "weight_decay", "amsgrad", "maximize")
 
@@ -80,7 +82,8 @@ _KEPT: Any = WeakTensorKeyDictionary()
 def _read(described: str) -> dict[str, Any]:
     wanted: dict[str, Any] = json.loads(described)
     options = wanted["options"]
-    wanted["options"] = Options(**{**options, "storage": Storage(**options["storage"])})
+    rule = RULES[wanted["rule"]]
+    wanted["options"] = rule(**{**options, "storage": Storage(**options["storage"])})
     return wanted
 
 
@@ -94,15 +97,9 @@ def empty_results(pairs: list[LoRAPair]) -> Tensor:
 
 
 class CompiledStep(Optimizer):
-    """The part of RefLoRAAdamW for torch.compile."""
+    """The part of an optimizer over pairs for torch.compile."""
 
     pairs: list[LoRAPair]
-    scalar: bool
-    interval: int
-    warmup_steps: int | None
-    precision: str
-    carry_grams: bool
-    check_grads: bool
     storage: Storage
     stochastic_rounding: bool
     backend: str | None
@@ -118,10 +115,7 @@ class CompiledStep(Optimizer):
     @property
     def options(self) -> Options:
         """How a step is taken, whatever the parameters."""
-        return Options(
-            self.scalar, self.interval, self.warmup_steps, self.precision, self.carry_grams, self.check_grads,
-            self.storage,
-        )  # fmt: skip
+        raise NotImplementedError
 
     @property
     def seed(self) -> int | None:
@@ -173,7 +167,9 @@ class CompiledStep(Optimizer):
             experts, storage = (pair.experts, self.storage) if pair else (1, LIKE_TORCH)
             init_param(self.state[p], p, amsgrad, experts, storage)
             fit(self.state[p], p, experts, storage)
-            if pair is not None and p is pair.A:
+            if pair is not None and storage.grams:
+                self._init_gram(pair, p)
+            elif pair is not None and p is pair.A:
                 init_pair(self.state[p], pair, keeps_S)
             self._state_names.append(tuple(self.state[p]))
         if self._traced_results is None:
@@ -182,12 +178,22 @@ class CompiledStep(Optimizer):
             _KEPT[self._traced_results] = self._compiled
         self._described = self._describe(pairs)
 
+    def _init_gram(self, pair: LoRAPair, factor: Tensor) -> None:
+        """The operator adds no entry, so those of a factor whose partner has no gradient are made here."""
+        state = self.state[factor]
+        init_gram(state, pair, factor)
+        if (pair.A.grad is None) != (pair.B.grad is None):
+            part(state, pair, factor, self.storage)
+        elif pair.A.grad is not None:
+            rejoin(state, pair, factor)
+
     def _describe(self, pairs: list[LoRAPair]) -> str:
         place = {p: index for index, p in enumerate(parameters(self))}
         return json.dumps({
             "sizes": [len(group["params"]) for group in self.param_groups],
             "pairs": [(pair.name, place[pair.A], place[pair.B], pair.layout) for pair in pairs],
-            "names": self._state_names, "options": asdict(self.options), "backend": self.backend, "seed": self.seed,
+            "names": self._state_names, "backend": self.backend, "seed": self.seed,
+            "rule": type(self.options).__name__, "options": asdict(self.options),
         })  # fmt: skip
 
     def stepped_pairs(self) -> list[LoRAPair]:

@@ -1,4 +1,4 @@
-"""The pairs that RefLoRAAdamW steps, including those added later, and warnings about the rest."""
+"""The pairs that an optimizer steps, including those added later, and warnings about the rest."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REPLACED = (
 
 
 class GroupedPairs(Optimizer):
-    """What RefLoRAAdamW knows about its pairs and groups."""
+    """What an optimizer knows about its pairs and groups."""
 
     pairs: list[LoRAPair]
     backend: str | None

@@ -13,7 +13,7 @@ from ..constants import STORAGE_DTYPES
 from ..engine import mark_written
 from ..overlap import extent
 from .scaler import Scaler
-from .state import LIKE_TORCH, MASTER, fit, init_param, moments_of
+from .state import LIKE_TORCH, MASTER, fit, init_param
 
 State = MutableMapping[Tensor, Any]
 # a parameter's gradient, or None
@@ -58,7 +58,7 @@ def _step_device(
     has_complex = any(p.is_complex() for p in params)
     device = params[0].device.type
     fused = device in FUSED_DEVICES and not has_complex
-    names = moments_of(group["amsgrad"])
+    names = LIKE_TORCH.moments_of(group["amsgrad"])
     rows = [_row(p.detach(), grad, state, names) for p, grad, state in zip(params, grads, states) if grad is not None]
     # torch's fused step goes through memory in order, whatever the strides
     stepped = [row if _in_one_order(row) else [t.contiguous() for t in row] for row in rows]

@@ -1,4 +1,4 @@
-"""The state that RefLoRAAdamW keeps for a parameter: how it is made, and how loaded state is fitted."""
+"""The state that is kept for a parameter: how it is made, and how loaded state is fitted."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ class Moment(NamedTuple):
 
 
 MOMENTS = {"exp_avg": Moment(M, 1), "exp_avg_sq": Moment(V, 2), "max_exp_avg_sq": Moment(X, 2)}
+SQUARES, GRAM = "exp_avg_sq", "exp_avg_gram"
 MASTER = "master"
 PHASE, STEPS, SAVED = "reflora_phase", "reflora_steps", "reflora_S"
 HALF = (torch.bfloat16, torch.float16)
@@ -30,10 +31,14 @@ STRANGE = "The state belongs to another model or rank."
 
 @dataclass(frozen=True)
 class Storage:
-    """What is kept in float32 beside 16-bit factors: their moments, and the weights themselves."""
+    """What is kept in float32 beside 16-bit factors: their moments, and the weights themselves.
+
+    grams: whether the second moments of a factor are one `[r, r]` matrix (grams.py) in place of AdamW's.
+    """
 
     moments: bool = False
     master: bool = False
+    grams: bool = False
 
     def dtype(self, factor: Tensor) -> torch.dtype:
         """The dtype of a factor's moments."""
@@ -42,13 +47,13 @@ class Storage:
     def has_master(self, factor: Tensor) -> bool:
         return self.master and factor.dtype in HALF
 
+    def moments_of(self, amsgrad: bool) -> list[str]:
+        """Names of the moments that are shaped like their parameter."""
+        return ["exp_avg"] if self.grams else [name for name in MOMENTS if amsgrad or name != "max_exp_avg_sq"]
+
 
 # parameters in no pair keep what torch's AdamW keeps
 LIKE_TORCH = Storage()
-
-
-def moments_of(amsgrad: bool) -> list[str]:
-    return [name for name in MOMENTS if amsgrad or name != "max_exp_avg_sq"]
 
 
 def zeros_like(param: Tensor, dtype: torch.dtype) -> Tensor:
@@ -114,7 +119,7 @@ def init_param(state: dict[str, Any], param: Tensor, amsgrad: bool, experts: int
     """
     if state.get("step") is None:
         state["step"] = torch.zeros((experts,) if experts > 1 else (), dtype=torch.float32, device=param.device)
-    for name in moments_of(amsgrad):
+    for name in storage.moments_of(amsgrad):
         if state.get(name) is None:
             state[name] = zeros_like(param, storage.dtype(param))
     if state.get(MASTER) is None and storage.has_master(param):
@@ -143,11 +148,26 @@ def init_pair(state: dict[str, Any], pair: LoRAPair, keep_S: bool) -> None:
         state[SAVED] = saved.to(dtype=dtype, device=device).contiguous()
 
 
-def check_shapes(entries: dict[str, Any], param: Tensor, pair: LoRAPair | None) -> None:
+def gram_shape(pair: LoRAPair) -> tuple[int, ...]:
+    """Of a factor's exp_avg_gram: `[r, r]`, with one matrix per expert `[E, r, r]`."""
+    r = pair.rank
+    return (pair.experts, r, r) if pair.experts > 1 else (r, r)
+
+
+def check_names(entries: Mapping[str, Any], grams: bool) -> None:
+    """Raises ValueError for another optimizer's state. grams: second moments may be Grams, or AdamW's."""
+    remedy = "The state belongs to another optimizer: load one saved by AdamW."
+    second = GRAM if grams and GRAM in entries else SQUARES
+    if entries and (missing := [name for name in ("step", "exp_avg", second) if name not in entries]):
+        fail("loaded state", f"step, exp_avg and {second}", f"one without {', '.join(missing)}", remedy)
+    if grams and (others := [name for name in (PHASE, STEPS, SAVED) if name in entries]):
+        fail("loaded state", "means of the gradients themselves", f"RefLoRAAdamW's, with {others[0]}", remedy)
+
+
+def check_shapes(entries: dict[str, Any], param: Tensor, pair: LoRAPair | None, grams: bool = False) -> None:
     """Raises ValueError for another optimizer's state, and for an entry of the wrong shape."""
     remedy = "The state belongs to another optimizer: load one saved by AdamW."
-    if entries and (missing := [name for name in ("step", *moments_of(False)) if name not in entries]):
-        fail("loaded state", "step, exp_avg and exp_avg_sq", f"one without {', '.join(missing)}", remedy)
+    check_names(entries, grams and pair is not None)
     step = entries.get("step", 0)
     if isinstance(step, Tensor):
         counted = step.numel() > 0 and bool((step >= 0).all())
@@ -167,12 +187,13 @@ def check_pair(state: Mapping[Tensor, Any], pair: LoRAPair) -> None:
     """Raises ValueError for the state of a pair that does not fit it."""
     for factor in (pair.A, pair.B):
         check_fits(state.get(factor, {}), factor, pair.experts)
-    compare_shapes(state.get(pair.A, {}), shapes_of_pair(pair), "state")
+        compare_shapes(state.get(factor, {}), shapes_of_pair(pair), "state")
 
 
 def shapes_of_pair(pair: LoRAPair) -> dict[str, tuple[int, ...]]:
-    """Shapes of the entries of `init_pair`."""
-    return {PHASE: (pair.experts,), STEPS: (pair.experts,), SAVED: (pair.experts, 2, pair.rank, pair.rank)}
+    """Shapes of the entries of `init_pair` and `init_gram`."""
+    counts = (pair.experts,)
+    return {PHASE: counts, STEPS: counts, SAVED: (*counts, 2, pair.rank, pair.rank), GRAM: gram_shape(pair)}
 
 
 def compare_shapes(entries: Mapping[str, Any], wanted: dict[str, tuple[int, ...]], what: str = "loaded state") -> None:
@@ -212,7 +233,7 @@ def adopt(state: dict[str, Any], raw: dict[str, Any], param: Tensor, experts: in
     """
     if "step" in raw:
         state["step"] = torch.as_tensor(raw["step"], dtype=torch.float32, device=param.device).clone()
-    for name in (*MOMENTS, MASTER, PHASE, STEPS, SAVED):
+    for name in (*MOMENTS, MASTER, PHASE, STEPS, SAVED, GRAM):
         if name in raw and raw[name].dtype != state[name].dtype:
             state[name] = raw[name].to(param.device).clone()
     fit(state, param, experts, storage)

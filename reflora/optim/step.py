@@ -1,4 +1,4 @@
-"""The step of RefLoRAAdamW as a function of groups, gradients and state; compiled graphs hold it too."""
+"""A step of pairs and plain parameters as a function of groups, gradients and state; compiled graphs hold it too."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..backends import AdamWStep
+from ..backends import AdamWStep, InvariantStep, Step
 from ..checks import check_gradient, check_held, check_places, fail
 from ..constants import start_of
 from ..engine import Engines
@@ -26,20 +26,53 @@ from .state import Storage, check_fits
 
 @dataclass(frozen=True)
 class Options:
-    """How pairs are stepped; the arguments of RefLoRAAdamW."""
+    """How pairs are stepped, whichever the rule. storage: what is kept for them."""
 
-    scalar: bool = False
-    interval: int = 1
-    warmup_steps: int | None = None
     precision: str = "float64"
     carry_grams: bool = False
     check_grads: bool = True
     storage: Storage = Storage()
 
+    keeps_S: ClassVar[bool] = False  # whether the last S is part of the state
+
+    def step(self, hypers: Tensor, **more: Any) -> Step:
+        """One step by this rule; more: the fields of Step that differ from step to step."""
+        raise NotImplementedError
+
+    def _common(self) -> dict[str, Any]:
+        return {"precision": self.precision, "carry": self.carry_grams}
+
+
+@dataclass(frozen=True)
+class AdamWOptions(Options):
+    """The arguments of RefLoRAAdamW."""
+
+    scalar: bool = False
+    interval: int = 1
+    warmup_steps: int | None = None
+
     @property
-    def keeps_S(self) -> bool:
-        """Whether the last S is part of the state."""
+    def keeps_S(self) -> bool:  # type: ignore[override]
         return self.interval > 1 and not self.scalar
+
+    def step(self, hypers: Tensor, **more: Any) -> Step:
+        return AdamWStep(
+            hypers, scalar=self.scalar, warmup_steps=self.warmup_steps or 0, start=start_of(self.warmup_steps),
+            interval=self.interval, **self._common(), **more,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class InvariantOptions(Options):
+    """The arguments of InvariantAdamW."""
+
+    metric: str = "reflora"
+    moments: str = "gradients"
+    damping: float = 1e-6
+
+    def step(self, hypers: Tensor, **more: Any) -> Step:
+        own = {"metric": self.metric, "moments": self.moments, "damping": self.damping}
+        return InvariantStep(hypers, **own, **self._common(), **more)  # type: ignore[arg-type]
 
 
 class Members(NamedTuple):
@@ -73,20 +106,17 @@ def adamw_(
     tables = [hyper_table(groups, engine.plan.device) for engine in ready]
     strays = _bind(ready, members.slots, groups, state, grad_of, options)
     _tell(engines, strays, told)
-    for params, group in zip(members.plain, groups):
-        prepare_plain(state, params, grad_of, group["amsgrad"])
     for engine in ready:
         engine.leave()
+    for params, group in zip(members.plain, groups):
+        prepare_plain(state, params, grad_of, group["amsgrad"])
     # torch may yet refuse a parameter: then no pair has moved
     for params, group in zip(members.plain, groups):
         step_plain(state, params, grad_of, group, scaler)
     for engine, (hypers, lrs) in zip(ready, tables):
         scale, found_inf = scaler.on(engine.plan.device)
-        engine.step(AdamWStep(
-            hypers, options.scalar, options.warmup_steps or 0, start_of(options.warmup_steps), options.interval,
-            options.precision, check=options.check_grads and found_inf is None, carry=options.carry_grams, seed=seed,
-            grad_scale=scale, found_inf=found_inf, lrs=lrs,
-        ))  # fmt: skip
+        check = options.check_grads and found_inf is None
+        engine.step(options.step(hypers, check=check, seed=seed, grad_scale=scale, found_inf=found_inf, lrs=lrs))
     for number, params in strays.items():
         for p in params:
             step_stray(state, p, grad_of, groups[number], scaler, options.check_grads)

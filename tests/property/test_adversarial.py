@@ -7,12 +7,23 @@ import math
 import adversarial
 import pytest
 import torch
-from adversarial_checks import check_adamw, check_kept, check_refactored, draw, norm_of, saturated, three_steps, top_of
+from adversarial_checks import (
+    check_adamw,
+    check_invariant,
+    check_kept,
+    check_refactored,
+    draw,
+    norm_of,
+    saturated,
+    three_steps,
+    top_of,
+)
 from conftest import served
 
 import reflora
 from reflora import reference
 from reflora.columns import DEGENERATE, REFACTORED, SKIPPED
+from reflora.constants import METRICS
 
 COUNT = {"cpp": 500, "torch": 125}  # every kind of factor at least 5 times; torch solves each rank by itself
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -99,6 +110,16 @@ def test_precondition(fast_backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("scalar", [False, True], ids=["RefLoRA", "RefLoRA-S"])
 def test_adamw(fast_backend: str, scalar: bool) -> None:
     check_adamw(*draw(torch.float32, COUNT[fast_backend] // 2), fast_backend, scalar)
+
+
+@pytest.mark.parametrize("metric, moments", [*zip(METRICS, ["gradients"] * 3), ("scaled", "momentum")])
+def test_invariant(fast_backend: str, metric: str, moments: str) -> None:
+    dtype = torch.float64 if metric == "identity" else torch.float32
+    check_invariant(*draw(dtype, COUNT[fast_backend] // 3), fast_backend, metric, moments)
+
+
+def test_invariant_of_float64_factors(fast_backend: str) -> None:
+    check_invariant(*draw(torch.float64, COUNT[fast_backend] // 3), fast_backend, "reflora", "gradients")
 
 
 @pytest.mark.parametrize("scalar", [False, True], ids=["RefLoRA", "RefLoRA-S"])

@@ -1,6 +1,7 @@
 """The operators behind torch.compile, and a compiled step against an eager one."""
 
 import gc
+import warnings
 import weakref
 
 import pytest
@@ -10,7 +11,7 @@ from torch._inductor import config as inductor_config
 from toys import clones, factors, leaf_pairs, random_grads
 
 import reflora
-from reflora import RefLoRAAdamW
+from reflora import InvariantAdamW, RefLoRAAdamW
 from reflora.columns import PLAIN
 from reflora.optim.adamw_engine import AdamWEngine
 from reflora.optim.compiled import empty_results
@@ -36,6 +37,8 @@ OPTIONS = {
     "lr tensor": dict(lr=torch.tensor(1e-2)),
     "carried": dict(carry_grams=True),
     "torch": dict(backend="torch"),
+    "invariant": dict(metric="scaled"),
+    "invariant, torch": dict(moments="momentum", backend="torch"),
 }
 
 
@@ -54,7 +57,8 @@ def test_a_compiled_step_is_the_eager_one(options):
         head, idle = torch.randn(5, requires_grad=True), torch.randn(3, requires_grad=True)
         owned = [*factors(pairs), A, B, head, idle]
         all_pairs = [*pairs, LoRAPair("moe", A, B, "experts(2)")]
-        optimizer = RefLoRAAdamW(owned, pairs=all_pairs, **{"lr": 1e-2, **OPTIONS[options]})
+        cls = InvariantAdamW if options.startswith("invariant") else RefLoRAAdamW
+        optimizer = cls(owned, pairs=all_pairs, **{"lr": 1e-2, **OPTIONS[options]})
         step = optimizer.step
         if compiled:
             step = torch.compile(lambda: optimizer.step(), fullgraph=True, backend=compiler)  # noqa: B023
@@ -71,6 +75,28 @@ def test_a_compiled_step_is_the_eager_one(options):
         assert found.names == ["pair 0", "pair 1", "moe[0]", "moe[1]"]
     assert len(ends[0]) == len(ends[1])
     assert all(torch.equal(eager.nan_to_num(7.0), compiled.nan_to_num(7.0)) for eager, compiled in zip(*ends))
+
+
+def test_a_compiled_lone_gradient_of_InvariantAdamW():
+    """AdamW's second moments appear and go between traces, as they do without them."""
+    ends, start = [], leaf_pairs(SHAPES, torch.float32)
+    for compiled in (False, True):
+        pairs = clones(start)
+        optimizer = InvariantAdamW(pairs, lr=1e-2)
+        generator, kept = torch.Generator().manual_seed(1), []
+        for number in range(4):
+            random_grads(factors(pairs), generator)
+            if number in (1, 2):
+                pairs[0][0].grad = None
+            torch._dynamo.reset()
+            step = torch.compile(lambda: optimizer.step(), fullgraph=True, backend="aot_eager")  # noqa: B023
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                (step if compiled else optimizer.step)()
+            kept += [t.detach().clone() for t in factors(pairs)]
+            kept += [t.clone() for own in optimizer.state.values() for _, t in sorted(own.items())]
+        ends.append(kept)
+    assert len(ends[0]) == len(ends[1]) and all(torch.equal(x, y) for x, y in zip(*ends))
 
 
 @needs_compiler

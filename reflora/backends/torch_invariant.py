@@ -1,0 +1,91 @@
+"""The fused step of InvariantAdamW in batched torch operations. As in torch_adamw, the host reads nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import columns as col
+from ..plan import Plan
+from . import InvariantStep
+from .torch_frames import Frames, frames, whitener
+from .torch_groups import SIDES, chosen, groups, record, results_of, saturated, skip
+from .torch_step import GroupStep, Memory
+
+# differences of gradients stay finite, and so do sums of their squares in float64
+MOST = {torch.float32: 1e38, torch.float64: 1e145}
+
+
+def invariant(plan: Plan, step: InvariantStep, rows: Sequence[int] | None = None) -> Tensor:
+    results = results_of(plan)
+    for group in groups(plan, rows):
+        WhitenedStep(group, step, plan.kept(Memory)).run(results)
+    return chosen(results, rows)
+
+
+class WhitenedStep(GroupStep):
+    """One group's step."""
+
+    step: InvariantStep
+
+    def run(self, results: Tensor) -> None:
+        group, step = self.group, self.step
+        a, b = group.grams(step.precision)
+        found = frames(a, b, step.metric, group.apply, step.precision)
+        grads = [self._gradient(side, h) for side, h in zip(SIDES, self.hypers)]
+        if step.check:
+            found = skip(found, *grads)
+        self.done = self._stepped(found.status)
+        limit = MOST[group.apply]
+        grads = [saturated(g, limit) for g in grads]
+        moments = [
+            m + (1 - h.beta1) * (g - m)
+            for m, g, h in zip((saturated(m, limit) for m in self._wide(col.M)), grads, self.hypers)
+        ]
+        weights = self._moved(self._weights(), moments, self._whiteners(found, grads, moments))
+        self._store_weights(self._round(weights))
+        self._write(col.M, moments)
+        self._count_steps()
+        record(results, group, a, b, found._replace(status=self._reported(found.status)))
+
+    def _whiteners(self, found: Frames, grads: list[Tensor], moments: list[Tensor]) -> list[Tensor]:
+        """K of A and of B `[b, r, r]`; second moments are updated and kept."""
+        compute, result = getattr(torch, self.step.precision), []
+        for side, P, g, m, h in zip(SIDES, (found.of_A, found.of_B), grads, moments, self.hypers):
+            kept = self.group.once(side + col.V)
+            before, t = torch.stack(kept), self._next(side)
+            if self.step.moments == "momentum":
+                V = second = _gram_over_n(m) / (1 - h.beta1**t) ** 2
+            else:
+                V = saturated(before, torch.finfo(torch.float64).max)
+                V = V + (1 - h.beta2) * (_gram_over_n(g) - V)
+                second = V / (1 - h.beta2**t)
+            torch._foreach_copy_(kept, list(V.where(self.done.view(-1, 1, 1), before).unbind()))
+            K = whitener(second, P, self.step.damping, h.eps, compute)
+            result.append(saturated(K, torch.finfo(self.group.apply).max).to(self.group.apply))
+        return result
+
+    def _moved(self, weights: list[Tensor], moments: list[Tensor], K: list[Tensor]) -> list[Tensor]:
+        apply = self.group.apply
+        moved = []
+        for side, w, m, k, h in zip(SIDES, weights, moments, K, self.hypers):
+            size = (h.lr / (1 - h.beta1 ** self._next(side))).to(apply)
+            moved.append(w * (1 - h.lr * h.decay) - size * (k @ m))
+        return moved
+
+    def _next(self, side: int) -> Tensor:
+        """Number of the step that a row is about to take, float64 `[b, 1, 1]`, from 1."""
+        return self._steps(side).double().view(-1, 1, 1) + 1
+
+    def _reported(self, status: Tensor) -> Tensor:
+        if self.step.found_inf is None:
+            return status
+        return status.where(self.step.found_inf.to(self.device) == 0, col.PLAIN)
+
+
+def _gram_over_n(g: Tensor) -> Tensor:
+    """`g g^T / n` of `[b, r, n]`, float64."""
+    g = g.double()
+    return g @ g.mT / g.shape[2]
