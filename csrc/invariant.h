@@ -68,8 +68,7 @@ struct InvariantOp {
     // second[side] := X X^T / n of the gradient, or of its mean; false: the gradient is not finite
     bool sum_gradients(int side) {
         const bool sums_show = sizeof(S) < 8 && !job.momentum;  // squares of narrow numbers stay in double's range
-        if (job.check && !sums_show && !all_finite(g[side])) return false;
-        const bool bound = !job.check || sizeof(S) == 8;
+        if (!sums_show && !all_finite(g[side])) return false;
         Arena scratch = arena;
         double* panel = scratch.take<double>(size_t(d.rp * CHUNK));
         double* sum = second[side];
@@ -80,7 +79,7 @@ struct InvariantOp {
                 pack_mean(side, k, count, panel);
             } else {
                 pack(g[side], k, count, d.rp, 1, panel);
-                for (int64_t i = 0; bound && i < count * d.rp; ++i) panel[i] = bounded(panel[i], double(MOST<T>));
+                for (int64_t i = 0; sizeof(S) == 8 && i < count * d.rp; ++i) panel[i] = bounded(panel[i], double(MOST<T>));
             }
             d.gram_add(panel, count, sum);
         }

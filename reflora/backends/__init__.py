@@ -69,11 +69,14 @@ class AdamWStep(Step):
 
 @dataclass(frozen=True)
 class InvariantStep(Step):
-    """The momentum whitened in the frame of a metric; the three as in reference.invariant_step. V points at Grams."""
+    """The momentum whitened in the frame of a metric; the three as in reference.invariant_step. V points at Grams.
+
+    Gradients are always searched, since their Grams show it.
+    """
 
     metric: str = "reflora"
     moments: str = "gradients"
-    damping: float = 1e-6
+    damping: float = 1e-4
 
     def on(self, backend: Backend, plan: Plan) -> Tensor:
         return backend.invariant(plan, self)

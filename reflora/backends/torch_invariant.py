@@ -33,10 +33,8 @@ class WhitenedStep(GroupStep):
     def run(self, results: Tensor) -> None:
         group, step = self.group, self.step
         a, b = group.grams(step.precision)
-        found = frames(a, b, step.metric, group.apply, step.precision)
         grads = [self._gradient(side, h) for side, h in zip(SIDES, self.hypers)]
-        if step.check:
-            found = skip(found, *grads)
+        found = skip(frames(a, b, step.metric, group.apply, step.precision), *grads)
         self.done = self._stepped(found.status)
         limit = MOST[group.apply]
         grads = [saturated(g, limit) for g in grads]

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..columns import RESULTS
 from ..kernels.routes import LARGEST
 from ..plan import Plan
-from . import AdamWStep, torch_backend
+from . import AdamWStep, InvariantStep, torch_backend
 
 NAME = "triton"
 
@@ -109,11 +109,19 @@ def adamw(plan: Plan, step: AdamWStep) -> Tensor:
     )
 
 
+def invariant(plan: Plan, step: InvariantStep) -> Tensor:
+    from ..kernels.step.invariant import invariant as launch
+
+    return _serve(
+        plan,
+        lambda results: launch(plan, step, results),
+        lambda rows: torch_backend.invariant(plan, step, rows),
+        step.precision,
+    )
+
+
 # few and rare: only for factors that several processes hold
 means = torch_backend.means
-
-# no kernels of its own yet
-invariant = torch_backend.invariant
 
 
 def polar(X: Tensor, precision: str, out: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:

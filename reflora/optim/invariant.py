@@ -52,7 +52,6 @@ class InvariantAdamW(PairedAdamW):
         maximize: As torch.optim.AdamW's.
         backend: None (the fastest that can serve the device), "triton", "cpp" or "torch".
         precision: Of Grams and solve: "float64" or, faster on GPUs with slow float64, "float32".
-        check_grads: Skip a layer whose gradient is not finite.
         state_dtype: torch.float32 keeps the mean gradients of 16-bit factors in float32; None, like torch, in the
             factor's dtype.
         master_weights: float32 copies of 16-bit factors (state "master"), with mean gradients in float32.
@@ -68,7 +67,7 @@ class InvariantAdamW(PairedAdamW):
         RuntimeError: The backend cannot serve the device, with the reason.
     """
 
-    OWN = ("metric", "moments", "damping", "precision", "check_grads")
+    OWN = ("metric", "moments", "damping", "precision")
 
     def __init__(
         self,
@@ -81,11 +80,10 @@ class InvariantAdamW(PairedAdamW):
         *,
         metric: str = "reflora",
         moments: str = "gradients",
-        damping: float = 1e-6,
+        damping: float = 1e-4,
         maximize: bool = False,
         backend: str | None = None,
         precision: str = "float64",
-        check_grads: bool = True,
         state_dtype: torch.dtype | None = None,
         master_weights: bool = False,
         stochastic_rounding: bool = False,
@@ -97,8 +95,7 @@ class InvariantAdamW(PairedAdamW):
         check_single(type(self))
         check_hypers(lr_on_host(lr), betas, eps, weight_decay)
         check_flags({
-            "maximize": maximize, "check_grads": check_grads, "master_weights": master_weights,
-            "stochastic_rounding": stochastic_rounding,
+            "maximize": maximize, "master_weights": master_weights, "stochastic_rounding": stochastic_rounding,
         })  # fmt: skip
         check_flags({"foreach": foreach, "fused": fused, "capturable": capturable}, or_none=True)
         check_options(1, None, backend, precision, differentiable)
@@ -106,11 +103,10 @@ class InvariantAdamW(PairedAdamW):
         check_storage(state_dtype, master_weights, stochastic_rounding, False)
         own = {
             "metric": metric, "moments": moments, "damping": damping, "backend": backend, "precision": precision,
-            "check_grads": check_grads, "state_dtype": state_dtype, "master_weights": master_weights,
-            "stochastic_rounding": stochastic_rounding,
+            "state_dtype": state_dtype, "master_weights": master_weights, "stochastic_rounding": stochastic_rounding,
         }  # fmt: skip
         self.metric, self.moments, self.damping = metric, moments, damping
-        self.backend, self.precision, self.check_grads = backend, precision, check_grads
+        self.backend, self.precision = backend, precision
         self.stochastic_rounding = stochastic_rounding
         self.storage = Storage(state_dtype is not None or master_weights, master_weights, grams=True)
         defaults = {
@@ -122,5 +118,5 @@ class InvariantAdamW(PairedAdamW):
     @property
     def options(self) -> InvariantOptions:
         return InvariantOptions(
-            self.precision, False, self.check_grads, self.storage, self.metric, self.moments, self.damping
+            self.precision, storage=self.storage, metric=self.metric, moments=self.moments, damping=self.damping
         )

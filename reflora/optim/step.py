@@ -68,11 +68,12 @@ class InvariantOptions(Options):
 
     metric: str = "reflora"
     moments: str = "gradients"
-    damping: float = 1e-6
+    damping: float = 1e-4
 
     def step(self, hypers: Tensor, **more: Any) -> Step:
         own = {"metric": self.metric, "moments": self.moments, "damping": self.damping}
-        return InvariantStep(hypers, **own, **self._common(), **more)  # type: ignore[arg-type]
+        # their Grams say whether gradients are finite, whatever a scaler has found
+        return InvariantStep(hypers, **own, **self._common(), **{**more, "check": True})  # type: ignore[arg-type]
 
 
 class Members(NamedTuple):

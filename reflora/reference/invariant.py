@@ -107,7 +107,7 @@ def whitener(V: Tensor, P: Tensor, damping: float, eps: float) -> Tensor:
 
 def invariant_step(
     A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, state: InvariantState, hypers: tuple[Hypers, Hypers],
-    metric: str = "reflora", moments: str = "gradients", damping: float = 1e-6,
+    metric: str = "reflora", moments: str = "gradients", damping: float = 1e-4,
     storage: torch.dtype = torch.float64, kappa_max: float = 1e6,
 ) -> tuple[Tensor, Tensor, InvariantState, str]:  # fmt: skip
     """One step on one pair: (A, B, state after it, "refactored", "degenerate" or "skipped").

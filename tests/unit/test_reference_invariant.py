@@ -108,7 +108,7 @@ def test_a_step_has_the_size_of_an_adamw_step():
     new_A, new_B, _, _ = reference.invariant_step(A, B, draw(4, 50), draw(30, 4), empty_state(A, B), HYPERS)
     for change, P, h in ((new_A - A, P_A, HYPERS[0]), ((new_B - B).mT, P_B, HYPERS[1])):
         framed = torch.linalg.solve(P, change)
-        assert float(framed.square().mean().sqrt()) == pytest.approx(h.lr, rel=1e-5)
+        assert float(framed.square().mean().sqrt()) == pytest.approx(h.lr, rel=1e-3)
 
 
 def test_degenerate_factors_and_absent_ranks():

@@ -26,7 +26,11 @@ ROOT, TURN = tl.constexpr(11), tl.constexpr(12)
 # without an update, RUN says what each side is multiplied by: a matrix, or a number of its own
 MATRIX, NUMBER = tl.constexpr(1), tl.constexpr(2)
 FACTOR_A, FACTOR_B = tl.constexpr(13), tl.constexpr(14)
-BAD, EXPONENT, HEADER = tl.constexpr(16), tl.constexpr(24), tl.constexpr(32)
+BAD, EXPONENT = tl.constexpr(16), tl.constexpr(24)
+# InvariantAdamW: what the squares of the frames of A and of B are multiplied by; BAD and EXPONENT of gradients are so
+# much further on
+SQUARE_A, SQUARE_B, OF_GRADIENTS = tl.constexpr(11), tl.constexpr(12), tl.constexpr(16)
+HEADER = tl.constexpr(48)
 
 
 @triton.jit
@@ -96,10 +100,13 @@ def block_gram(x, SIDE: tl.constexpr, TC: tl.constexpr):
 def accumulate(
     p_row, area, header, chunk, begin, end, r, code, SIDE: tl.constexpr, CHECK: tl.constexpr, RC: tl.constexpr,
     BN: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr, SCALED: tl.constexpr,
-    VECTOR: tl.constexpr,
+    VECTOR: tl.constexpr, COLUMN: tl.constexpr = col.P,
 ):  # fmt: skip
-    """The Gram of a chunk, its exponent, and for CHECK whether the gradient there is not finite."""
-    address, sr, sn = column(p_row, SIDE + col.P), column(p_row, SIDE + col.P_SR), column(p_row, SIDE + col.P_SN)
+    """The Gram of a chunk, its exponent, and for CHECK whether the gradient there is not finite.
+
+    COLUMN: of what, P or G.
+    """
+    address, sr, sn = column(p_row, SIDE + COLUMN), column(p_row, SIDE + COLUMN + 1), column(p_row, SIDE + COLUMN + 2)
     p_g, g_sr, g_sn = column(p_row, SIDE + col.G), column(p_row, SIDE + col.G_SR), column(p_row, SIDE + col.G_SN)
     scale = tl.full((), 1.0, WIDE)
     sound = tl.full((), 1, tl.int32)

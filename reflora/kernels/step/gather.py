@@ -15,30 +15,35 @@ from .settle import refuse, settle
 
 @triton.jit
 def entry(table, rows, headers, work, RC: tl.constexpr, WIDE: tl.constexpr):
-    """Of the row of a program: number, columns of a chunk, address, workspace, header, rank, storage.
+    """`entry_of` the row of a program."""
+    return entry_of(tl.program_id(0), table, rows, headers, work, RC, WIDE)
+
+
+@triton.jit
+def entry_of(index, table, rows, headers, work, RC: tl.constexpr, WIDE: tl.constexpr, MORE: tl.constexpr = 0):
+    """Of a row of a launch: number, columns of a chunk, address, workspace, header, rank, storage.
 
     rows: RankClass.entries; headers float64 `[rows, HEADER]`.
     """
-    index = tl.program_id(0)
     row, width = tl.load(rows + 2 * index), tl.load(rows + 2 * index + 1)
-    p_row, area, header, r, code = located(table, headers, work, index, row, RC, WIDE)
+    p_row, area, header, r, code = located(table, headers, work, index, row, RC, WIDE, MORE)
     return row, width, p_row, area, header, r, code
 
 
 @triton.jit
-def part(table, items, headers, work, RC: tl.constexpr, WIDE: tl.constexpr):
+def part(table, items, headers, work, RC: tl.constexpr, WIDE: tl.constexpr, MORE: tl.constexpr = 0):
     """Of a program's chunk: place of its row in the launch, number of the chunk, and as `entry`; RankClass.items."""
     item = items + 4 * tl.program_id(0)
     # all that a program reads of its row follows from one read
     index, chunk, row, width = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
-    p_row, area, header, r, code = located(table, headers, work, index, row, RC, WIDE)
+    p_row, area, header, r, code = located(table, headers, work, index, row, RC, WIDE, MORE)
     return index, chunk, row, width, p_row, area, header, r, code
 
 
 @triton.jit
-def located(table, headers, work, index, row, RC: tl.constexpr, WIDE: tl.constexpr):
+def located(table, headers, work, index, row, RC: tl.constexpr, WIDE: tl.constexpr, MORE: tl.constexpr = 0):
     p_row = table + row.to(tl.int64) * col.COLUMNS
-    area, header = area_of(work, index, RC, WIDE), headers + index.to(tl.int64) * HEADER
+    area, header = area_of(work, index, RC, WIDE, MORE), headers + index.to(tl.int64) * HEADER
     return p_row, area, header, column(p_row, col.R).to(tl.int32), column(p_row, col.DTYPE).to(tl.int32)
 
 

@@ -19,7 +19,7 @@ from ..options import TYPES, launch_options
 from ..routes import Route
 from ..staging import OnDevice, current_stream, hold, int_table
 from .chunks import CHUNKS, HEADER
-from .pair import SLOTS_FLOAT32, SLOTS_FLOAT64
+from .pair import SLOTS_FLOAT32, SLOTS_FLOAT64, WHITENING
 
 # a chunk has at least so many blocks, so that a small layer is not cut into programs with nothing to do
 LEAST_BLOCKS = 4
@@ -100,9 +100,17 @@ class RankClass:
 
     @cached_property
     def workspace(self) -> Tensor:
+        return self._slots(0)
+
+    @cached_property
+    def whitening(self) -> Tensor:
+        """The workspace of InvariantAdamW."""
+        return self._slots(WHITENING.value)
+
+    def _slots(self, more: int) -> Tensor:
         elements = self.rank_class * self.rank_class + self.rank_class
         slots = SLOTS_FLOAT64.value if self.wide == torch.float64 else SLOTS_FLOAT32.value
-        return torch.empty(len(self.rows), slots, elements, dtype=torch.float64, device=self.device)
+        return torch.empty(len(self.rows), slots + more, elements, dtype=torch.float64, device=self.device)
 
     @cached_property
     def headers(self) -> Tensor:

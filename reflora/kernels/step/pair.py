@@ -13,6 +13,10 @@ from ..dtypes import load
 # S^-1 end up at its beginning, as WIDE elements without a gap. float64 ones leave room in five slots for nothing else
 SLOT_A, SLOT_B, SLOT_X, SLOT_Y, SLOT_N = (tl.constexpr(c) for c in range(5))
 SLOTS_FLOAT32, SLOTS_FLOAT64 = tl.constexpr(5), tl.constexpr(6)
+# those of InvariantAdamW: transposed frames of A and of B, three to work in for each side, the first being SLOT_X, and
+# where the workspace of the gradients' Grams begins
+SLOT_FRAME_A, SLOT_FRAME_B, WORK_A, WORK_B, GRADIENTS = (tl.constexpr(c) for c in (5, 6, 2, 7, 9))
+WHITENING = tl.constexpr(9)
 
 
 @triton.jit
@@ -21,9 +25,9 @@ def column(p_row, index: tl.constexpr):
 
 
 @triton.jit
-def area_of(work, index, RC: tl.constexpr, WIDE: tl.constexpr):
-    """The workspace of row `index` of a launch."""
-    SLOTS: tl.constexpr = SLOTS_FLOAT64 if WIDE == tl.float64 else SLOTS_FLOAT32
+def area_of(work, index, RC: tl.constexpr, WIDE: tl.constexpr, MORE: tl.constexpr = 0):
+    """The workspace of row `index` of a launch; MORE: slots past those that S takes."""
+    SLOTS: tl.constexpr = (SLOTS_FLOAT64 if WIDE == tl.float64 else SLOTS_FLOAT32) + MORE
     return work + index.to(tl.int64) * SLOTS * (RC * RC + RC)
 
 

@@ -1,0 +1,213 @@
+"""Second moments of one side of a row and what they whiten its momentum with; two programs a row."""
+
+import triton
+import triton.language as tl
+
+from .. import table as col
+from ..cholesky import factor
+from ..dtypes import normal_range, power_of_two
+from ..solve import FACTOR_INVERSE, FACTOR_T, WHOLE, finish, multiply, polar_factor, read
+from .chunks import (
+    COUNT_A,
+    COUNT_B,
+    DECAY_A,
+    DECAY_B,
+    OF_GRADIENTS,
+    RUN,
+    SQUARE_A,
+    SQUARE_B,
+    STEP_SIZE_A,
+    STEP_SIZE_B,
+    counts,
+    largest_exponent,
+    packed,
+    sum_chunks,
+)
+from .frames import IDENTITY
+from .gather import entry_of
+from .mean import mixer
+from .pair import GRADIENTS, SLOT_FRAME_A, SLOT_FRAME_B, WHITENING, WORK_A, WORK_B, column, slot
+from .settle import scalars_of, step_terms
+
+
+@triton.jit
+def within_double(x):
+    return tl.where(x == x, tl.minimum(tl.maximum(x, -1.7976931348623157e308), 1.7976931348623157e308), 0.0)
+
+
+@triton.jit
+def moment_of(
+    p_v, area, header, o_gram, o_v, m_gram, m_v, first, last, exponent, by, keep, RC: tl.constexpr, WIDE: tl.constexpr,
+    TC: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """Elements of the new second moments: keep times the old ones, and the Gram of chunks first to last times by."""
+    G = sum_chunks(area, header, o_gram, m_gram, first, last, exponent, RC, WIDE, TC, SCALED)
+    old = within_double(tl.load(p_v + o_v, mask=m_v, other=0.0))
+    return tl.where(m_v, keep * old + tl.where(m_v, G, 0.0) * by, 0.0)
+
+
+@triton.jit
+def new_moments(
+    p_row, area, header, p_work, first, last, by, keep, r, SIDE: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr,
+    WIDE: tl.constexpr, TC: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """Second moments at the row's address, and over their trace in a slot. Returns their trace, float64."""
+    own, of_gradients = area + GRADIENTS * (RC * RC + RC), header + OF_GRADIENTS
+    exponent = tl.full((), 0, tl.int64)
+    if SCALED:
+        exponent = largest_exponent(of_gradients, first, last)
+        by = by * power_of_two(exponent) * power_of_two(exponent)
+    p_v = column(p_row, SIDE + col.V).to(tl.pointer_type(tl.float64))
+    k = tl.arange(0, RC)
+    diagonal = moment_of(
+        p_v, own, of_gradients, packed(k, k, RC), k * (r + 1), None, k < r, first, last, exponent, by, keep, RC, WIDE,
+        TC, SCALED,
+    )  # fmt: skip
+    trace = tl.sum(diagonal, 0)
+    usable = (trace > 0) & (trace < float("inf"))
+    inverse = tl.where(usable, 1.0 / tl.where(usable, trace, 1.0), 0.0)
+    # the diagonal has been read by all before any of it is overwritten
+    tl.debug_barrier()
+    j = tl.arange(0, RC)[None, :]
+    for start in range(0, RC, BM):
+        i = start + tl.arange(0, BM)[:, None]
+        mask = (i < r) & (j < r)
+        low, high = tl.minimum(i, j), tl.maximum(i, j)
+        V = moment_of(
+            p_v, own, of_gradients, packed(low, high, RC), i * r + j, None, mask, first, last, exponent, by, keep, RC,
+            WIDE, TC, SCALED,
+        )  # fmt: skip
+        tl.store(p_v + i * r + j, V, mask=mask)
+        tl.store(p_work + i * RC + j, (V * inverse).to(TC))
+    tl.debug_barrier()
+    return trace
+
+
+@triton.jit
+def trace_of(p_slot, RC: tl.constexpr):
+    i = tl.arange(0, RC)
+    return tl.sum(tl.load(p_slot + i * (RC + 1)), 0).to(tl.float64)
+
+
+@triton.jit
+def into_frame(
+    p_frame, p_1, p_2, p_3, r, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, TC: tl.constexpr
+):  # fmt: skip
+    """`P^T V P` of V in the first slot, which it takes."""
+    one = tl.full((), 1.0, tl.float64)
+    huge = tl.full((), 1.7976931348623157e308, tl.float64)
+    multiply(p_2, p_frame, WHOLE, False, p_1, WHOLE, False, r, RC, BM, BK, TC)
+    tl.debug_barrier()
+    multiply(p_3, p_2, WHOLE, False, p_frame, WHOLE, True, r, RC, BM, BK, TC)
+    tl.debug_barrier()
+    finish(p_1, p_3, one, huge, True, RC, BM, TC)
+    tl.debug_barrier()
+
+
+@triton.jit
+def inverse_square_root(
+    p_1, p_2, p_3, scale, shift, r, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, TC: tl.constexpr
+):  # fmt: skip
+    """`(scale C + shift I)^(-1/2)` of C in the first slot into the third; I where that is not positive definite."""
+    kappa = factor(p_1, scale, shift, r, RC)
+    j = tl.arange(0, RC)[None, :]
+    if kappa < float("inf"):
+        # L^T = Q H gives H^-1 = Q^T L^-1
+        for first in range(0, RC, BM):
+            i = first + tl.arange(0, BM)[:, None]
+            tl.store(p_2 + i * RC + j, read(p_1, i, j, RC, FACTOR_T))
+            tl.store(p_3 + i * RC + j, read(p_1, i, j, RC, FACTOR_INVERSE))
+        tl.debug_barrier()
+        polar_factor(p_2, p_3, r, RC, BM, BK, TC)
+        tl.debug_barrier()
+        multiply(p_3, p_2, WHOLE, True, p_1, FACTOR_INVERSE, False, r, RC, BM, BK, TC)
+    else:
+        for first in range(0, RC, BM):
+            i = first + tl.arange(0, BM)[:, None]
+            tl.store(p_3 + i * RC + j, tl.where((i == j) & (i < r), tl.full([BM, RC], 1.0, TC), 0.0))
+    tl.debug_barrier()
+
+
+@triton.jit
+def whiten_side(
+    p_row, area, header, hypers, unscale, damping, width, r, code, SIDE: tl.constexpr, METRIC: tl.constexpr,
+    MOMENTUM: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr,
+    TC: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """K of a side to where `mixer` finds it, its second moments, step count and scalars (reference.whitener)."""
+    chunks_a, chunks = counts(p_row, width)
+    ON_A: tl.constexpr = SIDE == col.A_SIDE
+    first, last = chunks_a * 0, chunks_a
+    if not ON_A:
+        first, last = chunks_a, chunks
+    p_frame = slot(area, SLOT_FRAME_A if ON_A else SLOT_FRAME_B, RC, TC)
+    WORK: tl.constexpr = WORK_A if ON_A else WORK_B
+    p_1, p_2, p_3 = slot(area, WORK, RC, TC), slot(area, WORK + 1, RC, TC), slot(area, WORK + 2, RC, TC)
+    lr, beta1, beta2, weight_decay, count = step_terms(p_row, hypers, SIDE)
+    eps = tl.load(hypers + column(p_row, SIDE + col.HYPER) * col.HYPERS + col.EPS)
+    step_size, correction, decay, count = scalars_of(lr, beta1, beta2, weight_decay, count)
+    n = column(p_row, SIDE + col.N).to(tl.float64)
+    if MOMENTUM:
+        bias = 1.0 - tl.exp(count * tl.log(beta1))
+        by, keep, debias = 1.0 / (n * bias * bias), tl.full((), 0.0, tl.float64), tl.full((), 1.0, tl.float64)
+    else:
+        by, keep, debias = (1.0 - beta2) * unscale * unscale / n, beta2, correction * correction
+    trace = new_moments(p_row, area, header, p_1, first, last, by, keep, r, SIDE, RC, BM, WIDE, TC, SCALED) * debias
+    if METRIC != IDENTITY:
+        into_frame(p_frame, p_1, p_2, p_3, r, RC, BM, BK, TC)
+    square = tl.load(header + (SQUARE_A if ON_A else SQUARE_B))
+    size = trace * square
+    mean = size * trace_of(p_1, RC) / r
+    whole = mean + eps * eps
+    useful = (mean >= 0) & (whole > 0) & (whole < float("inf"))
+    tl.debug_barrier()
+    whole = tl.where(useful, whole, 1.0)
+    scale, shift = tl.where(useful, size / whole, 0.0), tl.where(useful, (damping * mean + eps * eps) / whole, 1.0)
+    inverse_square_root(p_1, p_2, p_3, scale.to(TC), shift.to(TC), r, RC, BM, BK, TC)
+    tiny, huge = normal_range(code)
+    by = tl.where(useful, square / tl.sqrt(whole), 0.0)
+    p_out = p_3
+    if METRIC != IDENTITY:
+        multiply(p_2, p_3, WHOLE, False, p_frame, WHOLE, False, r, RC, BM, BK, TC)
+        tl.debug_barrier()
+        multiply(p_1, p_frame, WHOLE, True, p_2, WHOLE, False, r, RC, BM, BK, TC)
+        tl.debug_barrier()
+        p_out = p_1
+    fits = finish(mixer(area, ON_A, RC, WIDE), p_out, by, huge, True, RC, BM, WIDE)
+    if fits == 0:
+        tl.debug_barrier()
+        zero = tl.full((), 0.0, tl.float64)
+        j = tl.arange(0, RC)[None, :]
+        for start in range(0, RC, BM):
+            i = start + tl.arange(0, BM)[:, None]
+            tl.store(mixer(area, ON_A, RC, WIDE) + i * RC + j, tl.zeros([BM, RC], WIDE) + zero.to(WIDE))
+    tl.store(header + (STEP_SIZE_A if ON_A else STEP_SIZE_B), step_size)
+    tl.store(header + (DECAY_A if ON_A else DECAY_B), decay)
+    tl.store(header + (COUNT_A if ON_A else COUNT_B), count)
+    tl.store(column(p_row, SIDE + col.STEP).to(tl.pointer_type(tl.float32)), count.to(tl.float32))
+
+
+@triton.jit(do_not_specialize=["damping_bits"])
+def whiten_kernel(
+    table, rows, headers, work, hypers, grad_scale, damping_bits: tl.int64, METRIC: tl.constexpr,
+    MOMENTUM: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr,
+    SCALED: tl.constexpr,
+):  # fmt: skip
+    """One program a side of a row; arguments as gram_kernel's."""
+    program = tl.program_id(0)
+    row, width, p_row, area, header, r, code = entry_of(program // 2, table, rows, headers, work, RC, WIDE, WHITENING)
+    unscale = tl.full((), 1.0, tl.float64)
+    if grad_scale is not None:
+        unscale = 1.0 / tl.load(grad_scale).to(tl.float64)
+    if tl.load(header + RUN) != 0:
+        d = damping_bits.to(tl.int64).to(tl.float64, bitcast=True)
+        if program % 2 == 0:
+            whiten_side(
+                p_row, area, header, hypers, unscale, d, width, r, code, col.A_SIDE, METRIC, MOMENTUM, RC, BM, BK, WIDE,
+                TC, SCALED,
+            )  # fmt: skip
+        else:
+            whiten_side(
+                p_row, area, header, hypers, unscale, d, width, r, code, col.B_SIDE, METRIC, MOMENTUM, RC, BM, BK, WIDE,
+                TC, SCALED,
+            )  # fmt: skip
