@@ -27,6 +27,8 @@ import reflora
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {}, "scalar": {"scalar": True}, "interval": {"interval": 3}, "warmup": {"warmup_steps": 2},
+    "invariant": {"optimizer_cls": reflora.InvariantAdamW},
+    "momentum": {"optimizer_cls": reflora.InvariantAdamW, "metric": "scaled", "moments": "momentum"},
 }  # fmt: skip
 Training = tuple[nn.Module, torch.optim.Optimizer]
 # exactly, not up to rounding

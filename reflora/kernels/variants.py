@@ -19,28 +19,33 @@ from .linalg.sqrtm import sqrtm_kernel
 from .step.adamw import row_kernel, settle_kernel, update_kernel
 from .step.adamw_scalar import foresee_kernel, turn_kernel
 from .step.apply import apply_kernel, apply_options
+from .step.frames import frames_kernel
 from .step.gather import gram_kernel
+from .step.invariant import grams_kernel, move_kernel
 from .step.launch import RankClass, scalar_constants, solve_constants, state_constants
 from .step.precondition import solve_kernel
 from .step.refactor import factor_type, refactor_kernel
 from .step.scalar import balance_kernel, squares_kernel
+from .step.whiten import whiten_kernel
 
 Variant = tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]
 
 PAIR = {
     "table": "*i64", "rows": "*i32", "results": "*fp64", "work": "*fp64", "hypers": "*fp64", "items": "*i32",
-    "headers": "*fp64", "arrivals": "*i32", "warmup": "i32", "start": "i32", "interval": "i32",
+    "headers": "*fp64", "arrivals": "*i32", "warmup": "i32", "start": "i32", "interval": "i32", "damping_bits": "i64",
 }  # fmt: skip
 PAIR_KERNELS = {
     "gram": gram_kernel, "settle": settle_kernel, "update": update_kernel, "row": row_kernel, "foresee": foresee_kernel,
     "turn": turn_kernel, "solve": solve_kernel, "refactor": refactor_kernel, "apply": apply_kernel,
-    "squares": squares_kernel, "balance": balance_kernel,
+    "squares": squares_kernel, "balance": balance_kernel, "grams": grams_kernel, "frames": frames_kernel,
+    "whiten": whiten_kernel, "move": move_kernel,
 }  # fmt: skip
 SCALAR_KERNELS = ("foresee", "turn", "squares", "balance")
 AMP = {"grad_scale": None, "found_inf": None, "seed": None}
 PAIR_CONSTANTS: dict[str, Any] = {
     "SCHEDULED": False, "CARRY": False, "CHECK": True, "AMSGRAD": False, "MASTER": False,
-    "SAVE": False, "MATRICES": True, "COLUMN": P, "GRADIENTS": False, "VECTOR": True, **AMP,
+    "SAVE": False, "MATRICES": True, "COLUMN": P, "GRADIENTS": False, "VECTOR": True, "METRIC": 0,
+    "MOMENTUM": False, **AMP,
 }  # fmt: skip
 EIGEN_KERNELS = {"eigh": eigh.eigh_kernel, "svd": svd.svd_kernel, "inv_root": inv_root.inv_root_kernel}
 MATRIX_KERNELS = {
@@ -79,13 +84,13 @@ def variant(
     typed = {key: value for key, value in constants.items() if isinstance(value, str)}
     constants = {key: constants[key] for key in kernel.arg_names if key in constants and key not in typed}
     options = group.scalar_options if name in SCALAR_KERNELS else group.options
-    if name == "gram":
+    if name in ("gram", "grams"):
         options = group.gram_options
     if name == "apply":
         blocks, options = apply_options(group, constants)
         constants.update(blocks)
-    if name == "update":
-        options = group.update_options(constants["CARRY"], constants["VECTOR"])
+    if name in ("update", "move"):
+        options = group.update_options(constants.get("CARRY", False), constants["VECTOR"])
         constants["BN"] = options.pop("BN")
     return _complete(kernel, {**PAIR, **typed}, constants, options)
 

@@ -57,7 +57,7 @@ class ShardedOps:
         for pair in (self.pairs[index] for index in chosen):
             for side, views in ((1, pair.views_A(local(pair.A))), (0, pair.views_B(local(pair.B)))):
                 parts.append((pair, side, torch.stack([view.double().square().sum() for view in views])))
-        sums = _summed(parts)
+        sums = summed(parts)
         return {index: torch.stack(sums[2 * place : 2 * place + 2]).sqrt() for place, index in enumerate(chosen)}
 
     @independent()
@@ -66,7 +66,7 @@ class ShardedOps:
         chosen = list(indices)
         if not chosen:
             return {}
-        sums = _summed([(self.pairs[i], side, gram) for i in chosen for side, gram in _own_grams(self.pairs[i])])
+        sums = summed([(self.pairs[i], side, gram) for i in chosen for side, gram in _own_grams(self.pairs[i])])
         grams = dict(zip(chosen, zip(sums[::2], sums[1::2])))
         alike: dict[tuple, list[int]] = {}
         for index, (of_A, _) in grams.items():
@@ -76,7 +76,7 @@ class ShardedOps:
         for (r, device), own in alike.items():
             of_A, of_B = (torch.cat(side) for side in zip(*(grams[i] for i in own)))
             steps = None if counts is None else torch.cat([counts[i] for i in own])
-            sides = _sides([self.pairs[i] for i in own], r, device)
+            sides = sides_of([self.pairs[i] for i in own], r, device)
             both, results = resolve(self.backend, device).means((of_A, of_B), sides, self.precision, steps)
             sizes = [self.pairs[i].experts for i in own]
             found.update(zip(own, both.split(sizes)))
@@ -100,14 +100,14 @@ class ShardedOps:
             if pair.A.grad is None or pair.B.grad is None:
                 continue
             for grad, side in ((pair.A.grad, 1), (pair.B.grad, 0)):
-                whole = _along(grad, side)
+                whole = along(grad, side)
                 rows = pair.views_A(whole) if side == 1 else [view.mT for view in pair.views_B(whole)]
                 views += rows
                 matrices += both[:, side].unbind()
                 back.append((grad, side, whole))
         multiply(views, matrices)
         for grad, side, whole in back:
-            _put_back(grad, side, whole)
+            put_back(grad, side, whole)
 
     def scale_grads(self, index: int, unit: Tensor) -> None:
         """`gA` times A's unit, `gB` over B's, `[experts, 2]`."""
@@ -124,7 +124,7 @@ class ShardedOps:
                 if on and factor.grad is not None:
                     bad = bad.maximum((~local(factor.grad).isfinite().all()).to(bad))
                 found.append((pair, side, bad))
-        bads = torch.cat(_summed(found)).tolist() if found else []
+        bads = torch.cat(summed(found)).tolist() if found else []
         return [on and not (of_A or of_B) for on, of_A, of_B in zip(active, bads[::2], bads[1::2])]
 
     def agree(self, finite: bool, moving: bool) -> tuple[bool, bool]:
@@ -164,7 +164,7 @@ class ShardedOps:
         return roots
 
 
-def _sides(pairs: Sequence[LoRAPair], r: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def sides_of(pairs: Sequence[LoRAPair], r: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """n_in and n_out of every row: of the whole factors, not of this process's part."""
     rows = [(pair.A.numel(), pair.B.numel(), pair.experts * r) for pair in pairs for _ in range(pair.experts)]
     sides = torch.tensor([(of_A // size, of_B // size) for of_A, of_B, size in rows], dtype=torch.int64, device=device)
@@ -173,12 +173,12 @@ def _sides(pairs: Sequence[LoRAPair], r: int, device: torch.device) -> tuple[Ten
 
 def _own_grams(pair: LoRAPair) -> list[tuple[int, Tensor]]:
     """By side, `[experts, r, r]` in float64: this process's part of the sums `A A^T` and `B^T B`."""
-    rows_A = [row.double() for row in pair.views_A(_along(pair.A, 1))]
-    rows_B = [row.mT.double() for row in pair.views_B(_along(pair.B, 0))]
+    rows_A = [row.double() for row in pair.views_A(along(pair.A, 1))]
+    rows_B = [row.mT.double() for row in pair.views_B(along(pair.B, 0))]
     return [(side, torch.stack([row @ row.mT for row in rows])) for side, rows in ((1, rows_A), (0, rows_B))]
 
 
-def _summed(parts: Sequence[tuple[LoRAPair, int, Tensor]]) -> list[Tensor]:
+def summed(parts: Sequence[tuple[LoRAPair, int, Tensor]]) -> list[Tensor]:
     """The parts summed over the processes, in one all-reduce for all that are cut over the same ones."""
     together: dict[Any, list[int]] = {}
     for number, (pair, side, _) in enumerate(parts):
@@ -196,7 +196,7 @@ def _summed(parts: Sequence[tuple[LoRAPair, int, Tensor]]) -> list[Tensor]:
     return found
 
 
-def _along(tensor: Tensor, dim: int) -> Tensor:
+def along(tensor: Tensor, dim: int) -> Tensor:
     """This process's part when cut along `dim`: its own memory where it is cut so already, else a new tensor."""
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
@@ -208,8 +208,8 @@ def _cut_along(tensor: DTensor, dim: int) -> list[Any]:
     return [Shard(dim) if placement.is_shard() else placement for placement in tensor.placements]
 
 
-def _put_back(tensor: Tensor, dim: int, part: Tensor) -> None:
-    """Write `part`, from `_along`, back into the tensor."""
+def put_back(tensor: Tensor, dim: int, part: Tensor) -> None:
+    """Write `part`, from `along`, back into the tensor."""
     if not isinstance(tensor, DTensor):
         return
     wanted = _cut_along(tensor, dim)

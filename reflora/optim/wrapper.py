@@ -22,7 +22,7 @@ from .operations import ops_of
 from .options import check_group_options, check_like_defaults
 from .pairs import finite_and_moving
 from .scaler import watched
-from .state import PHASE, SAVED, STEPS, compare_shapes, shapes_of_pair
+from .state import GRAM, PHASE, SAVED, STEPS, compare_shapes, shapes_of_pair
 from .transport import check_movable, proportional
 from .units import UNIT, Units
 from .wrapped_full import FullStep, Written, same, versions
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from .pairs import PairOps
     from .sharded import ShardedOps
 
-# what is kept of a pair in the state of its A, with its dtype
-DTYPES = {SAVED: None, PHASE: torch.float32, STEPS: torch.float32, UNIT: torch.float64}
+# what is kept of a pair in the state of its A, or of both factors, with its dtype
+DTYPES = {SAVED: None, PHASE: torch.float32, STEPS: torch.float32, UNIT: torch.float64, GRAM: torch.float64}
 OPTIONS = ("pairs", *DEFAULTS, "_places")
 
 REEVALUATED = (

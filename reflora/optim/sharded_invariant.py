@@ -1,0 +1,185 @@
+"""InvariantAdamW for pairs that several processes hold: one all-reduce of four Grams a pair, and torch's operations.
+
+Whatever a step depends on is an r x r sum over what the processes hold: the Grams of both factors and of both
+gradients. With these every process computes the same frames and whitens its own part.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ambient import independent
+from ..backends.torch_frames import frames, whitener
+from ..backends.torch_groups import reported, saturated
+from ..backends.torch_invariant import MOST
+from ..backends.torch_solve import gram_of_sums
+from ..checks import check_whitening
+from ..columns import RESULTS, SKIPPED
+from ..pairs import LoRAPair, PairLike, local
+from .sharded import ShardedOps, along, put_back, sides_of, summed
+from .state import GRAM, gram_shape
+from .wrapper import Wrapped, reflora_class
+
+
+class Side(NamedTuple):
+    """One factor of a pair in a step: this process's parts, cut along `dim`, and the options of its group."""
+
+    pair: LoRAPair
+    factor: Tensor
+    dim: int
+    weights: Tensor
+    gradient: Tensor
+    mean: Tensor
+    state: dict[str, Any]
+    group: dict[str, Any]
+
+    @property
+    def computed(self) -> torch.dtype:
+        return torch.float64 if self.factor.dtype == torch.float64 else torch.float32
+
+    def rows(self, tensor: Tensor) -> list[Tensor]:
+        """`[r, part of n]` of a tensor like the part, one per expert."""
+        return self.pair.views_A(tensor) if self.dim == 1 else [view.mT for view in self.pair.views_B(tensor)]
+
+    def gram(self, tensor: Tensor) -> Tensor:
+        """This process's part of the sums, float64 `[experts, r, r]`."""
+        return torch.stack([row.double() @ row.double().mT for row in self.rows(tensor)])
+
+
+class ShardedInvariantAdamW(reflora_class(torch.optim.AdamW)):  # type: ignore[misc]
+    """Built by `create_reflora_optimizer(model, reflora.InvariantAdamW, ...)` where the model is sharded.
+
+    Its options are InvariantAdamW's. A gradient that is not finite skips the whole step, in every process.
+    """
+
+    OWN = ("metric", "moments", "damping")
+
+    def __init__(
+        self, params: Any, pairs: Sequence[PairLike], *, metric: str = "reflora", moments: str = "gradients",
+        damping: float = 1e-4, **options: Any,
+    ):  # fmt: skip
+        check_whitening(metric, moments, damping)
+        self.metric, self.moments, self.damping = metric, moments, damping
+        super().__init__(params, pairs, **options)
+
+    @functools.cached_property
+    def _ops(self) -> ShardedOps:
+        return ShardedOps(self.pairs, self.backend, self.precision)
+
+    def _preconditioned(self, active: list[bool], steps: int) -> dict[Tensor, dict[str, Tensor]]:
+        self._stepped = [pair for pair, on in zip(self.pairs, active) if on]
+        self._numbers = [number for number, on in enumerate(active) if on]
+        return {}
+
+    def _base_step(self, *loss: Any) -> None:
+        """The base class's step without the pairs, and theirs."""
+        hidden = [(factor, factor.grad) for pair in self._stepped for factor in (pair.A, pair.B)]
+        for factor, _ in hidden:
+            factor.grad = None
+        try:
+            super()._base_step(*loss)
+        finally:
+            for factor, grad in hidden:
+                factor.grad = grad
+        self._whitened_step()
+
+    @independent()
+    def _whitened_step(self) -> None:
+        sides = [(self._side(pair, pair.A, 1), self._side(pair, pair.B, 0)) for pair in self._stepped]
+        parts = []
+        for both in sides:
+            for side in both:
+                self._average(side)
+                of = side.mean if self.moments == "momentum" else side.gradient
+                parts += [(side.pair, side.dim, side.gram(side.weights)), (side.pair, side.dim, side.gram(of))]
+        sums = summed(parts)
+        alike: dict[tuple, list[int]] = {}
+        for number, pair in enumerate(self._stepped):
+            alike.setdefault((pair.rank, local(pair.A).device, sides[number][0].computed), []).append(number)
+        self._ops._reports = {}
+        for (r, device, computed), chosen in alike.items():
+            own = [sums[4 * number : 4 * number + 4] for number in chosen]
+            self._step_alike([sides[number] for number in chosen], own, r, device, computed)
+
+    def _step_alike(
+        self, sides: list[tuple[Side, Side]], sums: list[list[Tensor]], r: int, device: torch.device,
+        computed: torch.dtype,
+    ) -> None:  # fmt: skip
+        """Pairs of one rank, device and type; sums: of each the Grams of A, gA, B and gB."""
+        of_A, of_gA, of_B, of_gB = (torch.cat(some) for some in zip(*sums))
+        n = sides_of([a.pair for a, _ in sides], r, device)
+        compute = getattr(torch, self.precision)
+        a, b = gram_of_sums(of_A, n[0], compute), gram_of_sums(of_B, n[1], compute)
+        found = frames(a, b, self.metric, computed, self.precision)
+        sizes = [side.pair.experts for side, _ in sides]
+        results = torch.full((len(of_A), RESULTS), torch.nan, dtype=torch.float64, device=device)
+        values = reported(a, b, found)
+        results[:, : values.shape[1]] = values
+        numbers = {id(pair): number for pair, number in zip(self._stepped, self._numbers)}
+        for (side, _), report in zip(sides, results.split(sizes)):
+            self._ops._reports[numbers[id(side.pair)]] = report
+        done = (found.status < SKIPPED).split(sizes)
+        for place, (G, of_side, P) in enumerate(((of_gA, n[0], found.of_A), (of_gB, n[1], found.of_B))):
+            per_row = (G / of_side.view(-1, 1, 1)).split(sizes)
+            for both, own, frame, stepped in zip(sides, per_row, P.split(sizes), done):
+                self._move(both[place], own, frame, stepped, compute)
+
+    def _side(self, pair: LoRAPair, factor: Tensor, dim: int) -> Side:
+        group = next(group for group in self.param_groups if any(factor is p for p in group["params"]))
+        state = self.state[factor]
+        if "exp_avg" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(factor)
+        if GRAM not in state:
+            state[GRAM] = torch.zeros(gram_shape(pair), dtype=torch.float64, device=local(factor).device)
+        assert factor.grad is not None
+        gradient = along(factor.grad, dim)
+        scale = getattr(self, "grad_scale", None)
+        sign = -1 if group["maximize"] else 1
+        wide = torch.float64 if factor.dtype == torch.float64 else torch.float32
+        gradient = sign * gradient.to(wide) / (1 if scale is None else scale.to(gradient.device))
+        weights, mean = along(factor, dim), along(state["exp_avg"], dim)
+        return Side(pair, factor, dim, weights, saturated(gradient, MOST[wide]), mean, state, group)
+
+    def _average(self, side: Side) -> None:
+        share = 1 - float(side.group["betas"][0])
+        side.mean.copy_(side.mean.to(side.computed).lerp(side.gradient, share))
+
+    def _move(self, side: Side, G: Tensor, P: Tensor, done: Tensor, compute: torch.dtype) -> None:
+        """One factor; G `[experts, r, r]` over n, of the gradient or of its mean; done: experts that are stepped."""
+        group, state = side.group, side.state
+        beta1, beta2 = map(float, group["betas"])
+        state["step"] += 1
+        t = float(state["step"])
+        kept = state[GRAM].view(G.shape)
+        if self.moments == "momentum":
+            V = second = G / (1 - beta1**t) ** 2
+        else:
+            V = kept + (1 - beta2) * (G - kept)
+            second = V / (1 - beta2**t)
+        kept.copy_(V.where(done.view(-1, 1, 1), kept))
+        K = whitener(second, P, self.damping, float(group["eps"]), compute).to(side.computed)
+        lr, decay = group["lr"], float(group["weight_decay"])
+        top = torch.finfo(side.factor.dtype).max
+        for w, m, k, on in zip(side.rows(side.weights), side.rows(side.mean), K, done):
+            wide = w.to(side.computed)
+            moved = wide * (1 - lr * decay) - lr / (1 - beta1**t) * (k @ m.to(side.computed))
+            w.copy_(saturated(moved, top).where(on, wide))
+        for tensor, part in ((side.factor, side.weights), (state["exp_avg"], side.mean)):
+            put_back(tensor, side.dim, part)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in self.OWN}}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        _, _, state = super().__reduce__()
+        return _blank, (), state
+
+
+def _blank() -> Wrapped:
+    return ShardedInvariantAdamW.__new__(ShardedInvariantAdamW)
