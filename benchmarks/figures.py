@@ -30,8 +30,12 @@ COLOURS = {
     "LoRA-Pro, full": "#DDCC77",
     "LoRA+": "#AA4499",
     "DoRA": "#CC6677",
+    "InvariantAdamW": "#F0027F",
+    "InvariantAdamW, scaled": "#386CB0",
+    "InvariantAdamW, scaled, momentum": "#BF5B17",
+    "InvariantAdamW, identity": "#7FC97F",
 }
-MARKERS = dict(zip(COLOURS, "|osD^v<>P*Xph1248dH"))
+MARKERS = dict(zip(COLOURS, "|osD^v<>P*Xph1248dH_x+3"))
 
 # ---- steps: a row of dots a case
 

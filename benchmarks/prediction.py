@@ -27,10 +27,16 @@ import torch
 from . import harness, roofline, shapes
 
 ROOT = Path(__file__).parents[1]
-METHODS: dict[str, dict[str, Any]] = {
-    "RefLoRA": {}, "RefLoRA, no search": {"check_grads": False}, "RefLoRA, carried Grams": {"carry_grams": True},
-    "RefLoRA-S": {"scalar": True},
-}  # fmt: skip
+# by name, the class and its options
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "RefLoRA": ("RefLoRAAdamW", {"warmup_steps": 0}),
+    "RefLoRA, no search": ("RefLoRAAdamW", {"warmup_steps": 0, "check_grads": False}),
+    "RefLoRA, carried Grams": ("RefLoRAAdamW", {"warmup_steps": 0, "carry_grams": True}),
+    "RefLoRA-S": ("RefLoRAAdamW", {"warmup_steps": 0, "scalar": True}),
+    "InvariantAdamW": ("InvariantAdamW", {}),
+    "InvariantAdamW, scaled": ("InvariantAdamW", {"metric": "scaled"}),
+    "InvariantAdamW, identity": ("InvariantAdamW", {"metric": "identity"}),
+}
 # seconds from the end of a kernel to the first load of the next one, in a CUDA graph; the same for AdamW's
 LAUNCH = 1.5e-6
 
@@ -158,7 +164,7 @@ def registers_of(ptx: str) -> int:
     return int(re.findall(r"Used (\d+) registers", done.stderr)[-1])
 
 
-def launches(name: str, rank: int, options: dict[str, Any], chip: Chip = H100) -> list[Launch]:
+def launches(name: str, rank: int, method: str, chip: Chip = H100) -> list[Launch]:
     """Of a step of a model, in order: one layer of each shape is run, and stands for all of that shape."""
     from ptxsim import driver
 
@@ -166,10 +172,11 @@ def launches(name: str, rank: int, options: dict[str, Any], chip: Chip = H100) -
 
     driver.install(90, counters=1, race=0, timing=chip.load, near=chip.near)
     layers = shapes.layers(name)
+    cls, own = METHODS[method]
     by_shape: dict[tuple[int, int], dict[str, Launch]] = {}
     for shape in dict.fromkeys(layers):
         pairs = shapes.random_pairs([shape], rank)
-        optimizer = reflora.RefLoRAAdamW(pairs, lr=1e-3, warmup_steps=0, backend="triton", **options)
+        optimizer = getattr(reflora, cls)(pairs, lr=1e-3, backend="triton", **own)
         for _ in range(3):  # RefLoRA-S refactors before the first as well; Grams of the second are the first carried
             recorder = Recorder(chip)
             driver.CALLBACKS[:] = [recorder]
@@ -190,7 +197,7 @@ def launches(name: str, rank: int, options: dict[str, Any], chip: Chip = H100) -
 
 def row(name: str, rank: int, method: str) -> list[str]:
     """Times in microseconds."""
-    found, adamw = launches(name, rank, METHODS[method]), adamw_seconds(name, rank)
+    found, adamw = launches(name, rank, method), adamw_seconds(name, rank)
     times = [launch.seconds() for launch in found]
     step = sum(times) + LAUNCH * len(times)
     cells = [f"{name} r={rank}", method, " + ".join(f"{1e6 * seconds:.1f}" for seconds in times)]
@@ -204,6 +211,7 @@ HEAD = ["case", "method", "launches", "programs together", "step", "fused AdamW"
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.prediction", description=__doc__)
     parser.add_argument("--cases", nargs="+", metavar="SHAPES:RANK", help=f"shapes: {', '.join(shapes.NAMES)}")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
     parser.add_argument("--out", type=Path, help="folder for prediction_h100.md")
     options = parser.parse_args(argv)
     cases = [(name, int(rank)) for name, rank in (text.split(":") for text in options.cases or ())]
@@ -215,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     lines = [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
     print("\n".join(lines), flush=True)
     for name, rank in cases or roofline.CASES:
-        for method in METHODS:
+        for method in options.methods:
             lines.append(f"| {' | '.join(row(name, rank, method))} |")
             print(lines[-1], flush=True)
     if options.out:
