@@ -133,7 +133,7 @@ class ShardedInvariantAdamW(reflora_class(torch.optim.AdamW)):  # type: ignore[m
         group = next(group for group in self.param_groups if any(factor is p for p in group["params"]))
         state = self.state[factor]
         if "exp_avg" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             state["exp_avg"] = torch.zeros_like(factor)
         if GRAM not in state:
             state[GRAM] = torch.zeros(gram_shape(pair), dtype=torch.float64, device=local(factor).device)
