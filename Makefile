@@ -16,7 +16,7 @@ CAPABILITY ?= 90
 ORDER ?= forward random
 MESSAGES := build/messages
 # every kernel over ranks, storage types and modes of a step
-KERNELS := tests/spec/test_step.py tests/spec/test_step_stored.py $(patsubst %,tests/unit/test_kernels_%.py,routes storages linalg eigh)
+KERNELS := tests/spec/test_step.py tests/spec/test_step_stored.py tests/spec/test_invariant_step.py $(patsubst %,tests/unit/test_kernels_%.py,routes storages linalg eigh)
 EMULATED = MESSAGES=$(MESSAGES) PYTHONPATH=tools/ptxsim:tests PTXSIM_CACHE=build/ptxsim PTXSIM_CAPABILITY=$(CAPABILITY) \
 	OMP_NUM_THREADS=1 $(PY) -m pytest -p ptxsim.plugin -m kernels -n $(WORKERS) --dist worksteal
 
