@@ -71,7 +71,7 @@ class AdamWStep(Step):
 class InvariantStep(Step):
     """The momentum whitened in the frame of a metric; the three as in reference.invariant_step. V points at Grams.
 
-    Gradients are always searched, since their Grams show it.
+    Gradients are always searched, since their Grams show it: `check` is not asked.
     """
 
     metric: str = "reflora"

@@ -61,11 +61,11 @@ class AdamWEngine(Engine):
         # numbers of owned pairs without state: they have had no gradient
         self._idle: set[int] = set()
         self._options: tuple[Any, ...] = ()
-        # pairs whose moments the next step moves back to units of S = I, or parts, before plain steps
-        self._leaving: list[LoRAPair] = []
+        # numbers of pairs whose moments the next step moves back to units of S = I, or parts, before plain steps
+        self._leaving: list[int] = []
         # numbers of pairs with AdamW's second moments beside their Grams, and those that come back in the next step
         self._parted: set[int] = set()
-        self._returning: list[LoRAPair] = []
+        self._returning: list[int] = []
         # factors that the next step updates
         self.written: list[Tensor] = []
         self._versions: list[int] = []
@@ -172,7 +172,7 @@ class AdamWEngine(Engine):
         sides = list(zip(grads[::2], grads[1::2]))
         strays: list[tuple[Tensor, int]] = []
         self._leaving = []
-        self._returning = [self.pairs[i] for i in self._parted if all(g is not None for g in sides[i])]
+        self._returning = [i for i in self._parted if all(g is not None for g in sides[i])]
         present = list(map(is_not, grads, repeat(None)))
         given = [grad for grad in grads if grad is not None]
         self._check(given, present)
@@ -188,7 +188,7 @@ class AdamWEngine(Engine):
                     if grad is not None:
                         check_gradient(f"{pair.name}, gradient of {side}", grad, factor)
                 if lone or slot is None:
-                    self._leaving.append(pair)
+                    self._leaving.append(index)
                 strays += lone
                 sides[index] = (None, None)
             active = [t for pair, (a, _) in zip(self.pairs, sides) if a is not None for t in (pair.A, pair.B)]
@@ -220,16 +220,15 @@ class AdamWEngine(Engine):
     def leave(self) -> None:
         """Move the moments of pairs that take plain steps from now on, and of those that no longer do."""
         state = self._owner
-        for pair in self._leaving:
+        for pair in (self.pairs[i] for i in self._leaving):
             leave_units(state.get(pair.A, {}), state.get(pair.B, {}), pair)
             for factor in (pair.A, pair.B):
                 part(state.get(factor, {}), pair, factor, self.storage)
-        if self.storage.grams:
-            self._parted.update(map(self.pairs.index, self._leaving))
-        for pair in self._returning:
+        for pair in (self.pairs[i] for i in self._returning):
             for factor in (pair.A, pair.B):
                 rejoin(state[factor], pair, factor)
-            self._parted.discard(self.pairs.index(pair))
+        if self.storage.grams:
+            self._parted = self._parted.union(self._leaving).difference(self._returning)
 
     def step(self, step: Step) -> None:
         """One step of the pairs with gradients."""

@@ -90,7 +90,11 @@ class ShardedInvariantAdamW(reflora_class(torch.optim.AdamW)):  # type: ignore[m
 
     @independent()
     def _whitened_step(self) -> None:
-        sides = [(self._side(pair, pair.A, 1), self._side(pair, pair.B, 0)) for pair in self._stepped]
+        group_of = {param: group for group in self.param_groups for param in group["params"]}
+        sides = [
+            (self._side(pair, pair.A, 1, group_of[pair.A]), self._side(pair, pair.B, 0, group_of[pair.B]))
+            for pair in self._stepped
+        ]
         parts = []
         for both in sides:
             for side in both:
@@ -129,8 +133,7 @@ class ShardedInvariantAdamW(reflora_class(torch.optim.AdamW)):  # type: ignore[m
             for both, own, frame, stepped in zip(sides, per_row, P.split(sizes), done):
                 self._move(both[place], own, frame, stepped, compute)
 
-    def _side(self, pair: LoRAPair, factor: Tensor, dim: int) -> Side:
-        group = next(group for group in self.param_groups if any(factor is p for p in group["params"]))
+    def _side(self, pair: LoRAPair, factor: Tensor, dim: int, group: dict[str, Any]) -> Side:
         state = self.state[factor]
         if "exp_avg" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")

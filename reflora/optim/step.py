@@ -72,8 +72,7 @@ class InvariantOptions(Options):
 
     def step(self, hypers: Tensor, **more: Any) -> Step:
         own = {"metric": self.metric, "moments": self.moments, "damping": self.damping}
-        # their Grams say whether gradients are finite, whatever a scaler has found
-        return InvariantStep(hypers, **own, **self._common(), **{**more, "check": True})  # type: ignore[arg-type]
+        return InvariantStep(hypers, **own, **self._common(), **more)  # type: ignore[arg-type]
 
 
 class Members(NamedTuple):

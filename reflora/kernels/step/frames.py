@@ -61,11 +61,11 @@ def balanced(area, r, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, TC: 
 
 
 @triton.jit
-def identity_frame(p_frame, RC: tl.constexpr, BM: tl.constexpr, TC: tl.constexpr):
+def identity_frame(p_frame, r, RC: tl.constexpr, BM: tl.constexpr, TC: tl.constexpr):
     j = tl.arange(0, RC)[None, :]
     for first in range(0, RC, BM):
         i = first + tl.arange(0, BM)[:, None]
-        tl.store(p_frame + i * RC + j, tl.where(i == j, tl.full([BM, RC], 1.0, TC), 0.0))
+        tl.store(p_frame + i * RC + j, tl.where((i == j) & (i < r), tl.full([BM, RC], 1.0, TC), 0.0))
 
 
 @triton.jit
@@ -102,7 +102,7 @@ def inverse_root(
             row = first + tl.arange(0, BM)[:, None]
             tl.store(p_frame + row * RC + j, read(p_gram, row, j, RC, FACTOR_INVERSE))
     else:
-        identity_frame(p_frame, RC, BM, TC)
+        identity_frame(p_frame, r, RC, BM, TC)
     tl.debug_barrier()
     size = tl.where(sound == 1, 1.0, rank.to(tl.float64)) / (norm * norm)
     return kappa, sound, tl.where(usable, size, 1.0)
@@ -142,8 +142,8 @@ def settle_frames(
                         if balanced(area, r, RC, BM, BK, TC) == 0:
                             status = tl.full((), col.DEGENERATE, tl.int32)
                     if status == col.DEGENERATE:
-                        identity_frame(p_of_a, RC, BM, TC)
-                        identity_frame(p_of_b, RC, BM, TC)
+                        identity_frame(p_of_a, r, RC, BM, TC)
+                        identity_frame(p_of_b, r, RC, BM, TC)
                     square_a, square_b = 1.0 / c, c
             if apart == 1:
                 kappa_a, sound_a, square_b = inverse_root(

@@ -19,21 +19,13 @@ from .chunks import (
 )
 from .mean import mixer
 from .pair import block_zeros, column, load_columns, offsets
-from .update import keep_weights, product, put, side_key, weights
+from .update import hypers_of, keep_weights, product, put, side_key, weights
 
 
 @triton.jit
 def largest_gradient(WIDE: tl.constexpr):
     """Differences of gradients stay finite, and so do sums of their squares in float64."""
     return tl.full((), 1e38 if WIDE == tl.float32 else 1e145, WIDE)
-
-
-@triton.jit
-def hypers_of_side(p_row, hypers, unscale, SIDE: tl.constexpr, WIDE: tl.constexpr):
-    """(What a gradient is multiplied by, 1 - beta1)."""
-    p_hyper = hypers + column(p_row, SIDE + col.HYPER) * col.HYPERS
-    g_factor = tl.where(tl.load(p_hyper + col.MAXIMIZE) != 0, -unscale, unscale).to(WIDE)
-    return g_factor, (1.0 - tl.load(p_hyper + col.BETA1)).to(WIDE)
 
 
 @triton.jit
@@ -65,7 +57,8 @@ def accumulate_mean(
 ):  # fmt: skip
     """The Gram of a chunk of the mean gradient, and its exponent; NaN where a gradient is not finite."""
     state = column(p_row, col.STATE).to(tl.int32)
-    g_factor, share = hypers_of_side(p_row, hypers, unscale, SIDE, WIDE)
+    g_factor, _, beta1, _, _, _ = hypers_of(p_row, hypers, unscale, SIDE, WIDE)
+    share = (1.0 - beta1).to(WIDE)
     scale = tl.full((), 1.0, WIDE)
     exponent = tl.full((), 0, tl.int64)
     if SCALED:
@@ -122,7 +115,8 @@ def move(
     """Columns begin to end of a side: the mean gradient, and the factor by K times it."""
     ON_A: tl.constexpr = SIDE == col.A_SIDE
     state = column(p_row, col.STATE).to(tl.int32)
-    g_factor, share = hypers_of_side(p_row, hypers, unscale, SIDE, WIDE)
+    g_factor, _, beta1, _, _, _ = hypers_of(p_row, hypers, unscale, SIDE, WIDE)
+    share = (1.0 - beta1).to(WIDE)
     step_size = tl.load(header + (STEP_SIZE_A if ON_A else STEP_SIZE_B)).to(WIDE)
     decay = tl.load(header + (DECAY_A if ON_A else DECAY_B)).to(WIDE)
     RANDOM: tl.constexpr = seed is not None
@@ -132,7 +126,6 @@ def move(
     if MASTER:
         p_w = column(p_row, SIDE + col.W)
     at = column(p_row, SIDE + col.P), column(p_row, SIDE + col.M), p_w
-    homes = at[0], at[1], p_w
     i = tl.arange(0, RC)
     matrix = tl.load(mixer(area, ON_A, RC, WIDE) + i[:, None] * RC + i[None, :])
     if ON_A:
@@ -146,9 +139,9 @@ def move(
         )
         m = average(g, m, g_factor, share, WIDE)
         change = bounded(product(matrix, m, SIDE, WIDE), limit)
-        p = tl.fma(-step_size, change, weights(homes, p, w, code, MASTER, DTYPE) * decay)
+        p = tl.fma(-step_size, change, weights(at, p, w, code, MASTER, DTYPE) * decay)
         put(at[1], o, m, None, mask, state, STATE, True, VECTOR)
         keep_weights(
-            homes, o, mask, p, None, key, start + tl.arange(0, BN), r, code, SIDE, MASTER, RANDOM, True, RC, DTYPE,
+            at, o, mask, p, None, key, start + tl.arange(0, BN), r, code, SIDE, MASTER, RANDOM, True, RC, DTYPE,
             WIDE, VECTOR,
         )  # fmt: skip

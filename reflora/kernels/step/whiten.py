@@ -5,8 +5,9 @@ import triton.language as tl
 
 from .. import table as col
 from ..cholesky import factor
-from ..dtypes import normal_range, power_of_two
+from ..dtypes import bounded, normal_range, power_of_two
 from ..solve import FACTOR_INVERSE, FACTOR_T, WHOLE, finish, multiply, polar_factor, read
+from .adamw import unscaling
 from .chunks import (
     COUNT_A,
     COUNT_B,
@@ -23,16 +24,11 @@ from .chunks import (
     packed,
     sum_chunks,
 )
-from .frames import IDENTITY
+from .frames import IDENTITY, identity_frame
 from .gather import entry_of
 from .mean import mixer
 from .pair import GRADIENTS, SLOT_FRAME_A, SLOT_FRAME_B, WHITENING, WORK_A, WORK_B, column, slot
 from .settle import scalars_of, step_terms
-
-
-@triton.jit
-def within_double(x):
-    return tl.where(x == x, tl.minimum(tl.maximum(x, -1.7976931348623157e308), 1.7976931348623157e308), 0.0)
 
 
 @triton.jit
@@ -42,7 +38,7 @@ def moment_of(
 ):  # fmt: skip
     """Elements of the new second moments: keep times the old ones, and the Gram of chunks first to last times by."""
     G = sum_chunks(area, header, o_gram, m_gram, first, last, exponent, RC, WIDE, TC, SCALED)
-    old = within_double(tl.load(p_v + o_v, mask=m_v, other=0.0))
+    old = bounded(tl.load(p_v + o_v, mask=m_v, other=0.0), tl.full((), 1.7976931348623157e308, tl.float64))
     return tl.where(m_v, keep * old + tl.where(m_v, G, 0.0) * by, 0.0)
 
 
@@ -122,9 +118,7 @@ def inverse_square_root(
         tl.debug_barrier()
         multiply(p_3, p_2, WHOLE, True, p_1, FACTOR_INVERSE, False, r, RC, BM, BK, TC)
     else:
-        for first in range(0, RC, BM):
-            i = first + tl.arange(0, BM)[:, None]
-            tl.store(p_3 + i * RC + j, tl.where((i == j) & (i < r), tl.full([BM, RC], 1.0, TC), 0.0))
+        identity_frame(p_3, r, RC, BM, TC)
     tl.debug_barrier()
 
 
@@ -196,9 +190,7 @@ def whiten_kernel(
     """One program a side of a row; arguments as gram_kernel's."""
     program = tl.program_id(0)
     row, width, p_row, area, header, r, code = entry_of(program // 2, table, rows, headers, work, RC, WIDE, WHITENING)
-    unscale = tl.full((), 1.0, tl.float64)
-    if grad_scale is not None:
-        unscale = 1.0 / tl.load(grad_scale).to(tl.float64)
+    unscale = unscaling(grad_scale)
     if tl.load(header + RUN) != 0:
         d = damping_bits.to(tl.int64).to(tl.float64, bitcast=True)
         if program % 2 == 0:
