@@ -32,8 +32,9 @@ class Route:
     block_m, block_k: rows and inner block of a product of matrices; tensor_k: the inner block on tensor cores. Where it
     is the whole class, the solve's iterates stay in registers. wide, narrow: the update with accesses of 16 bytes and
     without; carry_warps: of one that carries Grams, 0 where reading them anew takes less. gram_warps: of the chunks'
-    Grams where S is solved for in a launch of its own, 0 where the last chunk to arrive does. shared: bytes of shared
-    memory that the step takes at most, on whatever device; single: where nothing of it is in float64.
+    Grams where S is solved for in a launch of its own, 0 where the last chunk to arrive does; whiten_warps: of frames
+    and of what whitens in them. shared: bytes of shared memory that the step takes at most, on whatever device;
+    single: where nothing of it is in float64.
 
     matrices: warps of `polar`, `geometric_mean` and `sqrtm` in float32 and in float64; eigh, svd, inv_root: of these.
     """
@@ -52,6 +53,7 @@ class Route:
     svd: tuple[int, int]
     inv_root: tuple[int, int]
     gram_warps: int = 0
+    whiten_warps: int = 1
     shared: int = 64 * 1024
     single: int = 64 * 1024
 
@@ -70,15 +72,16 @@ ROUTES: dict[int, Route] = {
         matrices=(2, 2), eigh=(1, 2), svd=(2, 2), inv_root=(2, 2),
     ),
     32: Route(
-        SPLIT, 4, 32, 32, 16, 32, Update(4, 32, 168), Update(4, 16, 128), 4, gram_warps=2,
+        SPLIT, 4, 32, 32, 16, 32, Update(4, 32, 168), Update(4, 16, 128), 4, gram_warps=1,
         matrices=(4, 8), eigh=(2, 4), svd=(4, 8), inv_root=(2, 4),
     ),
     64: Route(
-        SPLIT, 8, 16, 32, 16, 64, Update(4, 32), Update(8, 16, 128), 0, gram_warps=4,
+        SPLIT, 8, 16, 32, 16, 64, Update(4, 32), Update(8, 16, 128), 0, gram_warps=2, whiten_warps=2,
         matrices=(8, 8), eigh=(4, 8), svd=(8, 8), inv_root=(4, 8),
     ),
     128: Route(
-        SPLIT, 8, 16, 64, 16, 32, Update(8, 32), Update(16, 16), 0, gram_warps=8, shared=144 * 1024, single=80 * 1024,
+        SPLIT, 8, 16, 64, 16, 32, Update(8, 32), Update(16, 16), 0, gram_warps=8, whiten_warps=8,
+        shared=144 * 1024, single=80 * 1024,
         matrices=(8, 8), eigh=(16, 16), svd=(16, 16), inv_root=(16, 16),
     ),
 }  # fmt: skip

@@ -146,18 +146,18 @@ def polar_factor(p_x, p_y, r, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constex
     One step of Higham's scaled Newton iteration takes the root of the condition number; the cubic Newton-Schulz steps
     that follow, scaled as by Chen and Chow, are products of matrices only. A singular X is moved by its rounding error.
     """
-    z = tl.sqrt(slot_norm(p_y, RC, BM, TC) / slot_norm(p_x, RC, BM, TC))
     # barriers: a slot is overwritten after every read of it, and read after every write
-    tl.debug_barrier()
-    newton_update(p_x, p_y, z, RC, BM, TC)
-    tl.debug_barrier()
     if BK == RC:
         # one inner block: the iterates stay in registers
         o = tl.arange(0, RC)[:, None] * RC + tl.arange(0, RC)[None, :]
-        x = orthogonalised(tl.load(p_x + o), r, RC, TC)
+        x = polar_resident(tl.load(p_x + o), tl.load(p_y + o), r, RC, TC)
         tl.debug_barrier()
         tl.store(p_x + o, x)
     else:
+        z = tl.sqrt(slot_norm(p_y, RC, BM, TC) / slot_norm(p_x, RC, BM, TC))
+        tl.debug_barrier()
+        newton_update(p_x, p_y, z, RC, BM, TC)
+        tl.debug_barrier()
         multiply(p_y, p_x, WHOLE, True, p_x, WHOLE, False, r, RC, BM, BK, TC)
         tl.debug_barrier()
         scale = 1.0 / tl.sqrt(slot_bound(p_y, RC, BM, TC))
@@ -173,6 +173,14 @@ def polar_factor(p_x, p_y, r, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constex
             tl.debug_barrier()
             step += 1
     tl.debug_barrier()
+
+
+@triton.jit
+def polar_resident(x, y, r, RC: tl.constexpr, TC: tl.constexpr):
+    """As `polar_factor`, of an x `[RC, RC]` in registers; y: x^-T."""
+    size_x, size_y = tl.sum(tl.sum(x * x, 1), 0), tl.sum(tl.sum(y * y, 1), 0)
+    z, inverse = tl.sqrt(tl.sqrt(size_y / size_x)), tl.sqrt(tl.sqrt(size_x / size_y))
+    return orthogonalised(0.5 * (z * x + inverse * y), r, RC, TC)
 
 
 @triton.jit

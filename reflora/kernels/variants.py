@@ -86,6 +86,8 @@ def variant(
     options = group.scalar_options if name in SCALAR_KERNELS else group.options
     if name in ("gram", "grams"):
         options = group.gram_options
+    if name in ("frames", "whiten"):
+        options = group.whiten_options
     if name == "apply":
         blocks, options = apply_options(group, constants)
         constants.update(blocks)

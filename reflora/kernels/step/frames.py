@@ -6,7 +6,7 @@ import triton.language as tl
 from .. import table as col
 from ..cholesky import factor
 from ..dtypes import power_of_two
-from ..solve import FACTOR_INVERSE, FACTOR_T, WHOLE, finish, multiply, read
+from ..solve import FACTOR_INVERSE, FACTOR_T, WHOLE, finish, multiply, polar_resident, product, read
 from .chunks import OF_GRADIENTS, RUN, SQUARE_A, SQUARE_B, counts, packed, reduce_chunks, sum_chunks
 from .gather import active, entry_of
 from .mean import KAPPA_OF_RANK, decide, imbalance, of_present, polar_of_pair, ratio
@@ -27,6 +27,8 @@ from .pair import (
 from .settle import refuse
 
 REFLORA, SCALED_METRIC, IDENTITY = (tl.constexpr(c) for c in range(3))
+# the largest rank class whose matrices stay in registers from product to product
+IN_REGISTERS = tl.constexpr(32)
 
 
 @triton.jit
@@ -45,19 +47,51 @@ def balanced(area, r, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, TC: 
     Returns 1 if H is positive definite, else 0.
     """
     p_a, p_b = slot(area, SLOT_A, RC, TC), slot(area, SLOT_B, RC, TC)
-    p_x, p_y = slot(area, SLOT_X, RC, TC), slot(area, SLOT_Y, RC, TC)
     one = tl.full((), 1.0, tl.float64)
-    huge = tl.full((), 1.7976931348623157e308, tl.float64)
-    polar_of_pair(area, r, RC, BM, BK, TC, True)
-    multiply(p_y, p_x, WHOLE, True, slot(area, SLOT_N, RC, TC), WHOLE, False, r, RC, BM, BK, TC)
-    tl.debug_barrier()
-    finish(p_b, p_y, one, huge, True, RC, BM, TC)
-    tl.debug_barrier()
-    kappa = factor(p_b, one.to(TC), None, r, RC)
-    multiply(slot(area, SLOT_FRAME_B, RC, TC), p_b, FACTOR_T, False, p_a, FACTOR_INVERSE, False, r, RC, BM, BK, TC)
-    multiply(slot(area, SLOT_FRAME_A, RC, TC), p_b, FACTOR_INVERSE, False, p_a, FACTOR_T, False, r, RC, BM, BK, TC)
+    if RC <= IN_REGISTERS:
+        o = square(RC)
+        h = polar_of_resident(p_a, p_b, r, RC, TC)
+        tl.debug_barrier()
+        tl.store(p_b + o, h)
+        tl.debug_barrier()
+        kappa = factor(p_b, one.to(TC), None, r, RC)
+        of_b = product(read_whole(p_b, RC, FACTOR_T), read_whole(p_a, RC, FACTOR_INVERSE), TC)
+        tl.store(slot(area, SLOT_FRAME_B, RC, TC) + o, of_b)
+        of_a = product(read_whole(p_b, RC, FACTOR_INVERSE), read_whole(p_a, RC, FACTOR_T), TC)
+        tl.store(slot(area, SLOT_FRAME_A, RC, TC) + o, of_a)
+    else:
+        p_x, p_y = slot(area, SLOT_X, RC, TC), slot(area, SLOT_Y, RC, TC)
+        huge = tl.full((), 1.7976931348623157e308, tl.float64)
+        polar_of_pair(area, r, RC, BM, BK, TC, True)
+        multiply(p_y, p_x, WHOLE, True, slot(area, SLOT_N, RC, TC), WHOLE, False, r, RC, BM, BK, TC)
+        tl.debug_barrier()
+        finish(p_b, p_y, one, huge, True, RC, BM, TC)
+        tl.debug_barrier()
+        kappa = factor(p_b, one.to(TC), None, r, RC)
+        multiply(slot(area, SLOT_FRAME_B, RC, TC), p_b, FACTOR_T, False, p_a, FACTOR_INVERSE, False, r, RC, BM, BK, TC)
+        multiply(slot(area, SLOT_FRAME_A, RC, TC), p_b, FACTOR_INVERSE, False, p_a, FACTOR_T, False, r, RC, BM, BK, TC)
     tl.debug_barrier()
     return tl.where(kappa < float("inf"), 1, 0)
+
+
+@triton.jit
+def square(RC: tl.constexpr):
+    """Offsets of the elements of a slot."""
+    return tl.arange(0, RC)[:, None] * RC + tl.arange(0, RC)[None, :]
+
+
+@triton.jit
+def read_whole(p_slot, RC: tl.constexpr, KIND: tl.constexpr):
+    return read(p_slot, tl.arange(0, RC)[:, None], tl.arange(0, RC)[None, :], RC, KIND)
+
+
+@triton.jit
+def polar_of_resident(p_a, p_b, r, RC: tl.constexpr, TC: tl.constexpr):
+    """H of `N = Lb^T La = Q H`, from the packed factors."""
+    n = product(read_whole(p_b, RC, FACTOR_T), tl.trans(read_whole(p_a, RC, FACTOR_T)), TC)
+    y = product(read_whole(p_b, RC, FACTOR_INVERSE), tl.trans(read_whole(p_a, RC, FACTOR_INVERSE)), TC)
+    h = product(tl.trans(polar_resident(n, y, r, RC, TC)), n, TC)
+    return 0.5 * (h + tl.trans(h))
 
 
 @triton.jit

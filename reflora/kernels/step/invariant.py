@@ -115,11 +115,11 @@ def invariant(plan: Plan, step: "InvariantStep", results: Tensor) -> None:
         )  # fmt: skip
         frames_kernel[(len(rows),)](
             table, rows, group.headers, results, work, step.found_inf, **taken(frames_kernel, constants),
-            **group.options,
+            **group.whiten_options,
         )  # fmt: skip
         whiten_kernel[(2 * len(rows),)](
             table, rows, group.headers, work, hypers, step.grad_scale, float64_bits(step.damping),
-            **taken(whiten_kernel, constants), **group.options,
+            **taken(whiten_kernel, constants), **group.whiten_options,
         )  # fmt: skip
         own = group.update_options(False, constants["VECTOR"])
         moving = taken(move_kernel, {**constants, "BN": own.pop("BN")})

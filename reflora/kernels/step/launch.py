@@ -84,6 +84,10 @@ class RankClass:
     def gram_options(self) -> dict[str, int]:
         return launch_options(self.route.gram_warps or self.route.warps)
 
+    @property
+    def whiten_options(self) -> dict[str, int]:
+        return launch_options(self.route.whiten_warps)
+
     def update_options(self, carry: bool, vector: bool) -> dict[str, int]:
         """BN and launch options of the update; vector: its accesses are of 16 bytes."""
         if carry:  # a carried Gram is summed block by block as a fresh one is

@@ -7,7 +7,7 @@ from ... import constants
 from .. import table as col
 from ..cholesky import factor_all
 from ..dtypes import normal_range, power_of_two
-from ..solve import FACTOR_INVERSE, FACTOR_T, WHOLE, finish, multiply, orthogonalised, polar_factor, product, read
+from ..solve import FACTOR_INVERSE, FACTOR_T, WHOLE, finish, multiply, polar_factor, polar_resident, product, read
 from .chunks import any_bad, counts, reduce_chunks
 from .pair import SLOT_A, SLOT_B, SLOT_N, SLOT_X, SLOT_Y, column, slot
 
@@ -182,9 +182,7 @@ def form_resident(area, r, c, code, RC: tl.constexpr, WIDE: tl.constexpr, TC: tl
     la_inverse, lb_inverse = read(p_a, i, j, RC, FACTOR_INVERSE), read(p_b, i, j, RC, FACTOR_INVERSE)
     x = product(lb_t, tl.trans(la_t), TC)
     y = product(lb_inverse, tl.trans(la_inverse), TC)
-    size_x, size_y = tl.sum(tl.sum(x * x, 1), 0), tl.sum(tl.sum(y * y, 1), 0)
-    z, inverse = tl.sqrt(tl.sqrt(size_y / size_x)), tl.sqrt(tl.sqrt(size_x / size_y))
-    x = orthogonalised(0.5 * (z * x + inverse * y), r, RC, TC)
+    x = polar_resident(x, y, r, RC, TC)
     S = product(tl.trans(la_inverse), product(tl.trans(x), lb_t, TC), TC)
     S_inv = product(tl.trans(lb_inverse), product(x, la_t, TC), TC)
     tiny, huge = normal_range(code)

@@ -6,7 +6,7 @@ import triton.language as tl
 from .. import table as col
 from ..cholesky import factor
 from ..dtypes import bounded, normal_range, power_of_two
-from ..solve import FACTOR_INVERSE, FACTOR_T, WHOLE, finish, multiply, polar_factor, read
+from ..solve import FACTOR_INVERSE, FACTOR_T, WHOLE, finish, multiply, polar_factor, polar_resident, product, read
 from .adamw import unscaling
 from .chunks import (
     COUNT_A,
@@ -24,9 +24,9 @@ from .chunks import (
     packed,
     sum_chunks,
 )
-from .frames import IDENTITY, identity_frame
+from .frames import IDENTITY, IN_REGISTERS, identity_frame, read_whole, square
 from .gather import entry_of
-from .mean import mixer
+from .mean import keep, mixer
 from .pair import GRADIENTS, SLOT_FRAME_A, SLOT_FRAME_B, WHITENING, WORK_A, WORK_B, column, slot
 from .settle import scalars_of, step_terms
 
@@ -90,13 +90,19 @@ def into_frame(
     p_frame, p_1, p_2, p_3, r, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, TC: tl.constexpr
 ):  # fmt: skip
     """`P^T V P` of V in the first slot, which it takes."""
-    one = tl.full((), 1.0, tl.float64)
-    huge = tl.full((), 1.7976931348623157e308, tl.float64)
-    multiply(p_2, p_frame, WHOLE, False, p_1, WHOLE, False, r, RC, BM, BK, TC)
-    tl.debug_barrier()
-    multiply(p_3, p_2, WHOLE, False, p_frame, WHOLE, True, r, RC, BM, BK, TC)
-    tl.debug_barrier()
-    finish(p_1, p_3, one, huge, True, RC, BM, TC)
+    if RC <= IN_REGISTERS:
+        P = tl.load(p_frame + square(RC))
+        C = product(product(P, tl.load(p_1 + square(RC)), TC), tl.trans(P), TC)
+        tl.debug_barrier()
+        tl.store(p_1 + square(RC), 0.5 * (C + tl.trans(C)))
+    else:
+        one = tl.full((), 1.0, tl.float64)
+        huge = tl.full((), 1.7976931348623157e308, tl.float64)
+        multiply(p_2, p_frame, WHOLE, False, p_1, WHOLE, False, r, RC, BM, BK, TC)
+        tl.debug_barrier()
+        multiply(p_3, p_2, WHOLE, False, p_frame, WHOLE, True, r, RC, BM, BK, TC)
+        tl.debug_barrier()
+        finish(p_1, p_3, one, huge, True, RC, BM, TC)
     tl.debug_barrier()
 
 
@@ -120,6 +126,41 @@ def inverse_square_root(
     else:
         identity_frame(p_3, r, RC, BM, TC)
     tl.debug_barrier()
+
+
+@triton.jit
+def whiten_resident(
+    p_1, p_frame, p_out, scale, shift, by, limit, r, METRIC: tl.constexpr, RC: tl.constexpr, WIDE: tl.constexpr,
+    TC: tl.constexpr,
+):  # fmt: skip
+    """`by P (scale C + shift I)^(-1/2) P^T` of C in the first slot; as `keep`. By I where C is not positive definite."""
+    kappa = factor(p_1, scale, shift, r, RC)
+    i, j = tl.arange(0, RC)[:, None], tl.arange(0, RC)[None, :]
+    K = tl.where((i == j) & (i < r), tl.full([RC, RC], 1.0, TC), 0.0)
+    if kappa < float("inf"):
+        inverse = read_whole(p_1, RC, FACTOR_INVERSE)
+        K = product(tl.trans(polar_resident(read_whole(p_1, RC, FACTOR_T), inverse, r, RC, TC)), inverse, TC)
+    if METRIC != IDENTITY:
+        P = tl.load(p_frame + square(RC))
+        K = product(tl.trans(P), product(K, P, TC), TC)
+    return keep(p_out, K, by, limit, RC, WIDE)
+
+
+@triton.jit
+def whiten_panels(
+    p_1, p_2, p_3, p_frame, p_out, scale, shift, by, limit, r, METRIC: tl.constexpr, RC: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr,
+):  # fmt: skip
+    """As `whiten_resident`, of matrices that do not fit in registers."""
+    inverse_square_root(p_1, p_2, p_3, scale, shift, r, RC, BM, BK, TC)
+    p_last = p_3
+    if METRIC != IDENTITY:
+        multiply(p_2, p_3, WHOLE, False, p_frame, WHOLE, False, r, RC, BM, BK, TC)
+        tl.debug_barrier()
+        multiply(p_1, p_frame, WHOLE, True, p_2, WHOLE, False, r, RC, BM, BK, TC)
+        tl.debug_barrier()
+        p_last = p_1
+    return finish(p_out, p_last, by, limit, True, RC, BM, WIDE)
 
 
 @triton.jit
@@ -149,32 +190,30 @@ def whiten_side(
     trace = new_moments(p_row, area, header, p_1, first, last, by, keep, r, SIDE, RC, BM, WIDE, TC, SCALED) * debias
     if METRIC != IDENTITY:
         into_frame(p_frame, p_1, p_2, p_3, r, RC, BM, BK, TC)
-    square = tl.load(header + (SQUARE_A if ON_A else SQUARE_B))
-    size = trace * square
+    size_of_frame = tl.load(header + (SQUARE_A if ON_A else SQUARE_B))
+    size = trace * size_of_frame
     mean = size * trace_of(p_1, RC) / r
     whole = mean + eps * eps
-    useful = (mean >= 0) & (whole > 0) & (whole < float("inf"))
+    useful = (mean > 0) & (whole < float("inf"))
     tl.debug_barrier()
     whole = tl.where(useful, whole, 1.0)
     scale, shift = tl.where(useful, size / whole, 0.0), tl.where(useful, (damping * mean + eps * eps) / whole, 1.0)
-    inverse_square_root(p_1, p_2, p_3, scale.to(TC), shift.to(TC), r, RC, BM, BK, TC)
     tiny, huge = normal_range(code)
-    by = tl.where(useful, square / tl.sqrt(whole), 0.0)
-    p_out = p_3
-    if METRIC != IDENTITY:
-        multiply(p_2, p_3, WHOLE, False, p_frame, WHOLE, False, r, RC, BM, BK, TC)
-        tl.debug_barrier()
-        multiply(p_1, p_frame, WHOLE, True, p_2, WHOLE, False, r, RC, BM, BK, TC)
-        tl.debug_barrier()
-        p_out = p_1
-    fits = finish(mixer(area, ON_A, RC, WIDE), p_out, by, huge, True, RC, BM, WIDE)
+    by = tl.where(useful, size_of_frame / tl.sqrt(whole), 0.0)
+    p_out = mixer(area, ON_A, RC, WIDE)
+    if RC <= IN_REGISTERS:
+        fits = whiten_resident(p_1, p_frame, p_out, scale.to(TC), shift.to(TC), by, huge, r, METRIC, RC, WIDE, TC)
+    else:
+        fits = whiten_panels(
+            p_1, p_2, p_3, p_frame, p_out, scale.to(TC), shift.to(TC), by, huge, r, METRIC, RC, BM, BK, WIDE, TC
+        )  # fmt: skip
     if fits == 0:
         tl.debug_barrier()
         zero = tl.full((), 0.0, tl.float64)
         j = tl.arange(0, RC)[None, :]
         for start in range(0, RC, BM):
             i = start + tl.arange(0, BM)[:, None]
-            tl.store(mixer(area, ON_A, RC, WIDE) + i * RC + j, tl.zeros([BM, RC], WIDE) + zero.to(WIDE))
+            tl.store(p_out + i * RC + j, tl.zeros([BM, RC], WIDE) + zero.to(WIDE))
     tl.store(header + (STEP_SIZE_A if ON_A else STEP_SIZE_B), step_size)
     tl.store(header + (DECAY_A if ON_A else DECAY_B), decay)
     tl.store(header + (COUNT_A if ON_A else COUNT_B), count)
