@@ -34,6 +34,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "RefLoRA, carried Grams": ("RefLoRAAdamW", {"warmup_steps": 0, "carry_grams": True}),
     "RefLoRA-S": ("RefLoRAAdamW", {"warmup_steps": 0, "scalar": True}),
     "InvariantAdamW": ("InvariantAdamW", {}),
+    "InvariantAdamW, carried Grams": ("InvariantAdamW", {"carry_grams": True}),
     "InvariantAdamW, scaled": ("InvariantAdamW", {"metric": "scaled"}),
     "InvariantAdamW, identity": ("InvariantAdamW", {"metric": "identity"}),
 }

@@ -11,12 +11,17 @@ template <class S, class T>
 struct InvariantOp {
     const int64_t* row;
     double* result;
+    double* kept;  // as RowOp's
     const Job& job;
     Arena arena;
     Dense d{row[R], padded<double>(row[R])};
     Factor<S> p[2] = {factor<S>(row, 0, P), factor<S>(row, SIDE, P)};
     Factor<S> g[2] = {factor<S>(row, 0, G), factor<S>(row, SIDE, G)};
-    double* second[2] = {};  // of this step, without bias: rp apart
+    double* second[2] = {};  // what whitens, without bias, later sums over gradients: rp apart
+    bool before[2] = {};     // whether the second moments of the step before whiten
+    bool sound[2] = {};      // whether the gradient is finite
+    Momentum<T> averaging[2];
+    double* panel = nullptr;
     T* mixer[2] = {};
     T *in = nullptr, *out = nullptr;
     const double tiny = sizeof(T) == 8 ? 2.2250738585072014e-308 : 1.1754943508222875e-38;
@@ -31,28 +36,31 @@ struct InvariantOp {
             second[side] = arena.take<double>(size);
             mixer[side] = arena.take<T>(size_t(padded<T>(d.r) * padded<T>(d.r)));
         }
-        for (int side = 0; side < 2; ++side)
-            if (!sum_gradients(side)) return false;
+        for (int side = 0; side < 2; ++side) {
+            averaging[side] = make_momentum<T>(hypers(side), double(*steps(side)) + 1, 1 / job.grad_scale);
+            before[side] = job.late && known(side);
+            sound[side] = before[side] ? !job.momentum || all_finite(g[side]) : sum_gradients(side);
+            if (!sound[side] && !job.late) return false;
+        }
         Frames found;
         if (!frames(found)) return false;
         double* K = arena.take<double>(size);
         for (int side = 0; side < 2; ++side) {
             const double* h = hypers(side);
-            average_second(side);
+            whiten_by(side);
             whitener(d, second[side], side ? found.of_B : found.of_A, job.damping, h[EPS], arena, K);
             round_mixer(side, K);
         }
-        for (int side = 0; side < 2; ++side) update(side);
-        result[STATUS] = found.status;
+        panel = arena.take<double>(size_t(d.rp * CHUNK));
+        bool exact = true;
+        for (int side = 0; side < 2; ++side) exact = update(side) && exact;
+        if (kept) *kept = exact;
+        result[STATUS] = sound[0] && sound[1] ? found.status : SKIPPED;
         return true;
     }
 
     const double* hypers(int side) const { return job.hypers + row[side ? SIDE + HYPER : HYPER] * HYPERS; }
     float* steps(int side) const { return reinterpret_cast<float*>(row[side ? SIDE + STEP : STEP]); }
-
-    Momentum<T> momentum(int side) const {
-        return make_momentum<T>(hypers(side), double(*steps(side)) + 1, 1 / job.grad_scale);
-    }
 
     template <class Q>
     Factor<Q> first(int side) const {
@@ -70,19 +78,20 @@ struct InvariantOp {
         const bool sums_show = sizeof(S) < 8 && !job.momentum;  // squares of narrow numbers stay in double's range
         if (!sums_show && !all_finite(g[side])) return false;
         Arena scratch = arena;
-        double* panel = scratch.take<double>(size_t(d.rp * CHUNK));
+        panel = scratch.take<double>(size_t(d.rp * CHUNK));
         double* sum = second[side];
         for (int64_t i = 0; i < d.rp * d.rp; ++i) sum[i] = 0;
         for (int64_t k = 0; k < g[side].n; k += CHUNK) {
             const int64_t count = least(CHUNK, g[side].n - k);
-            if (job.momentum) {
-                pack_mean(side, k, count, panel);
-            } else {
-                pack(g[side], k, count, d.rp, 1, panel);
-                for (int64_t i = 0; sizeof(S) == 8 && i < count * d.rp; ++i) panel[i] = bounded(panel[i], double(MOST<T>));
-            }
+            job.momentum ? pack_mean(side, k, count) : pack_gradient(side, k, count, panel);
             d.gram_add(panel, count, sum);
         }
+        return finish_sum(side);
+    }
+
+    // from sums of products in second[side] to the Gram over n; false: not finite
+    bool finish_sum(int side) {
+        double* sum = second[side];
         d.mirror(sum);
         double trace = 0;
         for (int64_t i = 0; i < d.r; ++i) trace += sum[i * d.rp + i];
@@ -93,11 +102,32 @@ struct InvariantOp {
         return true;
     }
 
-    void pack_mean(int side, int64_t k, int64_t count, double* panel) {
+    double* state(int side) const { return reinterpret_cast<double*>(row[(side ? SIDE : 0) + Column::V]); }
+    double bias(double beta, double count) const { return 1 - __builtin_pow(beta, count); }
+
+    // whether the state's second moments tell something
+    bool known(int side) const {
+        double trace = 0;
+        for (int64_t i = 0; i < d.r; ++i) trace += bounded(state(side)[i * d.r + i], Storage<double>::max);
+        return trace > 0;
+    }
+
+    void pack_gradient(int side, int64_t k, int64_t count, double* into) {
+        pack(g[side], k, count, d.rp, 1, into);
+        for (int64_t i = 0; sizeof(S) == 8 && i < count * d.rp; ++i)
+            if (magnitude(into[i]) <= Storage<double>::max) into[i] = bounded(into[i], double(MOST<T>));
+    }
+
+    void pack_mean(int side, int64_t k, int64_t count) {
         const bool right = p[side].transposed();
         with_state([&](auto like) {
-            average_block(momentum(side), g[side], first<decltype(like)>(side), right, k, count, in);
+            average_block(averaging[side], g[side], first<decltype(like)>(side), right, k, count, in);
         });
+        spread_mean(right, count);
+    }
+
+    // a block of the mean gradient in `in` to the panel
+    void spread_mean(bool right, int64_t count) {
         for (int64_t j = 0; j < count; ++j)
             for (int64_t i = 0; i < d.rp; ++i)
                 panel[j * d.rp + i] = i >= d.r ? 0 : double(right ? in[j * d.r + i] : in[i * CHUNK + j]);
@@ -116,14 +146,18 @@ struct InvariantOp {
         found.of_B = arena.take<double>(size);
         for (size_t i = 0; i < size; ++i) found.of_A[i] = found.of_B[i] = 0;
         Arena scratch = arena;
-        double* panel = scratch.take<double>(size_t(d.rp * CHUNK));
+        double* own_panel = scratch.take<double>(size_t(d.rp * CHUNK));
         Gram gram_of[2];
         for (int side = 0; side < 2; ++side) {
             Gram& one = gram_of[side];
             one.unit = scratch.take<double>(size);
             one.U = scratch.take<double>(size);
             one.E = scratch.take<double>(size);
-            gram(d, p[side], panel, one);
+            if (kept && *kept) {
+                carried_gram(d, kept + KEPT_HEADER + (side ? d.rp * d.rp : 0), one);
+            } else {
+                gram(d, p[side], own_panel, one);
+            }
             result[side ? NORM_B : NORM_A] = one.norm;
         }
         if (!finite_norms()) return false;
@@ -159,23 +193,35 @@ struct InvariantOp {
         return a && b ? REFACTORED : DEGENERATE;
     }
 
-    // the state's second moments take part, and second[side] becomes theirs without bias
+    // second[side] := what whitens, without bias
+    void whiten_by(int side) {
+        if (!before[side]) {
+            if (sound[side]) return average_second(side);
+            for (int64_t i = 0; i < d.r * d.rp; ++i) second[side][i] = 0;
+            return;
+        }
+        const double by = job.momentum ? 1 : 1 / bias(hypers(side)[BETA2], double(*steps(side)));
+        for (int64_t i = 0; i < d.r; ++i)
+            for (int64_t j = 0; j < d.r; ++j)
+                second[side][i * d.rp + j] = by * bounded(state(side)[i * d.r + j], Storage<double>::max);
+    }
+
+    // the state's second moments take part, and second[side], the Gram of this step, becomes theirs without bias
     void average_second(int side) {
         const double* h = hypers(side);
-        double* V = reinterpret_cast<double*>(row[(side ? SIDE : 0) + Column::V]);
         const double count = double(*steps(side)) + 1;
-        const double bias1 = 1 - __builtin_pow(h[BETA1], count);
-        const double bias2 = 1 - __builtin_pow(h[BETA2], count);
+        const double square = bias(h[BETA1], count) * bias(h[BETA1], count);
+        const double by = 1 / bias(h[BETA2], count);
         for (int64_t i = 0; i < d.r; ++i)
             for (int64_t j = 0; j < d.r; ++j) {
                 double& now = second[side][i * d.rp + j];
-                double& kept = V[i * d.r + j];
+                double& own = state(side)[i * d.r + j];
                 if (job.momentum) {
-                    kept = now = now / (bias1 * bias1);
+                    own = now = now / square;
                 } else {
-                    const double old = bounded(kept, Storage<double>::max);
-                    kept = old + (1 - h[BETA2]) * (now - old);
-                    now = kept / bias2;
+                    const double old = bounded(own, Storage<double>::max);
+                    own = old + (1 - h[BETA2]) * (now - old);
+                    now = own * by;
                 }
             }
     }
@@ -187,13 +233,29 @@ struct InvariantOp {
             for (int64_t j = 0; j < d.r; ++j) mixer[side][i * rp + j] = T(bounded(K[i * d.rp + j], double(huge)));
     }
 
-    void update(int side) {
-        const Momentum<T> u = momentum(side);
+    // false: the Gram of the factor cannot be carried
+    bool update(int side) {
         const float taken = *steps(side);
-        *steps(side) = taken + 1;
+        Carry carry{d, panel, kept ? kept + KEPT_HEADER + (side ? d.rp * d.rp : 0) : nullptr};
+        for (int64_t i = 0; kept && i < d.rp * d.rp; ++i) carry.sums[i] = 0;
+        for (int64_t i = 0; before[side] && i < d.rp * d.rp; ++i) second[side][i] = 0;
+        const bool right = p[side].transposed();
         with_weights<S>(row, side ? SIDE : 0, job, int64_t(taken), [&](auto like, const auto& weights) {
-            move_side(p[side], g[side], first<decltype(like)>(side), mixer[side], padded<T>(d.r), u, weights, in, out);
+            const auto done = [&](int64_t k, int64_t count) {
+                if (kept) carry.add(p[side], k, count);
+                if (!before[side]) return;
+                job.momentum ? spread_mean(right, count) : pack_gradient(side, k, count, panel);
+                d.gram_add(panel, count, second[side]);
+            };
+            const auto of = first<decltype(like)>(side);
+            move_side(p[side], g[side], of, mixer[side], padded<T>(d.r), averaging[side], weights, in, out, done);
         });
+        if (before[side]) {
+            sound[side] = finish_sum(side) && sound[side];
+            if (sound[side]) average_second(side);
+        }
+        *steps(side) = taken + 1;
+        return carry.exact;
     }
 };
 

@@ -14,7 +14,7 @@ static void run_row(const int64_t* row, double* result, double* kept, const Job&
     if (kept && !row[KEPT]) *kept = 0;
     if (!row[ACTIVE] || job.found_inf) return;
     if (job.kind != INVARIANT) return RowOp<S, T>{row, result, kept, job, arena}.run();
-    if (!InvariantOp<S, T>{row, result, job, arena}.run()) result[STATUS] = SKIPPED;
+    if (!InvariantOp<S, T>{row, result, kept, job, arena}.run()) result[STATUS] = SKIPPED;
 }
 
 static void row(const int64_t* row, double* result, double* kept, const Job& job, void* work) {

@@ -21,15 +21,17 @@ INLINE Momentum<T> make_momentum(const double* h, double count, double unscale) 
             T(h[LR] / (1 - __builtin_pow(h[BETA1], count)))};
 }
 
-// a run of the mean gradient after the step
+// a run of the mean gradient after the step; where a gradient is not finite its mean stays
 template <class T, class S, class Q>
 INLINE void average(const Momentum<T>& u, const S* RESTRICT g, int64_t inc, const Q* RESTRICT m, int64_t stride,
                     int64_t n, T* RESTRICT out, int64_t apart) {
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
-        const T grad = bounded(T(widen(g[i * inc])) * u.g_factor, MOST<T>);
+        const T raw = T(widen(g[i * inc]));
+        const T grad = bounded(raw * u.g_factor, MOST<T>);
         const T first = bounded(T(widen(m[i * stride])), MOST<T>);
-        out[i * apart] = first + (grad - first) * u.one_minus_beta1;
+        const T share = raw - raw == 0 ? u.one_minus_beta1 : T(0);
+        out[i * apart] = first + (grad - first) * share;
     }
 }
 
@@ -81,10 +83,10 @@ INLINE void move_strided(const Momentum<T>& u, const T* m, const T* step, S* p, 
 }
 
 // mean gradient, the product with the symmetric mixer K [r, ldm], parameter and moment (stored as Q), block by block.
-// in, out: scratch
-template <class Q, class T, class S, class Weights>
+// in, out: scratch. done(k0, count): after a block, whose mean gradient is in `in`
+template <class Q, class T, class S, class Weights, class Done>
 static void move_side(const Factor<S>& p, const Factor<S>& g, const Factor<Q>& m, const T* K, int64_t ldm,
-                      const Momentum<T>& u, const Weights& weights, T* in, T* out) {
+                      const Momentum<T>& u, const Weights& weights, T* in, T* out, const Done& done) {
     const bool right = p.transposed();
     const int64_t ldo = !right ? CHUNK : p.r <= HALF<T> ? HALF<T> : ldm;
     const int64_t ldi = right ? p.r : CHUNK;
@@ -99,14 +101,15 @@ static void move_side(const Factor<S>& p, const Factor<S>& g, const Factor<Q>& m
         const int64_t o = k0 * p.sn;
         if (right && p.sn == p.r && ldo == p.r) {  // the whole block is one run
             move_strided(u, in, out, p.p + o, m.p + o, weights.run(o, k0 * p.r, 1), 1, count * p.r);
-            continue;
+        } else {
+            for (int64_t i = 0; i < (right ? count : p.r); ++i) {
+                const int64_t at = o + i * (right ? p.sn : p.sr);
+                const Weights own = weights.run(at, k0 * p.r + i * (right ? p.r : 1), right ? 1 : p.r);
+                move_strided(u, in + i * ldi, out + i * ldo, p.p + at, m.p + at, own, right ? 1 : p.sn,
+                             right ? p.r : count);
+            }
         }
-        for (int64_t i = 0; i < (right ? count : p.r); ++i) {
-            const int64_t at = o + i * (right ? p.sn : p.sr);
-            const Weights own = weights.run(at, k0 * p.r + i * (right ? p.r : 1), right ? 1 : p.r);
-            move_strided(u, in + i * ldi, out + i * ldo, p.p + at, m.p + at, own, right ? 1 : p.sn,
-                         right ? p.r : count);
-        }
+        done(k0, count);
     }
 }
 

@@ -10,7 +10,6 @@ static_assert(sizeof(void*) == 8, "the table holds 64-bit pointers");
 // where the S of a step comes from: warm-up, computed now, kept from an earlier step
 enum Source { IDENTITY, FRESH, SAVED_S };
 
-constexpr int64_t KEPT_HEADER = 8;  // doubles before the Grams that are carried to the next step
 
 // S: storage, T: type that the matrix S is applied in; Grams and solve are in double
 template <class S, class T>
@@ -107,10 +106,7 @@ struct RowOp {
             one.E = scratch.take<double>(size);
         }
         if (kept && *kept) {
-            for (int side = 0; side < 2; ++side)
-                for (size_t i = 0; i < size; ++i) g[side].unit[i] = sums(side)[i];
-            finish_gram(d, 1, g[0]);
-            finish_gram(d, 1, g[1]);
+            for (int side = 0; side < 2; ++side) carried_gram(d, sums(side), g[side]);
         } else {
             gram(d, a, panel, g[0]);
             gram(d, b, panel, g[1]);

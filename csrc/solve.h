@@ -38,6 +38,7 @@ struct Solution {
 };
 
 constexpr int64_t CHUNK = 64;
+constexpr int64_t KEPT_HEADER = 8;  // doubles before the Grams that a row carries to its next step
 constexpr int MATRICES = 18;
 
 INLINE size_t bytes_for(int64_t r) {
@@ -184,6 +185,12 @@ struct Carry {
         d.gram_add(panel, count, sums);
     }
 };
+
+// the Gram of a factor from what Carry left
+INLINE void carried_gram(const Dense& d, const double* sums, Gram& out) {
+    for (int64_t i = 0; i < d.rp * d.rp; ++i) out.unit[i] = sums[i];
+    finish_gram(d, 1, out);
+}
 
 // ||Ga - Gb||_F / ||Ga||_F of the Grams themselves, from those over their traces
 static double imbalance(const Dense& d, const Gram& a, const Gram& b) {

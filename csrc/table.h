@@ -24,9 +24,9 @@ struct Job {
     int64_t start;
     // ADAMW only
     int64_t warmup_steps, interval;
-    // INVARIANT only; momentum: second moments are those of the mean gradient
+    // INVARIANT only; momentum: second moments are those of the mean gradient; late: those of the step before whiten
     Metric metric;
-    bool momentum;
+    bool momentum, late;
     double damping;
     // both
     const double* hypers;

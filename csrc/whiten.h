@@ -49,7 +49,7 @@ INLINE void whitener(const Dense& d, const double* V, const double* P, double da
     double mean = 0;
     for (int64_t i = 0; i < d.r; ++i) mean += U[i * d.rp + i] / double(d.r);
     const double whole = mean + eps * eps;
-    if (!(mean >= 0 && whole > 0 && whole < d.limit)) return;
+    if (!(mean > 0 && whole < d.limit)) return;
     d.symmetrize(U);
     for (int64_t i = 0; i < d.r * d.rp; ++i) U[i] /= whole;
     for (int64_t i = 0; i < d.r; ++i) U[i * d.rp + i] += (damping * mean + eps * eps) / whole;

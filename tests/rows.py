@@ -205,7 +205,7 @@ class InvariantRows(Rows):
         return wide(row.A), wide(row.B), state
 
     def expected(self, number: int, old: Any, grads: tuple[Tensor, Tensor], fields: dict[str, Any]) -> tuple[Any, ...]:
-        options = {name: fields[name] for name in ("metric", "moments", "damping") if name in fields}
+        options = {name: fields[name] for name in ("metric", "moments", "damping", "late") if name in fields}
         dtype = self.rows[number].A.dtype
         return reference.invariant_step(*old[:2], *grads, old[2], self.hypers, **options, storage=dtype)  # type: ignore[arg-type]
 

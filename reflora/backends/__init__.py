@@ -69,7 +69,7 @@ class AdamWStep(Step):
 
 @dataclass(frozen=True)
 class InvariantStep(Step):
-    """The momentum whitened in the frame of a metric; the three as in reference.invariant_step. V points at Grams.
+    """The momentum whitened in the frame of a metric; the four as in reference.invariant_step. V points at Grams.
 
     Gradients are always searched, since their Grams show it: `check` is not asked.
     """
@@ -77,6 +77,7 @@ class InvariantStep(Step):
     metric: str = "reflora"
     moments: str = "gradients"
     damping: float = 1e-4
+    late: bool = False
 
     def on(self, backend: Backend, plan: Plan) -> Tensor:
         return backend.invariant(plan, self)

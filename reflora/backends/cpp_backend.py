@@ -69,7 +69,8 @@ def adamw(plan: Plan, step: AdamWStep) -> Tensor:
 def invariant(plan: Plan, step: InvariantStep) -> Tensor:
     return _run(
         plan, step.precision, kind=_INVARIANT, scalar=False, metric=METRICS.index(step.metric),
-        momentum=step.moments == "momentum", damping=step.damping, **_of_step(step),
+        momentum=step.moments == "momentum", late=step.late, damping=step.damping, kept=_kept(plan, step.carry),
+        **_of_step(step),
     )  # fmt: skip
 
 

@@ -47,7 +47,7 @@ def whitener(V: Tensor, P: Tensor, damping: float, eps: float, compute: torch.dt
     framed = P.mT @ V @ P
     mean = framed.diagonal(dim1=1, dim2=2).sum(1) / r
     size = mean + eps**2
-    useful = size.isfinite() & (size > 0) & (mean >= 0)
+    useful = size.isfinite() & (mean > 0)
     size, mean = size.where(useful, 1.0), mean.where(useful, 1.0)
     eye = torch.eye(r, dtype=torch.float64, device=V.device)
     unit = framed / size.view(-1, 1, 1) + ((damping * mean + eps**2) / size).view(-1, 1, 1) * eye

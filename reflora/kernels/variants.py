@@ -26,6 +26,7 @@ from .step.launch import RankClass, scalar_constants, solve_constants, state_con
 from .step.precondition import solve_kernel
 from .step.refactor import factor_type, refactor_kernel
 from .step.scalar import balance_kernel, squares_kernel
+from .step.second_moments import absorb_kernel
 from .step.whiten import whiten_kernel
 
 Variant = tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]
@@ -38,14 +39,14 @@ PAIR_KERNELS = {
     "gram": gram_kernel, "settle": settle_kernel, "update": update_kernel, "row": row_kernel, "foresee": foresee_kernel,
     "turn": turn_kernel, "solve": solve_kernel, "refactor": refactor_kernel, "apply": apply_kernel,
     "squares": squares_kernel, "balance": balance_kernel, "grams": grams_kernel, "frames": frames_kernel,
-    "whiten": whiten_kernel, "move": move_kernel,
+    "whiten": whiten_kernel, "move": move_kernel, "absorb": absorb_kernel,
 }  # fmt: skip
 SCALAR_KERNELS = ("foresee", "turn", "squares", "balance")
 AMP = {"grad_scale": None, "found_inf": None, "seed": None}
 PAIR_CONSTANTS: dict[str, Any] = {
     "SCHEDULED": False, "CARRY": False, "CHECK": True, "AMSGRAD": False, "MASTER": False,
     "SAVE": False, "MATRICES": True, "COLUMN": P, "GRADIENTS": False, "VECTOR": True, "METRIC": 0,
-    "MOMENTUM": False, **AMP,
+    "MOMENTUM": False, "LATE": False, **AMP,
 }  # fmt: skip
 EIGEN_KERNELS = {"eigh": eigh.eigh_kernel, "svd": svd.svd_kernel, "inv_root": inv_root.inv_root_kernel}
 MATRIX_KERNELS = {
@@ -86,13 +87,14 @@ def variant(
     options = group.scalar_options if name in SCALAR_KERNELS else group.options
     if name in ("gram", "grams"):
         options = group.gram_options
-    if name in ("frames", "whiten"):
+    if name in ("frames", "whiten", "absorb"):
         options = group.whiten_options
     if name == "apply":
         blocks, options = apply_options(group, constants)
         constants.update(blocks)
     if name in ("update", "move"):
-        options = group.update_options(constants.get("CARRY", False), constants["VECTOR"])
+        of = group.update_options if name == "update" else group.move_options
+        options = of(constants.get("CARRY", False), constants["VECTOR"])
         constants["BN"] = options.pop("BN")
     return _complete(kernel, {**PAIR, **typed}, constants, options)
 

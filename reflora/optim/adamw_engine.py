@@ -253,6 +253,7 @@ class AdamWEngine(Engine):
             self.captured.add("yes")
         # nor in the first step: a capture may launch only what has been launched before
         if self.captured or not self.stepped:
+            self.plan.table[:, col.KEPT] = 0
             return replace(step, carry=False)
         now = list(map(_VERSION, self.plan.factors))
         if now == self._versions:

@@ -71,7 +71,7 @@ class InvariantOptions(Options):
     damping: float = 1e-4
 
     def step(self, hypers: Tensor, **more: Any) -> Step:
-        own = {"metric": self.metric, "moments": self.moments, "damping": self.damping}
+        own = {"metric": self.metric, "moments": self.moments, "damping": self.damping, "late": self.carry_grams}
         return InvariantStep(hypers, **own, **self._common(), **more)  # type: ignore[arg-type]
 
 

@@ -93,13 +93,13 @@ def whitener(V: Tensor, P: Tensor, damping: float, eps: float) -> Tensor:
     """`K = P C^(-1/2) P^T` with `C = P^T V P + (damping tr(P^T V P) / r + eps^2) I`, `[r, r]`.
 
     That is `M # (V + (damping tr(M V) / r + eps^2) M^-1)^-1` for the metric `M = P P^T`: damped in the frame, where
-    nothing depends on the pair. 0 where C is 0.
+    nothing depends on the pair. 0 where V is 0, which tells nothing.
     """
     r = V.shape[0]
     framed = P.mT @ V @ P
-    size = float(damping * framed.trace() / r + eps**2)
-    if size <= 0:
+    if framed.trace() <= 0:
         return torch.zeros_like(V)
+    size = float(damping * framed.trace() / r + eps**2)
     w, U = torch.linalg.eigh((framed + framed.mT) / 2)
     half = P @ U * (w.clamp_min(0) + size) ** -0.25
     return half @ half.mT
@@ -107,7 +107,7 @@ def whitener(V: Tensor, P: Tensor, damping: float, eps: float) -> Tensor:
 
 def invariant_step(
     A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, state: InvariantState, hypers: tuple[Hypers, Hypers],
-    metric: str = "reflora", moments: str = "gradients", damping: float = 1e-4,
+    metric: str = "reflora", moments: str = "gradients", damping: float = 1e-4, late: bool = False,
     storage: torch.dtype = torch.float64, kappa_max: float = 1e6,
 ) -> tuple[Tensor, Tensor, InvariantState, str]:  # fmt: skip
     """One step on one pair: (A, B, state after it, "refactored", "degenerate" or "skipped").
@@ -115,28 +115,45 @@ def invariant_step(
     moments: "gradients" for the mean of Grams; "momentum" for the Gram of the mean gradient, which makes all singular
     values of the step equal. storage: type of the factors. Nothing changes where a factor or gradient is not
     finite.
+
+    late: whiten by the second moments of the step before, where there are any. No gradient has to be known before the
+    momentum moves then, so that an element that is not finite is left out: its mean stays, and so do the second moments
+    of its side.
     """
     factors, grads = (A.double(), B.double()), (grad_A.double(), grad_B.double())
     found = frames(*factors, metric, kappa_max)
-    if found.why == "skipped" or not all(g.isfinite().all() for g in grads):
+    finite = all(g.isfinite().all() for g in grads)
+    if found.why == "skipped" or not (late or finite):
         return *factors, state, "skipped"
     step = (state.step[0] + 1, state.step[1] + 1)
     grads = each(lambda g, h: -g if h.maximize else g, grads, hypers)
+    sound = tuple(bool(g.isfinite().all()) for g in grads)
+    grads = each(lambda g, m: g.where(g.isfinite(), m), grads, state.exp_avg)
     exp_avg = each(lambda m, g, h: h.beta1 * m + (1 - h.beta1) * g, state.exp_avg, grads, hypers)
     means = each(lambda m, t, h: m / (1 - h.beta1**t), exp_avg, step, hypers)
     if moments == "momentum":
-        seconds = exp_avg_gram = gram_over_n(means[0]), gram_over_n(means[1].mT)
+        exp_avg_gram = gram_over_n(means[0]), gram_over_n(means[1].mT)
     else:
         grams = gram_over_n(grads[0]), gram_over_n(grads[1].mT)
         exp_avg_gram = each(lambda V, G, h: h.beta2 * V + (1 - h.beta2) * G, state.exp_avg_gram, grams, hypers)
-        seconds = each(lambda V, t, h: V / (1 - h.beta2**t), exp_avg_gram, step, hypers)
+    before = state.exp_avg_gram
+    exp_avg_gram = each(lambda V, old, known: V if known else old, exp_avg_gram, before, sound)
+    seconds = each(lambda V, old, t, h: _second(V, old, t, h, moments, late), exp_avg_gram, before, step, hypers)
     K = each(lambda V, P, h: whitener(V, P, damping, h.eps), seconds, found[:2], hypers)
     changes = K[0] @ means[0], means[1] @ K[1]
     weights = each(lambda w, d, h: w * (1 - h.lr * h.weight_decay) - h.lr * d, state.master or factors, changes, hypers)
     state = replace(
         state, exp_avg=exp_avg, exp_avg_gram=exp_avg_gram, step=step, master=weights if state.master else None
     )
-    return *each(lambda w: w.to(storage).double(), weights), state, found.why
+    return *each(lambda w: w.to(storage).double(), weights), state, found.why if finite else "skipped"
+
+
+def _second(V: Tensor, old: Tensor, t: int, h: Hypers, moments: str, late: bool) -> Tensor:
+    """What whitens in step t, without its bias: of the second moments after the step, or before it."""
+    before = late and float(old.trace()) > 0
+    if moments == "momentum":
+        return old if before else V
+    return old / (1 - h.beta2 ** (t - 1)) if before else V / (1 - h.beta2**t)
 
 
 def gram_over_n(g: Tensor) -> Tensor:

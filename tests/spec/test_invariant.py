@@ -235,3 +235,21 @@ def test_create_reflora_optimizer_builds_it(fast_backend):
     assert type(optimizer) is InvariantAdamW and optimizer.metric == "scaled" and len(optimizer.pairs) == 1
     with refused("interval: expected its default with InvariantAdamW, got 2", error=TypeError):
         create_reflora_optimizer(model, InvariantAdamW, lr=1e-2, interval=2)
+
+
+def test_carried_grams_resume_exactly_and_are_the_fresh_ones(fast_backend):
+    """Neither a reload nor a write that makes the Grams stale shows in the bits."""
+    ones = leaf_pairs(SHAPES, torch.float32)
+    others = clones(ones)
+    options = {"lr": 1e-2, "carry_grams": True, "backend": fast_backend}
+    a, b = InvariantAdamW(ones, **options), InvariantAdamW(others, **options)
+    generator = torch.Generator().manual_seed(0)
+    for number in range(6):
+        random_grads(factors(ones), generator)
+        for t, other in zip(factors(ones), factors(others)):
+            other.grad = t.grad.clone()
+        if number == 3:
+            b.load_state_dict(copy.deepcopy(a.state_dict()))
+        b.invalidate()
+        a.step(), b.step()
+        assert all(torch.equal(t, other) for t, other in zip(factors(ones), factors(others)))

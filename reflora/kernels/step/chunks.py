@@ -27,9 +27,9 @@ ROOT, TURN = tl.constexpr(11), tl.constexpr(12)
 MATRIX, NUMBER = tl.constexpr(1), tl.constexpr(2)
 FACTOR_A, FACTOR_B = tl.constexpr(13), tl.constexpr(14)
 BAD, EXPONENT = tl.constexpr(16), tl.constexpr(24)
-# InvariantAdamW: what the squares of the frames of A and of B are multiplied by; BAD and EXPONENT of gradients are so
-# much further on
-SQUARE_A, SQUARE_B, OF_GRADIENTS = tl.constexpr(11), tl.constexpr(12), tl.constexpr(16)
+# InvariantAdamW: what the squares of the frames of A and of B are multiplied by; whether this step is yet to take part
+# in the second moments of either; BAD and EXPONENT of gradients are so much further on
+SQUARE_A, SQUARE_B, AWAITED_A, AWAITED_B, OF_GRADIENTS = (tl.constexpr(c) for c in (11, 12, 13, 14, 16))
 HEADER = tl.constexpr(48)
 
 

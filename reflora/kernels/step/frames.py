@@ -144,12 +144,14 @@ def inverse_root(
 
 @triton.jit
 def settle_frames(
-    p_row, area, header, width, r, code, METRIC: tl.constexpr, KAPPA_MAX: tl.constexpr, RC: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr, SCALED: tl.constexpr,
+    p_row, area, header, width, r, code, METRIC: tl.constexpr, LATE: tl.constexpr, KAPPA_MAX: tl.constexpr,
+    RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """Frames and what multiplies their squares. Returns (status, kappa_a, kappa_b, balance, c, norm_a, norm_b)."""
     chunks_a, chunks = counts(p_row, width)
-    sound = finite_gradients(area, header + OF_GRADIENTS, chunks_a, chunks, RC, WIDE, TC)
+    sound = True
+    if not LATE:
+        sound = finite_gradients(area, header + OF_GRADIENTS, chunks_a, chunks, RC, WIDE, TC)
     scale_a, norm_a, exponent_a, scale_b, norm_b, exponent_b = reduce_chunks(
         area, header, chunks_a, chunks, RC, BM, WIDE, TC, SCALED
     )
@@ -198,8 +200,8 @@ def settle_frames(
 
 @triton.jit
 def frames_kernel(
-    table, rows, headers, results, work, found_inf, METRIC: tl.constexpr, KAPPA_MAX: tl.constexpr, RC: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr, SCALED: tl.constexpr,
+    table, rows, headers, results, work, found_inf, METRIC: tl.constexpr, LATE: tl.constexpr, KAPPA_MAX: tl.constexpr,
+    RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """Frames of a row into its workspace, and its report; arguments as gram_kernel's."""
     row, width, p_row, area, header, r, code = entry_of(
@@ -207,7 +209,7 @@ def frames_kernel(
     )
     if active(p_row, found_inf):
         status, kappa_a, kappa_b, balance, c, norm_a, norm_b = settle_frames(
-            p_row, area, header, width, r, code, METRIC, KAPPA_MAX, RC, BM, BK, WIDE, TC, SCALED
+            p_row, area, header, width, r, code, METRIC, LATE, KAPPA_MAX, RC, BM, BK, WIDE, TC, SCALED
         )
         tl.store(header + RUN, tl.where(status == col.SKIPPED, 0.0, 1.0))
         report(results, row, status, kappa_a, kappa_b, balance, c, norm_a, norm_b)

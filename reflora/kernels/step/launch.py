@@ -97,6 +97,12 @@ class RankClass:
         how = self.route.wide if vector and plain else self.route.narrow
         return {"BN": how.block_n, **launch_options(how.warps, how.registers if plain else 255)}
 
+    def move_options(self, carry: bool, vector: bool) -> dict[str, int]:
+        """As update_options, of InvariantAdamW; carry: it leaves Grams."""
+        if not carry:
+            return self.update_options(False, vector)
+        return {"BN": self.block_n, **launch_options(self.route.move_warps)}
+
     @property
     def scalar_options(self) -> dict[str, int]:
         """Of RefLoRA-S: with 16 warps, at 128 registers, it would spill."""

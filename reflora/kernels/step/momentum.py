@@ -15,10 +15,11 @@ from .chunks import (
     STEP_SIZE_B,
     block_gram,
     chunk_gram,
+    never_finite,
     store_packed,
 )
 from .mean import mixer
-from .pair import block_zeros, column, load_columns, offsets
+from .pair import GRADIENTS, block_zeros, column, load_columns, offsets
 from .update import hypers_of, keep_weights, product, put, side_key, weights
 
 
@@ -30,10 +31,10 @@ def largest_gradient(WIDE: tl.constexpr):
 
 @triton.jit
 def average(g, m, g_factor, share, WIDE: tl.constexpr):
-    """The mean gradient after the step."""
+    """The mean gradient after the step; it stays where g is not finite."""
     limit = largest_gradient(WIDE)
     m = bounded(m, limit)
-    return tl.fma(share, bounded(g * g_factor, limit) - m, m)
+    return tl.fma(tl.where(tl.abs(g) < float("inf"), share, 0.0), bounded(g * g_factor, limit) - m, m)
 
 
 @triton.jit
@@ -46,7 +47,7 @@ def mean_columns(
     g = load_columns(p_g, g_sr, g_sn, start, end, r, code, SIDE, RC, BN, DTYPE, WIDE, VECTOR)
     sr, sn = column(p_row, SIDE + col.P_SR), column(p_row, SIDE + col.P_SN)
     m = load_columns(column(p_row, SIDE + col.M), sr, sn, start, end, r, state, SIDE, RC, BN, STATE, WIDE, VECTOR)
-    return average(g, m, g_factor, share, WIDE), tl.where(tl.abs(g) < float("inf"), 0, 1)
+    return average(g, m, g_factor, share, WIDE), never_finite(g)
 
 
 @triton.jit
@@ -108,11 +109,14 @@ def fetch_block(
 
 @triton.jit
 def move(
-    p_row, area, header, hypers, unscale, seed, begin, end, r, code, SIDE: tl.constexpr, MASTER: tl.constexpr,
-    RC: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr,
-    VECTOR: tl.constexpr,
+    p_row, area, header, hypers, unscale, seed, chunk, begin, end, r, code, SIDE: tl.constexpr, MASTER: tl.constexpr,
+    CARRY: tl.constexpr, MOMENTUM: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr,
+    STATE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Columns begin to end of a side: the mean gradient, and the factor by K times it."""
+    """Columns begin to end of a side: the mean gradient, and the factor by K times it.
+
+    CARRY: the Grams of the updated factor and of the gradient, or of its mean, are left as chunk number `chunk`.
+    """
     ON_A: tl.constexpr = SIDE == col.A_SIDE
     state = column(p_row, col.STATE).to(tl.int32)
     g_factor, _, beta1, _, _, _ = hypers_of(p_row, hypers, unscale, SIDE, WIDE)
@@ -132,16 +136,30 @@ def move(
         # K is symmetric; laid out like this its rows are read from shared memory without conflicts
         matrix = tl.trans(matrix)
     limit = largest_gradient(WIDE)
+    one = tl.where(end > begin, 1.0, 0.0).to(TC)
+    of_factor, of_gradient = tl.zeros([RC, RC], TC), tl.zeros([RC, RC], TC)
+    bad = block_zeros(SIDE, RC, BN, tl.int32)
     for start in range(begin, end, BN):
         o, mask = offsets(start, sr, sn, r, end, SIDE, RC, BN, VECTOR)
         g, m, p, w = fetch_block(
             p_row, at, o, mask, start, end, r, code, state, SIDE, MASTER, RC, BN, DTYPE, STATE, WIDE, VECTOR
         )
         m = average(g, m, g_factor, share, WIDE)
+        if CARRY:
+            if MOMENTUM:
+                bad = tl.maximum(bad, never_finite(g))
+                g = m
+            of_gradient += block_gram(g.to(TC), SIDE, TC) * one
         change = bounded(product(matrix, m, SIDE, WIDE), limit)
         p = tl.fma(-step_size, change, weights(at, p, w, code, MASTER, DTYPE) * decay)
         put(at[1], o, m, None, mask, state, STATE, True, VECTOR)
-        keep_weights(
+        p = keep_weights(
             at, o, mask, p, None, key, start + tl.arange(0, BN), r, code, SIDE, MASTER, RANDOM, True, RC, DTYPE,
             WIDE, VECTOR,
         )  # fmt: skip
+        if CARRY:
+            of_factor += block_gram(p.to(TC), SIDE, TC) * one
+    if CARRY:
+        store_packed(chunk_gram(area, chunk, RC, WIDE), of_factor, RC, TC)
+        of_gradient = tl.where(tl.max(tl.max(bad, 1), 0) == 0, of_gradient, float("nan"))
+        store_packed(chunk_gram(area + GRADIENTS * (RC * RC + RC), chunk, RC, WIDE), of_gradient, RC, TC)

@@ -5,78 +5,78 @@ import triton.language as tl
 
 from .. import table as col
 from ..cholesky import factor
-from ..dtypes import bounded, normal_range, power_of_two
+from ..dtypes import normal_range
 from ..solve import FACTOR_INVERSE, FACTOR_T, WHOLE, finish, multiply, polar_factor, polar_resident, product, read
 from .adamw import unscaling
 from .chunks import (
+    AWAITED_A,
+    AWAITED_B,
     COUNT_A,
     COUNT_B,
     DECAY_A,
     DECAY_B,
-    OF_GRADIENTS,
     RUN,
     SQUARE_A,
     SQUARE_B,
     STEP_SIZE_A,
     STEP_SIZE_B,
-    counts,
-    largest_exponent,
-    packed,
-    sum_chunks,
 )
 from .frames import IDENTITY, IN_REGISTERS, identity_frame, read_whole, square
 from .gather import entry_of
 from .mean import keep, mixer
-from .pair import GRADIENTS, SLOT_FRAME_A, SLOT_FRAME_B, WHITENING, WORK_A, WORK_B, column, slot
+from .pair import SLOT_FRAME_A, SLOT_FRAME_B, WHITENING, WORK_A, WORK_B, column, slot
+from .second_moments import (
+    absorb,
+    chunks_of,
+    moments_at,
+    store_over_trace,
+    tell_skipped,
+    trace_before,
+    weights_of,
+)
 from .settle import scalars_of, step_terms
 
 
 @triton.jit
-def moment_of(
-    p_v, area, header, o_gram, o_v, m_gram, m_v, first, last, exponent, by, keep, RC: tl.constexpr, WIDE: tl.constexpr,
+def second_moments(
+    p_row, row, area, header, results, hypers, unscale, p_work, width, r, SIDE: tl.constexpr, LATE: tl.constexpr,
+    CARRY: tl.constexpr, MOMENTUM: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr, WIDE: tl.constexpr,
     TC: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Elements of the new second moments: keep times the old ones, and the Gram of chunks first to last times by."""
-    G = sum_chunks(area, header, o_gram, m_gram, first, last, exponent, RC, WIDE, TC, SCALED)
-    old = bounded(tl.load(p_v + o_v, mask=m_v, other=0.0), tl.full((), 1.7976931348623157e308, tl.float64))
-    return tl.where(m_v, keep * old + tl.where(m_v, G, 0.0) * by, 0.0)
+    """What whitens, over its trace, into a slot. Returns the trace, without bias, float64.
 
-
-@triton.jit
-def new_moments(
-    p_row, area, header, p_work, first, last, by, keep, r, SIDE: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr,
-    WIDE: tl.constexpr, TC: tl.constexpr, SCALED: tl.constexpr,
-):  # fmt: skip
-    """Second moments at the row's address, and over their trace in a slot. Returns their trace, float64."""
-    own, of_gradients = area + GRADIENTS * (RC * RC + RC), header + OF_GRADIENTS
-    exponent = tl.full((), 0, tl.int64)
-    if SCALED:
-        exponent = largest_exponent(of_gradients, first, last)
-        by = by * power_of_two(exponent) * power_of_two(exponent)
-    p_v = column(p_row, SIDE + col.V).to(tl.pointer_type(tl.float64))
-    k = tl.arange(0, RC)
-    diagonal = moment_of(
-        p_v, own, of_gradients, packed(k, k, RC), k * (r + 1), None, k < r, first, last, exponent, by, keep, RC, WIDE,
-        TC, SCALED,
-    )  # fmt: skip
-    trace = tl.sum(diagonal, 0)
-    usable = (trace > 0) & (trace < float("inf"))
-    inverse = tl.where(usable, 1.0 / tl.where(usable, trace, 1.0), 0.0)
-    # the diagonal has been read by all before any of it is overwritten
-    tl.debug_barrier()
-    j = tl.arange(0, RC)[None, :]
-    for start in range(0, RC, BM):
-        i = start + tl.arange(0, BM)[:, None]
-        mask = (i < r) & (j < r)
-        low, high = tl.minimum(i, j), tl.maximum(i, j)
-        V = moment_of(
-            p_v, own, of_gradients, packed(low, high, RC), i * r + j, None, mask, first, last, exponent, by, keep, RC,
-            WIDE, TC, SCALED,
-        )  # fmt: skip
-        tl.store(p_v + i * r + j, V, mask=mask)
-        tl.store(p_work + i * RC + j, (V * inverse).to(TC))
-    tl.debug_barrier()
-    return trace
+    LATE: that is what the step before has left, where it has left anything. CARRY: this step takes part afterwards.
+    """
+    ON_A: tl.constexpr = SIDE == col.A_SIDE
+    p_v = moments_at(p_row, SIDE)
+    first, last = chunks_of(p_row, width, ON_A)
+    _, _, beta2, _, count = step_terms(p_row, hypers, SIDE)
+    by, keep = weights_of(p_row, hypers, unscale, count, SIDE, MOMENTUM)
+    trace = trace_before(p_row, r, SIDE, RC)
+    before = trace > 0
+    if not LATE:
+        before = False
+    awaited = tl.full((), 0.0, tl.float64)
+    if before:
+        count -= 1
+        store_over_trace(p_v, p_work, r, trace, RC, BM, TC)
+        if CARRY:
+            awaited += 1.0
+        else:
+            if absorb(p_v, area, header, first, last, by, keep, r, RC, BM, WIDE, TC, SCALED) == 0:
+                tell_skipped(results, row)
+    else:
+        if absorb(p_v, area, header, first, last, by, keep, r, RC, BM, WIDE, TC, SCALED) == 1:
+            trace = trace_before(p_row, r, SIDE, RC)
+        else:
+            trace = tl.zeros_like(trace)
+            tell_skipped(results, row)
+        store_over_trace(p_v, p_work, r, trace, RC, BM, TC)
+    tl.store(header + (AWAITED_A if ON_A else AWAITED_B), awaited)
+    if MOMENTUM:
+        return trace
+    else:
+        return trace / (1.0 - tl.exp(count * tl.log(beta2)))
 
 
 @triton.jit
@@ -133,7 +133,7 @@ def whiten_resident(
     p_1, p_frame, p_out, scale, shift, by, limit, r, METRIC: tl.constexpr, RC: tl.constexpr, WIDE: tl.constexpr,
     TC: tl.constexpr,
 ):  # fmt: skip
-    """`by P (scale C + shift I)^(-1/2) P^T` of C in the first slot; as `keep`. By I where C is not positive definite."""
+    """As `keep`, of `P (scale C + shift I)^(-1/2) P^T` for C in the first slot; I stands in for a root that is not."""
     kappa = factor(p_1, scale, shift, r, RC)
     i, j = tl.arange(0, RC)[:, None], tl.arange(0, RC)[None, :]
     K = tl.where((i == j) & (i < r), tl.full([RC, RC], 1.0, TC), 0.0)
@@ -165,29 +165,22 @@ def whiten_panels(
 
 @triton.jit
 def whiten_side(
-    p_row, area, header, hypers, unscale, damping, width, r, code, SIDE: tl.constexpr, METRIC: tl.constexpr,
-    MOMENTUM: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr,
-    TC: tl.constexpr, SCALED: tl.constexpr,
+    p_row, row, area, header, results, hypers, unscale, damping, width, r, code, SIDE: tl.constexpr,
+    METRIC: tl.constexpr, LATE: tl.constexpr, CARRY: tl.constexpr, MOMENTUM: tl.constexpr, RC: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """K of a side to where `mixer` finds it, its second moments, step count and scalars (reference.whitener)."""
-    chunks_a, chunks = counts(p_row, width)
     ON_A: tl.constexpr = SIDE == col.A_SIDE
-    first, last = chunks_a * 0, chunks_a
-    if not ON_A:
-        first, last = chunks_a, chunks
     p_frame = slot(area, SLOT_FRAME_A if ON_A else SLOT_FRAME_B, RC, TC)
     WORK: tl.constexpr = WORK_A if ON_A else WORK_B
     p_1, p_2, p_3 = slot(area, WORK, RC, TC), slot(area, WORK + 1, RC, TC), slot(area, WORK + 2, RC, TC)
     lr, beta1, beta2, weight_decay, count = step_terms(p_row, hypers, SIDE)
     eps = tl.load(hypers + column(p_row, SIDE + col.HYPER) * col.HYPERS + col.EPS)
-    step_size, correction, decay, count = scalars_of(lr, beta1, beta2, weight_decay, count)
-    n = column(p_row, SIDE + col.N).to(tl.float64)
-    if MOMENTUM:
-        bias = 1.0 - tl.exp(count * tl.log(beta1))
-        by, keep, debias = 1.0 / (n * bias * bias), tl.full((), 0.0, tl.float64), tl.full((), 1.0, tl.float64)
-    else:
-        by, keep, debias = (1.0 - beta2) * unscale * unscale / n, beta2, correction * correction
-    trace = new_moments(p_row, area, header, p_1, first, last, by, keep, r, SIDE, RC, BM, WIDE, TC, SCALED) * debias
+    step_size, _, decay, count = scalars_of(lr, beta1, beta2, weight_decay, count)
+    trace = second_moments(
+        p_row, row, area, header, results, hypers, unscale, p_1, width, r, SIDE, LATE, CARRY, MOMENTUM, RC, BM, WIDE,
+        TC, SCALED,
+    )  # fmt: skip
     if METRIC != IDENTITY:
         into_frame(p_frame, p_1, p_2, p_3, r, RC, BM, BK, TC)
     size_of_frame = tl.load(header + (SQUARE_A if ON_A else SQUARE_B))
@@ -222,9 +215,9 @@ def whiten_side(
 
 @triton.jit(do_not_specialize=["damping_bits"])
 def whiten_kernel(
-    table, rows, headers, work, hypers, grad_scale, damping_bits: tl.int64, METRIC: tl.constexpr,
-    MOMENTUM: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr,
-    SCALED: tl.constexpr,
+    table, rows, headers, results, work, hypers, grad_scale, damping_bits: tl.int64, METRIC: tl.constexpr,
+    LATE: tl.constexpr, CARRY: tl.constexpr, MOMENTUM: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr,
+    BK: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """One program a side of a row; arguments as gram_kernel's."""
     program = tl.program_id(0)
@@ -234,11 +227,11 @@ def whiten_kernel(
         d = damping_bits.to(tl.int64).to(tl.float64, bitcast=True)
         if program % 2 == 0:
             whiten_side(
-                p_row, area, header, hypers, unscale, d, width, r, code, col.A_SIDE, METRIC, MOMENTUM, RC, BM, BK, WIDE,
-                TC, SCALED,
+                p_row, row, area, header, results, hypers, unscale, d, width, r, code, col.A_SIDE, METRIC, LATE, CARRY,
+                MOMENTUM, RC, BM, BK, WIDE, TC, SCALED,
             )  # fmt: skip
         else:
             whiten_side(
-                p_row, area, header, hypers, unscale, d, width, r, code, col.B_SIDE, METRIC, MOMENTUM, RC, BM, BK, WIDE,
-                TC, SCALED,
+                p_row, row, area, header, results, hypers, unscale, d, width, r, code, col.B_SIDE, METRIC, LATE, CARRY,
+                MOMENTUM, RC, BM, BK, WIDE, TC, SCALED,
             )  # fmt: skip
