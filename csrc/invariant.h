@@ -20,7 +20,7 @@ struct InvariantOp {
     double* second[2] = {};  // what whitens, without bias, later sums over gradients: rp apart
     bool before[2] = {};     // whether the second moments of the step before whiten
     bool sound[2] = {};      // whether the gradient is finite
-    Momentum<T> averaging[2];
+    Momentum<T> averaging[2] = {};
     double* panel = nullptr;
     T* mixer[2] = {};
     T *in = nullptr, *out = nullptr;
