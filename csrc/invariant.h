@@ -154,7 +154,7 @@ struct InvariantOp {
             one.U = scratch.take<double>(size);
             one.E = scratch.take<double>(size);
             if (kept && *kept) {
-                carried_gram(d, kept + KEPT_HEADER + (side ? d.rp * d.rp : 0), one);
+                carried_gram(d, kept_sums(d, kept, side), one);
             } else {
                 gram(d, p[side], own_panel, one);
             }
@@ -236,7 +236,7 @@ struct InvariantOp {
     // false: the Gram of the factor cannot be carried
     bool update(int side) {
         const float taken = *steps(side);
-        Carry carry{d, panel, kept ? kept + KEPT_HEADER + (side ? d.rp * d.rp : 0) : nullptr};
+        Carry carry{d, panel, kept ? kept_sums(d, kept, side) : nullptr};
         for (int64_t i = 0; kept && i < d.rp * d.rp; ++i) carry.sums[i] = 0;
         for (int64_t i = 0; before[side] && i < d.rp * d.rp; ++i) second[side][i] = 0;
         const bool right = p[side].transposed();

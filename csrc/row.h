@@ -248,7 +248,7 @@ struct RowOp {
             }
     }
 
-    double* sums(int side) { return kept + KEPT_HEADER + (side ? d.rp * d.rp : 0); }
+    double* sums(int side) { return kept_sums(d, kept, side); }
 
     const double* hypers(int side) { return job.hypers + row[side + HYPER] * HYPERS; }
 

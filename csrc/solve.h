@@ -186,6 +186,9 @@ struct Carry {
     }
 };
 
+// where Carry leaves the sums of a row's first or second factor
+INLINE double* kept_sums(const Dense& d, double* kept, int side) { return kept + KEPT_HEADER + (side ? d.rp * d.rp : 0); }
+
 // the Gram of a factor from what Carry left
 INLINE void carried_gram(const Dense& d, const double* sums, Gram& out) {
     for (int64_t i = 0; i < d.rp * d.rp; ++i) out.unit[i] = sums[i];

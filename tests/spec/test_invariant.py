@@ -253,3 +253,23 @@ def test_carried_grams_resume_exactly_and_are_the_fresh_ones(fast_backend):
         b.invalidate()
         a.step(), b.step()
         assert all(torch.equal(t, other) for t, other in zip(factors(ones), factors(others)))
+
+
+def test_carried_grams_are_used(fast_backend):
+    """A write that autograd does not see goes unseen until `invalidate`; torch's backend reads the factors anew."""
+    if fast_backend == "torch":
+        pytest.skip("nothing is carried")
+    unseen = leaf_pairs(SHAPES, torch.float32)
+    told = clones(unseen)
+    steppers = [InvariantAdamW(pairs, carry_grams=True, backend=fast_backend) for pairs in (unseen, told)]
+    generator = torch.Generator().manual_seed(0)
+    for number in range(3):
+        random_grads(factors(unseen), generator)
+        for t, other in zip(factors(unseen), factors(told)):
+            other.grad = t.grad.clone()
+        if number == 2:
+            unseen[0][1].data.mul_(2), told[0][1].data.mul_(2)
+            steppers[1].invalidate()
+        for stepper in steppers:
+            stepper.step()
+    assert not torch.equal(unseen[0][0], told[0][0]) and torch.equal(unseen[1][0], told[1][0])
