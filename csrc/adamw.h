@@ -97,6 +97,11 @@ static void update_side(const int64_t* row, int side, const T* mixer, const T* m
             const int64_t si = along_r ? p.sr : p.sn;
             for (int64_t i = 0; i < outer; ++i) {
                 const int64_t o = k0 * p.sn + i * so;
+                if (si == 1 && !along_r) {
+                    const int64_t next = least(count, p.n - k0 - count);
+                    prefetch(m + o + count, next);
+                    prefetch(v + o + count, next);
+                }
                 const Weights own = weights.run(o, k0 * p.r + i * (along_r ? p.r : 1), along_r ? 1 : p.r);
                 update_strided(u, values + i * lo, lin, p.p + o, m + o, v + o, x + o, own, si, inner);
             }

@@ -14,40 +14,81 @@ struct Dense {
     static constexpr int schulz_steps = 200;
     int64_t r, rp;
 
-    template <int MR, int NV>
-    INLINE void gram_block(const T* RESTRICT P, int64_t count, int64_t rp, int64_t i0, int64_t j0, T* RESTRICT C) {
-        V acc[MR][NV] = {};  // of this panel alone: summed in one chain, long factors lose digits
-        for (int64_t k = 0; k < count; ++k) {
-            const T* p = P + k * rp;
+    // C (+)= P^T Q, of `count` rows of both
+    template <int MR, int NV, bool ADD>
+    INLINE void outer_block(const T* RESTRICT P, const T* RESTRICT Q, int64_t count, int64_t rp, int64_t i0, int64_t j0,
+                          T* RESTRICT C) {
+        constexpr int ROWS = NV == 1 ? 2 : 1;  // of P and Q at a time: enough sums in flight to hide the latency of one
+        V acc[ROWS][MR][NV] = {};  // of this panel alone: summed in one chain, long factors lose digits
+        const auto add = [&](int64_t k, int u) {
+            const T* p = P + k * rp + i0;
+            const T* q = Q + k * rp + j0;
             V b[NV];
-            for (int v = 0; v < NV; ++v) b[v] = load<V>(p + j0 + v * W);
+            for (int v = 0; v < NV; ++v) b[v] = load<V>(q + v * W);
             for (int i = 0; i < MR; ++i)
-                for (int v = 0; v < NV; ++v) acc[i][v] += p[i0 + i] * b[v];
-        }
+                for (int v = 0; v < NV; ++v) acc[u][i][v] += p[i] * b[v];
+        };
+        int64_t k = 0;
+        for (; k + ROWS <= count; k += ROWS)
+            for (int u = 0; u < ROWS; ++u) add(k + u, u);
+        for (; k < count; ++k) add(k, 0);
         for (int i = 0; i < MR; ++i)
             for (int v = 0; v < NV; ++v) {
                 T* c = C + (i0 + i) * rp + j0 + v * W;
-                store<V>(c, load<V>(c) + acc[i][v]);
+                const V sum = ROWS == 1 ? acc[0][i][v] : acc[0][i][v] + acc[ROWS - 1][i][v];
+                store<V>(c, ADD ? load<V>(c) + sum : sum);
             }
     }
 
-    // C += P^T P over `count` rows of P [count, rp], at least the upper triangle. Eight rows at a time (four where
-    // there are but 16 registers) keep enough sums in flight to hide the latency of one; inlined into its callers they
-    // would not stay in registers
-    __attribute__((noinline)) void gram_add(const T* P, int64_t count, T* C) const {
+    // how many vectors of a row to take at a time where `left` remain: 4 are 2 + 2, as one alone leaves units idle
+    INLINE int64_t vectors(int64_t left) { return left == 1 ? 1 : left == 2 || left == 4 ? 2 : 3; }
+
+    // all of C, or at least its upper triangle. Eight rows at a time (four where there are but 16 registers) keep
+    // enough sums in flight to hide the latency of one; inlined into its callers they would not stay in registers
+    template <bool ADD, bool UPPER>
+    __attribute__((noinline)) void outer(const T* P, const T* Q, int64_t count, T* C) const {
         constexpr int MR = REGISTERS / 4;
         for (int64_t i0 = 0; i0 < r; i0 += MR) {
-            int64_t j0 = i0;
-            for (; j0 + 3 * W <= rp; j0 += 3 * W) gram_block<MR, 3>(P, count, rp, i0, j0, C);
-            for (; j0 + 2 * W <= rp; j0 += 2 * W) gram_block<MR, 2>(P, count, rp, i0, j0, C);
-            for (; j0 < rp; j0 += W) gram_block<MR, 1>(P, count, rp, i0, j0, C);
+            int64_t j0 = UPPER ? i0 / W * W : 0;
+            while (j0 < rp) {
+                const int64_t taken = vectors((rp - j0) / W);
+                if (taken == 3) outer_block<MR, 3, ADD>(P, Q, count, rp, i0, j0, C);
+                if (taken == 2) outer_block<MR, 2, ADD>(P, Q, count, rp, i0, j0, C);
+                if (taken == 1) outer_block<MR, 1, ADD>(P, Q, count, rp, i0, j0, C);
+                j0 += taken * W;
+            }
         }
     }
 
-    void mirror(T* C) const {
-        for (int64_t i = 0; i < r; ++i)
-            for (int64_t j = 0; j < i; ++j) C[i * rp + j] = C[j * rp + i];
+    // C += P^T P over `count` rows of P [count, rp], at least the upper triangle
+    void gram_add(const T* P, int64_t count, T* C) const { outer<true, true>(P, P, count, C); }
+
+    // C = A^T B
+    void multiply_tn(const T* A, const T* B, T* C) const { outer<false, false>(A, B, r, C); }
+
+    // C = A^T B where that is symmetric
+    void symmetric_tn(const T* A, const T* B, T* C) const {
+        outer<false, true>(A, B, r, C);
+        mirror(C);
     }
+
+    // the upper triangle to the lower one
+    void mirror(T* C) const {
+        for (int64_t i0 = 0; i0 < r; i0 += W) {
+            for (int64_t j0 = 0; j0 < i0; j0 += W) turn_block(C + j0 * rp + i0, C + i0 * rp + j0);
+            for (int64_t i = i0; i < least(i0 + W, r); ++i)
+                for (int64_t j = i0; j < i; ++j) C[i * rp + j] = C[j * rp + i];
+        }
+    }
+
+    // W x W elements, transposed
+    INLINE void turn_block(const T* A, T* C, int64_t rp) {
+        V v[W];
+        for (int l = 0; l < W; ++l) v[l] = load<V>(A + l * rp);
+        transpose_block(v);
+        for (int l = 0; l < W; ++l) store<V>(C + l * rp, v[l]);
+    }
+    void turn_block(const T* A, T* C) const { turn_block(A, C, rp); }
 
     template <int MR, int NV>
     INLINE void multiply_block(const T* RESTRICT A, const T* RESTRICT B, T* RESTRICT C, int64_t r, int64_t rp,
@@ -67,9 +108,14 @@ struct Dense {
     INLINE void multiply_rows(const T* A, const T* B, T* C, int64_t r, int64_t rp) {
         constexpr int NV = REGISTERS == 32 ? 4 : 3;
         int64_t j0 = 0;
-        for (; j0 + NV * W <= rp; j0 += NV * W) multiply_block<MR, NV>(A, B, C, r, rp, j0);
-        for (; j0 + 2 * W <= rp; j0 += 2 * W) multiply_block<MR, 2>(A, B, C, r, rp, j0);
-        for (; j0 < rp; j0 += W) multiply_block<MR, 1>(A, B, C, r, rp, j0);
+        for (; REGISTERS == 32 && j0 + NV * W <= rp; j0 += NV * W) multiply_block<MR, NV>(A, B, C, r, rp, j0);
+        while (j0 < rp) {
+            const int64_t taken = vectors((rp - j0) / W);
+            if (taken == 3) multiply_block<MR, 3>(A, B, C, r, rp, j0);
+            if (taken == 2) multiply_block<MR, 2>(A, B, C, r, rp, j0);
+            if (taken == 1) multiply_block<MR, 1>(A, B, C, r, rp, j0);
+            j0 += taken * W;
+        }
     }
 
     // C = A B
@@ -80,8 +126,11 @@ struct Dense {
     }
 
     void transpose(const T* RESTRICT A, T* RESTRICT C) const {
+        const int64_t whole = r / W * W;
+        for (int64_t i0 = 0; i0 < whole; i0 += W)
+            for (int64_t j0 = 0; j0 < whole; j0 += W) turn_block(A + j0 * rp + i0, C + i0 * rp + j0);
         for (int64_t i = 0; i < r; ++i) {
-            for (int64_t j = 0; j < r; ++j) C[i * rp + j] = A[j * rp + i];
+            for (int64_t j = i < whole ? whole : 0; j < r; ++j) C[i * rp + j] = A[j * rp + i];
             for (int64_t j = r; j < rp; ++j) C[i * rp + j] = 0;
         }
     }
@@ -186,11 +235,7 @@ struct Dense {
     }
 
     // Y := X^T X
-    void square(const T* X, T* Y) const {
-        for (int64_t i = 0; i < rp * rp; i += W) store<V>(Y + i, V{});
-        gram_add(X, r, Y);
-        mirror(Y);
-    }
+    void square(const T* X, T* Y) const { symmetric_tn(X, X, Y); }
 
     void away_from_identity(T* X, T factor) const {
         for (int64_t i = 0; i < r * rp; i += W) store<V>(X + i, factor * load<V>(X + i));
@@ -246,13 +291,18 @@ struct Dense {
     }
 
     T largest(const T* A) const {  // inf where anything is not finite
-        T top = 0;
-        for (int64_t i = 0; i < r * rp; ++i) {
-            const T a = magnitude(A[i]);
-            top = a > top ? a : top;
-            if (a != a) return __builtin_inf();
+        constexpr int64_t infinite = 0x7ff0000000000000;
+        int64_t top = 0;
+        for (int64_t i = 0; i < r * rp; ++i) {  // magnitudes order as integers do
+            int64_t bits;
+            __builtin_memcpy(&bits, A + i, 8);
+            bits &= 0x7fffffffffffffff;
+            top = bits > top ? bits : top;
         }
-        return top;
+        top = top < infinite ? top : infinite;
+        T found;
+        __builtin_memcpy(&found, &top, 8);
+        return found;
     }
 };
 

@@ -34,6 +34,7 @@ struct InvariantOp {
         out = arena.take<T>(size_t(padded<float>(d.r) * CHUNK));
         for (int side = 0; side < 2; ++side) {
             second[side] = arena.take<double>(size);
+            for (size_t i = 0; i < size; ++i) second[side][i] = 0;
             mixer[side] = arena.take<T>(size_t(padded<T>(d.r) * padded<T>(d.r)));
         }
         for (int side = 0; side < 2; ++side) {
@@ -80,7 +81,6 @@ struct InvariantOp {
         Arena scratch = arena;
         panel = scratch.take<double>(size_t(d.rp * CHUNK));
         double* sum = second[side];
-        for (int64_t i = 0; i < d.rp * d.rp; ++i) sum[i] = 0;
         for (int64_t k = 0; k < g[side].n; k += CHUNK) {
             const int64_t count = least(CHUNK, g[side].n - k);
             job.momentum ? pack_mean(side, k, count) : pack_gradient(side, k, count, panel);

@@ -75,15 +75,11 @@ struct Matrices {
             d.multiply(Ey, t, Y);  // its inverse transposed, Ly^-1 Lx
             d.polar_factor(Q, Y, true, M, order);
             if (job.f == INVSQRTM) {
-                d.transpose(Ey, t);
-                d.multiply(t, Q, s);  // Ly^-T Q
+                d.symmetric_tn(Ey, Q, s);  // Ly^-T Q
             } else {
-                d.transpose(Ux, t);
-                d.transpose(Q, Y);
-                d.multiply(t, Y, M);
-                d.multiply(M, Uy, s);  // Lx Q^T Ly^T
+                d.multiply(Q, Ux, Y);
+                d.symmetric_tn(Uy, Y, s);  // Ly Q Lx^T
             }
-            d.symmetrize(s);
         }
         store_result(s, sound, job.f == INVSQRTM ? -e / 2 : e / 2, out(0, k));
     }
@@ -106,8 +102,7 @@ struct Matrices {
         } else {
             d.polar_factor(Q, Y, false, M, order);
         }
-        d.transpose(Q, t);
-        d.multiply(t, X, M);  // Q^T X = H where Q is the polar factor
+        d.multiply_tn(Q, X, M);  // H where Q is the polar factor
         d.square(Q, Y);
         d.away_from_identity(Y, 1);
         double skew = 0;
@@ -120,12 +115,10 @@ struct Matrices {
         if (!(root(skew) <= rounding * norm && d.norm(Y) <= rounding * root(double(d.r)))) {
             decompose(k, 1);
             double *U = m[5], *Vt = m[6];
-            d.transpose(U, t);
-            d.multiply(t, Vt, Q);
-            d.transpose(Vt, t);
+            d.multiply_tn(U, Vt, Q);
             for (int64_t i = 0; i < d.r; ++i)
-                for (int64_t j = 0; j < d.rp; ++j) Vt[i * d.rp + j] *= values[i];
-            d.multiply(t, Vt, M);
+                for (int64_t j = 0; j < d.rp; ++j) t[i * d.rp + j] = Vt[i * d.rp + j] * values[i];
+            d.multiply_tn(Vt, t, M);
         }
         d.symmetrize(M);
         store_result(Q, scale.finite, 0, out(0, k));
@@ -186,7 +179,7 @@ struct Matrices {
 
     // V diag((w + shift)^(-1/root)) V^T; eigenvalues below zero by no more than rounding are zero
     void inv_roots() const {
-        double *A = m[0], *B = m[1], *t = m[2];
+        double *B = m[0], *t = m[1], *A = m[2];
         eigh_group(job.x, values, eigen, job.count, d.r, rest);
         for (int64_t k = 0; k < job.count; ++k) {
             const double* w = values + k * d.r;
@@ -204,10 +197,8 @@ struct Matrices {
                     t[j * d.rp + i] = power * B[j * d.rp + i];
                 }
             }
-            d.transpose(B, A);
-            d.multiply(A, t, B);
-            d.symmetrize(B);
-            store_result(B, sound, 0, out(0, k));
+            d.symmetric_tn(B, t, A);
+            store_result(A, sound, 0, out(0, k));
         }
     }
 };

@@ -50,6 +50,7 @@ INLINE void average_block(const Momentum<T>& u, const Factor<S>& g, const Factor
     }
     for (int64_t i = 0; i < m.r; ++i) {
         T* row = out + i * CHUNK;
+        if (m.sn == 1) prefetch(old + i * m.sr + count, least(CHUNK, m.n - k0 - count));
         if (g.sn == 1 && m.sn == 1) {
             average(u, from + i * g.sr, 1, old + i * m.sr, 1, count, row, 1);
         } else {

@@ -234,16 +234,11 @@ INLINE void polar_of_pair(const Dense& d, const Gram& a, const Gram& b, double* 
 }
 
 // S = scale Lb Q La^-1 and S^-1 = Lb^-T Q La^T / scale; false: the type that they are applied in is too narrow
-INLINE bool form_s(const Dense& d, const Gram& a, const Gram& b, const double* Q, double* Y, double* tmp, double huge,
-                   Solution& out) {
-    d.transpose(b.U, tmp);
+INLINE bool form_s(const Dense& d, const Gram& a, const Gram& b, const double* Q, double* Y, double huge, Solution& out) {
     d.multiply(Q, a.E, Y);
-    d.multiply(tmp, Y, out.S);
-    d.transpose(b.E, tmp);
+    d.symmetric_tn(b.U, Y, out.S);
     d.multiply(Q, a.U, Y);
-    d.multiply(tmp, Y, out.S_inv);
-    d.symmetrize(out.S);
-    d.symmetrize(out.S_inv);
+    d.symmetric_tn(b.E, Y, out.S_inv);
     for (int64_t i = 0; i < d.r * d.rp; ++i) {
         out.S[i] *= out.scale;
         out.S_inv[i] /= out.scale;
@@ -251,21 +246,16 @@ INLINE bool form_s(const Dense& d, const Gram& a, const Gram& b, const double* Q
     return d.largest(out.S) <= huge && d.largest(out.S_inv) <= huge;
 }
 
-// P = sqrt(scale) La^-T C and P^-T = La C^-T / sqrt(scale) with H = Q^T N = C C^T, N being in out.P_inv_T. Q is
-// overwritten. False: H is not positive definite, or the type too narrow
-INLINE bool form_p(const Dense& d, const Gram& a, double* Q, double* Y, double* M, double* tmp, double huge,
+// P = sqrt(scale) La^-T C and P^-T = La C^-T / sqrt(scale) with H = Q^T N = C C^T, N being in out.P_inv_T. False: H is not positive definite, or the type too narrow
+INLINE bool form_p(const Dense& d, const Gram& a, const double* Q, double* Y, double* M, double* tmp, double huge,
                    Solution& out) {
-    d.transpose(Q, tmp);
-    d.multiply(tmp, out.P_inv_T, Y);
-    d.symmetrize(Y);
+    d.symmetric_tn(Q, out.P_inv_T, Y);
     if (!d.cholesky(Y, M)) return false;
     const double half = root(out.scale);
-    d.transpose(a.E, tmp);
-    d.transpose(Y, Q);
-    d.multiply(tmp, Q, out.P);
-    d.transpose(a.U, tmp);
-    d.transpose(M, Q);
-    d.multiply(tmp, Q, out.P_inv_T);
+    d.transpose(Y, tmp);
+    d.multiply_tn(a.E, tmp, out.P);
+    d.transpose(M, tmp);
+    d.multiply_tn(a.U, tmp, out.P_inv_T);
     for (int64_t i = 0; i < d.r * d.rp; ++i) {
         out.P[i] *= half;
         out.P_inv_T[i] /= half;
@@ -292,7 +282,7 @@ static void solve(const Dense& d, const Gram& a, const Gram& b, double kappa_max
         double* tmp = arena.take<double>(size);
         int64_t* order = arena.take<int64_t>(size_t(d.r));
         polar_of_pair(d, a, b, X, Y, M, tmp, order, out.P ? out.P_inv_T : nullptr);
-        if (out.S && !form_s(d, a, b, X, Y, tmp, huge, out)) out.status = DEGENERATE;
+        if (out.S && !form_s(d, a, b, X, Y, huge, out)) out.status = DEGENERATE;
         if (out.P && !form_p(d, a, X, Y, M, tmp, huge, out)) out.status = DEGENERATE;
     }
     if (out.status == REFACTORED) return;

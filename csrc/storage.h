@@ -157,52 +157,6 @@ bool all_finite<float>(const Factor<float>& f) {
     return finite;
 }
 
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#define REFLORA_SHUFFLE 1
-#endif
-#endif
-
-#ifdef REFLORA_SHUFFLE
-#define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
-// as many vectors of doubles as one has elements, transposed
-INLINE void transpose_block(VecOf<double, 64>::type* v) {
-    VecOf<double, 64>::type a[8], b[8];
-    for (int i = 0; i < 8; i += 2) {
-        a[i] = SHUFFLE(v[i], v[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
-        a[i + 1] = SHUFFLE(v[i], v[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
-    }
-    for (int i = 0; i < 8; i += 4)
-        for (int j = 0; j < 2; ++j) {
-            b[i + j] = SHUFFLE(a[i + j], a[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-            b[i + j + 2] = SHUFFLE(a[i + j], a[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-        }
-    for (int j = 0; j < 4; ++j) {
-        v[j] = SHUFFLE(b[j], b[j + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-        v[j + 4] = SHUFFLE(b[j], b[j + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-    }
-}
-
-INLINE void transpose_block(VecOf<double, 32>::type* v) {
-    VecOf<double, 32>::type a[4];
-    for (int i = 0; i < 4; i += 2) {
-        a[i] = SHUFFLE(v[i], v[i + 1], 0, 4, 2, 6);
-        a[i + 1] = SHUFFLE(v[i], v[i + 1], 1, 5, 3, 7);
-    }
-    for (int j = 0; j < 2; ++j) {
-        v[j] = SHUFFLE(a[j], a[j + 2], 0, 1, 4, 5);
-        v[j + 2] = SHUFFLE(a[j], a[j + 2], 2, 3, 6, 7);
-    }
-}
-
-INLINE void transpose_block(VecOf<double, 16>::type* v) {
-    const VecOf<double, 16>::type a = SHUFFLE(v[0], v[1], 0, 2);
-    v[1] = SHUFFLE(v[0], v[1], 1, 3);
-    v[0] = a;
-}
-#undef SHUFFLE
-#endif
-
 // a vector of doubles of as many stored values
 template <class S>
 INLINE VecOf<double>::type doubles(const S* p) {
@@ -215,6 +169,12 @@ INLINE VecOf<double>::type doubles(const float* p) {
     return __builtin_convertvector(load<Half>(p), VecOf<double>::type);
 }
 
+// on its way into the cache, run by run: a processor follows a few streams by itself, not one a row
+template <class S>
+INLINE void prefetch(const S* p, int64_t n) {
+    for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(S))) __builtin_prefetch(p + i);
+}
+
 // columns [k0, k0 + count) of f times `scale`, transposed: panel[k * rp + i], zeros for i >= r
 template <class S>
 INLINE void pack(const Factor<S>& f, int64_t k0, int64_t count, int64_t rp, double scale, double* RESTRICT panel) {
@@ -223,11 +183,12 @@ INLINE void pack(const Factor<S>& f, int64_t k0, int64_t count, int64_t rp, doub
         for (int64_t i = 0; i < count * rp; ++i) panel[i] = double(widen(p[i])) * scale;
         return;
     }
+    const int64_t next = least(count, f.n - k0 - count);
     int64_t i0 = 0;
-#ifdef REFLORA_SHUFFLE
     using V = VecOf<double>::type;
     constexpr int W = VecOf<double>::W;
     for (; f.sn == 1 && i0 + W <= f.r; i0 += W) {
+        for (int i = 0; i < W; ++i) prefetch(f.p + (i0 + i) * f.sr + k0 + count, next);
         int64_t k = 0;
         for (; k + W <= count; k += W) {
             V v[W];
@@ -240,7 +201,6 @@ INLINE void pack(const Factor<S>& f, int64_t k0, int64_t count, int64_t rp, doub
             for (int i = 0; i < W; ++i)
                 panel[k * rp + i0 + i] = double(widen(f.p[(i0 + i) * f.sr + k0 + k])) * scale;
     }
-#endif
     for (int64_t k = 0; k < count; ++k) {
         const S* p = f.p + (k0 + k) * f.sn;
         double* out = panel + k * rp;

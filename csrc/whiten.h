@@ -38,35 +38,32 @@ INLINE void whitener(const Dense& d, const double* V, const double* P, double da
     double* Y = scratch.take<double>(size);
     double* M = scratch.take<double>(size);
     int64_t* order = scratch.take<int64_t>(size_t(d.r));
-    for (size_t i = 0; i < size; ++i) U[i] = E[i] = X[i] = Y[i] = M[i] = K[i] = 0;
+    for (size_t i = 0; i < size; ++i) K[i] = 0;
     if (P) {
         d.multiply(V, P, X);
-        d.transpose(P, M);
-        d.multiply(M, X, U);
+        d.symmetric_tn(P, X, U);
     } else {
         for (int64_t i = 0; i < d.r * d.rp; ++i) U[i] = V[i];
+        d.symmetrize(U);
     }
     double mean = 0;
     for (int64_t i = 0; i < d.r; ++i) mean += U[i * d.rp + i] / double(d.r);
     const double whole = mean + eps * eps;
     if (!(mean > 0 && whole < d.limit)) return;
-    d.symmetrize(U);
-    for (int64_t i = 0; i < d.r * d.rp; ++i) U[i] /= whole;
+    const double share = 1 / whole;
+    for (int64_t i = 0; i < d.r * d.rp; ++i) U[i] *= share;
     for (int64_t i = 0; i < d.r; ++i) U[i * d.rp + i] += (damping * mean + eps * eps) / whole;
     if (d.cholesky(U, E)) {
-        d.transpose(U, X);
-        d.transpose(E, Y);
-        d.polar_factor(X, Y, true, M, order);
-        // L = H Q gives C^(-1/2) = H^-1 = Q L^-1
-        d.multiply(X, E, Y);
-        d.symmetrize(Y);
+        for (int64_t i = 0; i < d.r * d.rp; ++i) Y[i] = E[i];
+        d.polar_factor(U, Y, true, M, order);
+        d.symmetric_tn(U, E, Y);  // L^T = Q H gives C^(-1/2) = H^-1 = Q^T L^-1
     } else {  // second moments from elsewhere may not be positive: their mean has to do
         d.identity(Y);
     }
     if (P) {
         d.transpose(P, M);
         d.multiply(Y, M, X);
-        d.multiply(P, X, K);
+        d.symmetric_tn(M, X, K);
     } else {
         for (int64_t i = 0; i < d.r * d.rp; ++i) K[i] = Y[i];
     }
