@@ -13,7 +13,7 @@ from test_paper_commonsense import made_rows
 from tiny_models import save_causal
 
 from benchmarks import data, finetuning, models, packaged, proxy
-from benchmarks.paper import language, language_tasks, tables
+from benchmarks.paper import language, language_tables, language_tasks, tables
 
 CPU = torch.device("cpu")
 
@@ -93,7 +93,7 @@ def test_table_marks_a_best_rate_inside_and_at_the_end() -> None:
     inside = [run_of(1e-3, 3.0), run_of(3e-3, 2.0), run_of(1e-2, 2.5)]
     edge = [run_of(lr, loss, plain_steps=0) for lr, loss in ((1e-3, 3.0), (3e-3, 2.0), (1e-2, 1.5))]
     lost = [run_of(1e-3, 3.0, method="lora"), run_of(3e-3, None, method="lora")]
-    lines = language.table([*inside, *edge, *lost]).splitlines()
+    lines = language_tables.table([*inside, *edge, *lost]).splitlines()
     assert "diverged" in lines[2] and lines[2].rstrip().endswith("-")
     assert "2.0000*" in lines[3] and "!" not in lines[3] and "1.5000!" in lines[4]
 
@@ -102,17 +102,35 @@ def test_losses_are_compared_seed_by_seed() -> None:
     lora = [run_of(1e-3, loss, method="lora", seed=seed) for seed, loss in enumerate((2.0, 4.0))]
     runs = [run_of(1e-3, loss, seed=seed) for seed, loss in enumerate((2.02, 4.12, 9.0))]
     runs.append(run_of(1e-3, None, plain_steps=9))
-    assert language.above_lora([*runs, *lora]) == {"RefLoRA": {1e-3: pytest.approx(2.0)}}
+    assert language_tables.above_lora([*runs, *lora]) == {"RefLoRA": {1e-3: pytest.approx(2.0)}}
     broken = [run_of(1e-2, 5.0, method="lora"), run_of(1e-2, 4.0)]
-    assert language.above_lora([*runs, *lora, *broken]) == language.above_lora([*runs, *lora])
-    assert language.table_above_lora([*runs, *lora]).splitlines()[-1].split() == ["RefLoRA", "+2.00"]
-    assert language.table_above_lora(runs) == ""
+    assert language_tables.above_lora([*runs, *lora, *broken]) == language_tables.above_lora([*runs, *lora])
+    assert language_tables.table_above_lora([*runs, *lora]).splitlines()[-1].split() == ["RefLoRA", "+2.00"]
+    assert language_tables.table_above_lora(runs) == ""
 
 
 def test_a_method_comes_first_with_its_own_start() -> None:
     starts = [run_of(1e-3, 3.0, plain_steps=plain) for plain in (100, 0, None)]
     names = ["RefLoRA", "RefLoRA, exact from B = 0", "RefLoRA, 100 plain steps"]
-    assert [line.partition("  ")[0] for line in language.table(starts).splitlines()[2:]] == names
+    assert [line.partition("  ")[0] for line in language_tables.table(starts).splitlines()[2:]] == names
+
+
+def test_best_rates_by_rank() -> None:
+    """Of the first seed; a rank in which LoRA has no runs is left out, as is one seen in passing."""
+    more = {"model": "m", "task": "t", "alpha": 4, "steps": 3, "batch": 2}
+    rates = ((1e-3, 3.0), (3e-3, 2.0), (1e-2, 2.5))
+    runs = [run_of(lr, loss, rank=rank, method="lora", **more) for rank in (4, 8) for lr, loss in rates]
+    runs += [run_of(lr, loss - 0.1, rank=8, **more) for lr, loss in rates[:2]]
+    runs += [run_of(3e-3, 9.0, rank=8, seed=1, method="lora", **more), run_of(1e-3, 1.0, rank=16, **more)]
+    assert list(language_tables.ranks(runs)) == [4, 8]
+    assert language_tables.best(language_tables.ranks(runs)[8]) == {
+        "LoRA": (3e-3, 2.0, False),
+        "RefLoRA": (3e-3, pytest.approx(1.9), True),
+    }
+    lines = language_tables.table_by_rank(runs).splitlines()
+    assert lines[2].split() == ["LoRA", "2.0000", "(0.003)", "2.0000", "(0.003)"]
+    assert lines[3].split() == ["RefLoRA", "-", "1.9000", "(0.003!)"]
+    assert language_tables.table_by_rank([run for run in runs if run["rank"] == 4]) == ""
 
 
 def test_settings_may_differ_in_how_they_start() -> None:
