@@ -107,6 +107,8 @@ def variants(classes: Iterable[int], capabilities: Iterable[int]) -> Iterator[Ca
         ("row", "float64", "bfloat16", {"state": "float32", "MASTER": True}),
         ("foresee", "float64", "bfloat16", {"state": "float32", "seed": "i64"}),
         ("foresee", "float64", "float64", amp),
+        ("move", "float64", "float32", {"CARRY": True}),
+        ("move", "float64", "float32", {"CARRY": True, "MOMENTUM": True}),
         ("turn", "float64", "mixed", {"MASTER": True}),
         ("turn", "float64", "float64", amp),
         ("sqrtm", "float64", "float32", {"INVERSE": True}),

@@ -54,7 +54,7 @@ class Route:
     inv_root: tuple[int, int]
     gram_warps: int = 0
     whiten_warps: int = 2
-    move_warps: int = 4
+    move_warps: int = 2
     shared: int = 64 * 1024
     single: int = 64 * 1024
 

@@ -86,7 +86,7 @@ def grams_kernel(
 def move_kernel(
     table, items, headers, work, hypers, grad_scale, seed, MASTER: tl.constexpr, CARRY: tl.constexpr,
     MOMENTUM: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr,
-    WIDE: tl.constexpr, TC: tl.constexpr, VECTOR: tl.constexpr,
+    WIDE: tl.constexpr, TC: tl.constexpr, TENSOR: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk: its update, and for CARRY the Grams that it leaves."""
     _, chunk, _, width, p_row, area, header, r, code = part(table, items, headers, work, RC, WIDE, WHITENING)
@@ -97,13 +97,13 @@ def move_kernel(
             begin, end = span(p_row, chunk, width, col.A_SIDE)
             move(
                 p_row, area, header, hypers, unscale, seed, chunk, begin, end, r, code, col.A_SIDE, MASTER, CARRY,
-                MOMENTUM, RC, BN, DTYPE, STATE, WIDE, TC, VECTOR,
+                MOMENTUM, RC, BN, DTYPE, STATE, WIDE, TC, TENSOR, VECTOR,
             )  # fmt: skip
         else:
             begin, end = span(p_row, chunk - chunks_a, width, col.B_SIDE)
             move(
                 p_row, area, header, hypers, unscale, seed, chunk, begin, end, r, code, col.B_SIDE, MASTER, CARRY,
-                MOMENTUM, RC, BN, DTYPE, STATE, WIDE, TC, VECTOR,
+                MOMENTUM, RC, BN, DTYPE, STATE, WIDE, TC, TENSOR, VECTOR,
             )  # fmt: skip
         if CARRY:
             if chunk == 0:

@@ -193,6 +193,7 @@ def solve_constants(group: RankClass, precision: str, target: int | None = None)
         "BK": group.route.inner_block(precision, target),
         "KAPPA_MAX": KAPPA_MAX[precision],
         "TC": TYPES[getattr(torch, precision)],
+        "TENSOR": precision == "float64" and target in routes.FLOAT64_TENSOR_CORES,
         "SCALED": precision == "float32" or group.wide == torch.float64,
     }
 

@@ -111,11 +111,12 @@ def fetch_block(
 def move(
     p_row, area, header, hypers, unscale, seed, chunk, begin, end, r, code, SIDE: tl.constexpr, MASTER: tl.constexpr,
     CARRY: tl.constexpr, MOMENTUM: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr,
-    STATE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr, VECTOR: tl.constexpr,
+    STATE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr, TENSOR: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Columns begin to end of a side: the mean gradient, and the factor by K times it.
 
-    CARRY: the Grams of the updated factor and of the gradient, or of its mean, are left as chunk number `chunk`.
+    CARRY: the Grams of the updated factor and of the gradient, or of its mean, are left as chunk number `chunk`. What
+    bounds that is shared memory, from which tensor cores (TENSOR: they take TC) read an operand less often.
     """
     ON_A: tl.constexpr = SIDE == col.A_SIDE
     state = column(p_row, col.STATE).to(tl.int32)
@@ -135,6 +136,7 @@ def move(
     if ON_A:
         # K is symmetric; laid out like this its rows are read from shared memory without conflicts
         matrix = tl.trans(matrix)
+    MIX: tl.constexpr = TC if CARRY and TENSOR else WIDE
     limit = largest_gradient(WIDE)
     one = tl.where(end > begin, 1.0, 0.0).to(TC)
     of_factor, of_gradient = tl.zeros([RC, RC], TC), tl.zeros([RC, RC], TC)
@@ -150,7 +152,7 @@ def move(
                 bad = tl.maximum(bad, never_finite(g))
                 g = m
             of_gradient += block_gram(g.to(TC), SIDE, TC) * one
-        change = bounded(product(matrix, m, SIDE, WIDE), limit)
+        change = bounded(product(matrix.to(MIX), m.to(MIX), SIDE, MIX).to(WIDE), limit)
         p = tl.fma(-step_size, change, weights(at, p, w, code, MASTER, DTYPE) * decay)
         put(at[1], o, m, None, mask, state, STATE, True, VECTOR)
         p = keep_weights(
