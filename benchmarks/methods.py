@@ -80,6 +80,13 @@ def _invariant(subject: Subject, **more: Any) -> Optimizer:
     return reflora.InvariantAdamW(subject.parameters, pairs=subject.pairs, **more, **subject.options)
 
 
+def _riemannian(subject: Subject) -> Optimizer:
+    import reflora
+
+    own = {"backend": subject.setting.backend}
+    return reflora.RiemannianAdamW(subject.parameters, pairs=subject.pairs, **own, **subject.options)
+
+
 def _unit_determinant(subject: Subject) -> Optimizer:
     from .unit_determinant import UnitDeterminantRefLoRA
 
@@ -142,6 +149,7 @@ METHODS: dict[str, Method] = {
     "lora-pro-full": Method("LoRA-Pro, full", _of(lora_pro.LoRAProFull, "scaling")),
     "lora-rite": Method("LoRA-RITE", _of(lora_rite.LoRARITE)),
     "preclora": Method("PrecLoRA", _of(preclora.PrecLoRA)),
+    "riemannian-fused": Method("RiemannianAdamW", _riemannian),
     "riemannian": Method("PEFT Riemannian", _of(peft_optimizers.riemannian)),
     "nora+": Method("NoRA+", _of(nora.NoRAPlus), start=_sketch),
     "balora": Method("BaLoRA", _of(balora.BaLoRA)),

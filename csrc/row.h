@@ -1,6 +1,7 @@
 // One table row: refactor, precondition, S alone, or an AdamW step.
 #pragma once
 #include "adamw.h"
+#include "damped.h"
 
 namespace reflora {
 namespace REFLORA_ISA {
@@ -88,6 +89,11 @@ struct RowOp {
         return steps * steps / (steps * steps + start * start);
     }
 
+    double kappa_max(int64_t rank) const {
+        const double of_rank = job.kappa_of_rank * __builtin_sqrt(double(rank));
+        return of_rank < job.kappa_max ? of_rank : job.kappa_max;
+    }
+
     // Grams and S; false: a factor is not finite
     bool solved(Solution& x, bool factors) {
         const size_t size = size_t(d.rp * d.rp);
@@ -114,12 +120,14 @@ struct RowOp {
         result[NORM_A] = g[0].norm;
         result[NORM_B] = g[1].norm;
         if (!(g[0].norm <= Storage<double>::max && g[1].norm <= Storage<double>::max)) return false;
-        const int64_t rank = factor_grams(d, a.n, b.n, shrink_weight().value_or(1), g[0], g[1]);
+        if (job.reg > 0) {
+            damped_inverses(d, job.reg, kappa_max(d.r), tiny, huge, g[0], g[1], x);
+        } else {
+            const int64_t rank = factor_grams(d, a.n, b.n, shrink_weight().value_or(1), g[0], g[1]);
+            solve(d, g[0], g[1], kappa_max(rank), tiny, huge, !shrink_weight(), scratch, x);
+        }
         result[KAPPA_A] = g[0].kappa;
         result[KAPPA_B] = g[1].kappa;
-        const double of_rank = job.kappa_of_rank * __builtin_sqrt(double(rank));
-        solve(d, g[0], g[1], of_rank < job.kappa_max ? of_rank : job.kappa_max, tiny, huge, !shrink_weight(), scratch,
-              x);
         result[STATUS] = x.status;
         result[SCALE] = x.c;
         result[BALANCE] = imbalance(d, g[0], g[1]);
@@ -189,10 +197,10 @@ struct RowOp {
         if (source == FRESH || (source == SAVED_S && *reinterpret_cast<const T*>(row[SAVED]) == 0)) {
             Solution x;
             if (!solved(x, false)) return false;
-            const bool identity = x.status == DEGENERATE && x.scale == 1;
+            const bool identity = x.status == DEGENERATE && x.scale == 1 && !(job.reg > 0);
             if (!identity) round_S(x);
             if (job.interval > 1) store_saved(identity);
-            move = change_phase(identity || job.start, x.c);
+            move = change_phase(identity || job.start || job.reg > 0, x.c);
         } else {
             if (!(all_finite(a) && all_finite(b))) return false;
             if (source == SAVED_S) {

@@ -24,6 +24,7 @@ struct Job {
     int64_t start;
     // ADAMW only
     int64_t warmup_steps, interval;
+    double reg;  // 0, or what (A A^T + reg I)^-1 and (B^T B + reg I)^-1, in place of S and S^-1, are damped by
     // INVARIANT only; momentum: second moments are those of the mean gradient; late: those of the step before whiten
     Metric metric;
     bool momentum, late;

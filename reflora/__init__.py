@@ -17,6 +17,7 @@ _HOMES = {
     "refactor_": "functional",
     "RefLoRAAdamW": "optim.adamw",
     "InvariantAdamW": "optim.invariant",
+    "RiemannianAdamW": "optim.riemannian",
     "create_reflora_optimizer": "integrations.optimizer",
     "OptimizerFactory": "integrations.optimizer",
     "wrap": "integrations.optimizer",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from .integrations.trainer import RefTrainer as RefTrainer
     from .optim.adamw import RefLoRAAdamW as RefLoRAAdamW
     from .optim.invariant import InvariantAdamW as InvariantAdamW
+    from .optim.riemannian import RiemannianAdamW as RiemannianAdamW
     from .pairs import LoRAPair as LoRAPair
 
 

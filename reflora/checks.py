@@ -182,16 +182,6 @@ def check_hypers(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
         fail("betas", "two numbers in [0, 1)", betas, "The defaults are (0.9, 0.999).")
 
 
-def check_options(
-    interval: int, warmup_steps: int | None, backend: str | None, precision: str, differentiable: bool
-) -> None:
-    check_schedule(interval, warmup_steps)
-    check_backend(backend)
-    check_precision(precision)
-    if differentiable:
-        fail("differentiable", "False", repr(differentiable), "The fused step has no derivative.")
-
-
 def check_whitening(metric: Any, moments: Any, damping: Any) -> None:
     for name, value, known in (("metric", metric, METRICS), ("moments", moments, MOMENTS)):
         if not (isinstance(value, str) and value in known):
@@ -199,6 +189,12 @@ def check_whitening(metric: Any, moments: Any, damping: Any) -> None:
     check_number("damping", damping)
     if not 0 < damping <= 1:
         fail("damping", "a number in (0, 1]", repr(damping), "It is relative to the mean eigenvalue.")
+
+
+def check_reg(reg: Any) -> None:
+    check_number("reg", reg)
+    if not 1e-30 <= reg <= 1e30:
+        fail("reg", "a number from 1e-30 to 1e30", repr(reg), "It is added to the diagonal of A A^T and of B^T B.")
 
 
 def check_schedule(interval: int, warmup_steps: int | None) -> None:

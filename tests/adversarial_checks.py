@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import adversarial
 import spectra
@@ -88,10 +89,10 @@ def three_steps(names: list[str], pairs: Pairs, optimizer: torch.optim.Optimizer
         assert A.isfinite().all() and B.isfinite().all(), name
 
 
-def check_adamw(names: list[str], pairs: Pairs, backend: str, scalar: bool) -> None:
+def check_adamw(names: list[str], pairs: Pairs, backend: str, cls: Any, **options: Any) -> None:
     for A, B in pairs:
         A.requires_grad_(), B.requires_grad_()
-    optimizer = reflora.RefLoRAAdamW(pairs, lr=1e-3, scalar=scalar, backend=backend)
+    optimizer = cls(pairs, lr=1e-3, backend=backend, **options)
     three_steps(names, pairs, optimizer)
     for name, pair in zip(names, pairs):
         for tensor in pair:

@@ -159,6 +159,7 @@ def fsdp2_refusals(rank: int, folder: Path) -> dict[str, str]:
         "RefLoRAAdamW": refused(lambda: reflora.RefLoRAAdamW(model.parameters(), pairs=pairs)),
         "refactor_": refused(lambda: reflora.refactor_(pairs)),
         "options": refused(lambda: reflora.create_reflora_optimizer(model, lr=1e-2, carry_grams=True)),
+        "RiemannianAdamW": refused(lambda: reflora.create_reflora_optimizer(model, reflora.RiemannianAdamW, lr=1e-2)),
         "experts": refused(lambda: over(model.parameters(), pairs=experts)),
         "stacked experts": refused(lambda: over(model.parameters(), pairs=stacked_experts())),
     }

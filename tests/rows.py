@@ -38,7 +38,7 @@ STORED = {
     "float16, master": (HALF, WITH_MASTER),
 }
 STATUS = {"refactored": REFACTORED, "degenerate": DEGENERATE, "skipped": SKIPPED, "plain": PLAIN}
-SCHEDULE = ("scalar", "warmup_steps", "start", "interval")
+SCHEDULE = ("scalar", "warmup_steps", "start", "interval", "reg")
 # relative, of one step from the same state, by the type that it is computed in
 TOLERANCE = {DOUBLE: 1e-9, FLOAT: 3e-5}
 # the part of the elements that may be further off, beside one: quotients of what has cancelled; and where a sum falls

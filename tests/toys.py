@@ -1,7 +1,11 @@
 """Small training problems: pairs of leaf factors, quadratic losses, random gradients."""
 
+import functools
+
 import torch
 from conftest import spectrum_pair
+
+import reflora
 
 
 def leaf_pairs(shapes, dtype=torch.float64, k=(2.0, 20.0)):
@@ -60,3 +64,11 @@ def step_sizes(make, before=lambda step, optimizer: None):
 def worst_jolt(sizes):
     """The largest factor by which a later step differs from the first of these, either way."""
     return max(max(later / first, first / later) for step in sizes for later, first in zip(step, sizes[0]))
+
+
+OPTIMIZERS = {
+    "RefLoRA": reflora.RefLoRAAdamW,
+    "RefLoRA-S": functools.partial(reflora.RefLoRAAdamW, scalar=True),
+    "InvariantAdamW": reflora.InvariantAdamW,
+    "RiemannianAdamW": reflora.RiemannianAdamW,
+}

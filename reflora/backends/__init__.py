@@ -50,13 +50,15 @@ class AdamWStep(Step):
     Every row finds from its own counter n (COUNT) where its S comes from: I for n < warmup_steps, computed every
     `interval` steps from there on, the last one in between. start: 0 for the paper's S; else S comes without its scale
     c, of Grams shrunk with the weight reference.shrink_weight(n, start), and a step before which a factor is 0 counts
-    as the first. scalar: RefLoRA-S, at the same steps.
+    as the first. scalar: RefLoRA-S, at the same steps. reg: 0, or RiemannianAdamW's, whose damped inverse Grams take
+    the place of S and S^-1 in every step (reference.damped_inverses); the other four have their defaults then.
     """
 
     scalar: bool = False
     warmup_steps: int = 0
     start: int = 0
     interval: int = 1
+    reg: float = 0.0
 
     @property
     def keep(self) -> bool:

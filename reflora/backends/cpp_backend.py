@@ -62,7 +62,7 @@ def solve(plan: Plan, precision: str, start: int = 0) -> Tensor:
 def adamw(plan: Plan, step: AdamWStep) -> Tensor:
     return _run(
         plan, step.precision, kind=_ADAMW, scalar=step.scalar, warmup_steps=step.warmup_steps, start=step.start,
-        interval=step.interval, kept=_kept(plan, step.carry and not step.scalar), **_of_step(step),
+        interval=step.interval, reg=step.reg, kept=_kept(plan, step.carry and not step.scalar), **_of_step(step),
     )  # fmt: skip
 
 

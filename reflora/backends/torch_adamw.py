@@ -17,7 +17,7 @@ from ..plan import Plan
 from ..reference import meet
 from . import AdamWStep
 from .torch_groups import SIDES, Batch, chosen, groups, record, results_of, saturated, skip
-from .torch_solve import Gram, Solution, gram, met
+from .torch_solve import Gram, Solution, damped, gram, met
 from .torch_step import GroupStep, Memory
 
 
@@ -60,7 +60,10 @@ class BatchStep(GroupStep):
 
     def run(self, results: Tensor, grams: tuple[Gram, Gram]) -> None:
         group, step = self.group, self.step
-        solution = group.solve(*grams, step.precision, step.scalar, group.shrink_weight(step.start))
+        if step.reg:
+            solution = damped(*grams, step.reg, group.apply, step.precision)
+        else:
+            solution = group.solve(*grams, step.precision, step.scalar, group.shrink_weight(step.start))
         grads = [self._gradient(side, h) for side, h in zip(SIDES, self.hypers)]
         if step.check:
             solution = skip(solution, *grads)
@@ -122,7 +125,7 @@ class BatchStep(GroupStep):
             torch._foreach_copy_(kept, list(both.unbind(0)))
             S, S_inv = both.unbind(1)
         unsolved = (solution.status == DEGENERATE) & (solution.scale == 1)
-        in_units_of_I = warm_up | unsolved | bool(self.step.start)
+        in_units_of_I = warm_up | unsolved | bool(self.step.start or self.step.reg)
         self._change_phase(self.done & (due | warm_up), in_units_of_I, solution)
         reported = self._reported(solution, due, torch.where(warm_up, PLAIN, REFACTORED).double())
         if self.step.start:

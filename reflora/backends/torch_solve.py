@@ -171,6 +171,34 @@ def solve(a: Gram, b: Gram, apply: torch.dtype, precision: str, weight: Tensor |
     )  # fmt: skip
 
 
+def damped(a: Gram, b: Gram, reg: float, apply: torch.dtype, precision: str) -> Solution:
+    """`(A A^T + reg I)^-1` as S and `(B^T B + reg I)^-1` as S^-1 (reference.damped_inverses), without P."""
+    r = a.unit.shape[1]
+    eye = torch.eye(r, dtype=a.unit.dtype, device=a.unit.device)
+    most = min(KAPPA_MAX[precision], KAPPA_OF_RANK[precision] * r**0.5)
+    inverses, plain, kappas, regular = [], [], [], torch.ones_like(a.usable)
+    for one in (a, b):
+        square = one.norm.square()
+        size = square.clamp_min(reg)
+        useful = usable(size, apply)
+        size = size.where(useful, 1.0)
+        own, other = ((x / size).where(useful, 0.0).view(-1, 1, 1).to(eye) for x in (square, square.new_full((), reg)))
+        L, broke = torch.linalg.cholesky_ex(own * one.unit + other * eye)
+        sound = useful & (broke == 0)
+        L = L.tril().where(sound.view(-1, 1, 1), eye)
+        L_inv = torch.linalg.solve_triangular(L, eye.expand_as(L), upper=False)
+        kappas.append((_frobenius(L) * _frobenius(L_inv)).double().view(-1).where(sound, torch.inf))
+        regular = regular & sound & (kappas[-1] <= most)
+        inverses.append((L_inv.mT @ L_inv).double() / size.view(-1, 1, 1))
+        plain.append(eye.double() / size.view(-1, 1, 1))
+    finite = a.norm.isfinite() & b.norm.isfinite()
+    status = torch.full_like(a.norm, REFACTORED).where(regular, DEGENERATE).where(finite, SKIPPED)
+    keep = regular.view(-1, 1, 1)
+    S, S_inv = (x.where(keep, y).to(apply) for x, y in zip(inverses, plain))
+    c = ratio(a, b, apply)[0].where(finite, 1.0)
+    return Solution(S, S_inv, inverses[0], inverses[1], status, c, imbalance(a, b), *kappas)
+
+
 def ratio(a: Gram, b: Gram, apply: torch.dtype) -> tuple[Tensor, Tensor]:
     """(`c = ||B|| / ||A||` `[b]`, 1 where it is of no use; where it is)."""
     c = b.norm / a.norm

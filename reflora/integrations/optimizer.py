@@ -14,6 +14,7 @@ from ..checks import fail
 from ..optim.adamw import RefLoRAAdamW
 from ..optim.invariant import InvariantAdamW
 from ..optim.paired import PairedAdamW
+from ..optim.riemannian import RiemannianAdamW
 from ..optim.wrapped_pairs import DEFAULTS
 from ..optim.wrapper import Wrapped, reflora_class
 from .peft import find_pairs
@@ -43,8 +44,9 @@ def create_reflora_optimizer(
         model: A PEFT model, or any with PEFT's LoRA layers in it.
         optimizer_cls: None and torch.optim.AdamW both give RefLoRAAdamW, which is AdamW with the preconditioning fused
             in (torch's `foreach` changes nothing, `fused=False` only makes a GradScaler unscale before the step).
-            reflora.InvariantAdamW is taken as it is, without scalar, interval and warmup_steps; for a sharded model,
-            whose four Grams a pair take one all-reduce, without its options for 16-bit factors. Any other class gives a
+            reflora.InvariantAdamW and reflora.RiemannianAdamW are taken as they are, without scalar, interval and
+            warmup_steps; for a sharded model only the first, whose four Grams a pair take one all-reduce, without its
+            options for 16-bit factors. Any other class gives a
             subclass of it that preconditions inside `step`, with one sync per step on a GPU, or two while a pair of
             RefLoRA-S waits for its norms.
         lr: Learning rate.
@@ -63,9 +65,14 @@ def create_reflora_optimizer(
             a sharded model; an option that both classes have.
     """
     pairs = find_pairs(model)
-    whitens = isinstance(optimizer_cls, type) and issubclass(optimizer_cls, InvariantAdamW)
+    whitens, damps = (
+        isinstance(optimizer_cls, type) and issubclass(optimizer_cls, cls) for cls in (InvariantAdamW, RiemannianAdamW)
+    )
     if any(pair.sharded for pair in pairs) or _will_be_sharded():
         optimizer_cls = optimizer_cls or torch.optim.AdamW
+        if damps:
+            remedy = "RefLoRAAdamW and InvariantAdamW step sharded models."
+            fail("RiemannianAdamW", "a model that is not sharded", "DTensors, or FSDP2 to come", remedy, TypeError)
         if whitens:
             from ..optim.sharded_invariant import ShardedInvariantAdamW  # torch.distributed.tensor is slow to import
 
@@ -83,7 +90,7 @@ def create_reflora_optimizer(
     cls: Any = optimizer_cls if is_ours else reflora_class(optimizer_cls)
     params = [param for param in model.parameters() if param.requires_grad]
     of_S: dict[str, Any] = {"scalar": scalar, "interval": interval, "warmup_steps": warmup_steps}
-    if whitens:
+    if whitens or damps:
         if given := [name for name, value in of_S.items() if value != DEFAULTS[name]]:
             remedy = "It has no S that is phased in, kept or scalar: leave it out."
             fail(given[0], f"its default with {cls.__name__}", of_S[given[0]], remedy, TypeError)

@@ -15,7 +15,10 @@ BLOCK = tl.constexpr(16)
 @triton.jit
 def factor(p_slot, scale, shift, r, RC: tl.constexpr):
     """As `factor_all`, of the matrix in one slot; scale and the condition estimate are scalars."""
-    return tl.sum(factor_all(p_slot, 0, tl.zeros([1], scale.dtype) + scale, shift, r, RC, 1), 0)
+    one = tl.zeros([1], scale.dtype)
+    if shift is not None:
+        shift = one + shift
+    return tl.sum(factor_all(p_slot, 0, one + scale, shift, r, RC, 1), 0)
 
 
 @triton.jit
@@ -23,8 +26,8 @@ def factor_all(p_slot, apart, scale, shift, r, RC: tl.constexpr, COUNT: tl.const
     """Cholesky `G = L L^T` and `L^-1` of `scale` times each of COUNT symmetric matrices, packed in their place.
 
     The matrices lie in slots `apart` elements from each other, zero outside their leading `[r, r]`; scale `[COUNT]`;
-    shift: what is added to the diagonals after that, or None. `L^-1` in the lower triangle, `L^T` above it, the
-    diagonal of L in the slot's vector. Returns the condition estimates `||L||_F ||L^-1||_F`, float64 `[COUNT]`, inf
+    shift `[COUNT]`: what is added to the diagonals after that, or None. `L^-1` in the lower triangle, `L^T` above it,
+    the diagonal of L in the slot's vector. Returns the condition estimates `||L||_F ||L^-1||_F`, float64 `[COUNT]`, inf
     where a pivot was not positive. COUNT is at most 2.
     """
     which = tl.arange(0, COUNT)
@@ -34,7 +37,8 @@ def factor_all(p_slot, apart, scale, shift, r, RC: tl.constexpr, COUNT: tl.const
     for first in range(0, r, BLOCK):
         if RC > BLOCK:
             for m in tl.static_range(COUNT):
-                reduce_rows(p_slot + m * apart, tl.sum(tl.where(which == m, scale, 0.0), 0), shift, first, r, RC)
+                own = chosen(shift, which == m)
+                reduce_rows(p_slot + m * apart, chosen(scale, which == m), own, first, r, RC)
             tl.debug_barrier()
             sound = factor_block(p_slot, apart, None, None, first, r, sound, RC, COUNT)
             for m in tl.static_range(COUNT):
@@ -43,6 +47,15 @@ def factor_all(p_slot, apart, scale, shift, r, RC: tl.constexpr, COUNT: tl.const
         else:
             sound = factor_block(p_slot, apart, scale, shift, first, r, sound, RC, COUNT)
     return tl.where(tl.min(sound, 1) == 1, condition(p_slot, apart, RC, COUNT), float("inf"))
+
+
+@triton.jit
+def chosen(values, where):
+    """The one of `[COUNT]` values that is `where`, as a scalar; None of None."""
+    if values is None:
+        return None
+    else:
+        return tl.sum(tl.where(where, values, 0.0), 0)
 
 
 @triton.jit
@@ -91,7 +104,7 @@ def factor_block(p_slot, apart, scale, shift, first, r, sound, RC: tl.constexpr,
     if scale is not None:
         block *= scale[:, None, None]
     if shift is not None:
-        block += tl.where(i == j, shift, 0.0)
+        block += tl.where(i == j, shift[:, None, None], 0.0)
     # the identity beyond r
     columns = unstack(tl.where((i < size) & (j < size), block, tl.where(i == j, 1.0, 0.0)), COUNT)
     pivots = tl.full([COUNT, BLOCK], 1.0, block.dtype)

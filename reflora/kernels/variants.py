@@ -42,11 +42,11 @@ PAIR_KERNELS = {
     "whiten": whiten_kernel, "move": move_kernel, "absorb": absorb_kernel,
 }  # fmt: skip
 SCALAR_KERNELS = ("foresee", "turn", "squares", "balance")
-AMP = {"grad_scale": None, "found_inf": None, "seed": None}
+ABSENT = {"grad_scale": None, "found_inf": None, "seed": None, "reg_bits": None}
 PAIR_CONSTANTS: dict[str, Any] = {
     "SCHEDULED": False, "CARRY": False, "CHECK": True, "AMSGRAD": False, "MASTER": False,
     "SAVE": False, "MATRICES": True, "COLUMN": P, "GRADIENTS": False, "VECTOR": True, "METRIC": 0,
-    "MOMENTUM": False, "LATE": False, **AMP,
+    "MOMENTUM": False, "LATE": False, **ABSENT,
 }  # fmt: skip
 EIGEN_KERNELS = {"eigh": eigh.eigh_kernel, "svd": svd.svd_kernel, "inv_root": inv_root.inv_root_kernel}
 MATRIX_KERNELS = {
@@ -78,6 +78,7 @@ def variant(
         "TYPE": factor_type(constants),
         "STORED": factor_type(constants),
         "APART": group.apart,
+        "TENSOR": group.tensor_cores(precision, capability),
         **own,
         **changed,
     }

@@ -8,12 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_flags, check_hypers, check_options, check_storage
+from ..checks import check_schedule
 from ..pairs import PairLike
-from .groups import lr_on_host
-from .membership import check_single
 from .paired import PairedAdamW
-from .state import Storage
 from .step import AdamWOptions
 
 
@@ -71,6 +68,11 @@ class RefLoRAAdamW(PairedAdamW):
         RuntimeError: The backend cannot serve the device, with the reason.
     """
 
+    scalar: bool
+    interval: int
+    warmup_steps: int | None
+    check_grads: bool
+
     OWN = ("scalar", "interval", "warmup_steps", "precision", "carry_grams", "check_grads")
 
     def __init__(
@@ -99,30 +101,17 @@ class RefLoRAAdamW(PairedAdamW):
         capturable: bool = False,
         differentiable: bool = False,
     ):
-        check_single(type(self))
-        check_hypers(lr_on_host(lr), betas, eps, weight_decay)
-        check_flags({
-            "amsgrad": amsgrad, "maximize": maximize, "scalar": scalar, "carry_grams": carry_grams,
-            "check_grads": check_grads, "master_weights": master_weights, "stochastic_rounding": stochastic_rounding,
-        })  # fmt: skip
-        check_flags({"foreach": foreach, "fused": fused, "capturable": capturable}, or_none=True)
-        check_options(interval, warmup_steps, backend, precision, differentiable)
-        check_storage(state_dtype, master_weights, stochastic_rounding, carry_grams and scalar)
+        check_schedule(interval, warmup_steps)
         own = {
             "scalar": scalar, "interval": interval, "warmup_steps": warmup_steps, "backend": backend,
             "precision": precision, "carry_grams": carry_grams, "check_grads": check_grads,
             "state_dtype": state_dtype, "master_weights": master_weights, "stochastic_rounding": stochastic_rounding,
         }  # fmt: skip
-        self.scalar, self.interval, self.warmup_steps = scalar, interval, warmup_steps
-        self.backend, self.precision = backend, precision
-        self.carry_grams, self.check_grads = carry_grams, check_grads
-        self.stochastic_rounding = stochastic_rounding
-        self.storage = Storage(state_dtype is not None or master_weights, master_weights)
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad,
             "maximize": maximize, "foreach": foreach, "capturable": capturable, "fused": fused,
         }  # fmt: skip
-        self._build(params, pairs, defaults, own)
+        self._build(params, pairs, defaults, own, differentiable)
 
     @property
     def options(self) -> AdamWOptions:

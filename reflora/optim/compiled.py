@@ -29,10 +29,10 @@ from .adamw_engine import AdamWEngine
 from .grams import init_gram, part, rejoin
 from .scaler import Scaler
 from .state import LIKE_TORCH, Storage, check_fits, check_pair, fit, init_pair, init_param
-from .step import AdamWOptions, InvariantOptions, Members, Options, adamw_, engines_of
+from .step import AdamWOptions, InvariantOptions, Members, Options, RiemannianOptions, adamw_, engines_of
 
 SEED = "reflora_seed"
-RULES = {rule.__name__: rule for rule in (AdamWOptions, InvariantOptions)}
+RULES = {rule.__name__: rule for rule in (AdamWOptions, RiemannianOptions, InvariantOptions)}
 # per group, as floats; lr is 0 where it is a tensor
 GROUP_HYPERS = ("lr", "beta1", "beta2", "eps", "weight_decay", "amsgrad", "maximize")
 

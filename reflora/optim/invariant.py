@@ -8,12 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_flags, check_hypers, check_options, check_storage, check_whitening
+from ..checks import check_whitening
 from ..pairs import PairLike
-from .groups import lr_on_host
-from .membership import check_single
 from .paired import PairedAdamW
-from .state import Storage
 from .step import InvariantOptions
 
 
@@ -72,6 +69,10 @@ class InvariantAdamW(PairedAdamW):
         RuntimeError: The backend cannot serve the device, with the reason.
     """
 
+    metric: str
+    moments: str
+    damping: float
+
     OWN = ("metric", "moments", "damping", "precision", "carry_grams")
 
     def __init__(
@@ -98,30 +99,17 @@ class InvariantAdamW(PairedAdamW):
         capturable: bool = False,
         differentiable: bool = False,
     ):
-        check_single(type(self))
-        check_hypers(lr_on_host(lr), betas, eps, weight_decay)
-        check_flags({
-            "maximize": maximize, "carry_grams": carry_grams, "master_weights": master_weights,
-            "stochastic_rounding": stochastic_rounding,
-        })  # fmt: skip
-        check_flags({"foreach": foreach, "fused": fused, "capturable": capturable}, or_none=True)
-        check_options(1, None, backend, precision, differentiable)
         check_whitening(metric, moments, damping)
-        check_storage(state_dtype, master_weights, stochastic_rounding, False)
         own = {
             "metric": metric, "moments": moments, "damping": damping, "backend": backend, "precision": precision,
             "carry_grams": carry_grams, "state_dtype": state_dtype, "master_weights": master_weights,
             "stochastic_rounding": stochastic_rounding,
         }  # fmt: skip
-        self.metric, self.moments, self.damping = metric, moments, damping
-        self.backend, self.precision, self.carry_grams = backend, precision, carry_grams
-        self.stochastic_rounding = stochastic_rounding
-        self.storage = Storage(state_dtype is not None or master_weights, master_weights, grams=True)
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize,
             "foreach": foreach, "capturable": capturable, "fused": fused,
         }  # fmt: skip
-        self._build(params, pairs, defaults, own)
+        self._build(params, pairs, defaults, own, differentiable, grams=True)
 
     @property
     def options(self) -> InvariantOptions:

@@ -1,4 +1,4 @@
-"""What RefLoRAAdamW and InvariantAdamW share: AdamW whose LoRA pairs take another step, in one call per device."""
+"""What RefLoRAAdamW and its kin share: AdamW whose LoRA pairs take another step, in one call per device."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ from torch.optim import Optimizer
 
 from ..ambient import independent, outside_inference
 from ..backends import resolve
+from ..checks import check_backend, check_flags, check_hypers, check_precision, check_storage, fail
 from ..diagnostics import Diagnostics, row_names
 from ..pairs import PairLike, as_pairs, check_unhooked, check_unhooked_since
 from . import state as keys
 from .compiled import SEED, CompiledStep
 from .grouped_pairs import GroupedPairs
-from .groups import check_group, flatten
-from .membership import REVERSED, pairs_of_unseen, reversed_, say_plain
+from .groups import check_group, flatten, lr_on_host
+from .membership import REVERSED, check_single, pairs_of_unseen, reversed_, say_plain
 from .options import check_group_options, check_owned
 from .scaler import Scaler, watched
-from .state import LIKE_TORCH, adopt
+from .state import LIKE_TORCH, Storage, adopt
 from .step import adamw_, engines_of
 
 _GRAD = attrgetter("grad")
+FLAGS = (
+    "amsgrad", "maximize", "scalar", "carry_grams", "check_grads", "master_weights", "stochastic_rounding",
+)  # fmt: skip
 
 
 class PairedAdamW(CompiledStep, GroupedPairs, torch.optim.AdamW):  # type: ignore[misc]
@@ -34,11 +38,23 @@ class PairedAdamW(CompiledStep, GroupedPairs, torch.optim.AdamW):  # type: ignor
     # names of the attributes that are options of the whole optimizer
     OWN: ClassVar[tuple[str, ...]]
 
+    precision: str
+    carry_grams: bool
+
     def _build(
         self, params: Iterable[Any], pairs: Iterable[PairLike] | None, defaults: Mapping[str, Any],
-        given: Mapping[str, Any],
+        given: Mapping[str, Any], differentiable: bool, grams: bool = False,
     ) -> None:  # fmt: skip
-        """The rest of a constructor, once the options are checked and kept; given: options as they were passed."""
+        """The rest of a constructor. defaults: torch.optim.AdamW's options; given: those of the whole optimizer.
+
+        grams: as in Storage.
+        """
+        self._check(defaults, given, differentiable)
+        for name in (*self.OWN, "backend", "stochastic_rounding"):
+            setattr(self, name, given[name])
+        self.storage = Storage(
+            given["state_dtype"] is not None or given["master_weights"], given["master_weights"], grams
+        )  # fmt: skip
         own = {**given, "pairs": pairs}
         params, pairs = flatten(params, pairs)
         self.pairs = as_pairs(pairs)
@@ -61,6 +77,19 @@ class PairedAdamW(CompiledStep, GroupedPairs, torch.optim.AdamW):  # type: ignor
         self._again, self._built = getattr(pairs, "again", None), True
         if names := reversed_(self.pairs):
             say_plain(names, REVERSED, stacklevel=4)
+
+    def _check(self, defaults: Mapping[str, Any], given: Mapping[str, Any], differentiable: bool) -> None:
+        check_single(type(self))
+        check_hypers(lr_on_host(defaults["lr"]), defaults["betas"], defaults["eps"], defaults["weight_decay"])
+        every = {**defaults, **given}
+        check_flags({name: every[name] for name in FLAGS if name in every})
+        check_flags({name: every[name] for name in ("foreach", "fused", "capturable")}, or_none=True)
+        check_backend(given["backend"])
+        check_precision(given["precision"])
+        if differentiable:
+            fail("differentiable", "False", repr(differentiable), "The fused step has no derivative.")
+        carries_scalar = given["carry_grams"] and given.get("scalar", False)
+        check_storage(given["state_dtype"], given["master_weights"], given["stochastic_rounding"], carries_scalar)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:  # type: ignore[override]

@@ -63,6 +63,16 @@ class AdamWOptions(Options):
 
 
 @dataclass(frozen=True)
+class RiemannianOptions(Options):
+    """The arguments of RiemannianAdamW."""
+
+    reg: float = 1e-2
+
+    def step(self, hypers: Tensor, **more: Any) -> Step:
+        return AdamWStep(hypers, reg=self.reg, **self._common(), **more)
+
+
+@dataclass(frozen=True)
 class InvariantOptions(Options):
     """The arguments of InvariantAdamW."""
 

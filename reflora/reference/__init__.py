@@ -28,11 +28,12 @@ from .mean import (
     transport,
     upper_bound,
 )
+from .riemannian import damped_inverses
 from .step import AdamWState, Hypers, Schedule, adamw_step
 
 __all__ = [
     "MEET", "Refactoring", "balance_scalar", "choose", "condition", "geometric_mean", "known_smoothness",
     "known_smoothness_scalar", "meet", "met", "polar", "precondition", "present", "refactor", "refactoring",
     "shrink_weight", "shrunk", "sqrtm", "transport", "upper_bound", "AdamWState", "Hypers", "Schedule",
-    "adamw_step", "Frames", "InvariantState", "frames", "invariant_step", "whitener",
+    "adamw_step", "damped_inverses", "Frames", "InvariantState", "frames", "invariant_step", "whitener",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""One whole step of RefLoRAAdamW on one pair, in float64."""
+"""One whole step of RefLoRAAdamW, or of RiemannianAdamW, on one pair, in float64."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .mean import balance_scalar, choose, meet, met, norm, shrink_weight, transport
+from .riemannian import damped_inverses
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,16 @@ class AdamWState:
 
 @dataclass(frozen=True)
 class Schedule:
-    """When S is I, computed or reused, as RefLoRAAdamW's options say; start: of `shrink_weight`, 0 for none."""
+    """When S is I, computed or reused, as RefLoRAAdamW's options say; start: of `shrink_weight`, 0 for none.
+
+    reg: RiemannianAdamW's, which has `damped_inverses` in place of S and S^-1 in every step; 0 for RefLoRA.
+    """
 
     scalar: bool = False
     warmup_steps: int = 0
     start: int = 0
     interval: int = 1
+    reg: float = 0.0
 
 
 def adamw_step(
@@ -91,6 +96,9 @@ def _mixer(
     """S and S^-1 of a step, and its state with the moments in their units."""
     past = state.count - schedule.warmup_steps
     eye = torch.eye(A.shape[0], dtype=torch.float64)
+    if schedule.reg:
+        for_B, for_A, why = damped_inverses(A, B, schedule.reg, kappa_max)
+        return for_B, for_A, _in_units(A, B, state, identity=True), why
     if past < 0:
         return eye, eye, _in_units(A, B, state, identity=True), "plain"
     if state.S is not None and past % schedule.interval != 0:

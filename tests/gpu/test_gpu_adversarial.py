@@ -6,6 +6,8 @@ import pytest
 import torch
 from adversarial_checks import ORDERS, check_adamw, check_eigh, check_mean, check_polar, check_refactored, draw
 
+import reflora
+
 pytestmark = pytest.mark.gpu
 
 DEVICE = torch.device("cuda")
@@ -25,7 +27,7 @@ def test_refactor(backend: str, dtype: torch.dtype, scalar: bool) -> None:
 @BACKENDS
 def test_adamw(backend: str, scalar: bool) -> None:
     names, pairs = draw(torch.float32, seed=12, count=500)
-    check_adamw(names, [(A.to(DEVICE), B.to(DEVICE)) for A, B in pairs], backend, scalar)
+    check_adamw(names, [(A.to(DEVICE), B.to(DEVICE)) for A, B in pairs], backend, reflora.RefLoRAAdamW, scalar=scalar)
 
 
 @DTYPES

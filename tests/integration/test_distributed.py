@@ -73,6 +73,7 @@ def test_what_cannot_serve_sharded_factors_says_what_can() -> None:
             assert "held whole by this process, got DTensor" in found[name]
             assert "create_reflora_optimizer" in found[name]
         assert "none of RefLoRAAdamW's own options, got carry_grams" in found["options"]
+        assert "expected a model that is not sharded, got DTensors" in found["RiemannianAdamW"]
         assert "not cut across experts" in found["experts"] and "shard_placement" in found["experts"]
         assert "sharded expert factors of two dimensions" in found["stacked experts"]
         assert found["skipped"] == "1" and found["unchanged"] == "True"

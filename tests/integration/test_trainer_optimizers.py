@@ -54,6 +54,7 @@ WAYS: dict[str, Callable[[nn.Module], dict[str, Any]]] = {
     "RefLoRA-S": lambda model: _factory(model, scalar=True),
     "warm-up and interval": lambda model: _factory(model, warmup_steps=2, interval=3),
     "invariant": lambda model: _factory(model, optimizer_cls=reflora.InvariantAdamW, metric="scaled"),
+    "riemannian": lambda model: _factory(model, optimizer_cls=reflora.RiemannianAdamW, reg=1e-3),
     "over NAdam": lambda model: _factory(model, optimizer_cls=torch.optim.NAdam),
     "over SGD": lambda model: _factory(model, optimizer_cls=torch.optim.SGD, momentum=0.9),
     "Refactorer": lambda model: {"refactorer": Refactorer(model)},

@@ -109,7 +109,14 @@ def test_precondition(fast_backend: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("scalar", [False, True], ids=["RefLoRA", "RefLoRA-S"])
 def test_adamw(fast_backend: str, scalar: bool) -> None:
-    check_adamw(*draw(torch.float32, COUNT[fast_backend] // 2), fast_backend, scalar)
+    drawn = draw(torch.float32, COUNT[fast_backend] // 2)
+    check_adamw(*drawn, fast_backend, reflora.RefLoRAAdamW, scalar=scalar)
+
+
+@pytest.mark.parametrize("reg", [1e-2, 1e-12])
+def test_riemannian(fast_backend: str, reg: float) -> None:
+    drawn = draw(torch.float32, COUNT[fast_backend] // 2)
+    check_adamw(*drawn, fast_backend, reflora.RiemannianAdamW, reg=reg)
 
 
 @pytest.mark.parametrize("metric, moments", [*zip(METRICS, ["gradients"] * 3), ("scaled", "momentum")])

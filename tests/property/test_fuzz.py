@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor
+from toys import OPTIMIZERS
 
 import reflora
 
@@ -141,7 +142,8 @@ def test_precondition(fast_backend: str) -> None:
     assert refused > CASES / 5
 
 
-def test_adamw(fast_backend: str) -> None:
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_adamw(fast_backend: str, name: str) -> None:
     """Factors that are views, with gradients laid out in other ways."""
     source = Source(3)
     for case in range(CASES // 4):
@@ -150,7 +152,7 @@ def test_adamw(fast_backend: str) -> None:
         drawn = source.factor(r, n_in, dtype), source.factor(n_out, r, dtype)
         ours = [one.view.requires_grad_() for one in (Drawn(d.view.detach(), d.buffer, d.outside) for d in drawn)]
         plain = [p.detach().clone().contiguous().requires_grad_() for p in ours]
-        optimizers = [reflora.RefLoRAAdamW(p, pairs=[tuple(p)], lr=1e-2, backend=fast_backend) for p in (ours, plain)]
+        optimizers = [OPTIMIZERS[name](p, pairs=[tuple(p)], lr=1e-2, backend=fast_backend) for p in (ours, plain)]
         for _ in range(2):
             for mine, other in zip(ours, plain):
                 mine.grad = source.factor(*mine.shape, dtype).view  # type: ignore[arg-type]

@@ -8,11 +8,12 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import backward, clones, factors, leaf_pairs, targets
+from toys import OPTIMIZERS, backward, clones, factors, leaf_pairs, targets
 
 import reflora
 from reflora import RefLoRAAdamW
@@ -25,8 +26,8 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
-@pytest.mark.parametrize("scalar", [False, True], ids=["RefLoRA", "RefLoRA-S"])
-def test_one_bad_layer_of_a_hundred(fast_backend: str, scalar: bool, value: float) -> None:
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_one_bad_layer_of_a_hundred(fast_backend: str, name: str, value: float) -> None:
     """The run ends, bit for bit, as if that layer had not taken part in that step; the others go on."""
     pairs = leaf_pairs([(3, 12, 9)] * 100, torch.float32)
     goals = targets(pairs)
@@ -35,7 +36,7 @@ def test_one_bad_layer_of_a_hundred(fast_backend: str, scalar: bool, value: floa
     ends, losses = [], []
     for spoilt in (True, False):
         own = clones(pairs)
-        optimizer = RefLoRAAdamW(own, lr=1e-2, scalar=scalar, backend=fast_backend)
+        optimizer: Any = OPTIMIZERS[name](own, lr=1e-2, backend=fast_backend)
         for step in range(20):
             backward(own, goals)
             if step in bad:

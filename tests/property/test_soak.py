@@ -6,12 +6,15 @@ import csv
 import os
 import resource
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from toys import backward, clones, factors, leaf_pairs, targets
+from toys import OPTIMIZERS, backward, clones, factors, leaf_pairs, targets
 
 import reflora
 from benchmarks import harness
@@ -19,10 +22,12 @@ from benchmarks import harness
 pytestmark = pytest.mark.soak
 STEPS = 20_000
 OUT = Path(os.environ.get("SOAK_OUT", "benchmarks/out"))
-VARIANTS = {
-    "RefLoRA": {}, "RefLoRA, carried Grams": {"carry_grams": True}, "RefLoRA, interval 4": {"interval": 4},
-    "RefLoRA-S": {"scalar": True},
-}  # fmt: skip
+VARIANTS: dict[str, Callable[..., Any]] = {
+    **OPTIMIZERS,
+    "RefLoRA, carried Grams": partial(reflora.RefLoRAAdamW, carry_grams=True),
+    "RefLoRA, interval 4": partial(reflora.RefLoRAAdamW, interval=4),
+    "InvariantAdamW, carried Grams": partial(reflora.InvariantAdamW, carry_grams=True),
+}
 
 
 def resident() -> float:
@@ -53,7 +58,7 @@ def test_no_growth_in_memory_and_time(variant: str) -> None:
     """A small model that goes on learning: a new goal every 500 steps."""
     torch.set_num_threads(1)
     pairs = leaf_pairs([(4, 30, 20), (8, 24, 40), (2, 16, 16)] * 4, torch.float32)
-    optimizer = reflora.RefLoRAAdamW(pairs, lr=1e-3, **VARIANTS[variant])  # type: ignore[arg-type]
+    optimizer = VARIANTS[variant](pairs, lr=1e-3)
     times, memory, worst = [], [], 0.0
     for step in range(STEPS):
         if step % 500 == 0:

@@ -11,7 +11,7 @@ from toys import clones, factors, leaf_pairs, random_grads
 
 from benchmarks.baselines.lora_muon import LoRAMuon
 from benchmarks.baselines.lora_rite import LoRARITE
-from reflora import InvariantAdamW, RefLoRAAdamW, create_reflora_optimizer
+from reflora import InvariantAdamW, RefLoRAAdamW, RiemannianAdamW, create_reflora_optimizer
 from reflora.columns import DEGENERATE, PLAIN, REFACTORED, SKIPPED
 from reflora.constants import METRICS, MOMENTS
 
@@ -233,8 +233,9 @@ def test_create_reflora_optimizer_builds_it(fast_backend):
     model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), LoraConfig(r=2, target_modules=["0"]))
     optimizer = create_reflora_optimizer(model, InvariantAdamW, lr=1e-2, metric="scaled", backend=fast_backend)
     assert type(optimizer) is InvariantAdamW and optimizer.metric == "scaled" and len(optimizer.pairs) == 1
-    with refused("interval: expected its default with InvariantAdamW, got 2", error=TypeError):
-        create_reflora_optimizer(model, InvariantAdamW, lr=1e-2, interval=2)
+    for cls in (InvariantAdamW, RiemannianAdamW):
+        with refused(f"interval: expected its default with {cls.__name__}, got 2", error=TypeError):
+            create_reflora_optimizer(model, cls, lr=1e-2, interval=2)
 
 
 def test_carried_grams_resume_exactly_and_are_the_fresh_ones(fast_backend):

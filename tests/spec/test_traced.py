@@ -11,7 +11,7 @@ from torch._inductor import config as inductor_config
 from toys import clones, factors, leaf_pairs, random_grads
 
 import reflora
-from reflora import InvariantAdamW, RefLoRAAdamW
+from reflora import InvariantAdamW, RefLoRAAdamW, RiemannianAdamW
 from reflora.columns import PLAIN
 from reflora.optim.adamw_engine import AdamWEngine
 from reflora.optim.compiled import empty_results
@@ -39,6 +39,7 @@ OPTIONS = {
     "torch": dict(backend="torch"),
     "invariant": dict(metric="scaled"),
     "invariant, torch": dict(moments="momentum", backend="torch"),
+    "riemannian": dict(reg=1e-3),
 }
 
 
@@ -57,7 +58,7 @@ def test_a_compiled_step_is_the_eager_one(options):
         head, idle = torch.randn(5, requires_grad=True), torch.randn(3, requires_grad=True)
         owned = [*factors(pairs), A, B, head, idle]
         all_pairs = [*pairs, LoRAPair("moe", A, B, "experts(2)")]
-        cls = InvariantAdamW if options.startswith("invariant") else RefLoRAAdamW
+        cls = {"invariant": InvariantAdamW, "riemannian": RiemannianAdamW}.get(options.split(",")[0], RefLoRAAdamW)
         optimizer = cls(owned, pairs=all_pairs, **{"lr": 1e-2, **OPTIONS[options]})
         step = optimizer.step
         if compiled:

@@ -15,6 +15,7 @@ from ...columns import AMSGRAD as AMSGRAD_COLUMN
 from ...plan import Plan
 from .. import routes
 from .. import table as col
+from ..options import float64_bits
 from .chunks import CARRIED, MOVE, RUN, accumulate, counts, span
 from .gather import active, entry, gather, gram_kernel, part
 from .launch import constants_of, prepare, state_constants, taken
@@ -80,17 +81,17 @@ def spread(
             tl.store(header + CARRIED, 1.0)
 
 
-@triton.jit(do_not_specialize=["warmup", "start", "interval"])
+@triton.jit(do_not_specialize=["warmup", "start", "interval", "reg_bits"])
 def settle_kernel(
-    table, rows, headers, results, work, hypers, found_inf, warmup, start, interval, SCHEDULED: tl.constexpr,
-    KAPPA_MAX: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr,
-    TC: tl.constexpr, SCALED: tl.constexpr,
+    table, rows, headers, results, work, hypers, found_inf, warmup, start, interval, reg_bits,
+    SCHEDULED: tl.constexpr, KAPPA_MAX: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    WIDE: tl.constexpr, TC: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """Between both launches of the split route, one program per row; arguments as gram_kernel's."""
     row, width, p_row, area, header, r, code = entry(table, rows, headers, work, RC, WIDE)
     if active(p_row, found_inf):
         settle(
-            p_row, row, area, header, results, hypers, width, r, code, warmup, start, interval, SCHEDULED,
+            p_row, row, area, header, results, hypers, width, r, code, warmup, start, interval, reg_bits, SCHEDULED,
             KAPPA_MAX, RC, BM, BK, WIDE, TC, SCALED,
         )  # fmt: skip
     else:
@@ -113,9 +114,9 @@ def update_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["warmup", "start", "interval", "seed"])
+@triton.jit(do_not_specialize=["warmup", "start", "interval", "reg_bits", "seed"])
 def row_kernel(
-    table, rows, headers, results, work, hypers, grad_scale, found_inf, seed, warmup, start, interval,
+    table, rows, headers, results, work, hypers, grad_scale, found_inf, seed, warmup, start, interval, reg_bits,
     SCHEDULED: tl.constexpr, CARRY: tl.constexpr, CHECK: tl.constexpr, AMSGRAD: tl.constexpr,
     MASTER: tl.constexpr, KAPPA_MAX: tl.constexpr, RC: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
     BK: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr, TC: tl.constexpr,
@@ -132,7 +133,7 @@ def row_kernel(
             )  # fmt: skip
         tl.debug_barrier()
         settle(
-            p_row, row, area, header, results, hypers, width, r, code, warmup, start, interval, SCHEDULED,
+            p_row, row, area, header, results, hypers, width, r, code, warmup, start, interval, reg_bits, SCHEDULED,
             KAPPA_MAX, RC, BM, BK, WIDE, TC, SCALED,
         )  # fmt: skip
         tl.debug_barrier()
@@ -151,6 +152,7 @@ def adamw(plan: Plan, step: "AdamWStep", results: Tensor) -> None:
     prepared = prepare(plan)
     table, hypers = prepared.table(plan.table), prepared.hypers(step.hypers)
     amsgrad = bool(step.hypers[:, AMSGRAD_COLUMN].any())
+    reg = float64_bits(step.reg) if step.reg else None
     for group in prepared.groups:
         solve, carry = constants_of(plan, group, step.precision), step.carry and group.carries
         schedule = {"SCHEDULED": step.warmup_steps > 0 or step.keep, "CARRY": carry, "CHECK": step.check}
@@ -160,18 +162,19 @@ def adamw(plan: Plan, step: "AdamWStep", results: Tensor) -> None:
         if group.step_route(step.precision) == routes.ROW:
             row_kernel[(len(group.rows),)](
                 table, group.entries, group.headers, results, group.workspace, hypers, step.grad_scale,
-                step.found_inf, step.seed, step.warmup_steps, step.start, step.interval, **schedule, **storage, **solve,
-                **group.options,
+                step.found_inf, step.seed, step.warmup_steps, step.start, step.interval, reg, **schedule, **storage,
+                **solve, **group.options,
             )  # fmt: skip
             continue
         gram_kernel[(len(group.items),)](
             table, group.items, group.headers, group.arrivals, results, group.workspace, hypers, step.found_inf,
-            step.warmup_steps, step.start, step.interval, APART=group.apart, **schedule, **solve, **group.gram_options,
+            step.warmup_steps, step.start, step.interval, reg, APART=group.apart, **schedule, **solve,
+            **group.gram_options,
         )  # fmt: skip
         if group.apart:
             settle_kernel[(len(group.rows),)](
                 table, group.entries, group.headers, results, group.workspace, hypers, step.found_inf,
-                step.warmup_steps, step.start, step.interval,
+                step.warmup_steps, step.start, step.interval, reg,
                 **taken(settle_kernel, {**schedule, **solve}), **group.options,
             )  # fmt: skip
         own = group.update_options(carry, solve["VECTOR"])

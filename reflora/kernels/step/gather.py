@@ -94,10 +94,10 @@ def gather(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["warmup", "start", "interval"])
+@triton.jit(do_not_specialize=["warmup", "start", "interval", "reg_bits"])
 def gram_kernel(
-    table, items, headers, arrivals, results, work, hypers, found_inf, warmup, start, interval, APART: tl.constexpr,
-    SCHEDULED: tl.constexpr, CARRY: tl.constexpr, CHECK: tl.constexpr, KAPPA_MAX: tl.constexpr,
+    table, items, headers, arrivals, results, work, hypers, found_inf, warmup, start, interval, reg_bits,
+    APART: tl.constexpr, SCHEDULED: tl.constexpr, CARRY: tl.constexpr, CHECK: tl.constexpr, KAPPA_MAX: tl.constexpr,
     RC: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr,
     TC: tl.constexpr, SCALED: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
@@ -119,8 +119,8 @@ def gram_kernel(
                 tl.debug_barrier()
                 tl.store(arrivals + index, 0)
                 settle(
-                    p_row, row, area, header, results, hypers, width, r, code, warmup, start, interval, SCHEDULED,
-                    KAPPA_MAX, RC, BM, BK, WIDE, TC, SCALED,
+                    p_row, row, area, header, results, hypers, width, r, code, warmup, start, interval, reg_bits,
+                    SCHEDULED, KAPPA_MAX, RC, BM, BK, WIDE, TC, SCALED,
                 )  # fmt: skip
     else:
         if not APART:
@@ -132,6 +132,6 @@ def gather_chunks(group: RankClass, table: Tensor, constants: dict[str, Any], ch
     """The Grams of a group's chunks; check: whether their gradients are finite too."""
     own = {"APART": True, "SCHEDULED": False, "CARRY": False, "CHECK": check}
     gram_kernel[(len(group.items),)](
-        table, group.items, group.headers, None, None, group.workspace, None, None, 0, 0, 1,
+        table, group.items, group.headers, None, None, group.workspace, None, None, 0, 0, 1, None,
         **taken(gram_kernel, {**constants, **own}), **group.gram_options,
     )  # fmt: skip

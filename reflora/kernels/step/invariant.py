@@ -135,7 +135,8 @@ def invariant(plan: Plan, step: "InvariantStep", results: Tensor) -> None:
             **taken(whiten_kernel, constants), **group.whiten_options,
         )  # fmt: skip
         own = group.move_options(carry, constants["VECTOR"])
-        moving = taken(move_kernel, {**constants, "BN": own.pop("BN")})
+        more = {"BN": own.pop("BN"), "TENSOR": group.tensor_cores(step.precision)}
+        moving = taken(move_kernel, {**constants, **more})
         move_kernel[(len(items),)](
             table, items, group.headers, work, hypers, step.grad_scale, step.seed, **moving, **own
         )

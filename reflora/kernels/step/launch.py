@@ -97,6 +97,11 @@ class RankClass:
         how = self.route.wide if vector and plain else self.route.narrow
         return {"BN": how.block_n, **launch_options(how.warps, how.registers if plain else 255)}
 
+    def tensor_cores(self, precision: str, target: int | None = None) -> bool:
+        """Whether there are some that take the compute type; target: as in solve_constants."""
+        target = self.capability if target is None else target
+        return precision == "float64" and target in routes.FLOAT64_TENSOR_CORES
+
     def move_options(self, carry: bool, vector: bool) -> dict[str, int]:
         """As update_options, of InvariantAdamW; carry: it leaves Grams."""
         if not carry:
@@ -193,7 +198,6 @@ def solve_constants(group: RankClass, precision: str, target: int | None = None)
         "BK": group.route.inner_block(precision, target),
         "KAPPA_MAX": KAPPA_MAX[precision],
         "TC": TYPES[getattr(torch, precision)],
-        "TENSOR": precision == "float64" and target in routes.FLOAT64_TENSOR_CORES,
         "SCALED": precision == "float32" or group.wide == torch.float64,
     }
 

@@ -55,7 +55,7 @@ def decide(
     rank = fill_absent(area, r, scale_a, scale_b, (norm_a > 0) & (norm_b > 0), RC, TC)
     shift = None
     if weight is not None:
-        shift = ((1.0 - weight) / rank).to(TC)
+        shift = tl.zeros([2], TC) + ((1.0 - weight) / rank).to(TC)
         scale_a, scale_b = scale_a * weight.to(TC), scale_b * weight.to(TC)
     both = tl.arange(0, 2)
     apart = (RC * RC + RC) * (8 // (TC.primitive_bitwidth // 8))
@@ -65,13 +65,20 @@ def decide(
         kappa_a, kappa_b = of_present(kappa_a, r, rank), of_present(kappa_b, r, rank)
     kappa_a = tl.where(column(p_row, col.A_SIDE + col.N) < rank, float("inf"), kappa_a)
     kappa_b = tl.where(column(p_row, col.B_SIDE + col.N) < rank, float("inf"), kappa_b)
-    most = tl.full((), KAPPA_MAX, tl.float64)
-    if TC == tl.float32:
-        most = tl.minimum(most, KAPPA_OF_RANK * tl.sqrt(rank.to(tl.float64)))
+    most = bound(rank, KAPPA_MAX, TC)
     regular = useful & (kappa_a <= most) & (kappa_b <= most)
     finite = (norm_a < float("inf")) & (norm_b < float("inf"))
     status = tl.where(finite, tl.where(regular, col.REFACTORED, col.DEGENERATE), col.SKIPPED)
     return status, kappa_a, kappa_b
+
+
+@triton.jit
+def bound(rank, KAPPA_MAX: tl.constexpr, TC: tl.constexpr):
+    """The condition estimate past which a layer is degenerate, float64."""
+    most = tl.full((), KAPPA_MAX, tl.float64)
+    if TC == tl.float32:
+        most = tl.minimum(most, KAPPA_OF_RANK * tl.sqrt(rank.to(tl.float64)))
+    return most
 
 
 @triton.jit

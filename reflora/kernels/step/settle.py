@@ -21,6 +21,7 @@ from .chunks import (
     counts,
     reduce_chunks,
 )
+from .damped import damped_inverses
 from .mean import decide, form_scaled_identity, imbalance, mixer, ratio, solve_s
 from .pair import column, report
 
@@ -156,13 +157,14 @@ def has_saved(p_row, r, code, RC: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def settle(
-    p_row, row, area, header, results, hypers, width, r, code, warmup, start, interval, SCHEDULED: tl.constexpr,
-    KAPPA_MAX: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr,
-    TC: tl.constexpr, SCALED: tl.constexpr,
+    p_row, row, area, header, results, hypers, width, r, code, warmup, start, interval, reg_bits,
+    SCHEDULED: tl.constexpr, KAPPA_MAX: tl.constexpr, RC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    WIDE: tl.constexpr, TC: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """From a row's chunk Grams to its header and S, its new counts, phase and report; by one program.
 
-    SCHEDULED: there may be a warm-up, or an interval past 1, for which S is kept where SAVED points.
+    SCHEDULED: there may be a warm-up, or an interval past 1, for which S is kept where SAVED points. reg_bits: those of
+    RiemannianAdamW's reg, a float64, or None.
     """
     chunks_a, chunks = counts(p_row, width)
     # loads that follow from each other, which are on their way while the Grams are summed
@@ -200,6 +202,15 @@ def settle(
             if SCHEDULED:
                 move_saved(p_row, area, r, code, False, RC, WIDE)
             status = tl.full((), col.REFACTORED, tl.int32)
+        elif reg_bits is not None:
+            reg = reg_bits.to(tl.int64).to(tl.float64, bitcast=True)
+            status, kappa_a, kappa_b = damped_inverses(
+                area, r, reg, scale_a, norm_a, exponent_a, scale_b, norm_b, exponent_b, code, KAPPA_MAX, RC, BM, BK,
+                WIDE, TC,
+            )  # fmt: skip
+            balance = between
+            new_phase = tl.full((), 0.0, tl.float32)
+            move = tl.where((phase == col.REFACTORED_UNITS) & useful, c, 1.0)
         else:
             used = tl.where(useful & (start == 0), c, 1.0)
             status, kappa_a, kappa_b = decide(
