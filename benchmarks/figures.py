@@ -34,8 +34,10 @@ COLOURS = {
     "InvariantAdamW, scaled": "#386CB0",
     "InvariantAdamW, scaled, momentum": "#BF5B17",
     "InvariantAdamW, identity": "#7FC97F",
+    "InvariantAdamW, carried Grams": "#B15928",
+    "RiemannianAdamW": "#6A3D9A",
 }
-MARKERS = dict(zip(COLOURS, "|osD^v<>P*Xph1248dH_x+3"))
+MARKERS = dict(zip(COLOURS, "|osD^v<>P*Xph1248dHsx+3oD"))
 
 # ---- steps: a row of dots a case
 

@@ -136,6 +136,7 @@ METHODS: dict[str, Method] = {
     "reflora-carried": Method("RefLoRA, carried Grams", functools.partial(_reflora, carry_grams=True)),
     "reflora-s": Method("RefLoRA-S", functools.partial(_reflora, scalar=True)),
     "invariant": Method("InvariantAdamW", _invariant),
+    "invariant-carried": Method("InvariantAdamW, carried Grams", functools.partial(_invariant, carry_grams=True)),
     "invariant-rite": Method("InvariantAdamW, scaled", functools.partial(_invariant, metric="scaled")),
     "invariant-muon": Method(
         "InvariantAdamW, scaled, momentum",

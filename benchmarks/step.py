@@ -22,8 +22,11 @@ from .harness import Measurement, summarize
 from .stepper import COPY, DTYPES, SLOW, Run, Stepper, measure
 
 NAME = "step"
-METHODS = ("lora", "reflora", "reflora-carried", "reflora-s", "published", "riemannian")
-CPU_METHODS = (*METHODS, "lora-pro", "lora-rite")
+METHODS = (
+    "lora", "reflora", "reflora-carried", "reflora-s", "invariant", "invariant-carried", "riemannian-fused", "published",
+    "riemannian",
+)  # fmt: skip
+CPU_METHODS = (*METHODS, "invariant-rite", "invariant-identity", "invariant-muon", "lora-pro", "lora-rite")
 SLOW_RANK = 32  # from here on torch's eigh and svd take up to 0.1 s a matrix on CUDA (pytorch issue 175585)
 GPU_CASES = ("deberta-v3-base:8", "llama-7b:16", "llama-7b:32", "llama-7b:64", "llama-7b:128", "llama3-8b:32")
 CPU_CASES = ("deberta-v3-base:8", "deberta-v3-base:32")
