@@ -23,8 +23,8 @@ from .stepper import COPY, DTYPES, SLOW, Run, Stepper, measure
 
 NAME = "step"
 METHODS = (
-    "lora", "reflora", "reflora-carried", "reflora-s", "invariant", "invariant-carried", "riemannian-fused", "published",
-    "riemannian",
+    "lora", "reflora", "reflora-carried", "reflora-s", "invariant", "invariant-carried", "riemannian-fused",
+    "published", "riemannian",
 )  # fmt: skip
 CPU_METHODS = (*METHODS, "invariant-rite", "invariant-identity", "invariant-muon", "lora-pro", "lora-rite")
 SLOW_RANK = 32  # from here on torch's eigh and svd take up to 0.1 s a matrix on CUDA (pytorch issue 175585)
