@@ -11,7 +11,7 @@ from .harness import Measurement
 
 OURS, REFERENCE, RIVAL = "#0072B2", "#8c8c8c", "#E8B878"  # told apart in grey print too
 _REFERENCES = ("LoRA", "BitFit", "full fine-tuning")
-_OURS = "RefLoRA"
+_OURS = ("RefLoRA", "InvariantAdamW", "RiemannianAdamW")
 # metric, title of the axis, form of a number
 _TIMES = (
     ("throughput to LoRA", "iterations/s (LoRA = 1)", "{:.3f}"),
@@ -68,7 +68,7 @@ def _panel(axis: Any, rows: Mapping[str, Measurement], labels: Sequence[str], fo
         summary = rows[label].summary
         spread = [[summary.p50 - summary.p20], [summary.p80 - summary.p50]]
         axis.barh(
-            place, summary.p50, height=0.72, color=_colour(label), edgecolor="black", linewidth=0.4, zorder=2,
+            place, summary.p50, height=0.72, color=colour(label), edgecolor="black", linewidth=0.4, zorder=2,
             xerr=spread if summary.p80 > summary.p20 else None, error_kw={"elinewidth": 0.6, "capsize": 1.5},
         )  # fmt: skip
         axis.annotate(
@@ -91,7 +91,7 @@ def _panel(axis: Any, rows: Mapping[str, Measurement], labels: Sequence[str], fo
     axis.grid(axis="x", **drawing.GRID)
 
 
-def _colour(label: str) -> str:
+def colour(label: str) -> str:
     if label in _REFERENCES:
         return REFERENCE
     return OURS if label.startswith(_OURS) else RIVAL

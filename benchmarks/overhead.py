@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import drawing
-from .bars import OURS, RIVAL
+from .bars import colour
 from .harness import Measurement
 
 BASE = "LoRA"
@@ -50,7 +50,7 @@ def _panel(axis: Any, rows: dict[str, Measurement], labels: Sequence[str], high:
         summary = rows[label].summary
         axis.barh(
             place, max(summary.p50, 1.0) - 1.0, left=1.0, height=0.72, zorder=2, linewidth=0.4, edgecolor="black",
-            color=OURS if label.startswith("RefLoRA") else RIVAL,
+            color=colour(label),
         )  # fmt: skip
         form = "{:.2f}x" if summary.p50 < 10 else "{:.0f}x"
         place_of_text = (max(summary.p50, 1.0), place)

@@ -15,7 +15,8 @@ from .harness import Measurement, Summary, summarize
 from .training import Footprint, Runner, train
 
 MB = 1e6
-OURS = ("lora", "reflora", "reflora-carried", "reflora-s")  # a rival may fail, that is a result
+# a rival may fail, that is a result
+OURS = ("lora", "reflora", "reflora-carried", "reflora-s", "invariant", "riemannian-fused")
 LOSS_WINDOW = 10  # the loss after N steps is the mean of the last ten: single batches are noisy
 
 
