@@ -12,8 +12,8 @@ static T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
 static void run(uintptr_t table, int64_t rows, uintptr_t results, int kind, bool scalar, double kappa_max,
                 double kappa_of_rank, int64_t start, int64_t warmup_steps, int64_t interval, double reg, int metric,
-                bool momentum, bool late, double damping, uintptr_t hypers, double grad_scale, bool check, bool found_inf,
-                std::optional<uint64_t> seed, uintptr_t kept, int threads) {
+                bool momentum, bool late, double damping, uintptr_t hypers, double grad_scale, bool check,
+                bool found_inf, std::optional<uint64_t> seed, uintptr_t kept, int threads) {
     const Job job{Kind(kind), scalar, kappa_max, kappa_of_rank, start, warmup_steps, interval, reg, Metric(metric),
                   momentum, late, damping, at<const double>(hypers), grad_scale, check, found_inf, seed.has_value(),
                   seed.value_or(0), at<double>(kept)};
@@ -45,9 +45,10 @@ PYBIND11_MODULE(_C, m) {
     m.def("run", &run, py::kw_only(), py::arg("table"), py::arg("rows"), py::arg("results"), py::arg("kind"),
           py::arg("scalar"), py::arg("kappa_max"), py::arg("kappa_of_rank"), py::arg("start") = 0,
           py::arg("warmup_steps") = 0, py::arg("interval") = 1, py::arg("reg") = 0.0, py::arg("metric") = 0,
-          py::arg("momentum") = false, py::arg("late") = false, py::arg("damping") = 0.0, py::arg("hypers") = 0, py::arg("grad_scale") = 1.0,
-          py::arg("check") = true, py::arg("found_inf") = false, py::arg("seed") = py::none(), py::arg("kept") = 0,
-          py::arg("threads"), "One table operation (Kind in csrc/table.h) over all rows.");
+          py::arg("momentum") = false, py::arg("late") = false, py::arg("damping") = 0.0,
+          py::arg("hypers") = 0, py::arg("grad_scale") = 1.0, py::arg("check") = true, py::arg("found_inf") = false,
+          py::arg("seed") = py::none(), py::arg("kept") = 0, py::arg("threads"),
+          "One table operation (Kind in csrc/table.h) over all rows.");
     m.def("kept_doubles", [](uintptr_t table, int64_t rows) { return kept_doubles(at<const int64_t>(table), rows); },
           py::kw_only(), py::arg("table"), py::arg("rows"), "Size in float64 of what run() takes as kept.");
     m.def("matrices", &matrices, py::kw_only(), py::arg("function"), py::arg("float32"), py::arg("x"), py::arg("y"),

@@ -197,7 +197,7 @@ struct RowOp {
         if (source == FRESH || (source == SAVED_S && *reinterpret_cast<const T*>(row[SAVED]) == 0)) {
             Solution x;
             if (!solved(x, false)) return false;
-            const bool identity = x.status == DEGENERATE && x.scale == 1 && !(job.reg > 0);
+            const bool identity = job.reg == 0 && x.status == DEGENERATE && x.scale == 1;
             if (!identity) round_S(x);
             if (job.interval > 1) store_saved(identity);
             move = change_phase(identity || job.start || job.reg > 0, x.c);

@@ -246,7 +246,8 @@ INLINE bool form_s(const Dense& d, const Gram& a, const Gram& b, const double* Q
     return d.largest(out.S) <= huge && d.largest(out.S_inv) <= huge;
 }
 
-// P = sqrt(scale) La^-T C and P^-T = La C^-T / sqrt(scale) with H = Q^T N = C C^T, N being in out.P_inv_T. False: H is not positive definite, or the type too narrow
+// P = sqrt(scale) La^-T C and P^-T = La C^-T / sqrt(scale) with H = Q^T N = C C^T, N being in out.P_inv_T. False:
+// H is not positive definite, or the type too narrow
 INLINE bool form_p(const Dense& d, const Gram& a, const double* Q, double* Y, double* M, double* tmp, double huge,
                    Solution& out) {
     d.symmetric_tn(Q, out.P_inv_T, Y);

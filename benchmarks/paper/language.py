@@ -115,7 +115,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def draw(out: Path, runs: Sequence[Run], model: str) -> None:
     """The figures beside the file, whatever was asked: of RefLoRA's starts, and of all methods by rank."""
-    starts = [run for run in runs if run["method"] in METHODS]
+    of_methods = [run for run in runs if run["method"] in METHODS]
+    compared = [some for some in tables.settings(of_methods).values() if len(language_tables.starts_of(some)) > 1]
+    starts = [run for some in compared for run in some] or of_methods
     own = [run for run in runs if run["model"] == model]
     pictures = out.with_suffix(".png"), out.with_name(f"{out.stem}_ranks.png")
     for picture, draws, some in zip(pictures, (language_figures.draw, language_figures.draw_ranks), (starts, own)):

@@ -12,7 +12,7 @@ from . import tables
 from .language_tables import Run, above_lora, best, by_rate, mean, names_of, ranks
 
 STARTS = {"exact from B = 0": "#D55E00", "100 plain steps": "#E69F00"}  # colours
-RANGE = -3, 7  # % above LoRA's
+RANGE = -4, 7  # % above LoRA's
 DETAIL = 64  # the rank whose losses are drawn against the learning rate
 
 

@@ -90,13 +90,23 @@ def best(runs: Sequence[Run]) -> dict[str, tuple[float, float, bool]]:
 
 
 def ranks(runs: Sequence[Run]) -> dict[int, list[Run]]:
-    """Runs by rank, of those in which LoRA takes part, in the setting of a rank that has most of them."""
+    """Runs by rank, of those in which LoRA takes part, in the setting of a rank that has most methods."""
     found: dict[int, list[Run]] = {}
     for some in tables.settings(runs).values():
         rank = some[0]["rank"]
-        if any(run["method"] == "lora" for run in some) and len(some) > len(found.get(rank, [])):
+        if any(run["method"] == "lora" for run in some) and of_methods(some) > of_methods(found.get(rank, [])):
             found[rank] = some
     return dict(sorted(found.items()))
+
+
+def starts_of(runs: Sequence[Run]) -> set[int | None]:
+    """The starts that RefLoRA was given: numbers of plain steps, None for its own."""
+    return {run.get("plain_steps") for run in runs if methods.starts(run["method"])}
+
+
+def of_methods(runs: Sequence[Run]) -> tuple[int, int]:
+    """How many methods, and how many runs."""
+    return len({run["method"] for run in runs}), len(runs)
 
 
 def table_by_rank(runs: Sequence[Run]) -> str:

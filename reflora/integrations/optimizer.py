@@ -46,9 +46,8 @@ def create_reflora_optimizer(
             in (torch's `foreach` changes nothing, `fused=False` only makes a GradScaler unscale before the step).
             reflora.InvariantAdamW and reflora.RiemannianAdamW are taken as they are, without scalar, interval and
             warmup_steps; for a sharded model only the first, whose four Grams a pair take one all-reduce, without its
-            options for 16-bit factors. Any other class gives a
-            subclass of it that preconditions inside `step`, with one sync per step on a GPU, or two while a pair of
-            RefLoRA-S waits for its norms.
+            options for 16-bit factors. Any other class gives a subclass of it that preconditions inside `step`, with
+            one sync per step on a GPU, or two while a pair of RefLoRA-S waits for its norms.
         lr: Learning rate.
         scalar: RefLoRA-S, as in RefLoRAAdamW.
         interval: Recompute S every `interval` steps.
