@@ -107,6 +107,7 @@ def variants(classes: Iterable[int], capabilities: Iterable[int]) -> Iterator[Ca
         ("row", "float64", "bfloat16", {"state": "float32", "MASTER": True}),
         ("foresee", "float64", "bfloat16", {"state": "float32", "seed": "i64"}),
         ("foresee", "float64", "float64", amp),
+        ("grams", "float64", "float32", {"MOMENTUM": True}),
         ("move", "float64", "float32", {"CARRY": True}),
         ("move", "float64", "float32", {"CARRY": True, "MOMENTUM": True}),
         ("turn", "float64", "mixed", {"MASTER": True}),

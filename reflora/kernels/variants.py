@@ -86,16 +86,19 @@ def variant(
     typed = {key: value for key, value in constants.items() if isinstance(value, str)}
     constants = {key: constants[key] for key in kernel.arg_names if key in constants and key not in typed}
     options = group.scalar_options if name in SCALAR_KERNELS else group.options
-    if name in ("gram", "grams"):
+    if name == "gram":
         options = group.gram_options
     if name in ("frames", "whiten", "absorb"):
         options = group.whiten_options
     if name == "apply":
         blocks, options = apply_options(group, constants)
         constants.update(blocks)
+    if name == "grams":
+        options = group.both_grams_options(precision, constants["CARRY"], capability)
     if name in ("update", "move"):
         of = group.update_options if name == "update" else group.move_options
         options = of(constants.get("CARRY", False), constants["VECTOR"])
+    if name in ("grams", "update", "move"):
         constants["BN"] = options.pop("BN")
     return _complete(kernel, {**PAIR, **typed}, constants, options)
 

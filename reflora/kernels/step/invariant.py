@@ -122,10 +122,11 @@ def invariant(plan: Plan, step: "InvariantStep", results: Tensor) -> None:
         # a scale that follows from the updated columns is known only after them
         carry = constants["CARRY"] = step.late and group.carries and not constants["SCALED"]
         rows, items, work = group.entries, group.items, group.whitening
+        own = group.both_grams_options(step.precision, carry)
+        gathering = taken(grams_kernel, {**constants, "BN": own.pop("BN")})
         grams_kernel[(len(items),)](
-            table, items, group.headers, work, hypers, step.grad_scale, step.found_inf,
-            **taken(grams_kernel, constants), **group.gram_options,
-        )  # fmt: skip
+            table, items, group.headers, work, hypers, step.grad_scale, step.found_inf, **gathering, **own
+        )
         frames_kernel[(len(rows),)](
             table, rows, group.headers, results, work, step.found_inf, **taken(frames_kernel, constants),
             **group.whiten_options,

@@ -84,6 +84,14 @@ class RankClass:
     def gram_options(self) -> dict[str, int]:
         return launch_options(self.route.gram_warps or self.route.warps)
 
+    def both_grams_options(self, precision: str, carry: bool, target: int | None = None) -> dict[str, int]:
+        """BN and launch options of the Grams of factors and gradients; carry: the update leaves the next step's."""
+        how = self.route.both_grams
+        # carried Grams are summed in blocks of their own
+        if how is None or carry or self.wide == torch.float64 or not self.tensor_cores(precision, target):
+            return {"BN": self.block_n, **self.gram_options}
+        return {"BN": how.block_n, **launch_options(how.warps, how.registers)}
+
     @property
     def whiten_options(self) -> dict[str, int]:
         return launch_options(self.route.whiten_warps)
