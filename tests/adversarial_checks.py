@@ -100,13 +100,13 @@ def check_adamw(names: list[str], pairs: Pairs, backend: str, cls: Any, **option
             assert all(moment.isfinite().all() for moment in moments), name
 
 
-def check_invariant(names: list[str], pairs: Pairs, backend: str, metric: str, moments: str) -> None:
+def check_invariant(names: list[str], pairs: Pairs, backend: str, metric: str, moments: str, **more: Any) -> None:
     """Finite; and in the frame of its metric no first step of a sound layer is longer than the rate."""
     for A, B in pairs:
         A.requires_grad_(), B.requires_grad_()
         A.grad, B.grad = torch.randn_like(A), torch.randn_like(B)
-    options = {"metric": metric, "moments": moments, "weight_decay": 0.0}
-    optimizer = reflora.InvariantAdamW(pairs, lr=1e-3, backend=backend, **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"metric": metric, "moments": moments, "weight_decay": 0.0, **more}
+    optimizer = reflora.InvariantAdamW(pairs, lr=1e-3, backend=backend, **options)
     before = [(A.detach().double(), B.detach().double()) for A, B in pairs]
     optimizer.step()
     compared = 0

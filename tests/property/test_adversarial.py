@@ -129,6 +129,20 @@ def test_invariant_of_float64_factors(fast_backend: str) -> None:
     check_invariant(*draw(torch.float64, COUNT[fast_backend] // 3), fast_backend, "reflora", "gradients")
 
 
+@pytest.mark.parametrize("metric, moments", [("reflora", "gradients"), ("scaled", "momentum")])
+def test_invariant_with_carried_grams(fast_backend: str, metric: str, moments: str) -> None:
+    drawn = draw(torch.float32, COUNT[fast_backend] // 3)
+    check_invariant(*drawn, fast_backend, metric, moments, carry_grams=True)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("carry", [False, True])
+@pytest.mark.skipif(not served("triton"), reason="make emulate runs it")
+def test_invariant_by_kernels(carry: bool) -> None:
+    drawn = draw(torch.float32, 40, seed=2, ranks=range(1, 13))
+    check_invariant(*drawn, "triton", "reflora", "gradients", carry_grams=carry)
+
+
 @pytest.mark.parametrize("scalar", [False, True], ids=["RefLoRA", "RefLoRA-S"])
 def test_a_wrapped_optimizer(fast_backend: str, scalar: bool) -> None:
     """At ordinary scales: torch's moments do not saturate, and a gradient past 1e19 has an infinite square."""
