@@ -155,10 +155,13 @@ def fsdp2_refusals(rank: int, folder: Path) -> dict[str, str]:
     pairs = reflora.find_pairs(model)
     over = reflora.wrap(torch.optim.AdamW)
     experts = [reflora.LoRAPair("experts", pairs[1].A, pairs[1].B, "experts(3)")]
+    own = {"optimizer_cls": reflora.InvariantAdamW, "carry_grams": True}
     found = {
         "RefLoRAAdamW": refused(lambda: reflora.RefLoRAAdamW(model.parameters(), pairs=pairs)),
+        "InvariantAdamW": refused(lambda: reflora.InvariantAdamW(model.parameters(), pairs=pairs)),
         "refactor_": refused(lambda: reflora.refactor_(pairs)),
         "options": refused(lambda: reflora.create_reflora_optimizer(model, lr=1e-2, carry_grams=True)),
+        "options of InvariantAdamW": refused(lambda: reflora.create_reflora_optimizer(model, lr=1e-2, **own)),
         "RiemannianAdamW": refused(lambda: reflora.create_reflora_optimizer(model, reflora.RiemannianAdamW, lr=1e-2)),
         "experts": refused(lambda: over(model.parameters(), pairs=experts)),
         "stacked experts": refused(lambda: over(model.parameters(), pairs=stacked_experts())),

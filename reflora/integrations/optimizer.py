@@ -60,7 +60,7 @@ def create_reflora_optimizer(
     Raises:
         ValueError: No LoRA pair is found; a class that requires a closure or, with scalar=True, whose state cannot be
             moved.
-        TypeError: Not an optimizer class, or one of PEFT's that preconditions by itself; RefLoRAAdamW's own options for
+        TypeError: Not an optimizer class, or one of PEFT's that preconditions by itself; options of the fused step for
             a sharded model; an option that both classes have.
     """
     pairs = find_pairs(model)
@@ -79,7 +79,7 @@ def create_reflora_optimizer(
         own = sorted(set(OWN_OPTIONS) & kwargs.keys())
         if own:
             remedy = "torch's AdamW steps DTensors, with the preconditioning in front: leave these options out."
-            fail("a sharded model", "none of RefLoRAAdamW's own options", ", ".join(own), remedy, TypeError)
+            fail("a sharded model", "none of the fused step's own options", ", ".join(own), remedy, TypeError)
     elif optimizer_cls is None or optimizer_cls is torch.optim.AdamW:
         optimizer_cls = RefLoRAAdamW
         if "base_options" in kwargs:

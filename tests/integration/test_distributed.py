@@ -69,10 +69,11 @@ def test_fsdp2_through_a_distributed_checkpoint() -> None:
 
 def test_what_cannot_serve_sharded_factors_says_what_can() -> None:
     for found in both(cases.fsdp2_refusals):
-        for name in ("RefLoRAAdamW", "refactor_"):
+        for name in ("RefLoRAAdamW", "InvariantAdamW", "refactor_"):
             assert "held whole by this process, got DTensor" in found[name]
             assert "create_reflora_optimizer" in found[name]
-        assert "none of RefLoRAAdamW's own options, got carry_grams" in found["options"]
+        for name in ("options", "options of InvariantAdamW"):
+            assert "none of the fused step's own options, got carry_grams" in found[name]
         assert "expected a model that is not sharded, got DTensors" in found["RiemannianAdamW"]
         assert "not cut across experts" in found["experts"] and "shard_placement" in found["experts"]
         assert "sharded expert factors of two dimensions" in found["stacked experts"]

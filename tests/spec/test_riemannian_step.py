@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 from typing import Any
 
 import pytest
 import torch
 from rows import DOUBLE, FLOAT, OTHERS, STORED, Rows, check_step, grads_like, layers, pair, same
 from torch import nn
+from toys import clones, factors, leaf_pairs, random_grads
 
 import reflora
 from reflora import columns as col
@@ -162,6 +165,30 @@ def test_gradients_stay_as_they_are():
     before = A.grad.clone(), B.grad.clone()
     reflora.RiemannianAdamW([(A, B)], lr=1e-2).step()
     assert torch.equal(A.grad, before[0]) and torch.equal(B.grad, before[1])
+
+
+@pytest.mark.parametrize("carry", [False, True])
+def test_resume_is_exact(fast_backend, carry):
+    """From a file, into one with other rates, and a copy by pickle keeps its damping."""
+    pairs = leaf_pairs([(4, 30, 21), (6, 25, 40)], FLOAT)
+    options: dict[str, Any] = {"reg": 1e-3, "carry_grams": carry, "backend": fast_backend}
+    optimizer = reflora.RiemannianAdamW(pairs, lr=1e-2, amsgrad=True, **options)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        random_grads(factors(pairs), generator)
+        optimizer.step()
+    others, file = clones(pairs), io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    resumed = reflora.RiemannianAdamW(others, lr=3e-2, **options)
+    resumed.load_state_dict(torch.load(io.BytesIO(file.getvalue())))
+    for _ in range(3):
+        random_grads(factors(pairs), generator)
+        for p, q in zip(factors(pairs), factors(others)):
+            q.grad = p.grad.clone()
+        optimizer.step(), resumed.step()
+    assert all(torch.equal(p, q) for p, q in zip(factors(pairs), factors(others)))
+    copied = pickle.loads(pickle.dumps(resumed))
+    assert copied.options == resumed.options and copied.reg == 1e-3
 
 
 @pytest.mark.parametrize("reg", [0, -1.0, float("nan"), 1e40, "1e-2", None], ids=repr)
