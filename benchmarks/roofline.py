@@ -1,4 +1,4 @@
-"""What a RefLoRA-AdamW step must at least move and compute, from shapes alone: `python -m benchmarks.roofline`.
+"""What a step must at least move and compute, from shapes alone: `python -m benchmarks.roofline`.
 
 Nothing in here is measured. Float32 factors, gradients and moments; Grams and solve in float64.
 """
@@ -6,8 +6,9 @@ Nothing in here is measured. Float32 factors, gradients and moments; Grams and s
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from . import shapes
 
@@ -17,10 +18,16 @@ ADAMW = 28
 ONE_READ = 4
 # RefLoRA-S makes its update twice, the first time to see what norms it gives: p, g and two moments are read once more
 FORESEEN = 4 * ONE_READ
+# p, g and one moment read, p and that moment written; in a pass of its own before it the Grams read p and g
+INVARIANT = 5 * ONE_READ
 # eliminations of the solve: the Cholesky factors of both Grams, with their inverses
 ELIMINATIONS = 2
 # products of the solve: N and N^-T, two for each of 9 Newton-Schulz steps (in practice 4 to 13), two each for S, S^-1
 PRODUCTS = 24
+# InvariantAdamW's: factors of both Grams, of H = C C^T and of both second moments; three polar factors, what each is
+# made of and turned into, and for a side the way into its frame and out of it
+WHITENING_ELIMINATIONS = 5
+WHITENING_PRODUCTS = 3 * 18 + 5 + 2 * 5
 
 
 @dataclass(frozen=True)
@@ -76,17 +83,35 @@ def kernels(name: str, rank: int, check: bool = True) -> list[Kernel]:
     ]
 
 
+def invariant_kernels(name: str, rank: int, carried: bool = False) -> list[Kernel]:
+    """As `kernels`, of InvariantAdamW. carried: the update sums both Grams, and mixes in float64."""
+    layers = shapes.layers(name)
+    parameters, pairs = shapes.size(layers, rank), len(layers)
+    gram = 2 * rank * parameters
+    # reads four Grams and two second moments, writes these and two matrices
+    solve = Kernel(
+        "solve", 8 * 8 * rank * rank * pairs, 2 * rank**3 * (WHITENING_ELIMINATIONS + WHITENING_PRODUCTS) * pairs
+    )
+    if carried:
+        return [solve, Kernel("update", parameters * INVARIANT, float64=3 * gram)]
+    update = Kernel("update", parameters * INVARIANT, float32=gram)
+    return [Kernel("gram", parameters * 2 * ONE_READ, float64=2 * gram), solve, update]
+
+
 def rounds(rank: int) -> int:
     """Pivots that the solve takes one after the other, in all layers at once; up to r = 64 both Grams' together."""
     return rank if rank <= 64 else rank * ELIMINATIONS
 
 
-def markdown(machine: Machine = H100, cases: Sequence[tuple[str, int]] = CASES) -> str:
+def markdown(
+    machine: Machine = H100, cases: Sequence[tuple[str, int]] = CASES,
+    parts: Callable[[str, int], Sequence[Kernel]] = kernels,
+) -> str:  # fmt: skip
     """A row per kernel and case, times in microseconds."""
     head = ["case", "kernel", "MB", "GFLOP", "bytes us", "float64 us", "float32 us", "bound by"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, rank in cases:
-        for kernel in kernels(name, rank):
+        for kernel in parts(name, rank):
             cells = [f"{name} r={rank}", kernel.name, _short(kernel.bytes / 1e6)]
             cells.append(_short((kernel.float64 + kernel.float32) / 1e9))
             cells += [_short(1e6 * seconds) if seconds else "" for seconds in kernel.times(machine).values()]
@@ -108,6 +133,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{words}: {moved} B per parameter, {moved / ADAMW:.2f} of AdamW's")
     moved = FORESEEN + ADAMW
     print(f"RefLoRA-S: {moved} B per parameter, {moved / ADAMW:.2f} of AdamW's")
+    for carried in (False, True):
+        words = f"InvariantAdamW, {'carried' if carried else 'fresh'} Grams"
+        moved = INVARIANT + 2 * ONE_READ * (not carried)
+        print(f"\n{words}: {moved} B per parameter, {moved / ADAMW:.2f} of AdamW's")
+        print(markdown(parts=partial(invariant_kernels, carried=carried)))
 
 
 if __name__ == "__main__":

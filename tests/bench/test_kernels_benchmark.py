@@ -205,7 +205,9 @@ def test_roofline_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture
     roofline.main([])
     draw_roofline([str(tmp_path / "roofline.png")])
     assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
-    assert "36 B per parameter, 1.29 of AdamW's" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "36 B per parameter, 1.29 of AdamW's" in told
+    assert "InvariantAdamW, carried Grams: 20 B per parameter, 0.71 of AdamW's" in told
 
 
 def test_bytes_of_a_step_are_those_of_the_notes() -> None:
@@ -225,6 +227,10 @@ def test_roofline_of_one_pair_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (update.bytes, update.float32, update.float64) == (28 * 200, 2 * 4 * 200, 0)
     machine = roofline.Machine("m", copy=100.0, float64=50.0, float32=1e9)
     assert gram.times(machine) == {"bytes": 16.0, "float64": 32.0, "float32": 0.0} and gram.bound(machine) == "float64"
+    gram, solve, update = roofline.invariant_kernels("one", 4)
+    assert (gram.bytes, gram.float64, update.bytes) == (8 * 200, 2 * 2 * 4 * 200, 20 * 200)
+    assert (solve.bytes, solve.float64) == (8 * 8 * 16, 2 * 64 * 74)
+    assert roofline.invariant_kernels("one", 4, carried=True)[1].float64 == 3 * 2 * 4 * 200
 
 
 def test_notes_have_the_table_of_the_program() -> None:
