@@ -33,9 +33,9 @@ class Route:
     is the whole class, the solve's iterates stay in registers. wide, narrow: the update with accesses of 16 bytes and
     without; carry_warps: of one that carries Grams, 0 where reading them anew takes less. gram_warps: of the chunks'
     Grams where S is solved for in a launch of its own, 0 where the last chunk to arrive does; whiten_warps: of frames
-    and of what whitens in them; move_warps: of InvariantAdamW's update where it leaves Grams; both_grams: of its Grams
-    of factors and gradients where none are carried and they are summed on tensor cores, None for gram_warps. shared:
-    bytes of shared memory that the step takes at most, on whatever device; single: where nothing of it is in float64.
+    and of what whitens in them; move_warps: of InvariantAdamW's update where it leaves Grams, both_grams: of its Grams
+    of factors and gradients where none are carried (None for gram_warps), both with float64 tensor cores. shared: bytes
+    of shared memory that the step takes at most, on whatever device; single: where nothing of it is in float64.
 
     matrices: warps of `polar`, `geometric_mean` and `sqrtm` in float32 and in float64; eigh, svd, inv_root: of these.
     """
@@ -71,7 +71,7 @@ class Route:
 # take more registers: hence 8 warps at 32
 ROUTES: dict[int, Route] = {
     16: Route(
-        SPLIT, 2, 32, 16, 16, 16, Update(4, 32), Update(4, 32), 4, both_grams=Update(1, 32),
+        SPLIT, 2, 32, 16, 16, 16, Update(4, 32), Update(4, 32), 4, move_warps=1, both_grams=Update(1, 32),
         matrices=(2, 2), eigh=(1, 2), svd=(2, 2), inv_root=(2, 2),
     ),
     32: Route(

@@ -95,9 +95,10 @@ def variant(
         constants.update(blocks)
     if name == "grams":
         options = group.both_grams_options(precision, constants["CARRY"], capability)
-    if name in ("update", "move"):
-        of = group.update_options if name == "update" else group.move_options
-        options = of(constants.get("CARRY", False), constants["VECTOR"])
+    if name == "update":
+        options = group.update_options(constants["CARRY"], constants["VECTOR"])
+    if name == "move":
+        options = group.move_options(precision, constants["CARRY"], constants["VECTOR"], capability)
     if name in ("grams", "update", "move"):
         constants["BN"] = options.pop("BN")
     return _complete(kernel, {**PAIR, **typed}, constants, options)

@@ -38,11 +38,12 @@ def test_other_variants_of_the_step_compile(compiled):
 
 
 def test_what_sums_both_grams_spills_little(compiled):
-    """Fewer warps read less from shared memory, for which class 32 pays with a few spills a block."""
-    rows = compiled("--variants", "--kernels", "grams,move", "--classes", "16,32", "--capabilities", "90")
-    assert len(rows) == 6
+    """With float64 tensor cores fewer warps read less from shared memory: class 32 pays with a few spills a block."""
+    rows = compiled("--variants", "--kernels", "grams,move", "--classes", "16,32", "--capabilities", "89,90")
+    assert len(rows) == 12
     for row in rows:
-        assert row.shared <= SHARED_LIMIT and row.spills <= (0 if row.rank_class == 16 else 160), row
+        few = row.rank_class == 32 and row.num_warps < 4
+        assert row.shared <= SHARED_LIMIT and row.spills <= (160 if few else 0), row
 
 
 @pytest.mark.parametrize("name", compile_table.kernel_names())

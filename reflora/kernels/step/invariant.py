@@ -135,7 +135,7 @@ def invariant(plan: Plan, step: "InvariantStep", results: Tensor) -> None:
             table, rows, group.headers, results, work, hypers, step.grad_scale, float64_bits(step.damping),
             **taken(whiten_kernel, constants), **group.whiten_options,
         )  # fmt: skip
-        own = group.move_options(carry, constants["VECTOR"])
+        own = group.move_options(step.precision, carry, constants["VECTOR"])
         more = {"BN": own.pop("BN"), "TENSOR": group.tensor_cores(step.precision)}
         moving = taken(move_kernel, {**constants, **more})
         move_kernel[(len(items),)](

@@ -110,11 +110,11 @@ class RankClass:
         target = self.capability if target is None else target
         return precision == "float64" and target in routes.FLOAT64_TENSOR_CORES
 
-    def move_options(self, carry: bool, vector: bool) -> dict[str, int]:
+    def move_options(self, precision: str, carry: bool, vector: bool, target: int | None = None) -> dict[str, int]:
         """As update_options, of InvariantAdamW; carry: it leaves Grams."""
-        if not carry:
-            return self.update_options(False, vector)
-        return {"BN": self.block_n, **launch_options(self.route.move_warps)}
+        if carry and self.tensor_cores(precision, target):
+            return {"BN": self.block_n, **launch_options(self.route.move_warps)}
+        return self.update_options(carry, vector)
 
     @property
     def scalar_options(self) -> dict[str, int]:
