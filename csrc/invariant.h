@@ -226,6 +226,14 @@ struct InvariantOp {
             }
     }
 
+    // the state's second moments, in which this step takes no part, stay as they are without bias
+    void hold_second(int side) {
+        const double beta = hypers(side)[BETA2];
+        const double count = double(*steps(side)) + 1;
+        const double by = job.momentum || count < 2 ? 1 : bias(beta, count) / bias(beta, count - 1);
+        for (int64_t i = 0; i < d.r * d.r; ++i) state(side)[i] = by * bounded(state(side)[i], Storage<double>::max);
+    }
+
     void round_mixer(int side, const double* K) {
         const int64_t rp = padded<T>(d.r);
         for (int64_t i = 0; i < rp * rp; ++i) mixer[side][i] = 0;
@@ -252,7 +260,7 @@ struct InvariantOp {
         });
         if (before[side]) {
             sound[side] = finish_sum(side) && sound[side];
-            if (sound[side]) average_second(side);
+            sound[side] ? average_second(side) : hold_second(side);
         }
         *steps(side) = taken + 1;
         return carry.exact;

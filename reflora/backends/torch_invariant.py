@@ -58,7 +58,9 @@ class WhitenedStep(GroupStep):
             sound = (self.done & g.isfinite().all(2).all(1)).view(-1, 1, 1)
             g = saturated(g, MOST[self.group.apply])
             V, second = second_moments(before, g, m, t, h, self.step)
-            V, second = V.where(sound, stored), second.where(sound, 0.0)
+            held = before * held_by(t, h, self.step)
+            V = V.where(sound, held.where(self.done.view(-1, 1, 1), stored))
+            second = second.where(sound, 0.0)
             if self.step.late:
                 there = before.diagonal(dim1=1, dim2=2).sum(1).view(-1, 1, 1) > 0
                 second = without_bias(before, t - 1, h, self.step).where(there, second)
@@ -103,6 +105,12 @@ def second_moments(
 
 def without_bias(V: Tensor, t: Tensor, h: Hypers, step: InvariantStep) -> Tensor:
     return V if step.moments == "momentum" else V / (1 - h.beta2**t)
+
+
+def held_by(t: Tensor, h: Hypers, step: InvariantStep) -> Tensor:
+    """What keeps the second moments as they are without their bias, where step t takes no part in them."""
+    ratio = (1 - h.beta2**t) / (1 - h.beta2 ** (t - 1))
+    return torch.ones_like(t) if step.moments == "momentum" else ratio.where(t > 1, 1.0)
 
 
 def _gram_over_n(g: Tensor) -> Tensor:

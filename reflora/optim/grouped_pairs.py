@@ -12,9 +12,10 @@ from ..backends import resolve
 from ..checks import fail
 from ..pairs import LoRAPair
 from .adamw_engine import Slot
-from .groups import check_group
+from .groups import check_amsgrad, check_group
 from .membership import HALVED, NOWHERE, check_whole, halved, nowhere, pairs_of_added, say_plain
 from .options import check_added
+from .state import Storage
 from .step import Members
 
 REPLACED = (
@@ -28,6 +29,7 @@ class GroupedPairs(Optimizer):
 
     pairs: list[LoRAPair]
     backend: str | None
+    storage: Storage
     _own: tuple[str, ...]
     _told: set[str]
     _again: Callable[[], list[LoRAPair]] | None
@@ -48,7 +50,14 @@ class GroupedPairs(Optimizer):
         check_added(param_group, self._own)
         check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        self._take_in(pairs_of_added(self, given))
+        further = pairs_of_added(self, given)
+        if self.storage.grams:
+            try:
+                check_amsgrad(param_group, self.param_groups[-1]["params"], further)
+            except ValueError:
+                self.param_groups.pop()
+                raise
+        self._take_in(further)
 
     def _take_in(self, further: list[LoRAPair]) -> None:
         if further:

@@ -41,6 +41,16 @@ def check_group(group: dict[str, Any]) -> None:
     _row(group)
 
 
+def check_amsgrad(group: dict[str, Any], params: Iterable[Any], pairs: Iterable[LoRAPair]) -> None:
+    """Raises ValueError for a group with factors whose second moments are matrices, which have no maximum."""
+    factors = {factor for pair in pairs for factor in (pair.A, pair.B)}
+    if group.get("amsgrad") and any(isinstance(p, Tensor) and p in factors for p in params):
+        remedy = (
+            "Second moments that are matrices have no maximum: set it to False in the group, or in the loaded state."
+        )
+        fail("amsgrad", "False in a group with LoRA factors", "True", remedy)
+
+
 def _row(group: dict[str, Any]) -> list[float]:
     eps, decay, betas = group["eps"], group["weight_decay"], group["betas"]
     lr = lr_on_host(group["lr"])

@@ -27,7 +27,7 @@ class InvariantAdamW(PairedAdamW):
     invertible Q (with metric="identity" for orthogonal Q). From B = 0 the first step has full stable rank.
 
     State per factor: `exp_avg` like the factor, `exp_avg_gram` `[r, r]` (experts: `[E, r, r]`) in float64, `step`:
-    half of AdamW's. It loads the state of a torch.optim.AdamW too, whose second moments it averages over rows of A and
+    half of AdamW's where r is small beside n. It loads the state of a torch.optim.AdamW too, whose second moments it averages over rows of A and
     columns of B. A layer with a non-finite gradient or factor is skipped, its state untouched, and counted in
     `diagnostics()`.
 
@@ -51,9 +51,9 @@ class InvariantAdamW(PairedAdamW):
         precision: Of Grams and solve: "float64" or, faster on GPUs with slow float64, "float32".
         carry_grams: One pass over factors and gradients in place of two (20 bytes per float32 parameter, not 28; on a
             GPU up to r = 32, with Grams in float64), with the Grams that the last step left: V is a step late, but for
-            the first. A gradient x times as large as those before it moves a factor x times as far, so clip gradients.
-            Where an element of a gradient is not finite its mean stays, and V; the layer is stepped, but counted as
-            skipped. `invalidate()`, as RefLoRAAdamW's.
+            the first. A gradient x times as large as those before it moves a factor `1 + (1 - beta1) (x - 1)` times as
+            far, so clip gradients. Where an element of a gradient is not finite its mean stays, and V; the layer is
+            stepped, but counted as skipped. `invalidate()`, as RefLoRAAdamW's.
         state_dtype: torch.float32 keeps the mean gradients of 16-bit factors in float32; None, like torch, in the
             factor's dtype.
         master_weights: float32 copies of 16-bit factors (state "master"), with mean gradients in float32.
@@ -101,7 +101,7 @@ class InvariantAdamW(PairedAdamW):
     ):
         check_whitening(metric, moments, damping)
         own = {
-            "metric": metric, "moments": moments, "damping": damping, "backend": backend, "precision": precision,
+            "metric": metric, "moments": moments, "damping": float(damping), "backend": backend, "precision": precision,
             "carry_grams": carry_grams, "state_dtype": state_dtype, "master_weights": master_weights,
             "stochastic_rounding": stochastic_rounding,
         }  # fmt: skip

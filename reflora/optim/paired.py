@@ -19,7 +19,7 @@ from ..pairs import PairLike, as_pairs, check_unhooked, check_unhooked_since
 from . import state as keys
 from .compiled import SEED, CompiledStep
 from .grouped_pairs import GroupedPairs
-from .groups import check_group, flatten, lr_on_host
+from .groups import check_amsgrad, check_group, flatten, lr_on_host
 from .membership import REVERSED, check_single, pairs_of_unseen, reversed_, say_plain
 from .options import check_group_options, check_owned
 from .scaler import Scaler, watched
@@ -70,6 +70,8 @@ class PairedAdamW(CompiledStep, GroupedPairs, torch.optim.AdamW):  # type: ignor
         check_group_options(self.param_groups, own)
         for group in self.param_groups:
             check_group(group)
+            if grams:
+                check_amsgrad(group, group["params"], self.pairs)
         check_owned(self.param_groups, self.pairs)
         self._register()
         self._make_engines()
@@ -170,6 +172,9 @@ class PairedAdamW(CompiledStep, GroupedPairs, torch.optim.AdamW):  # type: ignor
         owners = {t: pair for pair in self.pairs for t in (pair.A, pair.B)}
         for param, entries in raw.items():
             keys.check_shapes(entries, param, owners.get(param), self.storage.grams)
+        if self.storage.grams:
+            for group, own in zip(state_dict["param_groups"], self.param_groups):
+                check_amsgrad(group, own["params"], self.pairs)
         Optimizer.load_state_dict(self, state_dict)
         experts = {t: pair.experts for t, pair in owners.items()}
         for param, entries in raw.items():

@@ -64,7 +64,7 @@ class ShardedInvariantAdamW(reflora_class(torch.optim.AdamW)):  # type: ignore[m
         damping: float = 1e-4, **options: Any,
     ):  # fmt: skip
         check_whitening(metric, moments, damping)
-        self.metric, self.moments, self.damping = metric, moments, damping
+        self.metric, self.moments, self.damping = metric, moments, float(damping)
         super().__init__(params, pairs, **options)
 
     @functools.cached_property

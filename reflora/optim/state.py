@@ -161,7 +161,12 @@ def check_names(entries: Mapping[str, Any], grams: bool) -> None:
     if entries and (missing := [name for name in ("step", "exp_avg", second) if name not in entries]):
         fail("loaded state", f"step, exp_avg and {second}", f"one without {', '.join(missing)}", remedy)
     if grams and (others := [name for name in (PHASE, STEPS, SAVED) if name in entries]):
-        fail("loaded state", "means of the gradients themselves", f"RefLoRAAdamW's, with {others[0]}", remedy)
+        fail(
+            "loaded state",
+            "means of the gradients themselves",
+            f"RefLoRAAdamW's or RiemannianAdamW's, with {others[0]}",
+            remedy,
+        )
 
 
 def check_shapes(entries: dict[str, Any], param: Tensor, pair: LoRAPair | None, grams: bool = False) -> None:

@@ -118,7 +118,7 @@ def invariant_step(
 
     late: whiten by the second moments of the step before, where there are any. No gradient has to be known before the
     momentum moves then, so that an element that is not finite is left out: its mean stays, and so do the second moments
-    of its side.
+    of its side, but for their bias.
     """
     factors, grads = (A.double(), B.double()), (grad_A.double(), grad_B.double())
     found = frames(*factors, metric, kappa_max)
@@ -137,7 +137,8 @@ def invariant_step(
         grams = gram_over_n(grads[0]), gram_over_n(grads[1].mT)
         exp_avg_gram = each(lambda V, G, h: h.beta2 * V + (1 - h.beta2) * G, state.exp_avg_gram, grams, hypers)
     before = state.exp_avg_gram
-    exp_avg_gram = each(lambda V, old, known: V if known else old, exp_avg_gram, before, sound)
+    held = each(lambda old, t, h: old * held_by(t, h, moments), before, step, hypers)
+    exp_avg_gram = each(lambda V, old, known: V if known else old, exp_avg_gram, held, sound)
     seconds = each(lambda V, old, t, h: _second(V, old, t, h, moments, late), exp_avg_gram, before, step, hypers)
     K = each(lambda V, P, h: whitener(V, P, damping, h.eps), seconds, found[:2], hypers)
     changes = K[0] @ means[0], means[1] @ K[1]
@@ -154,6 +155,11 @@ def _second(V: Tensor, old: Tensor, t: int, h: Hypers, moments: str, late: bool)
     if moments == "momentum":
         return old if before else V
     return old / (1 - h.beta2 ** (t - 1)) if before else V / (1 - h.beta2**t)
+
+
+def held_by(t: float, h: Hypers, moments: str) -> float:
+    """What keeps the second moments as they are without their bias, where step t takes no part in them."""
+    return 1.0 if moments == "momentum" or t < 2 else (1 - h.beta2**t) / (1 - h.beta2 ** (t - 1))
 
 
 def gram_over_n(g: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from fractions import Fraction
 
 import pytest
 import torch
@@ -204,6 +205,87 @@ def test_a_lone_gradient_takes_adamws_step_and_comes_back(fast_backend):
     g = B.grad.double()
     wanted = 0.999 * torch.diag(squares) + 1e-3 * g.mT @ g / len(g)
     torch.testing.assert_close(optimizer.state[B]["exp_avg_gram"], wanted, rtol=1e-5, atol=1e-12)
+
+
+def test_a_partner_that_rests_keeps_its_second_moments(fast_backend):
+    """Only the factor that takes AdamW's step loses what is off the diagonal."""
+    ((A, B),) = pairs = leaf_pairs(SHAPES[:1], torch.float32)
+    optimizer = InvariantAdamW(pairs, lr=1e-2, backend=fast_backend)
+    random_grads((A, B), torch.Generator().manual_seed(0))
+    optimizer.step()
+    kept = optimizer.state[A]["exp_avg_gram"].clone()
+    gradient, A.grad = A.grad, None
+    with pytest.warns(UserWarning, match="without RefLoRA"):
+        optimizer.step()
+    A.grad = gradient
+    optimizer.step()
+    wanted = 0.999 * kept + 1e-3 * gradient.double() @ gradient.double().mT / A.shape[1]
+    torch.testing.assert_close(optimizer.state[A]["exp_avg_gram"], wanted, rtol=1e-6, atol=1e-12)
+    assert wanted.fill_diagonal_(0).any()
+
+
+def test_a_lone_gradient_of_float16_factors_loses_no_second_moments(fast_backend):
+    """They underflow in float16: a step of A was 70 times as long, and both Grams were lost."""
+    ((A, B),) = pairs = leaf_pairs(SHAPES[:1], torch.float16)
+    optimizer = InvariantAdamW(pairs, lr=1e-3, weight_decay=0.0, backend=fast_backend)
+    generator = torch.Generator().manual_seed(0)
+    for number in range(30):
+        for t in (A, B):
+            t.grad = (1e-4 * torch.randn(t.shape, generator=generator)).half()
+        kept, before = optimizer.state[A].get("exp_avg_gram"), A.detach().clone()
+        if number == 28:
+            B.grad, trace = None, float(kept.trace())
+            with pytest.warns(UserWarning, match="without RefLoRA"):
+                optimizer.step()
+        else:
+            optimizer.step()
+        if number >= 28:
+            assert float((A.detach() - before).float().abs().max()) < 4e-3, number
+    assert 0.5 < float(optimizer.state[A]["exp_avg_gram"].trace()) / trace < 100
+
+
+def test_an_element_that_is_never_finite_does_not_lengthen_steps(fast_backend):
+    """The step count goes on, so second moments that stay would shrink without their bias."""
+    ((A, B),) = pairs = leaf_pairs([(4, 40, 30)], torch.float32)
+    optimizer = InvariantAdamW(pairs, lr=1e-3, weight_decay=0.0, carry_grams=True, backend=fast_backend)
+    lengths = []
+    for number in range(60):
+        random_grads((A, B), torch.Generator().manual_seed(0))
+        if number > 4:
+            A.grad[0, 0] = torch.inf
+        before = A.detach().clone()
+        optimizer.step()
+        lengths.append(float((A.detach() - before).square().mean().sqrt()))
+    assert max(lengths) < 1.2 * min(lengths)
+
+
+def test_amsgrad_is_refused_for_factors(fast_backend):
+    pairs = leaf_pairs(SHAPES, torch.float32)
+    (A, B), other = pairs
+    plain = torch.ones(3, requires_grad=True)
+    with refused("amsgrad: expected False in a group with LoRA factors"):
+        InvariantAdamW([{"params": factors(pairs), "amsgrad": True}], pairs=pairs, backend=fast_backend)
+    groups = [{"params": factors(pairs)}, {"params": [plain], "amsgrad": True}]
+    optimizer = InvariantAdamW(groups, pairs=pairs, backend=fast_backend)
+    random_grads([*factors(pairs), plain], torch.Generator().manual_seed(0))
+    optimizer.step()
+    assert "max_exp_avg_sq" in optimizer.state[plain]
+    adamw = torch.optim.AdamW([{"params": factors(pairs)}, {"params": [plain]}], amsgrad=True)
+    adamw.step()
+    with refused("amsgrad: expected False in a group with LoRA factors", of=optimizer):
+        optimizer.load_state_dict(adamw.state_dict())
+    more = leaf_pairs(SHAPES[:1], torch.float32)
+    with refused("amsgrad", of=optimizer):
+        optimizer.add_param_group({"params": factors(more), "pairs": more, "amsgrad": True})
+    assert len(optimizer.param_groups) == 2
+
+
+def test_damping_of_any_number_type_is_a_float(fast_backend):
+    pairs = leaf_pairs(SHAPES[:1], torch.float32)
+    optimizer = InvariantAdamW(pairs, damping=Fraction(1, 1000), backend=fast_backend)
+    assert type(optimizer.damping) is float
+    random_grads(factors(pairs), torch.Generator().manual_seed(0))
+    optimizer.step()
 
 
 def test_degenerate_and_non_finite_layers(fast_backend):

@@ -53,14 +53,20 @@ def chunks_of(p_row, width, ON_A: tl.constexpr):
 
 @triton.jit
 def weights_of(p_row, hypers, unscale, count, SIDE: tl.constexpr, MOMENTUM: tl.constexpr):
-    """What the Gram of step number `count` and the second moments before it are multiplied by, float64."""
+    """What the Gram of step number `count` and the second moments before it are multiplied by, float64.
+
+    Third, what the latter are where the step takes no part in them: they stay as they are without bias.
+    """
     _, beta1, beta2, _, _ = step_terms(p_row, hypers, SIDE)
     n = column(p_row, SIDE + col.N).to(tl.float64)
     by, keep = (1.0 - beta2) * unscale * unscale / n, beta2
+    bias, before = 1.0 - tl.exp(count * tl.log(beta2)), 1.0 - tl.exp((count - 1.0) * tl.log(beta2))
+    hold = tl.where(count > 1.0, bias / tl.where(count > 1.0, before, 1.0), 1.0)
     if MOMENTUM:
         bias = 1.0 - tl.exp(count * tl.log(beta1))
         by, keep = 1.0 / (n * bias * bias), tl.full((), 0.0, tl.float64)
-    return by, keep
+        hold = tl.full((), 1.0, tl.float64)
+    return by, keep, hold
 
 
 @triton.jit
@@ -78,7 +84,7 @@ def store_over_trace(p_v, p_work, r, trace, RC: tl.constexpr, BM: tl.constexpr, 
 
 @triton.jit
 def absorb(
-    p_v, area, header, first, last, by, keep, r, RC: tl.constexpr, BM: tl.constexpr, WIDE: tl.constexpr,
+    p_v, area, header, first, last, by, keep, hold, r, RC: tl.constexpr, BM: tl.constexpr, WIDE: tl.constexpr,
     TC: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """The second moments at p_v take in the Gram of chunks first to last, if that is finite. Returns 1 if it is."""
@@ -90,15 +96,15 @@ def absorb(
     k = tl.arange(0, RC)
     diagonal = sum_chunks(own, of_gradients, packed(k, k, RC), None, first, last, exponent, RC, WIDE, TC, SCALED)
     sound = tl.where(tl.sum(diagonal, 0) < float("inf"), 1, 0)
-    if sound == 1:
-        j = tl.arange(0, RC)[None, :]
-        for start in range(0, RC, BM):
-            i = start + tl.arange(0, BM)[:, None]
-            mask = (i < r) & (j < r)
-            o = packed(tl.minimum(i, j), tl.maximum(i, j), RC)
-            G = sum_chunks(own, of_gradients, o, None, first, last, exponent, RC, WIDE, TC, SCALED)
-            V = keep * kept(p_v, i * r + j, mask) + G * by
-            tl.store(p_v + i * r + j, V, mask=mask)
+    keep = tl.where(sound == 1, keep, hold)
+    j = tl.arange(0, RC)[None, :]
+    for start in range(0, RC, BM):
+        i = start + tl.arange(0, BM)[:, None]
+        mask = (i < r) & (j < r)
+        o = packed(tl.minimum(i, j), tl.maximum(i, j), RC)
+        G = sum_chunks(own, of_gradients, o, None, first, last, exponent, RC, WIDE, TC, SCALED)
+        V = keep * kept(p_v, i * r + j, mask) + tl.where(sound == 1, G * by, 0.0)
+        tl.store(p_v + i * r + j, V, mask=mask)
     tl.debug_barrier()
     return sound
 
@@ -112,8 +118,9 @@ def absorb_side(
     if tl.load(header + (AWAITED_A if ON_A else AWAITED_B)) != 0:
         first, last = chunks_of(p_row, width, ON_A)
         count = tl.load(header + (COUNT_A if ON_A else COUNT_B))
-        by, keep = weights_of(p_row, hypers, unscale, count, SIDE, MOMENTUM)
-        if absorb(moments_at(p_row, SIDE), area, header, first, last, by, keep, r, RC, BM, WIDE, TC, False) == 0:
+        by, keep, hold = weights_of(p_row, hypers, unscale, count, SIDE, MOMENTUM)
+        p_v = moments_at(p_row, SIDE)
+        if absorb(p_v, area, header, first, last, by, keep, hold, r, RC, BM, WIDE, TC, False) == 0:
             tell_skipped(results, row)
 
 

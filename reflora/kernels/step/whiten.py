@@ -51,7 +51,7 @@ def second_moments(
     p_v = moments_at(p_row, SIDE)
     first, last = chunks_of(p_row, width, ON_A)
     _, _, beta2, _, count = step_terms(p_row, hypers, SIDE)
-    by, keep = weights_of(p_row, hypers, unscale, count, SIDE, MOMENTUM)
+    by, keep, hold = weights_of(p_row, hypers, unscale, count, SIDE, MOMENTUM)
     trace = trace_before(p_row, r, SIDE, RC)
     before = trace > 0
     if not LATE:
@@ -63,10 +63,10 @@ def second_moments(
         if CARRY:
             awaited += 1.0
         else:
-            if absorb(p_v, area, header, first, last, by, keep, r, RC, BM, WIDE, TC, SCALED) == 0:
+            if absorb(p_v, area, header, first, last, by, keep, hold, r, RC, BM, WIDE, TC, SCALED) == 0:
                 tell_skipped(results, row)
     else:
-        if absorb(p_v, area, header, first, last, by, keep, r, RC, BM, WIDE, TC, SCALED) == 1:
+        if absorb(p_v, area, header, first, last, by, keep, hold, r, RC, BM, WIDE, TC, SCALED) == 1:
             trace = trace_before(p_row, r, SIDE, RC)
         else:
             trace = tl.zeros_like(trace)
