@@ -32,7 +32,7 @@ def rejoin(state: dict[str, Any], pair: LoRAPair, factor: Tensor) -> None:
     if squares is None:
         return
     matrices = list(zip(_matrices(state[GRAM], pair), _views(pair, factor, squares)))
-    if all(torch.equal(view, _diagonal(matrix, squares.dtype).expand_as(view)) for matrix, view in matrices):
+    if all(torch.equal(view, squares_of(matrix, squares.dtype).expand_as(view)) for matrix, view in matrices):
         return  # the factor has taken no step meanwhile
     for matrix, view in matrices:
         matrix.copy_(torch.diag_embed(view.double().mean(1)))
@@ -44,11 +44,14 @@ def part(state: dict[str, Any], pair: LoRAPair, factor: Tensor, storage: Storage
         return
     state[SQUARES] = zeros_like(factor, storage.dtype(factor))
     for matrix, view in zip(_matrices(state[GRAM], pair), _views(pair, factor, state[SQUARES])):
-        view.copy_(_diagonal(matrix, state[SQUARES].dtype).expand_as(view))
+        view.copy_(squares_of(matrix, state[SQUARES].dtype).expand_as(view))
 
 
-def _diagonal(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """`[r, 1]`; what a narrow type has no room for is its smallest number: 0 would make the next step one by eps."""
+def squares_of(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """AdamW's second moments from the diagonal, `[r, 1]`.
+
+    What a narrow type has no room for is its smallest number: 0 would make the next step one by eps.
+    """
     own, limits = matrix.diagonal()[:, None], torch.finfo(dtype)
     least = limits.smallest_normal * limits.eps
     return own.where(own <= 0, own.clamp_min(least)).to(dtype)

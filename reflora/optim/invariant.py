@@ -27,9 +27,9 @@ class InvariantAdamW(PairedAdamW):
     invertible Q (with metric="identity" for orthogonal Q). From B = 0 the first step has full stable rank.
 
     State per factor: `exp_avg` like the factor, `exp_avg_gram` `[r, r]` (experts: `[E, r, r]`) in float64, `step`:
-    half of AdamW's where r is small beside n. It loads the state of a torch.optim.AdamW too, whose second moments it averages over rows of A and
-    columns of B. A layer with a non-finite gradient or factor is skipped, its state untouched, and counted in
-    `diagnostics()`.
+    half of AdamW's where r is small beside n. It loads the state of a torch.optim.AdamW too, whose second moments it
+    averages over rows of A and columns of B. A layer with a non-finite gradient or factor is skipped, its state
+    untouched, and counted in `diagnostics()`.
 
     Args:
         params: What torch optimizers take (parameters, groups, named parameters), or a bare list of pairs.

@@ -21,19 +21,25 @@ from ..backends.torch_solve import gram_of_sums
 from ..checks import check_whitening
 from ..columns import RESULTS, SKIPPED
 from ..pairs import LoRAPair, PairLike, local
+from .grams import squares_of
+from .groups import check_amsgrad
 from .sharded import ShardedOps, along, put_back, sides_of, summed
-from .state import GRAM, gram_shape
-from .wrapper import Wrapped, reflora_class
+from .state import GRAM, SQUARES, check_names, gram_shape
+from .wrapper import Wrapped, entries_of, reflora_class
 
 
 class Side(NamedTuple):
-    """One factor of a pair in a step: this process's parts, cut along `dim`, and the options of its group."""
+    """One factor of a pair in a step: this process's parts, cut along `dim`, and the options of its group.
+
+    kept: the mean of the gradients before the step, mean: after it.
+    """
 
     pair: LoRAPair
     factor: Tensor
     dim: int
     weights: Tensor
     gradient: Tensor
+    kept: Tensor
     mean: Tensor
     state: dict[str, Any]
     group: dict[str, Any]
@@ -43,12 +49,16 @@ class Side(NamedTuple):
         return torch.float64 if self.factor.dtype == torch.float64 else torch.float32
 
     def rows(self, tensor: Tensor) -> list[Tensor]:
-        """`[r, part of n]` of a tensor like the part, one per expert."""
-        return self.pair.views_A(tensor) if self.dim == 1 else [view.mT for view in self.pair.views_B(tensor)]
+        return rows_of(self.pair, self.dim, tensor)
 
     def gram(self, tensor: Tensor) -> Tensor:
         """This process's part of the sums, float64 `[experts, r, r]`."""
         return torch.stack([row.double() @ row.double().mT for row in self.rows(tensor)])
+
+
+def rows_of(pair: LoRAPair, dim: int, tensor: Tensor) -> list[Tensor]:
+    """`[r, part of n]` of a tensor like the part of a factor that is cut along dim, one per expert."""
+    return pair.views_A(tensor) if dim == 1 else [view.mT for view in pair.views_B(tensor)]
 
 
 class ShardedInvariantAdamW(reflora_class(torch.optim.AdamW)):  # type: ignore[misc]
@@ -58,6 +68,7 @@ class ShardedInvariantAdamW(reflora_class(torch.optim.AdamW)):  # type: ignore[m
     """
 
     OWN = ("metric", "moments", "damping")
+    grams = True
 
     def __init__(
         self, params: Any, pairs: Sequence[PairLike], *, metric: str = "reflora", moments: str = "gradients",
@@ -66,6 +77,8 @@ class ShardedInvariantAdamW(reflora_class(torch.optim.AdamW)):  # type: ignore[m
         check_whitening(metric, moments, damping)
         self.metric, self.moments, self.damping = metric, moments, float(damping)
         super().__init__(params, pairs, **options)
+        for group in self.param_groups:
+            check_amsgrad(group, group["params"], self.pairs)
 
     @functools.cached_property
     def _ops(self) -> ShardedOps:
@@ -78,6 +91,7 @@ class ShardedInvariantAdamW(reflora_class(torch.optim.AdamW)):  # type: ignore[m
 
     def _base_step(self, *loss: Any) -> None:
         """The base class's step without the pairs, and theirs."""
+        self._part()
         hidden = [(factor, factor.grad) for pair in self._stepped for factor in (pair.A, pair.B)]
         for factor, _ in hidden:
             factor.grad = None
@@ -88,6 +102,38 @@ class ShardedInvariantAdamW(reflora_class(torch.optim.AdamW)):  # type: ignore[m
                 factor.grad = grad
         self._whitened_step()
 
+    def _part(self) -> None:
+        """AdamW's second moments for a factor whose partner has no gradient (grams.part)."""
+        for pair in self.pairs:
+            if (pair.A.grad is None) == (pair.B.grad is None):
+                continue
+            factor, dim = (pair.A, 1) if pair.B.grad is None else (pair.B, 0)
+            state = self.state.get(factor, {})
+            if GRAM not in state or SQUARES in state:
+                continue
+            squares = torch.zeros_like(factor.detach())
+            part = along(squares, dim)
+            for row, matrix in zip(rows_of(pair, dim, part), state[GRAM].view(-1, pair.rank, pair.rank)):
+                row.copy_(squares_of(matrix, part.dtype).expand_as(row))
+            put_back(squares, dim, part)
+            state[SQUARES] = squares
+
+    def _rejoin(self, sides: list[Side]) -> None:
+        """Take over AdamW's second moments, of factors that have taken its steps (grams.rejoin)."""
+        parts = []
+        sides = [side for side in sides if SQUARES in side.state]
+        for side in sides:
+            rows = side.rows(along(side.state[SQUARES], side.dim))
+            matrices = side.state[GRAM].view(-1, side.pair.rank, side.pair.rank)
+            total = torch.stack([row.double().sum(1) for row in rows])
+            changed = [(row != squares_of(matrix, row.dtype)).sum() for row, matrix in zip(rows, matrices)]
+            parts.append((side.pair, side.dim, torch.cat([total, torch.stack(changed).double()[:, None]], 1)))
+        for side, found in zip(sides, summed(parts)):
+            if found[:, -1].any():
+                n = side.factor.numel() // (side.pair.experts * side.pair.rank)
+                side.state[GRAM].copy_(torch.diag_embed(found[:, :-1] / n).view_as(side.state[GRAM]))
+            del side.state[SQUARES]
+
     @independent()
     def _whitened_step(self) -> None:
         group_of = {param: group for group in self.param_groups for param in group["params"]}
@@ -95,10 +141,10 @@ class ShardedInvariantAdamW(reflora_class(torch.optim.AdamW)):  # type: ignore[m
             (self._side(pair, pair.A, 1, group_of[pair.A]), self._side(pair, pair.B, 0, group_of[pair.B]))
             for pair in self._stepped
         ]
+        self._rejoin([side for both in sides for side in both])
         parts = []
         for both in sides:
             for side in both:
-                self._average(side)
                 of = side.mean if self.moments == "momentum" else side.gradient
                 parts += [(side.pair, side.dim, side.gram(side.weights)), (side.pair, side.dim, side.gram(of))]
         sums = summed(parts)
@@ -128,10 +174,12 @@ class ShardedInvariantAdamW(reflora_class(torch.optim.AdamW)):  # type: ignore[m
         for (side, _), report in zip(sides, results.split(sizes)):
             self._ops._reports[numbers[id(side.pair)]] = report
         done = (found.status < SKIPPED).split(sizes)
+        some = torch.stack([stepped.any() for stepped in done]).tolist()
         for place, (G, of_side, P) in enumerate(((of_gA, n[0], found.of_A), (of_gB, n[1], found.of_B))):
             per_row = (G / of_side.view(-1, 1, 1)).split(sizes)
-            for both, own, frame, stepped in zip(sides, per_row, P.split(sizes), done):
-                self._move(both[place], own, frame, stepped, compute)
+            for both, own, frame, stepped, moves in zip(sides, per_row, P.split(sizes), done, some):
+                if moves:
+                    self._move(both[place], own, frame, stepped, compute)
 
     def _side(self, pair: LoRAPair, factor: Tensor, dim: int, group: dict[str, Any]) -> Side:
         state = self.state[factor]
@@ -146,12 +194,10 @@ class ShardedInvariantAdamW(reflora_class(torch.optim.AdamW)):  # type: ignore[m
         sign = -1 if group["maximize"] else 1
         wide = torch.float64 if factor.dtype == torch.float64 else torch.float32
         gradient = sign * gradient.to(wide) / (1 if scale is None else scale.to(gradient.device))
-        weights, mean = along(factor, dim), along(state["exp_avg"], dim)
-        return Side(pair, factor, dim, weights, saturated(gradient, MOST[wide]), mean, state, group)
-
-    def _average(self, side: Side) -> None:
-        share = 1 - float(side.group["betas"][0])
-        side.mean.copy_(side.mean.to(side.computed).lerp(side.gradient, share))
+        gradient = saturated(gradient, MOST[wide])
+        weights, kept = along(factor, dim), along(state["exp_avg"], dim)
+        mean = kept.to(wide).lerp(gradient, 1 - float(group["betas"][0])).to(kept.dtype)
+        return Side(pair, factor, dim, weights, gradient, kept, mean, state, group)
 
     def _move(self, side: Side, G: Tensor, P: Tensor, done: Tensor, compute: torch.dtype) -> None:
         """One factor; G `[experts, r, r]` over n, of the gradient or of its mean; done: experts that are stepped."""
@@ -169,12 +215,28 @@ class ShardedInvariantAdamW(reflora_class(torch.optim.AdamW)):  # type: ignore[m
         K = whitener(second, P, self.damping, float(group["eps"]), compute).to(side.computed)
         lr, decay = group["lr"], float(group["weight_decay"])
         top = torch.finfo(side.factor.dtype).max
-        for w, m, k, on in zip(side.rows(side.weights), side.rows(side.mean), K, done):
+        rows = (side.rows(part) for part in (side.weights, side.kept, side.mean))
+        for w, old, m, k, on in zip(*rows, K, done):
+            old.copy_(m.where(on, old))
             wide = w.to(side.computed)
             moved = wide * (1 - lr * decay) - lr / (1 - beta1**t) * (k @ m.to(side.computed))
             w.copy_(saturated(moved, top).where(on, wide))
-        for tensor, part in ((side.factor, side.weights), (state["exp_avg"], side.mean)):
+        for tensor, part in ((side.factor, side.weights), (state["exp_avg"], side.kept)):
             put_back(tensor, side.dim, part)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what state_dict() gave, or the state of a torch.optim.AdamW over the same parameters.
+
+        Raises:
+            ValueError: Another optimizer's state. Nothing has changed then.
+        """
+        factors = {factor for pair in self.pairs for factor in (pair.A, pair.B)}
+        for param, entries in entries_of(self, state_dict):
+            if param in factors:
+                check_names(entries, grams=True)
+        for group, own in zip(state_dict["param_groups"], self.param_groups):
+            check_amsgrad(group, own["params"], self.pairs)
+        super().load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: getattr(self, name) for name in self.OWN}}

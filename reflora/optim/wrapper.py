@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..checks import check_backend, check_flags, check_precision, check_schedule
+from ..checks import check_backend, check_flags, check_precision, check_schedule, fail
 from ..columns import SKIPPED
 from ..diagnostics import Diagnostics, uniform
 from ..pairs import PairLike, as_pairs, check_unhooked, check_unhooked_since, local
@@ -85,6 +85,8 @@ class Wrapped(FullStep, ScalarStep):
     warmup_steps: int | None
     backend: str | None
     precision: str
+    # whether second moments may be matrices (grams.py)
+    grams = False
 
     def __init__(
         self,
@@ -252,13 +254,16 @@ class Wrapped(FullStep, ScalarStep):
         Raises ValueError for a pair's entry of the wrong shape.
         """
         pairs = {pair.A: pair for pair in self.pairs}
-        for param, entries in _entries(self, state_dict):
+        for param, entries in entries_of(self, state_dict):
+            if GRAM in entries and not self.grams:
+                remedy = "Its second moments are matrices: load the state of the base class."
+                fail("loaded state", f"{self.base.__name__}'s", f"InvariantAdamW's, with {GRAM}", remedy)
             if param in pairs:
                 compare_shapes(entries, shapes_of_pair(pairs[param]))
         super().load_state_dict(state_dict)
         self._balanced = set()
         self.__dict__.pop("_units", None)
-        for param, entries in _entries(self, state_dict):
+        for param, entries in entries_of(self, state_dict):
             for name, dtype in DTYPES.items():
                 if name in entries:  # torch has cast it to the parameter's dtype
                     self.state[param][name] = entries[name].to(param.device, dtype or entries[name].dtype, copy=True)
@@ -275,7 +280,7 @@ class Wrapped(FullStep, ScalarStep):
         )
 
 
-def _entries(optimizer: Optimizer, state_dict: dict[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
+def entries_of(optimizer: Optimizer, state_dict: dict[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
     """Each parameter with its entries in a saved state."""
     saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     params = chain.from_iterable(group["params"] for group in optimizer.param_groups)

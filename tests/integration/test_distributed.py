@@ -17,7 +17,7 @@ from two_processes import Case, together
 pytestmark = pytest.mark.xdist_group("two processes")
 # with those of test_parallel.py and test_examples.py
 CASES = (
-    cases.ddp, cases.fsdp2, cases.fsdp2_checkpoint, cases.fsdp2_refusals, cases.fsdp2_refactorer,
+    cases.ddp, cases.fsdp2, cases.fsdp2_checkpoint, cases.fsdp2_invariant, cases.fsdp2_refusals, cases.fsdp2_refactorer,
     cases.fsdp2_after_the_optimizer, cases.fsdp1, cases.fsdp2_hard_shapes, parallel_cases.zero_redundancy,
     parallel_cases.tensor_parallel, cases.accelerated,
     *([cases.deepspeed] if importlib.util.find_spec("deepspeed") else []), cases.example,
@@ -65,6 +65,19 @@ def test_fsdp2_through_a_distributed_checkpoint() -> None:
     for found in both(cases.fsdp2_checkpoint):
         for whole, resumed in found.values():
             cases.assert_equal(resumed, whole)
+
+
+@pytest.mark.filterwarnings("ignore:.*stepped without RefLoRA")
+def test_fsdp2_with_second_moments_of_adamw() -> None:
+    """Loaded, and of a factor whose partner has no gradient; what does not belong to it is refused."""
+    wanted = cases.loaded_and_lone(cases.build(False))
+    for found in both(cases.fsdp2_invariant):
+        for how in ("along r", "along n"):
+            assert_close(found[how], wanted)
+        assert found["untouched"]
+        assert "means of the gradients themselves" in found["refloras state"]
+        assert "expected AdamW's, got InvariantAdamW's, with exp_avg_gram" in found["its own"]
+        assert "amsgrad: expected False" in found["amsgrad"]
 
 
 def test_what_cannot_serve_sharded_factors_says_what_can() -> None:
