@@ -24,7 +24,8 @@ class InvariantAdamW(PairedAdamW):
 
     where # is the geometric mean: the momentum, whitened in the frame in which the metric is I. All moments are of raw
     gradients in the axes of A and B, and the step turns with these: (Q^T A, B Q^-T) moves B A as (A, B) does, for any
-    invertible Q (with metric="identity" for orthogonal Q). From B = 0 the first step has full stable rank.
+    invertible Q (with metric="identity" for orthogonal Q). From B = 0 the first step has full stable rank, if singular
+    values of the gradient in the frame are less than about 100 apart; past `damping`, small ones stay small.
 
     State per factor: `exp_avg` like the factor, `exp_avg_gram` `[r, r]` (experts: `[E, r, r]`) in float64, `step`:
     half of AdamW's where r is small beside n. It loads the state of a torch.optim.AdamW too, whose second moments it
@@ -44,7 +45,8 @@ class InvariantAdamW(PairedAdamW):
             `(A A^T)^-1` for B and `(B^T B)^-1` for A, that of ScaledGD and of LoRA-RITE (arXiv 2410.20625), whose
             update this is without its QR and its transport of moments. "identity": I, one-sided Shampoo.
         moments: "gradients" for V as above. "momentum" puts the Gram of the mean gradient in its place, which makes all
-            singular values of a step equal in the frame: spectral descent, with "scaled" LoRA-Muon (arXiv 2606.12921).
+            singular values of a step equal in the frame, up to damping: spectral descent, with "scaled" LoRA-Muon
+            (arXiv 2606.12921). State saved with one is not that of the other.
         damping: Added to the second moment in the frame, times its mean eigenvalue.
         maximize: As torch.optim.AdamW's.
         backend: None (the fastest that can serve the device), "triton", "cpp" or "torch".
@@ -110,6 +112,10 @@ class InvariantAdamW(PairedAdamW):
             "foreach": foreach, "capturable": capturable, "fused": fused,
         }  # fmt: skip
         self._build(params, pairs, defaults, own, differentiable, grams=True)
+
+    @property
+    def _by_S(self) -> bool:
+        return self.metric != "identity"
 
     @property
     def options(self) -> InvariantOptions:

@@ -15,6 +15,7 @@ PARTED = "ZeroRedundancyOptimizer separates them: use reflora.GradientHooks and 
 HALVED = f"only one factor of each is among the optimizer's parameters. Pass both; {PARTED}"
 NOWHERE = "neither factor is among the optimizer's parameters. Take the pairs from the model that it trains"
 REVERSED = "r is larger than both n_in and n_out, so S does not exist. Is B given before A? A is [r, n_in]"
+WIDE = "r is larger than both n_in and n_out in LoRA pair(s) {}. Is B given before A? A is [r, n_in]."
 LONE = "only one factor of each has a gradient. Train both, or leave these pairs out"
 NO_GRADIENT = (
     "no LoRA pair of the optimizer has a gradient in this step: none is trained. Is another adapter active? Was the "
@@ -47,6 +48,16 @@ def say_plain(names: Sequence[str], why: str, stacklevel: int) -> None:
     warnings.warn(
         f"{len(names)} LoRA pair(s) are stepped without RefLoRA ({listed(names)}): {why}.", stacklevel=stacklevel
     )
+
+
+def say_reversed(pairs: Sequence[LoRAPair], by_S: bool, stacklevel: int) -> None:
+    """Warn of `reversed_` pairs. by_S: the step needs an S, which these do not have."""
+    if not (names := reversed_(pairs)):
+        return
+    if by_S:
+        say_plain(names, REVERSED, stacklevel + 1)
+    else:
+        warnings.warn(WIDE.format(listed(names)), stacklevel=stacklevel)
 
 
 def halved(pairs: Sequence[LoRAPair], owned: Container[Tensor]) -> list[str]:

@@ -20,7 +20,7 @@ from . import state as keys
 from .compiled import SEED, CompiledStep
 from .grouped_pairs import GroupedPairs
 from .groups import check_amsgrad, check_group, flatten, lr_on_host
-from .membership import REVERSED, check_single, pairs_of_unseen, reversed_, say_plain
+from .membership import check_single, pairs_of_unseen, say_reversed
 from .options import check_group_options, check_owned
 from .scaler import Scaler, watched
 from .state import LIKE_TORCH, Storage, adopt
@@ -77,8 +77,12 @@ class PairedAdamW(CompiledStep, GroupedPairs, torch.optim.AdamW):  # type: ignor
         self._make_engines()
         self._own = tuple(given)
         self._again, self._built = getattr(pairs, "again", None), True
-        if names := reversed_(self.pairs):
-            say_plain(names, REVERSED, stacklevel=4)
+        say_reversed(self.pairs, self._by_S, stacklevel=5)
+
+    @property
+    def _by_S(self) -> bool:
+        """Whether a step needs both Grams to have full rank."""
+        return True
 
     def _check(self, defaults: Mapping[str, Any], given: Mapping[str, Any], differentiable: bool) -> None:
         check_single(type(self))

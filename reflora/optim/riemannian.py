@@ -17,11 +17,13 @@ from .step import RiemannianOptions
 class RiemannianAdamW(PairedAdamW):
     """AdamW on the gradients `(B^T B + reg I)^-1 gA` and `gB (A A^T + reg I)^-1` (arXiv 2402.02347).
 
-    What `peft.optimizers.create_riemannian_optimizer(model, torch.optim.AdamW, lr=..., reg=...)` gives, at about the
-    price of an AdamW step. Two things differ: gradients stay as they are, and a pair of which only one factor has a
-    gradient gets plain AdamW. A layer with a non-finite gradient or factor is skipped, its state untouched, and counted
-    in `diagnostics()`; one whose Gram with reg is numerically singular is degenerate, and gets AdamW on gradients over
-    the trace. State per parameter is torch.optim.AdamW's.
+    What `peft.optimizers.create_riemannian_optimizer(model, torch.optim.AdamW, lr=..., reg=...)` gives on linear layers
+    and with DoRA, at about the price of an AdamW step. Gradients stay as they are here, a pair of which only one factor
+    has a gradient gets plain AdamW, and embeddings, convolutions and experts (each for itself) are preconditioned too:
+    PEFT leaves the first two to AdamW, and gives all experts of a layer one Gram. A layer with a non-finite gradient or
+    factor is skipped, its state untouched, and counted in `diagnostics()`; one whose Gram with reg is numerically
+    singular is degenerate, and gets AdamW on gradients over the trace. State per parameter is torch.optim.AdamW's, and
+    RefLoRAAdamW's counts with each A.
 
     Args:
         params: What torch optimizers take (parameters, groups, named parameters), or a bare list of pairs.
@@ -93,6 +95,10 @@ class RiemannianAdamW(PairedAdamW):
             "maximize": maximize, "foreach": foreach, "capturable": capturable, "fused": fused,
         }  # fmt: skip
         self._build(params, pairs, defaults, own, differentiable)
+
+    @property
+    def _by_S(self) -> bool:
+        return False
 
     @property
     def options(self) -> RiemannianOptions:

@@ -17,7 +17,7 @@ from ..columns import SKIPPED
 from ..diagnostics import Diagnostics, uniform
 from ..pairs import PairLike, as_pairs, check_unhooked, check_unhooked_since, local
 from .base_class import check_base, check_kept, evaluated, separate, takes_closure
-from .membership import NO_GRADIENT, REVERSED, check_single, pairs_of_unseen, reversed_, say_plain
+from .membership import NO_GRADIENT, check_single, pairs_of_unseen, say_reversed
 from .operations import ops_of
 from .options import check_group_options, check_like_defaults
 from .pairs import finite_and_moving
@@ -135,8 +135,7 @@ class Wrapped(FullStep, ScalarStep):
         self._places = [(place.get(pair.A), place.get(pair.B)) for pair in self.pairs]
         assert self._ops  # built now, so that it raises here
         self._again, self._built = getattr(pairs, "again", None), True
-        if names := reversed_(self.pairs):
-            say_plain(names, REVERSED, stacklevel=3)
+        say_reversed(self.pairs, by_S=True, stacklevel=4)
 
     @property
     def _gentle(self) -> bool:

@@ -196,3 +196,18 @@ def test_a_bad_reg_is_refused(reg):
     (p,) = layers(4, FLOAT)[:1]
     with pytest.raises((ValueError, TypeError), match="reg: expected a number"):
         reflora.RiemannianAdamW([(p.A.requires_grad_(), p.B.requires_grad_())], reg=reg)
+
+
+@pytest.mark.parametrize(
+    "cls, options", [(reflora.RiemannianAdamW, {}), (reflora.InvariantAdamW, {"metric": "identity"})]
+)
+def test_a_rank_past_both_sides_is_no_reason_for_plain_steps(cls, options):
+    """There is no S, and none is needed; the order of the factors is asked about."""
+    A, B = (torch.randn(*shape).requires_grad_() for shape in ((8, 3), (5, 8)))
+    with pytest.warns(
+        UserWarning, match=r"^r is larger than both n_in and n_out in LoRA pair\(s\) pair 0\. Is B given"
+    ):
+        optimizer = cls([(A, B)], lr=1e-2, **options)
+    A.grad, B.grad = torch.randn_like(A), torch.randn_like(B)
+    optimizer.step()
+    assert optimizer.diagnostics().status.tolist() == [REFACTORED]
