@@ -44,6 +44,14 @@ def random_grads(parameters, generator):
         p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
 
 
+def step_alike(ones, a, others, b, generator):
+    """One step of each of two optimizers, from the same random gradients."""
+    random_grads(factors(ones), generator)
+    for p, q in zip(factors(ones), factors(others)):
+        q.grad = p.grad.clone()
+    a.step(), b.step()
+
+
 def step_sizes(make, before=lambda step, optimizer: None):
     """Mean |step| of A and of B, for 90 steps from B = 0 under a noisy gradient, and the optimizer, `make(A, B)`."""
     torch.manual_seed(3)

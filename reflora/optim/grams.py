@@ -31,7 +31,7 @@ def rejoin(state: dict[str, Any], pair: LoRAPair, factor: Tensor) -> None:
     squares = state.pop(SQUARES, None)
     if squares is None:
         return
-    matrices = list(zip(_matrices(state[GRAM], pair), _views(pair, factor, squares)))
+    matrices = list(zip(matrices_of(state[GRAM], pair), rows_of(pair, factor, squares)))
     if all(torch.equal(view, squares_of(matrix, squares.dtype).expand_as(view)) for matrix, view in matrices):
         return  # the factor has taken no step meanwhile
     for matrix, view in matrices:
@@ -43,7 +43,7 @@ def part(state: dict[str, Any], pair: LoRAPair, factor: Tensor, storage: Storage
     if GRAM not in state or SQUARES in state:
         return
     state[SQUARES] = zeros_like(factor, storage.dtype(factor))
-    for matrix, view in zip(_matrices(state[GRAM], pair), _views(pair, factor, state[SQUARES])):
+    for matrix, view in zip(matrices_of(state[GRAM], pair), rows_of(pair, factor, state[SQUARES])):
         view.copy_(squares_of(matrix, state[SQUARES].dtype).expand_as(view))
 
 
@@ -57,10 +57,11 @@ def squares_of(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return own.where(own <= 0, own.clamp_min(least)).to(dtype)
 
 
-def _matrices(gram: Tensor, pair: LoRAPair) -> Tensor:
+def matrices_of(gram: Tensor, pair: LoRAPair) -> Tensor:
+    """`[experts, r, r]`."""
     return gram.view(-1, pair.rank, pair.rank)
 
 
-def _views(pair: LoRAPair, factor: Tensor, tensor: Tensor) -> list[Tensor]:
-    """`[r, n]` of a tensor like the factor, one per expert."""
+def rows_of(pair: LoRAPair, factor: Tensor, tensor: Tensor) -> list[Tensor]:
+    """`[r, n]` of a tensor like the factor, or like its part along n, one per expert."""
     return pair.views_A(tensor) if factor is pair.A else [view.mT for view in pair.views_B(tensor)]

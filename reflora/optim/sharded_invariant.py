@@ -21,7 +21,7 @@ from ..backends.torch_solve import gram_of_sums
 from ..checks import check_whitening
 from ..columns import RESULTS, SKIPPED
 from ..pairs import LoRAPair, PairLike, local
-from .grams import squares_of
+from .grams import matrices_of, rows_of, squares_of
 from .groups import check_amsgrad
 from .sharded import ShardedOps, along, put_back, sides_of, summed
 from .state import GRAM, SQUARES, check_names, gram_shape
@@ -49,16 +49,11 @@ class Side(NamedTuple):
         return torch.float64 if self.factor.dtype == torch.float64 else torch.float32
 
     def rows(self, tensor: Tensor) -> list[Tensor]:
-        return rows_of(self.pair, self.dim, tensor)
+        return rows_of(self.pair, self.factor, tensor)
 
     def gram(self, tensor: Tensor) -> Tensor:
         """This process's part of the sums, float64 `[experts, r, r]`."""
         return torch.stack([row.double() @ row.double().mT for row in self.rows(tensor)])
-
-
-def rows_of(pair: LoRAPair, dim: int, tensor: Tensor) -> list[Tensor]:
-    """`[r, part of n]` of a tensor like the part of a factor that is cut along dim, one per expert."""
-    return pair.views_A(tensor) if dim == 1 else [view.mT for view in pair.views_B(tensor)]
 
 
 class ShardedInvariantAdamW(reflora_class(torch.optim.AdamW)):  # type: ignore[misc]
@@ -113,7 +108,7 @@ class ShardedInvariantAdamW(reflora_class(torch.optim.AdamW)):  # type: ignore[m
                 continue
             squares = torch.zeros_like(factor.detach())
             part = along(squares, dim)
-            for row, matrix in zip(rows_of(pair, dim, part), state[GRAM].view(-1, pair.rank, pair.rank)):
+            for row, matrix in zip(rows_of(pair, factor, part), matrices_of(state[GRAM], pair)):
                 row.copy_(squares_of(matrix, part.dtype).expand_as(row))
             put_back(squares, dim, part)
             state[SQUARES] = squares
@@ -124,7 +119,7 @@ class ShardedInvariantAdamW(reflora_class(torch.optim.AdamW)):  # type: ignore[m
         sides = [side for side in sides if SQUARES in side.state]
         for side in sides:
             rows = side.rows(along(side.state[SQUARES], side.dim))
-            matrices = side.state[GRAM].view(-1, side.pair.rank, side.pair.rank)
+            matrices = matrices_of(side.state[GRAM], side.pair)
             total = torch.stack([row.double().sum(1) for row in rows])
             changed = [(row != squares_of(matrix, row.dtype)).sum() for row, matrix in zip(rows, matrices)]
             parts.append((side.pair, side.dim, torch.cat([total, torch.stack(changed).double()[:, None]], 1)))

@@ -10,6 +10,7 @@ import distributed_cases as cases
 import parallel_cases
 import pytest
 import torch
+import whitened_cases
 from torch import Tensor
 from two_processes import Case, together
 
@@ -17,9 +18,9 @@ from two_processes import Case, together
 pytestmark = pytest.mark.xdist_group("two processes")
 # with those of test_parallel.py and test_examples.py
 CASES = (
-    cases.ddp, cases.fsdp2, cases.fsdp2_checkpoint, cases.fsdp2_invariant, cases.fsdp2_refusals, cases.fsdp2_refactorer,
-    cases.fsdp2_after_the_optimizer, cases.fsdp1, cases.fsdp2_hard_shapes, parallel_cases.zero_redundancy,
-    parallel_cases.tensor_parallel, cases.accelerated,
+    cases.ddp, cases.fsdp2, cases.fsdp2_checkpoint, whitened_cases.fsdp2_invariant, cases.fsdp2_refusals,
+    cases.fsdp2_refactorer, cases.fsdp2_after_the_optimizer, cases.fsdp1, cases.fsdp2_hard_shapes,
+    parallel_cases.zero_redundancy, parallel_cases.tensor_parallel, cases.accelerated,
     *([cases.deepspeed] if importlib.util.find_spec("deepspeed") else []), cases.example,
 )  # fmt: skip
 results = functools.cache(together)
@@ -70,8 +71,8 @@ def test_fsdp2_through_a_distributed_checkpoint() -> None:
 @pytest.mark.filterwarnings("ignore:.*stepped without RefLoRA")
 def test_fsdp2_with_second_moments_of_adamw() -> None:
     """Loaded, and of a factor whose partner has no gradient; what does not belong to it is refused."""
-    wanted = cases.loaded_and_lone(cases.build(False))
-    for found in both(cases.fsdp2_invariant):
+    wanted = whitened_cases.loaded_and_lone(cases.build(False))
+    for found in both(whitened_cases.fsdp2_invariant):
         for how in ("along r", "along n"):
             assert_close(found[how], wanted)
         assert found["untouched"]

@@ -8,7 +8,7 @@ from fractions import Fraction
 import pytest
 import torch
 from refusals import refused, unchanged
-from toys import clones, factors, leaf_pairs, random_grads
+from toys import clones, factors, leaf_pairs, random_grads, step_alike
 
 from benchmarks.baselines.lora_muon import LoRAMuon
 from benchmarks.baselines.lora_rite import LoRARITE
@@ -140,10 +140,7 @@ def test_resume_is_exact(fast_backend):
     resumed.load_state_dict(saved)
     assert resumed.state[others[0][0]]["exp_avg_gram"].dtype == DOUBLE
     for _ in range(3):
-        random_grads(factors(pairs), generator)
-        for p, q in zip(factors(pairs), factors(others)):
-            q.grad = p.grad.clone()
-        optimizer.step(), resumed.step()
+        step_alike(pairs, optimizer, others, resumed, generator)
     assert all(torch.equal(p, q) for p, q in zip(factors(pairs), factors(others)))
     copied = copy.deepcopy(resumed)
     assert copied.options == resumed.options and copied.metric == "scaled"
@@ -328,13 +325,10 @@ def test_carried_grams_resume_exactly_and_are_the_fresh_ones(fast_backend):
     a, b = InvariantAdamW(ones, **options), InvariantAdamW(others, **options)
     generator = torch.Generator().manual_seed(0)
     for number in range(6):
-        random_grads(factors(ones), generator)
-        for t, other in zip(factors(ones), factors(others)):
-            other.grad = t.grad.clone()
         if number == 3:
             b.load_state_dict(copy.deepcopy(a.state_dict()))
         b.invalidate()
-        a.step(), b.step()
+        step_alike(ones, a, others, b, generator)
         assert all(torch.equal(t, other) for t, other in zip(factors(ones), factors(others)))
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rows import DOUBLE, FLOAT, OTHERS, STORED, Rows, check_step, grads_like, layers, pair, same
 from torch import nn
-from toys import clones, factors, leaf_pairs, random_grads
+from toys import clones, factors, leaf_pairs, random_grads, step_alike
 
 import reflora
 from reflora import columns as col
@@ -182,10 +182,7 @@ def test_resume_is_exact(fast_backend, carry):
     resumed = reflora.RiemannianAdamW(others, lr=3e-2, **options)
     resumed.load_state_dict(torch.load(io.BytesIO(file.getvalue())))
     for _ in range(3):
-        random_grads(factors(pairs), generator)
-        for p, q in zip(factors(pairs), factors(others)):
-            q.grad = p.grad.clone()
-        optimizer.step(), resumed.step()
+        step_alike(pairs, optimizer, others, resumed, generator)
     assert all(torch.equal(p, q) for p, q in zip(factors(pairs), factors(others)))
     copied = pickle.loads(pickle.dumps(resumed))
     assert copied.options == resumed.options and copied.reg == 1e-3
