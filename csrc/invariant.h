@@ -220,7 +220,7 @@ struct InvariantOp {
                     own = now = now / square;
                 } else {
                     const double old = bounded(own, Storage<double>::max);
-                    own = old + (1 - h[BETA2]) * (now - old);
+                    own = h[BETA2] * old + (1 - h[BETA2]) * now;
                     now = own * by;
                 }
             }

@@ -125,7 +125,7 @@ def check_invariant(names: list[str], pairs: Pairs, backend: str, metric: str, m
     three_steps(names, pairs, optimizer, all_step=pairs[0][0].dtype == torch.float32)
     for name, pair in zip(names, pairs):
         for tensor in pair:
-            kept = (optimizer.state[tensor][key] for key in ("exp_avg", "exp_avg_gram"))
+            kept = (optimizer.state[tensor][key] for key in ("exp_avg", optimizer.storage.grams))
             assert all(moment.isfinite().all() for moment in kept), name
 
 

@@ -194,7 +194,7 @@ class InvariantRows(Rows):
         self, pairs: Sequence[LoRAPair], backend: str, hypers: Sequence[Hypers] = HYPERS,
         storage: Storage | None = None, copied: bool = True,
     ):  # fmt: skip
-        super().__init__(pairs, backend, hypers, replace(storage or Storage(), grams=True), copied)
+        super().__init__(pairs, backend, hypers, replace(storage or Storage(), grams=GRAM), copied)
 
     def read(self, number: int) -> tuple[Tensor, Tensor, Any]:
         row = self.rows[number]

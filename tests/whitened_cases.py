@@ -13,11 +13,11 @@ from two_processes import WORLD
 import reflora
 
 
-def loaded_and_lone(model: nn.Module, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
+def loaded_and_lone(model: nn.Module, rank: int = 0, world: int = 1, **options: Any) -> dict[str, Tensor]:
     """InvariantAdamW after AdamW, with a step in which one factor of a pair has no gradient."""
     adamw = torch.optim.AdamW(trainable(model), lr=1e-2)
     train(model, adamw, range(3), rank, world)
-    optimizer = reflora.create_reflora_optimizer(model, reflora.InvariantAdamW, lr=1e-2)
+    optimizer = reflora.create_reflora_optimizer(model, reflora.InvariantAdamW, lr=1e-2, **options)
     optimizer.load_state_dict(adamw.state_dict())
     train(model, optimizer, range(3, 5), rank, world)
     tokens, labels = (part.chunk(world)[rank] for part in batch(5))
@@ -32,6 +32,8 @@ def loaded_and_lone(model: nn.Module, rank: int = 0, world: int = 1) -> dict[str
 def fsdp2_invariant(rank: int, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"along r": loaded_and_lone(sharded(False, False), rank, WORLD)}
     found["along n"] = loaded_and_lone(sharded(True, False), rank, WORLD)
+    for how, along_n in (("along r", False), ("along n", True)):
+        found[f"momentum, {how}"] = loaded_and_lone(sharded(along_n, False), rank, WORLD, moments="momentum")
     # a factor that is not finite: its layer is skipped, its state untouched
     model = sharded(False, False)
     ours = reflora.create_reflora_optimizer(model, reflora.InvariantAdamW, lr=1e-2)
@@ -51,6 +53,13 @@ def fsdp2_invariant(rank: int, folder: Path) -> dict[str, Any]:
     refloras.step()
     found["refloras state"] = refused(lambda: ours.load_state_dict(refloras.state_dict()))
     found["its own"] = refused(lambda: refloras.load_state_dict(ours.state_dict()))
+    by_mean = reflora.create_reflora_optimizer(model, reflora.InvariantAdamW, lr=1e-2, moments="momentum")
+    for t in trainable(model):
+        t.grad = torch.ones_like(t)
+    by_mean.step()
+    found["momentum's"] = refused(lambda: ours.load_state_dict(by_mean.state_dict()))
+    ours.param_groups[0]["amsgrad"] = True
+    found["written amsgrad"] = refused(ours.step)
     options = {"optimizer_cls": reflora.InvariantAdamW, "amsgrad": True}
     found["amsgrad"] = refused(lambda: reflora.create_reflora_optimizer(model, lr=1e-2, **options))
     return found

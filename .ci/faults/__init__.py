@@ -1,8 +1,8 @@
 """The deliberate faults of mutants.py."""
 
-from . import core, kernels, package
+from . import core, invariant, kernels, package
 from .fault import Fault
 
-FAULTS = (*core.FAULTS, *kernels.FAULTS, *package.FAULTS)
+FAULTS = (*core.FAULTS, *kernels.FAULTS, *invariant.FAULTS, *package.FAULTS)
 
 __all__ = ["FAULTS", "Fault"]

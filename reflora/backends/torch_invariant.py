@@ -99,7 +99,7 @@ def second_moments(
     if step.moments == "momentum":
         V = _gram_over_n(m) / (1 - h.beta1**t) ** 2
     else:
-        V = before + (1 - h.beta2) * (_gram_over_n(g) - before)
+        V = h.beta2 * before + (1 - h.beta2) * _gram_over_n(g)
     return V, without_bias(V, t, h, step)
 
 

@@ -82,11 +82,14 @@ def create_reflora_optimizer(
             fail("a sharded model", "none of the fused step's own options", ", ".join(own), remedy, TypeError)
     elif optimizer_cls is None or optimizer_cls is torch.optim.AdamW:
         optimizer_cls = RefLoRAAdamW
-        if "base_options" in kwargs:
-            remedy = "RefLoRAAdamW shares no option name with its base class: pass them as keywords."
-            fail("base_options", "another optimizer_cls", "RefLoRAAdamW", remedy, TypeError)
     is_ours = isinstance(optimizer_cls, type) and issubclass(optimizer_cls, (PairedAdamW, Wrapped))
     cls: Any = optimizer_cls if is_ours else reflora_class(optimizer_cls)
+    if issubclass(cls, PairedAdamW) and "base_options" in kwargs:
+        remedy = f"{cls.__name__} shares no option name with its base class: pass them as keywords."
+        fail("base_options", "another optimizer_cls", cls.__name__, remedy, TypeError)
+    if "pairs" in kwargs:
+        remedy = f"To choose them, build {cls.__name__} itself, with pairs=."
+        fail("pairs", "none: they are found in the model", "pairs", remedy, TypeError)
     params = [param for param in model.parameters() if param.requires_grad]
     of_S: dict[str, Any] = {"scalar": scalar, "interval": interval, "warmup_steps": warmup_steps}
     if whitens or damps:

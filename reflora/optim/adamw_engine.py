@@ -20,7 +20,6 @@ from ..engine import Engine, mark_written
 from ..pairs import LoRAPair
 from .grams import init_gram, part, rejoin
 from .state import (
-    GRAM,
     MASTER,
     MOMENTS,
     PHASE,
@@ -84,7 +83,7 @@ class AdamWEngine(Engine):
         grads: of A and B alternately. As in torch, a pair has no state before its first gradient.
         """
         moments, grams = self.storage.moments_of(amsgrad), self.storage.grams
-        names = (*moments, "step", *([GRAM] if grams else []))
+        names = (*moments, "step", *([grams] if grams else []))
         options = (slots, names, keep_S)
         wakes = [i for i in self._idle if grads[2 * i] is not None or grads[2 * i + 1] is not None]
         if self._owner is state and self._options == options and not wakes and self._still_bound(state):
@@ -106,7 +105,7 @@ class AdamWEngine(Engine):
                 init_param(entries, factor, amsgrad, pair.experts, self.storage)
                 fit(entries, factor, pair.experts, self.storage)
                 if grams:
-                    init_gram(entries, pair, factor)
+                    init_gram(entries, pair, factor, grams)
                 states.append(entries)
             if not grams:
                 init_pair(sides[0][-1], pair, keep_S)
@@ -115,7 +114,7 @@ class AdamWEngine(Engine):
             for name in moments:
                 self.plan.bind(side, MOMENTS[name].column, [entries[name] for entries in states])
             if grams:
-                matrices = [entries[GRAM].view(-1, p.rank, p.rank) for entries, p in zip(states, self.pairs)]
+                matrices = [entries[grams].view(-1, p.rank, p.rank) for entries, p in zip(states, self.pairs)]
                 self.plan.bind_once(side + col.V, matrices)
             self.plan.bind_some(side, col.W, [entries.get(MASTER) for entries in states])
             self.plan.bind_once(side + col.STEP, [entries["step"] for entries in states])
@@ -217,16 +216,16 @@ class AdamWEngine(Engine):
                 got = f"{grad.dtype}, {grad.layout}"
                 fail(f"{name}, gradient", f"{factor.dtype}, strided, like its factor", got, remedy)
 
-    def leave(self) -> None:
+    def leave(self, groups: Sequence[dict[str, Any]]) -> None:
         """Move the moments of pairs that take plain steps from now on, and of those that no longer do."""
         state = self._owner
         for pair in (self.pairs[i] for i in self._leaving):
             leave_units(state.get(pair.A, {}), state.get(pair.B, {}), pair)
             for factor in (pair.A, pair.B):
-                part(state.get(factor, {}), pair, factor, self.storage)
+                part(state.get(factor, {}), pair, factor, self.storage, groups)
         for pair in (self.pairs[i] for i in self._returning):
             for factor in (pair.A, pair.B):
-                rejoin(state[factor], pair, factor)
+                rejoin(state[factor], pair, factor, self.storage.grams)
         if self.storage.grams:
             self._parted = self._parted.union(self._leaving).difference(self._returning)
 

@@ -181,11 +181,11 @@ class CompiledStep(Optimizer):
     def _init_gram(self, pair: LoRAPair, factor: Tensor) -> None:
         """The operator adds no entry, so those of a factor whose partner has no gradient are made here."""
         state = self.state[factor]
-        init_gram(state, pair, factor)
+        init_gram(state, pair, factor, self.storage.grams)
         if (pair.A.grad is None) != (pair.B.grad is None):
-            part(state, pair, factor, self.storage)
+            part(state, pair, factor, self.storage, self.param_groups)
         elif pair.A.grad is not None:
-            rejoin(state, pair, factor)
+            rejoin(state, pair, factor, self.storage.grams)
 
     def _describe(self, pairs: list[LoRAPair]) -> str:
         place = {p: index for index, p in enumerate(parameters(self))}

@@ -45,6 +45,11 @@ def check_amsgrad(group: dict[str, Any], params: Iterable[Any], pairs: Iterable[
     """Raises ValueError for a group with factors whose second moments are matrices, which have no maximum."""
     factors = {factor for pair in pairs for factor in (pair.A, pair.B)}
     if group.get("amsgrad") and any(isinstance(p, Tensor) and p in factors for p in params):
+        check_no_amsgrad([group])
+
+
+def check_no_amsgrad(groups: Iterable[dict[str, Any]]) -> None:
+    if any(group.get("amsgrad") for group in groups):
         remedy = (
             "Second moments that are matrices have no maximum: set it to False in the group, or in the loaded state."
         )

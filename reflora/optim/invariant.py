@@ -11,11 +11,12 @@ from torch import Tensor
 from ..checks import check_whitening
 from ..pairs import PairLike
 from .paired import PairedAdamW
+from .state import GRAM, MEAN_GRAM
 from .step import InvariantOptions
 
 
 class InvariantAdamW(PairedAdamW):
-    """AdamW for LoRA pairs whose step of the product B A is the same for every pair with that product.
+    """AdamW for LoRA pairs whose step of the product B A is the same for every equal pair of full rank.
 
     With mA, mB the means of the gradients, V_A and V_B `[r, r]` those of `gA gA^T / n_in` and `gB^T gB / n_out`, and a
     metric M of each factor, a step is
@@ -24,13 +25,14 @@ class InvariantAdamW(PairedAdamW):
 
     where # is the geometric mean: the momentum, whitened in the frame in which the metric is I. All moments are of raw
     gradients in the axes of A and B, and the step turns with these: (Q^T A, B Q^-T) moves B A as (A, B) does, for any
-    invertible Q (with metric="identity" for orthogonal Q). From B = 0 the first step has full stable rank, if singular
-    values of the gradient in the frame are less than about 100 apart; past `damping`, small ones stay small.
+    invertible Q (with metric="identity" for orthogonal Q) that leaves both factors of full numerical rank. From B = 0
+    the first step has full stable rank, if singular values of the gradient in the frame are less than about 100 apart;
+    past `damping`, small ones stay small.
 
     State per factor: `exp_avg` like the factor, `exp_avg_gram` `[r, r]` (experts: `[E, r, r]`) in float64, `step`:
     half of AdamW's where r is small beside n. It loads the state of a torch.optim.AdamW too, whose second moments it
-    averages over rows of A and columns of B. A layer with a non-finite gradient or factor is skipped, its state
-    untouched, and counted in `diagnostics()`.
+    averages over rows of A and columns of B. A layer with a non-finite gradient (without carry_grams) or factor is
+    skipped, its state untouched, and counted in `diagnostics()`.
 
     Args:
         params: What torch optimizers take (parameters, groups, named parameters), or a bare list of pairs.
@@ -43,18 +45,19 @@ class InvariantAdamW(PairedAdamW):
         weight_decay: Decoupled, as torch.optim.AdamW's.
         metric: "reflora": S for B and S^-1 for A, the balanced frame of RefLoRA (arXiv 2505.18877). "scaled":
             `(A A^T)^-1` for B and `(B^T B)^-1` for A, that of ScaledGD and of LoRA-RITE (arXiv 2410.20625), whose
-            update this is without its QR and its transport of moments. "identity": I, one-sided Shampoo.
+            update this is, whitened after averaging, without its QR, transport of moments, skipping and clipping.
+            "identity": I, one-sided Shampoo.
         moments: "gradients" for V as above. "momentum" puts the Gram of the mean gradient in its place, which makes all
             singular values of a step equal in the frame, up to damping: spectral descent, with "scaled" LoRA-Muon
-            (arXiv 2606.12921). State saved with one is not that of the other.
+            (arXiv 2606.12921). It keeps `gram_of_exp_avg` in place of `exp_avg_gram`, and loads state with either.
         damping: Added to the second moment in the frame, times its mean eigenvalue.
         maximize: As torch.optim.AdamW's.
         backend: None (the fastest that can serve the device), "triton", "cpp" or "torch".
         precision: Of Grams and solve: "float64" or, faster on GPUs with slow float64, "float32".
         carry_grams: One pass over factors and gradients in place of two (20 bytes per float32 parameter, not 28; on a
             GPU up to r = 32, with Grams in float64), with the Grams that the last step left: V is a step late, but for
-            the first. A gradient x times as large as those before it moves a factor `1 + (1 - beta1) (x - 1)` times as
-            far, so clip gradients. Where an element of a gradient is not finite its mean stays, and V; the layer is
+            the first. After equal gradients one that is x times as large moves a factor `1 + (1 - beta1) (x - 1)` times
+            as far, so clip gradients. Where an element of a gradient is not finite its mean stays, and V; the layer is
             stepped, but counted as skipped. `invalidate()`, as RefLoRAAdamW's.
         state_dtype: torch.float32 keeps the mean gradients of 16-bit factors in float32; None, like torch, in the
             factor's dtype.
@@ -111,7 +114,8 @@ class InvariantAdamW(PairedAdamW):
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize,
             "foreach": foreach, "capturable": capturable, "fused": fused,
         }  # fmt: skip
-        self._build(params, pairs, defaults, own, differentiable, grams=True)
+        grams = MEAN_GRAM if moments == "momentum" else GRAM
+        self._build(params, pairs, defaults, own, differentiable, grams)
 
     @property
     def _by_S(self) -> bool:

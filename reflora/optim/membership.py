@@ -83,7 +83,8 @@ def reversed_(pairs: Sequence[LoRAPair]) -> list[str]:
 def check_whole(halves: Sequence[str]) -> None:
     """Raises RuntimeError for `halved` pairs, in an optimizer without whole ones."""
     if halves:
-        fail("param_groups", "both factors of each pair", f"one, of {listed(halves)}", f"{PARTED}.", RuntimeError)
+        remedy = f"Pass both; {PARTED}."
+        fail("param_groups", "both factors of each pair", f"one, of {listed(halves)}", remedy, RuntimeError)
 
 
 def further_pairs(optimizer: Any, given: Iterable[Any] = (), sharded: bool = False) -> list[LoRAPair]:

@@ -43,7 +43,7 @@ class PairedAdamW(CompiledStep, GroupedPairs, torch.optim.AdamW):  # type: ignor
 
     def _build(
         self, params: Iterable[Any], pairs: Iterable[PairLike] | None, defaults: Mapping[str, Any],
-        given: Mapping[str, Any], differentiable: bool, grams: bool = False,
+        given: Mapping[str, Any], differentiable: bool, grams: str = "",
     ) -> None:  # fmt: skip
         """The rest of a constructor. defaults: torch.optim.AdamW's options; given: those of the whole optimizer.
 
@@ -196,7 +196,8 @@ class PairedAdamW(CompiledStep, GroupedPairs, torch.optim.AdamW):  # type: ignor
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
         self._key = None
-        self._told, self._seen, self._hooked, self._again, self._built = set(), set(), -1, None, True
+        if not self._built:  # a copy; torch calls this in load_state_dict, too
+            self._told, self._seen, self._hooked, self._again, self._built = set(), set(), -1, None, True
         self._register()
         self._make_engines()
 

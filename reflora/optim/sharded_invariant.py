@@ -21,10 +21,10 @@ from ..backends.torch_solve import gram_of_sums
 from ..checks import check_whitening
 from ..columns import RESULTS, SKIPPED
 from ..pairs import LoRAPair, PairLike, local
-from .grams import matrices_of, rows_of, squares_of
+from .grams import matrices_of, of_mean, rows_of, squares_of
 from .groups import check_amsgrad
 from .sharded import ShardedOps, along, put_back, sides_of, summed
-from .state import GRAM, SQUARES, check_names, gram_shape
+from .state import GRAM, MEAN_GRAM, SQUARES, check_names, gram_shape
 from .wrapper import Wrapped, entries_of, reflora_class
 
 
@@ -63,7 +63,6 @@ class ShardedInvariantAdamW(reflora_class(torch.optim.AdamW)):  # type: ignore[m
     """
 
     OWN = ("metric", "moments", "damping")
-    grams = True
 
     def __init__(
         self, params: Any, pairs: Sequence[PairLike], *, metric: str = "reflora", moments: str = "gradients",
@@ -72,6 +71,14 @@ class ShardedInvariantAdamW(reflora_class(torch.optim.AdamW)):  # type: ignore[m
         check_whitening(metric, moments, damping)
         self.metric, self.moments, self.damping = metric, moments, float(damping)
         super().__init__(params, pairs, **options)
+        self._check_groups()
+
+    @property
+    def grams(self) -> str:
+        return MEAN_GRAM if self.moments == "momentum" else GRAM
+
+    def _check_groups(self) -> None:
+        check_whitening(self.metric, self.moments, self.damping)
         for group in self.param_groups:
             check_amsgrad(group, group["params"], self.pairs)
 
@@ -86,6 +93,7 @@ class ShardedInvariantAdamW(reflora_class(torch.optim.AdamW)):  # type: ignore[m
 
     def _base_step(self, *loss: Any) -> None:
         """The base class's step without the pairs, and theirs."""
+        self._check_groups()
         self._part()
         hidden = [(factor, factor.grad) for pair in self._stepped for factor in (pair.A, pair.B)]
         for factor, _ in hidden:
@@ -99,29 +107,50 @@ class ShardedInvariantAdamW(reflora_class(torch.optim.AdamW)):  # type: ignore[m
 
     def _part(self) -> None:
         """AdamW's second moments for a factor whose partner has no gradient (grams.part)."""
+        lone = []
         for pair in self.pairs:
             if (pair.A.grad is None) == (pair.B.grad is None):
                 continue
             factor, dim = (pair.A, 1) if pair.B.grad is None else (pair.B, 0)
             state = self.state.get(factor, {})
-            if GRAM not in state or SQUARES in state:
-                continue
+            if self.grams in state and SQUARES not in state:
+                lone.append((pair, factor, dim, state))
+        for (pair, factor, dim, state), seconds in zip(lone, self._seconds(lone)):
             squares = torch.zeros_like(factor.detach())
             part = along(squares, dim)
-            for row, matrix in zip(rows_of(pair, factor, part), matrices_of(state[GRAM], pair)):
-                row.copy_(squares_of(matrix, part.dtype).expand_as(row))
+            for row, second in zip(rows_of(pair, factor, part), seconds):
+                row.copy_(squares_of(second, part.dtype).expand_as(row))
             put_back(squares, dim, part)
             state[SQUARES] = squares
+
+    def _seconds(self, lone: list[tuple[LoRAPair, Tensor, int, dict[str, Any]]]) -> list[Tensor]:
+        """AdamW's second moments of rows, float64 `[experts, r]` each (grams.part)."""
+        if self.grams == GRAM:
+            return [matrices_of(state[GRAM], pair).diagonal(dim1=1, dim2=2) for pair, _, _, state in lone]
+        betas = {param: group["betas"] for group in self.param_groups for param in group["params"]}
+        parts = []
+        for pair, factor, dim, state in lone:
+            rows = rows_of(pair, factor, along(state["exp_avg"], dim))
+            parts.append((pair, dim, torch.stack([row.double().square().sum(1) for row in rows])))
+        result = []
+        for (pair, factor, _, state), found in zip(lone, summed(parts)):
+            n = factor.numel() // (pair.experts * pair.rank)
+            result.append(found / n * of_mean(state["step"].to(found.device), betas[factor]))
+        return result
 
     def _rejoin(self, sides: list[Side]) -> None:
         """Take over AdamW's second moments, of factors that have taken its steps (grams.rejoin)."""
         parts = []
         sides = [side for side in sides if SQUARES in side.state]
+        if self.grams == MEAN_GRAM:
+            for side in sides:
+                del side.state[SQUARES]
+            return
         for side in sides:
             rows = side.rows(along(side.state[SQUARES], side.dim))
             matrices = matrices_of(side.state[GRAM], side.pair)
             total = torch.stack([row.double().sum(1) for row in rows])
-            changed = [(row != squares_of(matrix, row.dtype)).sum() for row, matrix in zip(rows, matrices)]
+            changed = [(row != squares_of(matrix.diagonal(), row.dtype)).sum() for row, matrix in zip(rows, matrices)]
             parts.append((side.pair, side.dim, torch.cat([total, torch.stack(changed).double()[:, None]], 1)))
         for side, found in zip(sides, summed(parts)):
             if found[:, -1].any():
@@ -181,8 +210,10 @@ class ShardedInvariantAdamW(reflora_class(torch.optim.AdamW)):  # type: ignore[m
         if "exp_avg" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             state["exp_avg"] = torch.zeros_like(factor)
-        if GRAM not in state:
-            state[GRAM] = torch.zeros(gram_shape(pair), dtype=torch.float64, device=local(factor).device)
+        if self.grams == MEAN_GRAM:
+            state.pop(GRAM, None)
+        if self.grams not in state:
+            state[self.grams] = torch.zeros(gram_shape(pair), dtype=torch.float64, device=local(factor).device)
         assert factor.grad is not None
         gradient = along(factor.grad, dim)
         scale = getattr(self, "grad_scale", None)
@@ -200,11 +231,11 @@ class ShardedInvariantAdamW(reflora_class(torch.optim.AdamW)):  # type: ignore[m
         beta1, beta2 = map(float, group["betas"])
         state["step"] += 1
         t = float(state["step"])
-        kept = state[GRAM].view(G.shape)
+        kept = state[self.grams].view(G.shape)
         if self.moments == "momentum":
             V = second = G / (1 - beta1**t) ** 2
         else:
-            V = kept + (1 - beta2) * (G - kept)
+            V = beta2 * kept + (1 - beta2) * G
             second = V / (1 - beta2**t)
         kept.copy_(V.where(done.view(-1, 1, 1), kept))
         K = whitener(second, P, self.damping, float(group["eps"]), compute).to(side.computed)
@@ -228,7 +259,7 @@ class ShardedInvariantAdamW(reflora_class(torch.optim.AdamW)):  # type: ignore[m
         factors = {factor for pair in self.pairs for factor in (pair.A, pair.B)}
         for param, entries in entries_of(self, state_dict):
             if param in factors:
-                check_names(entries, grams=True)
+                check_names(entries, self.grams)
         for group, own in zip(state_dict["param_groups"], self.param_groups):
             check_amsgrad(group, own["params"], self.pairs)
         super().load_state_dict(state_dict)

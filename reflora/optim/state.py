@@ -22,7 +22,7 @@ class Moment(NamedTuple):
 
 
 MOMENTS = {"exp_avg": Moment(M, 1), "exp_avg_sq": Moment(V, 2), "max_exp_avg_sq": Moment(X, 2)}
-SQUARES, GRAM = "exp_avg_sq", "exp_avg_gram"
+SQUARES, GRAM, MEAN_GRAM = "exp_avg_sq", "exp_avg_gram", "gram_of_exp_avg"
 MASTER = "master"
 PHASE, STEPS, SAVED = "reflora_phase", "reflora_steps", "reflora_S"
 HALF = (torch.bfloat16, torch.float16)
@@ -33,12 +33,12 @@ STRANGE = "The state belongs to another model or rank."
 class Storage:
     """What is kept in float32 beside 16-bit factors: their moments, and the weights themselves.
 
-    grams: whether the second moments of a factor are one `[r, r]` matrix (grams.py) in place of AdamW's.
+    grams: the entry that holds the second moments of a factor as one `[r, r]` matrix (grams.py), "" for AdamW's.
     """
 
     moments: bool = False
     master: bool = False
-    grams: bool = False
+    grams: str = ""
 
     def dtype(self, factor: Tensor) -> torch.dtype:
         """The dtype of a factor's moments."""
@@ -149,17 +149,22 @@ def init_pair(state: dict[str, Any], pair: LoRAPair, keep_S: bool) -> None:
 
 
 def gram_shape(pair: LoRAPair) -> tuple[int, ...]:
-    """Of a factor's exp_avg_gram: `[r, r]`, with one matrix per expert `[E, r, r]`."""
+    """Of a factor's second moments as a matrix: `[r, r]`, with one matrix per expert `[E, r, r]`."""
     r = pair.rank
     return (pair.experts, r, r) if pair.experts > 1 else (r, r)
 
 
-def check_names(entries: Mapping[str, Any], grams: bool) -> None:
-    """Raises ValueError for another optimizer's state. grams: second moments may be Grams, or AdamW's."""
+def check_names(entries: Mapping[str, Any], grams: str) -> None:
+    """Raises ValueError for another optimizer's state. grams: as in Storage; AdamW's second moments serve as well."""
     remedy = "The state belongs to another optimizer: load one saved by AdamW."
-    second = GRAM if grams and GRAM in entries else SQUARES
-    if entries and (missing := [name for name in ("step", "exp_avg", second) if name not in entries]):
-        fail("loaded state", f"step, exp_avg and {second}", f"one without {', '.join(missing)}", remedy)
+    if entries and (missing := [name for name in ("step", "exp_avg") if name not in entries]):
+        fail("loaded state", "step and exp_avg", f"one without {', '.join(missing)}", remedy)
+    if grams == GRAM and MEAN_GRAM in entries:
+        remedy = 'Build the optimizer with moments="momentum", or load a state of gradients.'
+        fail("loaded state", f"{GRAM}, a mean of Grams", f"{MEAN_GRAM}, a Gram of the mean", remedy)
+    usable = (SQUARES, *((GRAM, MEAN_GRAM) if grams else ()))
+    if entries and not any(name in entries for name in usable):
+        fail("loaded state", f"second moments: {' or '.join(usable)}", "none", remedy)
     if grams and (others := [name for name in (PHASE, STEPS, SAVED) if name in entries]):
         fail(
             "loaded state",
@@ -169,10 +174,10 @@ def check_names(entries: Mapping[str, Any], grams: bool) -> None:
         )
 
 
-def check_shapes(entries: dict[str, Any], param: Tensor, pair: LoRAPair | None, grams: bool = False) -> None:
+def check_shapes(entries: dict[str, Any], param: Tensor, pair: LoRAPair | None, grams: str = "") -> None:
     """Raises ValueError for another optimizer's state, and for an entry of the wrong shape."""
     remedy = "The state belongs to another optimizer: load one saved by AdamW."
-    check_names(entries, grams and pair is not None)
+    check_names(entries, grams if pair is not None else "")
     step = entries.get("step", 0)
     if isinstance(step, Tensor):
         counted = step.numel() > 0 and bool((step >= 0).all())
@@ -197,8 +202,9 @@ def check_pair(state: Mapping[Tensor, Any], pair: LoRAPair) -> None:
 
 def shapes_of_pair(pair: LoRAPair) -> dict[str, tuple[int, ...]]:
     """Shapes of the entries of `init_pair` and `init_gram`."""
-    counts = (pair.experts,)
-    return {PHASE: counts, STEPS: counts, SAVED: (*counts, 2, pair.rank, pair.rank), GRAM: gram_shape(pair)}
+    counts, square = (pair.experts,), gram_shape(pair)
+    saved = (*counts, 2, pair.rank, pair.rank)
+    return {PHASE: counts, STEPS: counts, SAVED: saved, GRAM: square, MEAN_GRAM: square}
 
 
 def compare_shapes(entries: Mapping[str, Any], wanted: dict[str, tuple[int, ...]], what: str = "loaded state") -> None:
@@ -238,7 +244,7 @@ def adopt(state: dict[str, Any], raw: dict[str, Any], param: Tensor, experts: in
     """
     if "step" in raw:
         state["step"] = torch.as_tensor(raw["step"], dtype=torch.float32, device=param.device).clone()
-    for name in (*MOMENTS, MASTER, PHASE, STEPS, SAVED, GRAM):
+    for name in (*MOMENTS, MASTER, PHASE, STEPS, SAVED, GRAM, MEAN_GRAM):
         if name in raw and raw[name].dtype != state[name].dtype:
             state[name] = raw[name].to(param.device).clone()
     fit(state, param, experts, storage)

@@ -12,12 +12,22 @@ import torch
 from torch import Tensor
 
 from ..backends import AdamWStep, InvariantStep, Step
-from ..checks import check_gradient, check_held, check_places, fail
+from ..checks import (
+    check_flags,
+    check_gradient,
+    check_held,
+    check_places,
+    check_precision,
+    check_reg,
+    check_schedule,
+    check_whitening,
+    fail,
+)
 from ..constants import start_of
 from ..engine import Engines
 from ..pairs import LoRAPair
 from .adamw_engine import AdamWEngine, Slot, capturing
-from .groups import hyper_table
+from .groups import check_no_amsgrad, hyper_table
 from .membership import LONE, NO_GRADIENT, say_plain
 from .plain import TORCH_STEPS, GradOf, State, prepare_plain, step_plain, step_stray
 from .scaler import Scaler
@@ -35,6 +45,11 @@ class Options:
 
     keeps_S: ClassVar[bool] = False  # whether the last S is part of the state
 
+    def __post_init__(self) -> None:
+        """Raises TypeError or ValueError for what has been written to an attribute of the optimizer."""
+        check_precision(self.precision)
+        check_flags({"carry_grams": self.carry_grams, "check_grads": self.check_grads})
+
     def step(self, hypers: Tensor, **more: Any) -> Step:
         """One step by this rule; more: the fields of Step that differ from step to step."""
         raise NotImplementedError
@@ -50,6 +65,11 @@ class AdamWOptions(Options):
     scalar: bool = False
     interval: int = 1
     warmup_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_flags({"scalar": self.scalar})
+        check_schedule(self.interval, self.warmup_steps)
 
     @property
     def keeps_S(self) -> bool:  # type: ignore[override]
@@ -68,6 +88,10 @@ class RiemannianOptions(Options):
 
     reg: float = 1e-2
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_reg(self.reg)
+
     def step(self, hypers: Tensor, **more: Any) -> Step:
         return AdamWStep(hypers, reg=self.reg, **self._common(), **more)
 
@@ -79,6 +103,10 @@ class InvariantOptions(Options):
     metric: str = "reflora"
     moments: str = "gradients"
     damping: float = 1e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_whitening(self.metric, self.moments, self.damping)
 
     def step(self, hypers: Tensor, **more: Any) -> Step:
         own = {"metric": self.metric, "moments": self.moments, "damping": self.damping, "late": self.carry_grams}
@@ -109,6 +137,8 @@ def adamw_(
     or None. told: what has been warned about.
     """
     _refuse(members, state, grad_of)
+    if options.storage.grams:
+        check_no_amsgrad(groups[number] for slot in members.slots if slot for number in slot)
     ready = engines.ready()
     if any(capturing(engine.plan.device) and not engine.stepped for engine in ready):
         remedy = "Take a step outside the graph first, two with carry_grams=True."
@@ -117,7 +147,7 @@ def adamw_(
     strays = _bind(ready, members.slots, groups, state, grad_of, options)
     _tell(engines, strays, told)
     for engine in ready:
-        engine.leave()
+        engine.leave(groups)
     for params, group in zip(members.plain, groups):
         prepare_plain(state, params, grad_of, group["amsgrad"])
     # torch may yet refuse a parameter: then no pair has moved

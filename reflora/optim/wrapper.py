@@ -22,7 +22,7 @@ from .operations import ops_of
 from .options import check_group_options, check_like_defaults
 from .pairs import finite_and_moving
 from .scaler import watched
-from .state import GRAM, PHASE, SAVED, STEPS, compare_shapes, shapes_of_pair
+from .state import GRAM, MEAN_GRAM, PHASE, SAVED, STEPS, compare_shapes, shapes_of_pair
 from .transport import check_movable, proportional
 from .units import UNIT, Units
 from .wrapped_full import FullStep, Written, same, versions
@@ -34,7 +34,10 @@ if TYPE_CHECKING:
     from .sharded import ShardedOps
 
 # what is kept of a pair in the state of its A, or of both factors, with its dtype
-DTYPES = {SAVED: None, PHASE: torch.float32, STEPS: torch.float32, UNIT: torch.float64, GRAM: torch.float64}
+DTYPES = {
+    SAVED: None, PHASE: torch.float32, STEPS: torch.float32, UNIT: torch.float64, GRAM: torch.float64,
+    MEAN_GRAM: torch.float64,
+}  # fmt: skip
 OPTIONS = ("pairs", *DEFAULTS, "_places")
 
 REEVALUATED = (
@@ -85,8 +88,8 @@ class Wrapped(FullStep, ScalarStep):
     warmup_steps: int | None
     backend: str | None
     precision: str
-    # whether second moments may be matrices (grams.py)
-    grams = False
+    # as in Storage
+    grams = ""
 
     def __init__(
         self,
@@ -254,9 +257,9 @@ class Wrapped(FullStep, ScalarStep):
         """
         pairs = {pair.A: pair for pair in self.pairs}
         for param, entries in entries_of(self, state_dict):
-            if GRAM in entries and not self.grams:
+            if not self.grams and (matrices := [name for name in (GRAM, MEAN_GRAM) if name in entries]):
                 remedy = "Its second moments are matrices: load the state of the base class."
-                fail("loaded state", f"{self.base.__name__}'s", f"InvariantAdamW's, with {GRAM}", remedy)
+                fail("loaded state", f"{self.base.__name__}'s", f"InvariantAdamW's, with {matrices[0]}", remedy)
             if param in pairs:
                 compare_shapes(entries, shapes_of_pair(pairs[param]))
         super().load_state_dict(state_dict)

@@ -72,13 +72,16 @@ def test_fsdp2_through_a_distributed_checkpoint() -> None:
 def test_fsdp2_with_second_moments_of_adamw() -> None:
     """Loaded, and of a factor whose partner has no gradient; what does not belong to it is refused."""
     wanted = whitened_cases.loaded_and_lone(cases.build(False))
+    by_mean = whitened_cases.loaded_and_lone(cases.build(False), moments="momentum")
     for found in both(whitened_cases.fsdp2_invariant):
         for how in ("along r", "along n"):
             assert_close(found[how], wanted)
+            assert_close(found[f"momentum, {how}"], by_mean)
         assert found["untouched"]
         assert "means of the gradients themselves" in found["refloras state"]
         assert "expected AdamW's, got InvariantAdamW's, with exp_avg_gram" in found["its own"]
-        assert "amsgrad: expected False" in found["amsgrad"]
+        assert "expected exp_avg_gram, a mean of Grams" in found["momentum's"]
+        assert "amsgrad: expected False" in found["amsgrad"] and "amsgrad: expected False" in found["written amsgrad"]
 
 
 def test_what_cannot_serve_sharded_factors_says_what_can() -> None:

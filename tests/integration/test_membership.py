@@ -244,6 +244,21 @@ def test_pairs_whose_first_gradient_comes_later_are_stepped(cls: Callable[..., A
     assert len(optimizer.pairs) == 4 and optimizer.diagnostics().refactored == 4
 
 
+@pytest.mark.parametrize("cls", [*CLASSES.values(), reflora.InvariantAdamW], ids=[*CLASSES, "InvariantAdamW"])
+def test_a_load_does_not_end_the_search_for_pairs(cls: Callable[..., Any]) -> None:
+    model = build("first", "second")
+    params = trainable(model)
+    model.base_model.set_adapter("first")
+    optimizer = cls(params, pairs=reflora.find_pairs(model), lr=1e-2)
+    backward(model)
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    model.base_model.set_adapter(["first", "second"])
+    backward(model)
+    assert told(optimizer.step) == []
+    assert len(optimizer.pairs) == 4
+
+
 @by_class
 def test_pairs_of_another_model_are_named(cls: Callable[..., Any]) -> None:
     model, other = build(), build()

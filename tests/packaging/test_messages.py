@@ -67,9 +67,12 @@ def test_options_for_a_base_that_there_is_not() -> None:
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
-    for cls in (None, torch.optim.AdamW, reflora.RefLoRAAdamW):
-        with pytest.raises(TypeError, match="base_options"):
+    for cls in (None, torch.optim.AdamW, reflora.RefLoRAAdamW, reflora.InvariantAdamW, reflora.RiemannianAdamW):
+        with pytest.raises(TypeError, match="base_options: expected another optimizer_cls"):
             reflora.create_reflora_optimizer(model, cls, lr=1e-3, base_options={"eps": 1e-6})
+    for cls in (None, torch.optim.SGD, reflora.InvariantAdamW):
+        with pytest.raises(TypeError, match="pairs: expected none: they are found in the model"):
+            reflora.create_reflora_optimizer(model, cls, lr=1e-3, pairs=[])
 
 
 def test_what_sharded_factors_cannot_do() -> None:

@@ -275,6 +275,9 @@ def test_amsgrad_is_refused_for_factors(fast_backend):
     with refused("amsgrad", of=optimizer):
         optimizer.add_param_group({"params": factors(more), "pairs": more, "amsgrad": True})
     assert len(optimizer.param_groups) == 2
+    optimizer.param_groups[0]["amsgrad"] = True
+    with refused("amsgrad: expected False", of=optimizer):
+        optimizer.step()
 
 
 def test_damping_of_any_number_type_is_a_float(fast_backend):

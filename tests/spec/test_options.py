@@ -115,6 +115,30 @@ def test_what_a_scheduler_writes_is_refused_before_anything_moves(name: str, val
         optimizer.step()
 
 
+ATTRIBUTES = [
+    (reflora.RefLoRAAdamW, "scalar", "no"), (reflora.RefLoRAAdamW, "interval", 0),
+    (reflora.RefLoRAAdamW, "warmup_steps", -1), (reflora.RefLoRAAdamW, "precision", "half"),
+    (reflora.RefLoRAAdamW, "carry_grams", 1), (reflora.RefLoRAAdamW, "check_grads", 1),
+    (reflora.InvariantAdamW, "metric", "euclid"), (reflora.InvariantAdamW, "moments", "mean"),
+    (reflora.InvariantAdamW, "damping", 0.0), (reflora.RiemannianAdamW, "reg", 0.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("cls, name, value", ATTRIBUTES, ids=str)
+def test_what_is_written_to_an_attribute_is_refused_before_anything_moves(
+    cls: Any, name: str, value: Any, fast_backend: str
+) -> None:  # fmt: skip
+    """Plain parameters are stepped first: they were, where pairs then failed."""
+    pairs = leaf_pairs([(4, 30, 21)])
+    other = torch.randn(5, requires_grad=True)
+    optimizer = cls([*factors(pairs), other], pairs=pairs, lr=1e-2, backend=fast_backend)
+    random_grads([*factors(pairs), other], torch.Generator().manual_seed(0))
+    optimizer.step()
+    setattr(optimizer, name, value)
+    with refused(f"{name}: expected ", of=optimizer, error=OF_ARGUMENTS):
+        optimizer.step()
+
+
 def failing(base: Any) -> Any:
     """Wrapped, a class whose step raises while it is `broken`."""
 
@@ -296,9 +320,21 @@ def test_a_state_of_another_optimizer_is_refused(name: str) -> None:
     other = OTHER_STATES[name](factors(pairs))
     run(other, pairs, targets(pairs), 1)
     optimizer = reflora.RefLoRAAdamW(pairs, lr=1e-2)
-    with refused("loaded state: expected step, exp_avg and exp_avg_sq"):
+    with refused("loaded state: expected step and exp_avg"):
         optimizer.load_state_dict(other.state_dict())
     assert optimizer.param_groups[0]["lr"] == 1e-2 and not optimizer.state
+
+
+@pytest.mark.parametrize("cls", [reflora.RefLoRAAdamW, reflora.InvariantAdamW])
+def test_a_state_without_second_moments_is_refused(cls: Any) -> None:
+    pairs = leaf_pairs([(4, 30, 21)])
+    other, optimizer = AdamW(factors(pairs)), cls(pairs, lr=1e-2)
+    run(other, pairs, targets(pairs), 1)
+    for entries in other.state.values():
+        del entries["exp_avg_sq"]
+    with refused("loaded state: expected second moments: exp_avg_sq"):
+        optimizer.load_state_dict(other.state_dict())
+    assert not optimizer.state
 
 
 @pytest.mark.parametrize("step", ["3", torch.tensor(float("nan")), -1, torch.zeros(0)])
