@@ -71,13 +71,14 @@ class ShardedInvariantAdamW(reflora_class(torch.optim.AdamW)):  # type: ignore[m
         check_whitening(metric, moments, damping)
         self.metric, self.moments, self.damping = metric, moments, float(damping)
         super().__init__(params, pairs, **options)
-        self._check_groups()
+        self._check_written()
 
     @property
     def grams(self) -> str:
         return MEAN_GRAM if self.moments == "momentum" else GRAM
 
-    def _check_groups(self) -> None:
+    def _check_written(self) -> None:
+        super()._check_written()
         check_whitening(self.metric, self.moments, self.damping)
         for group in self.param_groups:
             check_amsgrad(group, group["params"], self.pairs)
@@ -93,7 +94,6 @@ class ShardedInvariantAdamW(reflora_class(torch.optim.AdamW)):  # type: ignore[m
 
     def _base_step(self, *loss: Any) -> None:
         """The base class's step without the pairs, and theirs."""
-        self._check_groups()
         self._part()
         hidden = [(factor, factor.grad) for pair in self._stepped for factor in (pair.A, pair.B)]
         for factor, _ in hidden:

@@ -187,8 +187,7 @@ class Wrapped(FullStep, ScalarStep):
             given = (loss,)
         if scaler_found_inf(self):
             return loss
-        for group in self.param_groups:
-            check_like_defaults(self.base, {name: group[name] for name in self.defaults if name in group})
+        self._check_written()
         self._take_in(pairs_of_unseen(self, sharded=True))
         active = self._active()
         grads = [local(p.grad) for p in self._params() if p.grad is not None and not p.grad.is_sparse]
@@ -224,6 +223,13 @@ class Wrapped(FullStep, ScalarStep):
             if counts := [own[STEPS] for own in stepped if STEPS in own]:
                 torch._foreach_add_(counts, 1)
         return loss
+
+    def _check_written(self) -> None:
+        """Raises TypeError or ValueError for what has been written to groups and attributes."""
+        for group in self.param_groups:
+            check_like_defaults(self.base, {name: group[name] for name in self.defaults if name in group})
+        check_flags({"scalar": self.scalar})
+        check_schedule(self.interval, self.warmup_steps)
 
     def _base_step(self, *loss: Any) -> None:
         """The base class's own step; loss: the closure's value, if there was a closure."""

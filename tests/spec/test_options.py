@@ -121,6 +121,7 @@ ATTRIBUTES = [
     (reflora.RefLoRAAdamW, "carry_grams", 1), (reflora.RefLoRAAdamW, "check_grads", 1),
     (reflora.InvariantAdamW, "metric", "euclid"), (reflora.InvariantAdamW, "moments", "mean"),
     (reflora.InvariantAdamW, "damping", 0.0), (reflora.RiemannianAdamW, "reg", 0.0),
+    (reflora.wrap(SGD), "scalar", "no"), (reflora.wrap(SGD), "interval", 0), (reflora.wrap(SGD), "warmup_steps", -1),
 ]  # fmt: skip
 
 
