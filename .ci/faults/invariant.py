@@ -62,13 +62,6 @@ FAULTS = (
         COMPILED,
     ),
     triton(
-        "V is turned into its frame where others still read it",
-        "step/whiten.py",
-        f"        {SLOT_BARRIER.strip()}\n        tl.store(p_1 + square(RC), 0.5",
-        "        tl.store(p_1 + square(RC), 0.5",
-        COMPILED,
-    ),
-    triton(
         "the frames of A and B are exchanged",
         "step/frames.py",
         "square_a, square_b = 1.0 / c, c",
