@@ -88,7 +88,7 @@ def create_reflora_optimizer(
         remedy = f"{cls.__name__} shares no option name with its base class: pass them as keywords."
         fail("base_options", "another optimizer_cls", cls.__name__, remedy, TypeError)
     if "pairs" in kwargs:
-        remedy = f"To choose them, build {cls.__name__} itself, with pairs=."
+        remedy = "To choose them, call the class itself, or reflora.wrap of another, with pairs=."
         fail("pairs", "none: they are found in the model", "pairs", remedy, TypeError)
     params = [param for param in model.parameters() if param.requires_grad]
     of_S: dict[str, Any] = {"scalar": scalar, "interval": interval, "warmup_steps": warmup_steps}

@@ -1,9 +1,9 @@
 """Second moments of a factor as one `[r, r]` matrix in place of a number for each element.
 
-State `exp_avg_gram`: `E[gA gA^T] / n_in` and `E[gB^T gB] / n_out`; with moments="momentum" `gram_of_exp_avg`, those of
-the mean gradients without their bias, which can be had anew from these. In float64: a Gram squares the condition
-number, so it takes twice the digits of the gradients. A factor whose partner has no gradient takes AdamW's own steps,
-with `exp_avg_sq` beside it, and comes back from there.
+State `exp_avg_gram`: `E[gA gA^T] / n_in` and `E[gB^T gB] / n_out`; with moments="momentum" `gram_of_exp_avg`, the Grams
+of the mean gradients without their bias, which can be computed anew from `exp_avg`. In float64: a Gram squares the
+condition number, so it takes twice the digits of the gradients. A factor whose partner has no gradient takes AdamW's
+own steps, with `exp_avg_sq` beside it, and comes back from there.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def init_gram(state: dict[str, Any], pair: LoRAPair, factor: Tensor, name: str) 
         state[name] = found.to(factor.device, torch.float64).resolve_neg().contiguous()
         return
     state[name] = torch.zeros(gram_shape(pair), dtype=torch.float64, device=factor.device)
-    rejoin(state, pair, factor, name)
+    if name == GRAM:
+        rejoin(state, pair, factor, name)
 
 
 def rejoin(state: dict[str, Any], pair: LoRAPair, factor: Tensor, name: str) -> None:
@@ -67,7 +68,7 @@ def part(
 
 
 def of_mean(step: Tensor, betas: tuple[Any, Any]) -> Tensor:
-    """What makes squares of first moments after `step` steps, one or `[E]`, AdamW's second ones: float64 `[E, 1]`."""
+    """What turns the square of exp_avg into an exp_avg_sq, each with its bias: float64 `[E, 1]`. step: one or `[E]`."""
     t, (beta1, beta2) = step.double().view(-1, 1), map(float, betas)
     return ((1 - beta2**t) / (1 - beta1**t) ** 2).where(t > 0, 0.0)
 

@@ -11,12 +11,12 @@ from torch import Tensor
 from ..checks import check_whitening
 from ..pairs import PairLike
 from .paired import PairedAdamW
-from .state import GRAM, MEAN_GRAM
+from .state import grams_of
 from .step import InvariantOptions
 
 
 class InvariantAdamW(PairedAdamW):
-    """AdamW for LoRA pairs whose step of the product B A is the same for every equal pair of full rank.
+    """AdamW for LoRA pairs whose step of the product B A is the same for every pair of full rank with that product.
 
     With mA, mB the means of the gradients, V_A and V_B `[r, r]` those of `gA gA^T / n_in` and `gB^T gB / n_out`, and a
     metric M of each factor, a step is
@@ -114,8 +114,7 @@ class InvariantAdamW(PairedAdamW):
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize,
             "foreach": foreach, "capturable": capturable, "fused": fused,
         }  # fmt: skip
-        grams = MEAN_GRAM if moments == "momentum" else GRAM
-        self._build(params, pairs, defaults, own, differentiable, grams)
+        self._build(params, pairs, defaults, own, differentiable, grams_of(moments))
 
     @property
     def _by_S(self) -> bool:

@@ -180,11 +180,12 @@ class PairedAdamW(CompiledStep, GroupedPairs, torch.optim.AdamW):  # type: ignor
             for group, own in zip(state_dict["param_groups"], self.param_groups):
                 check_amsgrad(group, own["params"], self.pairs)
         Optimizer.load_state_dict(self, state_dict)
-        experts = {t: pair.experts for t, pair in owners.items()}
         for param, entries in raw.items():
             if entries:
-                storage = self.storage if param in experts else LIKE_TORCH
-                adopt(self.state[param], entries, param, experts.get(param, 1), storage)
+                # others may be in a pair that is found later
+                storage = self.storage if param in owners or self._again else LIKE_TORCH
+                experts = owners[param].experts if param in owners else keys.counted(entries.get("step"))
+                adopt(self.state[param], entries, param, experts, storage)
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("pairs", "backend", "storage", "stochastic_rounding", "_own", *self.OWN)

@@ -24,7 +24,7 @@ from ..pairs import LoRAPair, PairLike, local
 from .grams import matrices_of, of_mean, rows_of, squares_of
 from .groups import check_amsgrad
 from .sharded import ShardedOps, along, put_back, sides_of, summed
-from .state import GRAM, MEAN_GRAM, SQUARES, check_names, gram_shape
+from .state import GRAM, MEAN_GRAM, SQUARES, check_kept_moments, check_names, gram_shape, grams_of
 from .wrapper import Wrapped, entries_of, reflora_class
 
 
@@ -62,7 +62,7 @@ class ShardedInvariantAdamW(reflora_class(torch.optim.AdamW)):  # type: ignore[m
     Its options are InvariantAdamW's. A gradient that is not finite skips the whole step, in every process.
     """
 
-    OWN = ("metric", "moments", "damping")
+    OWN = ("metric", "moments", "damping", "grams")
 
     def __init__(
         self, params: Any, pairs: Sequence[PairLike], *, metric: str = "reflora", moments: str = "gradients",
@@ -70,16 +70,14 @@ class ShardedInvariantAdamW(reflora_class(torch.optim.AdamW)):  # type: ignore[m
     ):  # fmt: skip
         check_whitening(metric, moments, damping)
         self.metric, self.moments, self.damping = metric, moments, float(damping)
+        self.grams = grams_of(moments)
         super().__init__(params, pairs, **options)
         self._check_written()
-
-    @property
-    def grams(self) -> str:
-        return MEAN_GRAM if self.moments == "momentum" else GRAM
 
     def _check_written(self) -> None:
         super()._check_written()
         check_whitening(self.metric, self.moments, self.damping)
+        check_kept_moments(self.grams, self.moments)
         for group in self.param_groups:
             check_amsgrad(group, group["params"], self.pairs)
 

@@ -102,6 +102,11 @@ def fit(state: dict[str, Any], param: Tensor, experts: int, storage: Storage) ->
         state["step"] = _counts(state["step"], param, experts)
 
 
+def counted(step: Any) -> int:
+    """Of how many experts a saved step count is."""
+    return step.numel() if isinstance(step, Tensor) and step.dim() else 1
+
+
 def _counts(step: Any, param: Tensor, experts: int) -> Tensor:
     """A step count as one float32 per expert, each in a place of its own, or as a scalar, on the parameter's device."""
     if not isinstance(step, Tensor) or step.dtype != torch.float32 or step.device != param.device:
@@ -154,6 +159,17 @@ def gram_shape(pair: LoRAPair) -> tuple[int, ...]:
     return (pair.experts, r, r) if pair.experts > 1 else (r, r)
 
 
+def grams_of(moments: str) -> str:
+    """The entry with the second moments of InvariantAdamW's moments=."""
+    return MEAN_GRAM if moments == "momentum" else GRAM
+
+
+def check_kept_moments(grams: str, moments: str) -> None:
+    """Raises ValueError for moments= that are not those that the state holds."""
+    if grams and grams != grams_of(moments):
+        fail("moments", "what the optimizer was built with", repr(moments), "Build another, and load this one's state.")
+
+
 def check_names(entries: Mapping[str, Any], grams: str) -> None:
     """Raises ValueError for another optimizer's state. grams: as in Storage; AdamW's second moments serve as well."""
     remedy = "The state belongs to another optimizer: load one saved by AdamW."
@@ -162,6 +178,8 @@ def check_names(entries: Mapping[str, Any], grams: str) -> None:
     if grams == GRAM and MEAN_GRAM in entries:
         remedy = 'Build the optimizer with moments="momentum", or load a state of gradients.'
         fail("loaded state", f"{GRAM}, a mean of Grams", f"{MEAN_GRAM}, a Gram of the mean", remedy)
+    if not grams and (matrices := [name for name in (GRAM, MEAN_GRAM) if name in entries]):
+        fail("loaded state", "second moments of elements", f"InvariantAdamW's, with {matrices[0]}", remedy)
     usable = (SQUARES, *((GRAM, MEAN_GRAM) if grams else ()))
     if entries and not any(name in entries for name in usable):
         fail("loaded state", f"second moments: {' or '.join(usable)}", "none", remedy)
@@ -177,7 +195,7 @@ def check_names(entries: Mapping[str, Any], grams: str) -> None:
 def check_shapes(entries: dict[str, Any], param: Tensor, pair: LoRAPair | None, grams: str = "") -> None:
     """Raises ValueError for another optimizer's state, and for an entry of the wrong shape."""
     remedy = "The state belongs to another optimizer: load one saved by AdamW."
-    check_names(entries, grams if pair is not None else "")
+    check_names(entries, grams)
     step = entries.get("step", 0)
     if isinstance(step, Tensor):
         counted = step.numel() > 0 and bool((step >= 0).all())

@@ -31,7 +31,7 @@ from .groups import check_no_amsgrad, hyper_table
 from .membership import LONE, NO_GRADIENT, say_plain
 from .plain import TORCH_STEPS, GradOf, State, prepare_plain, step_plain, step_stray
 from .scaler import Scaler
-from .state import Storage, check_fits
+from .state import Storage, check_fits, check_kept_moments
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ class RiemannianOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_reg(self.reg)
+        object.__setattr__(self, "reg", float(self.reg))
 
     def step(self, hypers: Tensor, **more: Any) -> Step:
         return AdamWStep(hypers, reg=self.reg, **self._common(), **more)
@@ -107,6 +108,8 @@ class InvariantOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_whitening(self.metric, self.moments, self.damping)
+        check_kept_moments(self.storage.grams, self.moments)
+        object.__setattr__(self, "damping", float(self.damping))
 
     def step(self, hypers: Tensor, **more: Any) -> Step:
         own = {"metric": self.metric, "moments": self.moments, "damping": self.damping, "late": self.carry_grams}

@@ -230,6 +230,8 @@ class Wrapped(FullStep, ScalarStep):
             check_like_defaults(self.base, {name: group[name] for name in self.defaults if name in group})
         check_flags({"scalar": self.scalar})
         check_schedule(self.interval, self.warmup_steps)
+        check_backend(self.backend)
+        check_precision(self.precision)
 
     def _base_step(self, *loss: Any) -> None:
         """The base class's own step; loss: the closure's value, if there was a closure."""

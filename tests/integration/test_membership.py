@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import warnings
 from collections.abc import Callable
@@ -45,7 +46,7 @@ def add(model: Any, name: str) -> list[nn.Parameter]:
 def backward(model: nn.Module, step: int = 0) -> None:
     model.zero_grad()
     x = torch.randn(8, 10, generator=torch.Generator().manual_seed(step))
-    model(x).square().mean().backward()
+    model(x.to(next(model.parameters()).dtype)).square().mean().backward()
 
 
 def told(run: Callable[[], Any]) -> list[str]:
@@ -257,6 +258,38 @@ def test_a_load_does_not_end_the_search_for_pairs(cls: Callable[..., Any]) -> No
     backward(model)
     assert told(optimizer.step) == []
     assert len(optimizer.pairs) == 4
+
+
+RESUMED = {
+    "RefLoRAAdamW": reflora.RefLoRAAdamW, "InvariantAdamW": reflora.InvariantAdamW,
+    "with master weights": functools.partial(reflora.RefLoRAAdamW, master_weights=True),
+    "with float32 moments": functools.partial(reflora.InvariantAdamW, state_dtype=torch.float32),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", RESUMED.values(), ids=RESUMED)
+def test_the_state_of_pairs_that_are_found_later_is_loaded_whole(make: Callable[..., Any]) -> None:
+    """In the resumed run, too, their adapter is activated after the load."""
+    saved: dict[str, Any] = {}
+    models = [build("first", "second").to(torch.bfloat16) for _ in range(2)]
+    for model in models:
+        params = trainable(model)
+        model.base_model.set_adapter("first")
+        optimizer = make(params, pairs=reflora.find_pairs(model), lr=1e-2)
+        if saved:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+        model.base_model.set_adapter(["first", "second"])
+        if not saved:
+            for _ in range(2):
+                backward(model)
+                optimizer.step()
+            saved = copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+        backward(model)
+        optimizer.step()
+        assert len(optimizer.pairs) == 4
+    for p, q in zip(*map(trainable, models)):
+        assert torch.equal(p, q)
 
 
 @by_class

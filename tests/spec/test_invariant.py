@@ -286,6 +286,8 @@ def test_damping_of_any_number_type_is_a_float(fast_backend):
     assert type(optimizer.damping) is float
     random_grads(factors(pairs), torch.Generator().manual_seed(0))
     optimizer.step()
+    optimizer.damping = Fraction(1, 300)
+    optimizer.step()
 
 
 def test_degenerate_and_non_finite_layers(fast_backend):

@@ -63,6 +63,21 @@ def test_a_factor_comes_back_with_a_gram_of_its_mean(fast_backend):
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
+@LONE
+def test_a_lone_gradient_after_a_load_goes_on_with_adamws_squares(fast_backend):
+    """By squares of the mean it took a step almost four times AdamW's."""
+    ((A, B),) = pairs = leaf_pairs(SHAPES, torch.float32)
+    adamw = trained(pairs, 30, torch.optim.AdamW)
+    others = clones(pairs)
+    optimizer = InvariantAdamW(others, lr=1e-2, moments="momentum", backend=fast_backend)
+    optimizer.load_state_dict(copy.deepcopy(adamw.state_dict()))
+    random_grads((A, B), torch.Generator().manual_seed(5))
+    ((C, _),) = others
+    C.grad, B.grad = A.grad.clone(), None
+    adamw.step(), optimizer.step()
+    torch.testing.assert_close(C, A, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("saved", ["AdamW's", "of gradients"])
 def test_a_loaded_state_without_the_gram_of_the_mean_takes_it_from_the_mean(fast_backend, saved):
     """A first step with carried Grams by what was loaded was ten times too long."""

@@ -122,6 +122,8 @@ ATTRIBUTES = [
     (reflora.InvariantAdamW, "metric", "euclid"), (reflora.InvariantAdamW, "moments", "mean"),
     (reflora.InvariantAdamW, "damping", 0.0), (reflora.RiemannianAdamW, "reg", 0.0),
     (reflora.wrap(SGD), "scalar", "no"), (reflora.wrap(SGD), "interval", 0), (reflora.wrap(SGD), "warmup_steps", -1),
+    (reflora.wrap(SGD), "precision", "half"), (reflora.InvariantAdamW, "moments", "momentum"),
+    (reflora.InvariantAdamW, "damping", "much"),
 ]  # fmt: skip
 
 
