@@ -9,7 +9,7 @@ import torch
 from refusals import refused
 from toys import clones, factors, leaf_pairs, random_grads, step_alike
 
-from reflora import InvariantAdamW
+from reflora import InvariantAdamW, LoRAPair, RefLoRAAdamW, wrap
 
 SHAPES = [(4, 40, 30)]
 LONE = pytest.mark.filterwarnings("ignore:.*stepped without RefLoRA")
@@ -113,3 +113,57 @@ def test_without_memory_the_second_moments_are_the_last_gram(fast_backend):
     for g, factor in ((A.grad, A), (B.grad.mT, B)):
         wanted = g @ g.mT / g.shape[1]
         torch.testing.assert_close(optimizer.state[factor]["exp_avg_gram"], wanted, rtol=1e-12, atol=0)
+
+
+@LONE
+def test_squares_of_the_mean_are_those_of_each_expert_and_of_the_factors_own_group(fast_backend):
+    E, r, A, B = 3, 2, torch.randn(6, 11), torch.randn(7, 6)
+    A, B = A.requires_grad_(), B.requires_grad_()
+    groups = [{"params": [A]}, {"params": [B], "betas": (0.8, 0.99)}]
+    pairs = [LoRAPair("moe", A, B, f"experts({E})")]
+    optimizer = InvariantAdamW(groups, pairs=pairs, lr=1e-2, moments="momentum", backend=fast_backend)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        random_grads((A, B), generator)
+        optimizer.step()
+    means = (optimizer.state[B]["exp_avg"].double() / (1 - 0.8**3)).unflatten(1, (r, E))
+    before = means.square().mean(0) * (1 - 0.99**3)
+    random_grads((A, B), generator)
+    A.grad = None
+    optimizer.step()
+    g = B.grad.double().unflatten(1, (r, E))
+    wanted = 0.99 * before + 0.01 * g.square()
+    squares = optimizer.state[B]["exp_avg_sq"].unflatten(1, (r, E))
+    torch.testing.assert_close(squares.double(), wanted, rtol=1e-5, atol=1e-9)
+
+
+@LONE
+def test_a_lone_gradient_before_any_step_is_adamws_first(fast_backend):
+    """Of a factor whose loaded state has counted no step, squares of its mean would be 0 / 0."""
+    ((A, B),) = pairs = leaf_pairs(SHAPES, torch.float32)
+    optimizer = InvariantAdamW(pairs, lr=1e-2, weight_decay=0.0, moments="momentum", backend=fast_backend)
+    state = trained(clones(pairs), 1, moments="momentum", backend=fast_backend).state_dict()
+    for entries in state["state"].values():
+        for value in entries.values():
+            value.zero_()
+    optimizer.load_state_dict(state)
+    random_grads((A,), torch.Generator().manual_seed(0))
+    before = A.detach().clone()
+    optimizer.step()
+    torch.testing.assert_close(A.detach(), before - optimizer.param_groups[0]["lr"] * A.grad.sign(), rtol=0, atol=1e-4)
+
+
+def test_the_gram_of_the_mean_is_loaded_in_its_own_dtype_and_shape(fast_backend):
+    pairs = leaf_pairs(SHAPES, torch.bfloat16)
+    state = trained(pairs, moments="momentum", backend=fast_backend).state_dict()
+    optimizer = InvariantAdamW(clones(pairs), lr=1e-2, moments="momentum", backend=fast_backend)
+    optimizer.load_state_dict(copy.deepcopy(state))
+    loaded = optimizer.state[optimizer.param_groups[0]["params"][0]]["gram_of_exp_avg"]
+    assert loaded.dtype == torch.float64 and torch.equal(loaded, state["state"][0]["gram_of_exp_avg"])
+    for cls in (wrap(torch.optim.AdamW), RefLoRAAdamW):
+        other = cls(factors(pairs), pairs=pairs, lr=1e-2)
+        with refused("gram_of_exp_avg", of=other):
+            other.load_state_dict(state)
+    state["state"][0]["gram_of_exp_avg"] = torch.zeros(3, 3)
+    with refused("loaded state 'gram_of_exp_avg'", of=optimizer):
+        optimizer.load_state_dict(state)
