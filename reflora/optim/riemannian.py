@@ -23,8 +23,8 @@ class RiemannianAdamW(PairedAdamW):
     PEFT leaves the first two to AdamW, and gives all experts of a layer one Gram. A layer with a non-finite gradient or
     factor is skipped, its state untouched, and counted in `diagnostics()`; one whose Gram with reg is numerically
     singular is degenerate, and gets AdamW on gradients over the trace. State per parameter is torch.optim.AdamW's, and
-    RefLoRAAdamW's counts with each A. A state of either is
-    accepted, but its moments are of gradients preconditioned otherwise, until they decay.
+    RefLoRAAdamW's counts with each A. A state of either is accepted, but its moments are of gradients preconditioned
+    otherwise, until they decay.
 
     Args:
         params: What torch optimizers take (parameters, groups, named parameters), or a bare list of pairs.
