@@ -203,14 +203,15 @@ def check_schedule(interval: int, warmup_steps: int | None) -> None:
         check_count("warmup_steps", warmup_steps, 0, "phases S in gradually")
 
 
-def check_storage(
-    state_dtype: torch.dtype | None, master_weights: bool, stochastic_rounding: bool, carry_scalar: bool
-) -> None:
+def check_storage(state_dtype: torch.dtype | None, master_weights: bool, stochastic_rounding: bool) -> None:
     if state_dtype not in (None, torch.float32):
         fail(
             "state_dtype", "None or torch.float32", typed(state_dtype), "None keeps the moments in the factors' dtype."
         )
     if master_weights and stochastic_rounding:
         fail("stochastic_rounding", "False with master_weights=True", True, "Master weights lose nothing to rounding.")
-    if carry_scalar:
+
+
+def check_carry(carry_grams: bool, scalar: bool) -> None:
+    if carry_grams and scalar:
         fail("carry_grams", "False with scalar=True", True, "RefLoRA-S needs no Grams.")

@@ -11,7 +11,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .._ops import add_op_namespace_prefix, ops
 from ..ambient import independent
+from ..checks import fail
 from ..columns import PLAIN, REPORTED
 from ..diagnostics import uniform
 from ..engine import Engines
@@ -27,6 +28,7 @@ from ..operators import OP_TAGS
 from ..pairs import LoRAPair
 from .adamw_engine import AdamWEngine
 from .grams import init_gram, part, rejoin
+from .groups import check_no_amsgrad
 from .scaler import Scaler
 from .state import LIKE_TORCH, Storage, check_fits, check_pair, fit, init_pair, init_param
 from .step import AdamWOptions, InvariantOptions, Members, Options, RiemannianOptions, adamw_, engines_of
@@ -99,6 +101,9 @@ def empty_results(pairs: list[LoRAPair]) -> Tensor:
 class CompiledStep(Optimizer):
     """The part of an optimizer over pairs for torch.compile."""
 
+    # names of the attributes that are options of the whole optimizer
+    OWN: ClassVar[tuple[str, ...]]
+
     pairs: list[LoRAPair]
     storage: Storage
     stochastic_rounding: bool
@@ -108,6 +113,7 @@ class CompiledStep(Optimizer):
     _compiled: Compiled
     _described: str
     _state_names: list[tuple[str, ...]]
+    _traced_options: dict[str, Any]
     # results of the last compiled step, and their version at the last eager step
     _traced_results: Tensor | None
     _seen_version: int
@@ -120,7 +126,13 @@ class CompiledStep(Optimizer):
     @property
     def seed(self) -> int | None:
         """The seed of stochastic rounding."""
-        return self.param_groups[0][SEED] if self.stochastic_rounding else None
+        if not self.stochastic_rounding:
+            return None
+        if SEED not in self.param_groups[0]:
+            fail(
+                "stochastic_rounding", "what the optimizer was built with", True, "Build another, and load this state."
+            )
+        return self.param_groups[0][SEED]
 
     def _step_traced(self) -> None:
         """The whole step as one operator in the traced graph.
@@ -128,6 +140,8 @@ class CompiledStep(Optimizer):
         It works on detached tensors: a graph would stay in `no_grad` where the operator fails.
         """
         self._init_group()
+        for name, value in self._traced_options.items():
+            assert getattr(self, name) == value  # a guard: once another is written, the step is traced anew
         params = [p for group in self.param_groups for p in group["params"]]
         graded = [index for index, p in enumerate(params) if p.grad is not None]
         hypers: list[float] = []
@@ -149,6 +163,9 @@ class CompiledStep(Optimizer):
 
     def _init_group(self) -> None:
         """Make all state, so that a trace finds it. Dynamo runs this while tracing, on the real parameters."""
+        members = self._membership()
+        if self.storage.grams:
+            check_no_amsgrad(self.param_groups[number] for slot in members.slots if slot for number in slot)
         amsgrad = any(group["amsgrad"] for group in self.param_groups)
         pairs, keeps_S = self.stepped_pairs(), self.options.keeps_S
         owners = {t: pair for pair in pairs for t in (pair.A, pair.B)}
@@ -177,6 +194,7 @@ class CompiledStep(Optimizer):
             self._see_version()
             _KEPT[self._traced_results] = self._compiled
         self._described = self._describe(pairs)
+        self._traced_options = {name: getattr(self, name) for name in ("backend", "stochastic_rounding", *self.OWN)}
 
     def _init_gram(self, pair: LoRAPair, factor: Tensor) -> None:
         """The operator adds no entry, so those of a factor whose partner has no gradient are made here."""
@@ -213,6 +231,7 @@ class CompiledStep(Optimizer):
         self.captured = set()
         self._compiled = Compiled(self.captured)
         self._traced_results, self._state_names, self._described, self._seen_version = None, [], "", 0
+        self._traced_options = {}
 
 
 @torch.library.custom_op(add_op_namespace_prefix("adamw_"), mutates_args=("params", "state", "results"), tags=OP_TAGS)

@@ -6,14 +6,14 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from operator import attrgetter
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from ..ambient import independent, outside_inference
 from ..backends import resolve
-from ..checks import check_backend, check_flags, check_hypers, check_precision, check_storage, fail
+from ..checks import check_backend, check_carry, check_flags, check_hypers, check_precision, check_storage, fail
 from ..diagnostics import Diagnostics, row_names
 from ..pairs import PairLike, as_pairs, check_unhooked, check_unhooked_since
 from . import state as keys
@@ -34,9 +34,6 @@ FLAGS = (
 
 class PairedAdamW(CompiledStep, GroupedPairs, torch.optim.AdamW):  # type: ignore[misc]
     """An AdamW over parameters of which some make up pairs; isinstance sees torch's, none of whose code runs."""
-
-    # names of the attributes that are options of the whole optimizer
-    OWN: ClassVar[tuple[str, ...]]
 
     precision: str
     carry_grams: bool
@@ -94,8 +91,8 @@ class PairedAdamW(CompiledStep, GroupedPairs, torch.optim.AdamW):  # type: ignor
         check_precision(given["precision"])
         if differentiable:
             fail("differentiable", "False", repr(differentiable), "The fused step has no derivative.")
-        carries_scalar = given["carry_grams"] and given.get("scalar", False)
-        check_storage(given["state_dtype"], given["master_weights"], given["stochastic_rounding"], carries_scalar)
+        check_carry(given["carry_grams"], given.get("scalar", False))
+        check_storage(given["state_dtype"], given["master_weights"], given["stochastic_rounding"])
 
     @property
     def _step_supports_amp_scaling(self) -> bool:  # type: ignore[override]
@@ -130,6 +127,9 @@ class PairedAdamW(CompiledStep, GroupedPairs, torch.optim.AdamW):  # type: ignor
 
     def _step_eagerly(self) -> None:
         self._hooked = check_unhooked_since(self.pairs, self._hooked)
+        if self._engines.backend != self.backend:
+            check_backend(self.backend)
+            self._make_engines()
         self._take_in(pairs_of_unseen(self))
         members = self._membership()
         if self._only_makes_state():

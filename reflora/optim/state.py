@@ -187,7 +187,7 @@ def check_names(entries: Mapping[str, Any], grams: str) -> None:
         fail(
             "loaded state",
             "means of the gradients themselves",
-            f"RefLoRAAdamW's or RiemannianAdamW's, with {others[0]}",
+            f"means in the units of S, with {others[0]}",
             remedy,
         )
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..backends import AdamWStep, InvariantStep, Step
 from ..checks import (
+    check_carry,
     check_flags,
     check_gradient,
     check_held,
@@ -70,6 +71,7 @@ class AdamWOptions(Options):
         super().__post_init__()
         check_flags({"scalar": self.scalar})
         check_schedule(self.interval, self.warmup_steps)
+        check_carry(self.carry_grams, self.scalar)
 
     @property
     def keeps_S(self) -> bool:  # type: ignore[override]

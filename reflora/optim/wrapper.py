@@ -232,6 +232,8 @@ class Wrapped(FullStep, ScalarStep):
         check_schedule(self.interval, self.warmup_steps)
         check_backend(self.backend)
         check_precision(self.precision)
+        if (self._ops.backend, self._ops.precision) != (self.backend, self.precision):
+            self.__dict__.pop("_ops")
 
     def _base_step(self, *loss: Any) -> None:
         """The base class's own step; loss: the closure's value, if there was a closure."""

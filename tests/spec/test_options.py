@@ -115,6 +115,7 @@ def test_what_a_scheduler_writes_is_refused_before_anything_moves(name: str, val
         optimizer.step()
 
 
+FUSED = (reflora.RefLoRAAdamW, reflora.InvariantAdamW, reflora.RiemannianAdamW)
 ATTRIBUTES = [
     (reflora.RefLoRAAdamW, "scalar", "no"), (reflora.RefLoRAAdamW, "interval", 0),
     (reflora.RefLoRAAdamW, "warmup_steps", -1), (reflora.RefLoRAAdamW, "precision", "half"),
@@ -124,6 +125,8 @@ ATTRIBUTES = [
     (reflora.wrap(SGD), "scalar", "no"), (reflora.wrap(SGD), "interval", 0), (reflora.wrap(SGD), "warmup_steps", -1),
     (reflora.wrap(SGD), "precision", "half"), (reflora.InvariantAdamW, "moments", "momentum"),
     (reflora.InvariantAdamW, "damping", "much"),
+    *((cls, "stochastic_rounding", True) for cls in FUSED),
+    *((cls, "backend", "gpu") for cls in (*FUSED, reflora.wrap(SGD))),
 ]  # fmt: skip
 
 
@@ -140,6 +143,45 @@ def test_what_is_written_to_an_attribute_is_refused_before_anything_moves(
     setattr(optimizer, name, value)
     with refused(f"{name}: expected ", of=optimizer, error=OF_ARGUMENTS):
         optimizer.step()
+
+
+def test_carried_grams_are_not_written_to_RefLoRA_S() -> None:
+    pairs = leaf_pairs([(4, 30, 21)])
+    optimizer = reflora.RefLoRAAdamW(pairs, scalar=True)
+    random_grads(factors(pairs), torch.Generator().manual_seed(0))
+    optimizer.carry_grams = True
+    with refused("^carry_grams: expected False with scalar=True", of=optimizer):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("cls", [*FUSED, reflora.wrap(SGD)], ids=lambda cls: cls.__name__)
+def test_a_backend_that_is_written_is_taken(cls: Any) -> None:
+    """Triton serves no CPU."""
+    pairs = leaf_pairs([(4, 30, 21)])
+    optimizer = cls(factors(pairs), pairs=pairs, lr=1e-2, backend="torch")
+    random_grads(factors(pairs), torch.Generator().manual_seed(0))
+    optimizer.step()
+    optimizer.backend = "triton"
+    with refused("", of=optimizer, error=RuntimeError):
+        optimizer.step()
+    optimizer.backend = "torch"
+    optimizer.step()
+
+
+@pytest.mark.parametrize("cls", [*FUSED, reflora.wrap(SGD)], ids=lambda cls: cls.__name__)
+def test_a_precision_that_is_written_is_that_of_the_next_step(cls: Any) -> None:
+    start, ends = leaf_pairs([(4, 30, 21)]), {}
+    for built, written in (("float64", "float64"), ("float64", "float32"), ("float32", "float32")):
+        pairs = clones(start)
+        optimizer = cls(factors(pairs), pairs=pairs, lr=1e-2, precision=built, backend="torch")
+        optimizer.precision = written
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            random_grads(factors(pairs), generator)
+            optimizer.step()
+        ends[built, written] = torch.cat([t.detach().flatten() for t in factors(pairs)])
+    assert torch.equal(ends["float64", "float32"], ends["float32", "float32"])
+    assert not torch.equal(ends["float64", "float32"], ends["float64", "float64"])
 
 
 def failing(base: Any) -> Any:

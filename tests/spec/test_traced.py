@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 from conftest import needs_compiler
+from refusals import unchanged
 from torch._inductor import config as inductor_config
 from toys import clones, factors, leaf_pairs, random_grads
 
@@ -98,6 +99,37 @@ def test_a_compiled_lone_gradient_of_InvariantAdamW():
             kept += [t.clone() for own in optimizer.state.values() for _, t in sorted(own.items())]
         ends.append(kept)
     assert len(ends[0]) == len(ends[1]) and all(torch.equal(x, y) for x, y in zip(*ends))
+
+
+@torch._dynamo.config.patch(error_on_recompile=False)
+def test_options_that_are_written_after_a_trace_are_followed():
+    ends, start = [], leaf_pairs(SHAPES, torch.float32)
+    for compiled in (False, True):
+        pairs = clones(start)
+        optimizer = InvariantAdamW(pairs, lr=1e-2)
+        step = torch.compile(lambda: optimizer.step(), fullgraph=True, backend="aot_eager")  # noqa: B023
+        generator = torch.Generator().manual_seed(1)
+        for written in ({}, {"metric": "identity"}, {"damping": 0.5, "backend": "torch"}):
+            for name, value in written.items():
+                setattr(optimizer, name, value)
+            random_grads(factors(pairs), generator)
+            (step if compiled else optimizer.step)()
+        ends.append([t.detach() for t in factors(pairs)])
+    assert all(torch.equal(x, y) for x, y in zip(*ends))
+
+
+@torch._dynamo.config.patch(error_on_recompile=False)
+def test_amsgrad_that_is_written_after_a_trace_leaves_plain_parameters_as_they_were():
+    pairs, head = leaf_pairs(SHAPES, torch.float32), torch.randn(5, requires_grad=True)
+    optimizer = InvariantAdamW([*factors(pairs), head], pairs=pairs)
+    step = torch.compile(lambda: optimizer.step(), fullgraph=True, backend="aot_eager")
+    random_grads([*factors(pairs), head], torch.Generator().manual_seed(1))
+    step()
+    optimizer.param_groups[0]["amsgrad"] = True
+    kept = set(optimizer.state[head])
+    with unchanged(of=optimizer), pytest.raises(Exception, match="amsgrad: expected False in a group with LoRA"):
+        step()
+    assert set(optimizer.state[head]) == kept
 
 
 @needs_compiler
