@@ -20,7 +20,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .._ops import add_op_namespace_prefix, ops
 from ..ambient import independent
-from ..checks import fail
+from ..backends import resolve
+from ..checks import check_backend, check_flags, check_storage, fail
 from ..columns import PLAIN, REPORTED
 from ..diagnostics import uniform
 from ..engine import Engines
@@ -28,7 +29,7 @@ from ..operators import OP_TAGS
 from ..pairs import LoRAPair
 from .adamw_engine import AdamWEngine
 from .grams import init_gram, part, rejoin
-from .groups import check_no_amsgrad
+from .groups import check_group, check_no_amsgrad
 from .scaler import Scaler
 from .state import LIKE_TORCH, Storage, check_fits, check_pair, fit, init_pair, init_param
 from .step import AdamWOptions, InvariantOptions, Members, Options, RiemannianOptions, adamw_, engines_of
@@ -61,7 +62,7 @@ class Compiled:
         wanted, addresses = _read(described), [t.data_ptr() for t in (*params, *state)]
         if (self.described, self.addresses) == (described, addresses):
             return wanted
-        self.described, self.addresses, self.params = described, addresses, [p.detach() for p in params]
+        self.described, self.params = "", [p.detach() for p in params]
         own, entries = iter(self.params), iter(state)
         self.groups = [{"params": [next(own) for _ in range(size)]} for size in wanted["sizes"]]
         group_of = {p: number for number, group in enumerate(self.groups) for p in group["params"]}
@@ -74,6 +75,7 @@ class Compiled:
         plain = [[p for p in group["params"] if p not in paired] for group in self.groups]
         self.members = Members(list(slots), plain)
         self.engines = engines_of(pairs, wanted["backend"], wanted["options"].storage, self.captured)
+        self.described, self.addresses = described, addresses  # last: what raises above is tried again
         return wanted
 
 
@@ -125,7 +127,9 @@ class CompiledStep(Optimizer):
 
     @property
     def seed(self) -> int | None:
-        """The seed of stochastic rounding."""
+        """The seed of stochastic rounding. Raises TypeError or ValueError for what has been written to its option."""
+        check_flags({"stochastic_rounding": self.stochastic_rounding})
+        check_storage(None, self.storage.master, self.stochastic_rounding)
         if not self.stochastic_rounding:
             return None
         if SEED not in self.param_groups[0]:
@@ -163,11 +167,12 @@ class CompiledStep(Optimizer):
 
     def _init_group(self) -> None:
         """Make all state, so that a trace finds it. Dynamo runs this while tracing, on the real parameters."""
+        options, _ = self._check_written()
         members = self._membership()
         if self.storage.grams:
             check_no_amsgrad(self.param_groups[number] for slot in members.slots if slot for number in slot)
         amsgrad = any(group["amsgrad"] for group in self.param_groups)
-        pairs, keeps_S = self.stepped_pairs(), self.options.keeps_S
+        pairs, keeps_S = self.stepped_pairs(), options.keeps_S
         owners = {t: pair for pair in pairs for t in (pair.A, pair.B)}
         for known in pairs:
             check_pair(self.state, known)
@@ -195,6 +200,18 @@ class CompiledStep(Optimizer):
             _KEPT[self._traced_results] = self._compiled
         self._described = self._describe(pairs)
         self._traced_options = {name: getattr(self, name) for name in ("backend", "stochastic_rounding", *self.OWN)}
+
+    def _check_written(self) -> tuple[Options, int | None]:
+        """The options and the seed, after all that can be written to groups and attributes has been checked."""
+        self._check_backend()
+        for group in self.param_groups:
+            check_group(group)
+        return self.options, self.seed
+
+    def _check_backend(self) -> None:
+        check_backend(self.backend)
+        for device in {pair.A.device for pair in self.pairs}:
+            resolve(self.backend, device)
 
     def _init_gram(self, pair: LoRAPair, factor: Tensor) -> None:
         """The operator adds no entry, so those of a factor whose partner has no gradient are made here."""

@@ -127,8 +127,9 @@ class PairedAdamW(CompiledStep, GroupedPairs, torch.optim.AdamW):  # type: ignor
 
     def _step_eagerly(self) -> None:
         self._hooked = check_unhooked_since(self.pairs, self._hooked)
+        options, seed = self.options, self.seed
         if self._engines.backend != self.backend:
-            check_backend(self.backend)
+            self._check_backend()
             self._make_engines()
         self._take_in(pairs_of_unseen(self))
         members = self._membership()
@@ -136,8 +137,7 @@ class PairedAdamW(CompiledStep, GroupedPairs, torch.optim.AdamW):  # type: ignor
             self._init_group()
             return
         adamw_(
-            self._engines, members, self.param_groups, self.state, _GRAD, self.options, Scaler.of(self), self.seed,
-            self._told,
+            self._engines, members, self.param_groups, self.state, _GRAD, options, Scaler.of(self), seed, self._told,
         )  # fmt: skip
         self._see_version()
 
@@ -170,6 +170,7 @@ class PairedAdamW(CompiledStep, GroupedPairs, torch.optim.AdamW):  # type: ignor
         self._make_engines()
 
     def _load(self, state_dict: dict[str, Any]) -> None:
+        self._check_backend()
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
         saved = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
         raw = {p: state_dict["state"].get(key, {}) for p, key in zip(params, saved)}

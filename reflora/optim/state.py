@@ -151,6 +151,8 @@ def init_pair(state: dict[str, Any], pair: LoRAPair, keep_S: bool) -> None:
         if saved is None:  # zeros: none yet, the kernels then compute one
             saved = torch.zeros(experts, 2, r, r, dtype=dtype, device=device)
         state[SAVED] = saved.to(dtype=dtype, device=device).contiguous()
+    else:  # with a larger interval later on, one is computed anew
+        state.pop(SAVED, None)
 
 
 def gram_shape(pair: LoRAPair) -> tuple[int, ...]:

@@ -72,6 +72,7 @@ class Units:
         found = dict(zip(states, torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()))
         self._scaled.update(i for i, each in found.items() if any(each))
         moved = [i for i, (refactored, _) in found.items() if refactored]
+        self._left.difference_update(moved)
         move = Transport(self.owner, [self.owner.pairs[i] for i in moved]) if movable(self.owner.base) else None
         units = []
         for i, norms in self.owner._ops.norms(moved).items():

@@ -68,6 +68,8 @@ class FullStep(OwnPairs):
         """Gradients times S. With an interval, returns the matrices newly computed."""
         if self.interval == 1:
             self._ops.precondition(active, counts=counts)
+            for i in chosen:  # with a larger interval later on, one is computed anew
+                self.state.get(self.pairs[i].A, {}).pop(SAVED, None)
             return {}
         saved = {i: self.state[self.pairs[i].A].get(SAVED) for i in chosen if self.pairs[i].A in self.state}
         due = (i for i in chosen if since % self.interval == 0 or saved.get(i) is None)

@@ -232,8 +232,16 @@ class Wrapped(FullStep, ScalarStep):
         check_schedule(self.interval, self.warmup_steps)
         check_backend(self.backend)
         check_precision(self.precision)
-        if (self._ops.backend, self._ops.precision) != (self.backend, self.precision):
-            self.__dict__.pop("_ops")
+        if self.scalar:
+            check_movable(self.base)
+        known = self._ops
+        if (known.backend, known.precision) != (self.backend, self.precision):
+            del self._ops
+            try:
+                assert self._ops  # built now, so that it raises here
+            except BaseException:
+                self._ops = known
+                raise
 
     def _base_step(self, *loss: Any) -> None:
         """The base class's own step; loss: the closure's value, if there was a closure."""

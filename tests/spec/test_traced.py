@@ -119,6 +119,48 @@ def test_options_that_are_written_after_a_trace_are_followed():
 
 
 @torch._dynamo.config.patch(error_on_recompile=False)
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_backend_that_is_written_and_refused_is_refused_again(steps):
+    """With the graph run as it is: later steps crashed, or did nothing."""
+    pairs = leaf_pairs(SHAPES, torch.float32)
+    optimizer = InvariantAdamW(pairs, backend="torch")
+    step = torch.compile(lambda: optimizer.step(), fullgraph=True, backend="eager")
+    random_grads(factors(pairs), torch.Generator().manual_seed(1))
+    for _ in range(steps):
+        step()
+    optimizer.backend = "triton"
+    for _ in range(2):
+        with unchanged(of=optimizer), pytest.raises(Exception, match="backend 'triton': expected"):
+            step()
+        assert bool(optimizer.state) == bool(steps)
+    optimizer.backend = "torch"
+    before = [t.detach().clone() for t in factors(pairs)]
+    step()
+    assert not any(torch.equal(t, old) for t, old in zip(factors(pairs), before))
+
+
+WRITTEN = {"maximize": 1, "betas": (0.9, 0.99, 0.5), "lr": True, "amsgrad": "x", "eps": None, "weight_decay": "0"}
+
+
+@torch._dynamo.config.patch(error_on_recompile=False)
+@pytest.mark.parametrize("name", [*WRITTEN, "stochastic_rounding"])
+@pytest.mark.parametrize("cls", [RefLoRAAdamW, InvariantAdamW])
+def test_what_is_refused_without_a_trace_is_refused_with_one(cls, name):
+    """And no state is made."""
+    pairs = leaf_pairs(SHAPES, torch.float32)
+    optimizer = cls(pairs)
+    step = torch.compile(lambda: optimizer.step(), fullgraph=True, backend="aot_eager")
+    random_grads(factors(pairs), torch.Generator().manual_seed(1))
+    if name in WRITTEN:
+        optimizer.param_groups[0][name] = WRITTEN[name]
+    else:
+        setattr(optimizer, name, True)
+    with unchanged(of=optimizer), pytest.raises(Exception, match=f"{name}: expected"):
+        step()
+    assert not optimizer.state
+
+
+@torch._dynamo.config.patch(error_on_recompile=False)
 def test_amsgrad_that_is_written_after_a_trace_leaves_plain_parameters_as_they_were():
     pairs, head = leaf_pairs(SHAPES, torch.float32), torch.randn(5, requires_grad=True)
     optimizer = InvariantAdamW([*factors(pairs), head], pairs=pairs)
