@@ -29,10 +29,19 @@ from ..operators import OP_TAGS
 from ..pairs import LoRAPair
 from .adamw_engine import AdamWEngine
 from .grams import init_gram, part, rejoin
-from .groups import check_group, check_no_amsgrad
+from .groups import check_group
 from .scaler import Scaler
 from .state import LIKE_TORCH, Storage, check_fits, check_pair, fit, init_pair, init_param
-from .step import AdamWOptions, InvariantOptions, Members, Options, RiemannianOptions, adamw_, engines_of
+from .step import (
+    AdamWOptions,
+    InvariantOptions,
+    Members,
+    Options,
+    RiemannianOptions,
+    adamw_,
+    engines_of,
+    refuse_amsgrad,
+)
 
 SEED = "reflora_seed"
 RULES = {rule.__name__: rule for rule in (AdamWOptions, RiemannianOptions, InvariantOptions)}
@@ -127,16 +136,9 @@ class CompiledStep(Optimizer):
 
     @property
     def seed(self) -> int | None:
-        """The seed of stochastic rounding. Raises TypeError or ValueError for what has been written to its option."""
-        check_flags({"stochastic_rounding": self.stochastic_rounding})
-        check_storage(None, self.storage.master, self.stochastic_rounding)
-        if not self.stochastic_rounding:
-            return None
-        if SEED not in self.param_groups[0]:
-            fail(
-                "stochastic_rounding", "what the optimizer was built with", True, "Build another, and load this state."
-            )
-        return self.param_groups[0][SEED]
+        """The seed of stochastic rounding."""
+        self._check_rounding()
+        return self.param_groups[0][SEED] if self.stochastic_rounding else None
 
     def _step_traced(self) -> None:
         """The whole step as one operator in the traced graph.
@@ -167,10 +169,7 @@ class CompiledStep(Optimizer):
 
     def _init_group(self) -> None:
         """Make all state, so that a trace finds it. Dynamo runs this while tracing, on the real parameters."""
-        options, _ = self._check_written()
-        members = self._membership()
-        if self.storage.grams:
-            check_no_amsgrad(self.param_groups[number] for slot in members.slots if slot for number in slot)
+        options = self._check_written()
         amsgrad = any(group["amsgrad"] for group in self.param_groups)
         pairs, keeps_S = self.stepped_pairs(), options.keeps_S
         owners = {t: pair for pair in pairs for t in (pair.A, pair.B)}
@@ -201,12 +200,21 @@ class CompiledStep(Optimizer):
         self._described = self._describe(pairs)
         self._traced_options = {name: getattr(self, name) for name in ("backend", "stochastic_rounding", *self.OWN)}
 
-    def _check_written(self) -> tuple[Options, int | None]:
-        """The options and the seed, after all that can be written to groups and attributes has been checked."""
+    def _check_written(self) -> Options:
+        """The options. Raises TypeError or ValueError for what has been written to groups and attributes."""
         self._check_backend()
         for group in self.param_groups:
             check_group(group)
-        return self.options, self.seed
+        refuse_amsgrad(self._membership(), self.param_groups, self.storage)
+        self._check_rounding()
+        return self.options
+
+    def _check_rounding(self) -> None:
+        check_flags({"stochastic_rounding": self.stochastic_rounding})
+        check_storage(None, self.storage.master, self.stochastic_rounding)
+        if self.stochastic_rounding and SEED not in self.param_groups[0]:
+            remedy = "Build another, and load this state."
+            fail("stochastic_rounding", "what the optimizer was built with", True, remedy)
 
     def _check_backend(self) -> None:
         check_backend(self.backend)

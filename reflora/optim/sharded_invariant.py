@@ -6,7 +6,6 @@ gradients. With these every process computes the same frames and whitens its own
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -81,8 +80,7 @@ class ShardedInvariantAdamW(reflora_class(torch.optim.AdamW)):  # type: ignore[m
         for group in self.param_groups:
             check_amsgrad(group, group["params"], self.pairs)
 
-    @functools.cached_property
-    def _ops(self) -> ShardedOps:
+    def _make_ops(self) -> ShardedOps:
         return ShardedOps(self.pairs, self.backend, self.precision)
 
     def _preconditioned(self, active: list[bool], steps: int) -> dict[Tensor, dict[str, Tensor]]:

@@ -142,8 +142,7 @@ def adamw_(
     or None. told: what has been warned about.
     """
     _refuse(members, state, grad_of)
-    if options.storage.grams:
-        check_no_amsgrad(groups[number] for slot in members.slots if slot for number in slot)
+    refuse_amsgrad(members, groups, options.storage)
     ready = engines.ready()
     if any(capturing(engine.plan.device) and not engine.stepped for engine in ready):
         remedy = "Take a step outside the graph first, two with carry_grams=True."
@@ -165,6 +164,12 @@ def adamw_(
     for number, params in strays.items():
         for p in params:
             step_stray(state, p, grad_of, groups[number], scaler, options.check_grads)
+
+
+def refuse_amsgrad(members: Members, groups: Sequence[dict[str, Any]], storage: Storage) -> None:
+    """Raises ValueError for groups with factors whose second moments are matrices."""
+    if storage.grams:
+        check_no_amsgrad(groups[number] for slot in members.slots if slot for number in slot)
 
 
 def _refuse(members: Members, state: State, grad_of: GradOf) -> None:

@@ -151,6 +151,9 @@ class Wrapped(FullStep, ScalarStep):
 
     @functools.cached_property
     def _ops(self) -> PairOps | ShardedOps:
+        return self._make_ops()
+
+    def _make_ops(self) -> PairOps | ShardedOps:
         return ops_of(self.pairs, self.backend, self.precision)
 
     @property
@@ -234,14 +237,8 @@ class Wrapped(FullStep, ScalarStep):
         check_precision(self.precision)
         if self.scalar:
             check_movable(self.base)
-        known = self._ops
-        if (known.backend, known.precision) != (self.backend, self.precision):
-            del self._ops
-            try:
-                assert self._ops  # built now, so that it raises here
-            except BaseException:
-                self._ops = known
-                raise
+        if (self._ops.backend, self._ops.precision) != (self.backend, self.precision):
+            self._ops = self._make_ops()
 
     def _base_step(self, *loss: Any) -> None:
         """The base class's own step; loss: the closure's value, if there was a closure."""
