@@ -1,4 +1,4 @@
-"""`python -m reflora`: what is installed, what serves, and whether it works. `python -m reflora doctor FOLDER`."""
+"""`python -m reflora`: what is installed, what serves, and whether it works. `doctor`, `resize`: saved adapters."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from pathlib import Path
 
 import torch
 
-from . import doctor
+from . import doctor, resize
+from .adapters import Adapter, shown
 from .backends import load
 from .columns import REFACTORED
 from .constants import BACKENDS
 from .functional import refactor_
+from .picture import picture_path
 from .reference import refactoring
 
 PACKAGES = ("reflora", "torch", "triton", "peft", "transformers", "accelerate")
@@ -29,16 +31,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(prog="python -m reflora", description=__doc__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    examined = commands.add_parser("doctor", help="condition, balance and effective rank of a saved PEFT adapter")
-    examined.add_argument("folder", type=Path, help="written by PeftModel.save_pretrained")
+    adapter = "a folder of PEFT or diffusers, or a .safetensors file of kohya, ComfyUI or diffusers"
+    examined = commands.add_parser("doctor", help="condition, balance and effective rank of a saved adapter")
+    examined.add_argument("adapter", type=Path, help=adapter)
     examined.add_argument(
         "--refactor", type=Path, metavar="OUT", help="write a balanced copy with the same merged weights"
     )
     examined.add_argument("--png", type=Path, metavar="FILE", help="draw the table")
+    cut = commands.add_parser("resize", help="cut or raise the rank of a saved adapter, by the exact SVD of B A")
+    cut.add_argument("adapter", type=Path, help=adapter)
+    cut.add_argument("out", type=Path, help="what to write: a folder for a folder, a file for a file")
+    cut.add_argument("--rank", type=int, metavar="N", help="of every layer; with --energy, the highest")
+    cut.add_argument("--energy", type=float, metavar="SHARE", help="of ||B A||_F^2 that each layer keeps, such as 0.99")
+    cut.add_argument("--png", type=Path, metavar="FILE", help="draw the singular values, ranks and errors")
     options = parser.parse_args(argv)
-    if options.command == "doctor":
-        return examine(options.folder, options.refactor, options.png)
-    return show()
+    try:
+        if options.command == "doctor":
+            examine(options.adapter, options.refactor, options.png)
+        elif options.command == "resize":
+            cut_ranks(options.adapter, options.out, options.rank, options.energy, options.png)
+        else:
+            return show()
+    except (OSError, ValueError, ImportError) as error:
+        raise SystemExit(f"reflora {options.command}: {error}") from error
+    return 0
 
 
 def show() -> int:
@@ -85,24 +101,30 @@ def self_test(backend: str, device: torch.device) -> tuple[float, float]:
     return max(errors), took
 
 
-def examine(folder: Path, out: Path | None, png: Path | None) -> int:
-    try:
-        picture = doctor.picture_path(png) if png else None
-        adapter = doctor.Adapter(folder)
-        layers = adapter.layers()
-        print(doctor.table(layers), end="\n\n")
-        for line in doctor.summary(layers):
+def examine(path: Path, out: Path | None, png: Path | None) -> None:
+    drawn = picture_path(png) if png else None
+    adapter = Adapter(path)
+    layers = doctor.layers_of(adapter)
+    print(doctor.table(layers), end="\n\n")
+    for line in doctor.summary(layers):
+        print(line)
+    if said := doctor.advice(layers):
+        print(said)
+    if out:
+        for line in doctor.outcome(doctor.write_balanced(adapter, out), out):
             print(line)
-        if said := doctor.advice(layers):
-            print(said)
-        if out:
-            for line in doctor.outcome(adapter.write_balanced(out), out):
-                print(line)
-        if picture:
-            print(f"wrote {doctor.shown(doctor.draw(doctor.measured(layers), picture))}")
-    except (OSError, ValueError, ImportError) as error:
-        raise SystemExit(f"reflora doctor: {error}") from error
-    return 0
+    if drawn:
+        print(f"wrote {shown(doctor.draw(doctor.measured(layers), drawn))}")
+
+
+def cut_ranks(path: Path, out: Path, rank: int | None, energy: float | None, png: Path | None) -> None:
+    choice, drawn = resize.Choice(rank, energy), picture_path(png) if png else None
+    done = resize.resize(Adapter(path), out, choice)
+    print(resize.table(done.layers), end="\n\n")
+    for line in resize.outcome(done, out):
+        print(line)
+    if drawn:
+        print(f"wrote {shown(resize.draw(done.layers, drawn))}")
 
 
 def _version(name: str) -> str:

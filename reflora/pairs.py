@@ -138,6 +138,11 @@ class LoRAPair:
         """`tensor`, shaped and laid out like B, as one `[n_out, r]` view per expert (no copy)."""
         return self.read.views_B(tensor)
 
+    @property
+    def factors(self) -> list[tuple[Tensor, Tensor]]:
+        """`(A [r, n_in], B [n_out, r])` of each expert, as views (no copy)."""
+        return list(zip(self.views_A(self.A), self.views_B(self.B)))
+
 
 PairLike = LoRAPair | tuple[Tensor, Tensor]
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from reflora import doctor
+from reflora import adapters
 
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q", "v"]}
 A0, B0 = "base_model.model.layers.0.q.lora_A.weight", "base_model.model.layers.0.q.lora_B.weight"
@@ -25,23 +25,23 @@ def save(folder: Path) -> Path:
     for layer in ("layers.0.q", "layers.0.v", "layers.1.q"):
         tensors[f"base_model.model.{layer}.lora_A.weight"] = torch.randn(4, 12, generator=generator)
         tensors[f"base_model.model.{layer}.lora_B.weight"] = 0.1 * torch.randn(10, 4, generator=generator)
-    save_file(tensors, folder / doctor.WEIGHTS, {"format": "pt"})
-    (folder / doctor.CONFIG).write_text(json.dumps(CONFIG))
+    save_file(tensors, folder / adapters.WEIGHTS, {"format": "pt"})
+    (folder / adapters.CONFIG).write_text(json.dumps(CONFIG))
     return folder
 
 
 def change_config(**values: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
-        (folder / doctor.CONFIG).write_text(json.dumps({**CONFIG, **values}))
+        (folder / adapters.CONFIG).write_text(json.dumps({**CONFIG, **values}))
 
     return change
 
 
 def change_tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
     def rewrite(folder: Path) -> None:
-        tensors = load_file(folder / doctor.WEIGHTS)
+        tensors = load_file(folder / adapters.WEIGHTS)
         change(tensors)
-        save_file(tensors, folder / doctor.WEIGHTS, {"format": "pt"})
+        save_file(tensors, folder / adapters.WEIGHTS, {"format": "pt"})
 
     return rewrite
 

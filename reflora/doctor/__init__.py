@@ -1,18 +1,19 @@
-"""What the factors of a saved PEFT adapter are like, layer by layer, and a balanced copy of it."""
+"""What the factors of a saved adapter are like, layer by layer, and a balanced copy of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import isnan
 from pathlib import Path
 
-from .adapter import Adapter, Layer, Written
-from .folder import WEIGHTS
-from .picture import draw, picture_path
-from .rules import CONFIG, shown
+from ..adapters import shown
+from ..report import aligned, beside, cell, listed
+from .balanced import Written, write_balanced
+from .layers import Layer, layers_of
+from .picture import draw
 
-__all__ = ["CONFIG", "WEIGHTS", "Adapter", "Layer", "Written", "advice", "draw", "measured", "outcome", "picture_path"]
-__all__ += ["shown", "summary", "table"]
+__all__ = ["Layer", "Written", "advice", "draw", "layers_of", "measured", "outcome", "summary", "table"]
+__all__ += ["write_balanced"]
 
 # a median stable rank up to this, over layers of at least this rank, is a collapse: tuned trainings have 1.5 to 10
 COLLAPSED, COLLAPSED_OF = 1.1, 4
@@ -23,23 +24,12 @@ def table(layers: Sequence[Layer], width: int = 48) -> str:
     heads = ("layer", "r", "stable rank", "eff. rank", "cond. A", "cond. B", "balance", "|B|/|A|", "|BA|", "")
     rows = [
         (
-            shown(one.name, width), str(one.rank or "-"), _cell(one.stable_rank, ".1f"),
-            _cell(one.effective_rank, ".1f"), _cell(one.condition_A, ".1e"), _cell(one.condition_B, ".1e"),
-            _cell(one.balance, ".1e"), _cell(one.scale, ".2g"), _cell(one.norm, ".2g"), one.status,
+            shown(one.name, width), str(one.rank or "-"), cell(one.stable_rank, ".1f"),
+            cell(one.effective_rank, ".1f"), cell(one.condition_A, ".1e"), cell(one.condition_B, ".1e"),
+            cell(one.balance, ".1e"), cell(one.scale, ".2g"), cell(one.norm, ".2g"), one.status,
         ) for one in layers
     ]  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(heads, *rows)]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if place in (0, 9) else cell.rjust(w) for place, (cell, w) in enumerate(zip(row, widths))
-        )
-        for row in (heads, tuple("-" * w for w in widths), *rows)
-    ]
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _cell(value: float, form: str) -> str:
-    return "-" if isnan(value) else format(value, form)
+    return aligned(heads, rows, left=(0, len(heads) - 1))
 
 
 def measured(layers: Sequence[Layer]) -> list[Layer]:
@@ -67,20 +57,7 @@ def outcome(written: Written, out: Path) -> list[str]:
         f"wrote {shown(out)}: {written.balanced} layers balanced, B A moved by at most {written.moved:.1e} of its norm",
         *listed("copied as they are", written.kept),
     ]
-    if written.left_out:
-        lines.append(f"not copied, from a training run or the old factors: {_some(written.left_out)}")
-    if written.adapters:
-        lines.append(f"adapters of their own, copied as they are: {_some(written.adapters)}")
-    return lines
-
-
-def listed(what: str, names: Mapping[str, Sequence[str]]) -> list[str]:
-    """One line per reason, with the first of its layers."""
-    return [f"{what} ({reason}): {_some(some)}" for reason, some in names.items()]
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(shown(name, 50) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return lines + beside(written.copied)
 
 
 def advice(layers: Sequence[Layer]) -> str:

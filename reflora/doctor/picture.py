@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from .. import picture
+from ..adapters import shown
 from ..checks import fail
 from ..constants import KAPPA_MAX
-from .adapter import Layer
-from .folder import below_a_file
-from .rules import shown
-
-
-def picture_path(path: Path) -> Path:
-    """`path`, with .png if it has no suffix; raises ValueError where no picture can be written."""
-    what, remedy = f"--png {shown(path)}", "Pass another FILE, such as adapter.png."
-    if path.suffix.lower() not in ("", ".png"):
-        fail(what, "a name that ends in .png", shown(path.suffix), remedy)
-    named = path if path.suffix or not path.name else path.with_name(f"{path.name}.png")
-    for place in (path, named):
-        if os.path.exists(place) and not os.path.isfile(place):
-            got = "a folder that is there" if os.path.isdir(place) else "a pipe or device that is there"
-            fail(what, "a file to write", got, remedy)
-    if below_a_file(named):
-        fail(what, "a file to write", "a file on the way to it", remedy)
-    return named
+from .layers import Layer
 
 
 def draw(layers: Sequence[Layer], path: Path) -> Path:
@@ -33,18 +17,10 @@ def draw(layers: Sequence[Layer], path: Path) -> Path:
 
     Raises ImportError without matplotlib, ValueError without layers, and OSError.
     """
-    path = picture_path(path)
+    path = picture.picture_path(path)
     if not layers:
         fail(f"--png {shown(path)}", "layers with finite factors", "none", "There is nothing to draw.")
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("a picture needs matplotlib: pip install matplotlib") from error
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (top, middle, bottom) = pyplot.subplots(3, 1, sharex=True, figsize=(9, 6.5), layout="constrained")
+    figure, (top, middle, bottom) = picture.pyplot().subplots(3, 1, sharex=True, figsize=(9, 6.5), layout="constrained")
     place = range(len(layers))
     top.semilogy(place, [one.condition_A for one in layers], ".", label="A", color="tab:blue")
     top.semilogy(place, [one.condition_B for one in layers], ".", label="B", color="tab:orange")
@@ -59,11 +35,5 @@ def draw(layers: Sequence[Layer], path: Path) -> Path:
     bottom.bar(place, [one.effective_rank for one in layers], color="tab:blue", width=0.7, label="effective rank of BA")
     bottom.set(xlabel="layer", ylabel="rank", xlim=(-0.7, len(layers) - 0.3))
     bottom.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150, format="png")
-    except OSError as error:
-        fail(f"--png {shown(path)}", "a file to write", error.strerror or error, "Pass another FILE.", OSError)
-    finally:
-        pyplot.close(figure)
+    picture.save(figure, path)
     return path

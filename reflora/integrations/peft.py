@@ -1,7 +1,8 @@
 """The LoRA pairs of a model, found by module: never by parameter order or by the spelling of a parameter's name.
 
 PEFT itself is not imported: a LoRA layer is a module with `lora_A` and `lora_B` (or `lora_embedding_A` and `_B`)
-dictionaries keyed by adapter, which holds for PEFT 0.14 to 0.21 and for every base layer, quantised ones included.
+dictionaries keyed by adapter, which holds for PEFT 0.14 to 0.21 and for every base layer, quantised ones included; or,
+as in the networks of kohya's sd-scripts and LyCORIS, one with modules `lora_down` and `lora_up`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ PLAIN_FACTORS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 # dictionaries of a layer whose update is B diag(x) A, not B A: AdaLoRA, KaSA
 SCALED_INSIDE = ("lora_E", "lora_diag")
+# the adapter of a layer that has only one
+UNNAMED = "default"
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,11 @@ def find_pairs(model: nn.Module, adapter: str | None = None) -> list[LoRAPair]:
     """Every LoRA pair of `model`, named by its module's path and its adapter.
 
     Supports PEFT LoRA on linear (DoRA's magnitude is left alone), Conv1D, embedding, convolution and attention layers,
-    on quantised base layers and on `target_parameters` (layout "experts(E)"), through DDP, PeftModel and
-    torch.compile wrappers. Layers whose factors are tied to an earlier layer's, grouped convolutions, layers with a
-    scaling between B and A (AdaLoRA, KaSA) and layers with one factor frozen (LoRA-FA) are not pairs: a warning names
-    them, and they take plain steps. An optimizer given this list searches the model again whenever it is given further
-    parameters.
+    on quantised base layers and on `target_parameters` (layout "experts(E)"), and the LoRA layers of kohya's sd-scripts
+    and of LyCORIS, through DDP, PeftModel and torch.compile wrappers. Layers whose factors are tied to an earlier
+    layer's, grouped convolutions, layers with a scaling between B and A (AdaLoRA, KaSA) and layers with one factor
+    frozen (LoRA-FA) are not pairs: a warning names them, and they take plain steps. An optimizer given this list
+    searches the model again whenever it is given further parameters.
 
     Args:
         model: The model, wrapped or not.
@@ -111,6 +114,24 @@ def _sites(model: nn.Module) -> Iterator[Site]:
                 layout = _layout(module, A, left.startswith("lora_embedding"))
                 pair = LoRAPair(f"{path}.{adapter}" if path else adapter, A, B, layout)
                 yield Site(module, adapter, pair, (factors_A[adapter], factors_B[adapter]))
+        yield from _kohya_sites(module, path)
+
+
+def _kohya_sites(module: nn.Module, path: str) -> Iterator[Site]:
+    """Of a layer with `lora_down` and `lora_up`: a module each, or lists of them where a fused projection is split."""
+    downs, ups = (_modules(getattr(module, name, None)) for name in ("lora_down", "lora_up"))
+    if len(downs) != len(ups):
+        return
+    for place, (down, up) in enumerate(zip(downs, ups)):
+        name = path if len(downs) == 1 else f"{path}.{place}"
+        A, B = _weight(down, path), _weight(up, path)
+        yield Site(module, UNNAMED, LoRAPair(name or UNNAMED, A, B, _layout(module, A, False)), (down, up))
+
+
+def _modules(found: Any) -> list[nn.Module]:
+    if isinstance(found, nn.ModuleList):
+        return list(found)
+    return [found] if isinstance(found, nn.Module) else []
 
 
 def _own_path(path: str) -> str:
@@ -149,6 +170,8 @@ def _unfit(site: Site, owners: Mapping[int, str]) -> str | None:
     for name in SCALED_INSIDE:
         if site.adapter in _by_adapter(site.module, name):
             return f"{name} stands between B and A"
+    if isinstance(getattr(site.module, "lora_mid", None), nn.Module):
+        return "lora_mid stands between B and A"
     if pair.layout == "conv" and pair.B.dim() == pair.A.dim() and pair.A.shape[0] != pair.B.shape[1]:
         return "grouped convolution"
     if any(t.numel() and _address(t) in owners for t in (pair.A, pair.B)):

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from reflora import __main__ as program
-from reflora import doctor
-from reflora.doctor import adapter as adapters
+from reflora import adapters, doctor
+from reflora.doctor import balanced
 
 
 def test_of_a_training_run_only_the_adapter_is_copied(
@@ -35,9 +35,9 @@ def test_of_a_training_run_only_the_adapter_is_copied(
     shutil.copytree(saved, saved / "other", ignore=lambda *_: run + folders)
     out = tmp_path / "out"
     program.main(["doctor", str(saved), "--refactor", str(out)])
-    assert {path.name for path in out.iterdir()} == {*kept, "other", doctor.CONFIG, doctor.WEIGHTS}
+    assert {path.name for path in out.iterdir()} == {*kept, "other", adapters.CONFIG, adapters.WEIGHTS}
     assert (out / "README.md").read_text() == "README.md"
-    assert (out / doctor.CONFIG).read_bytes() == (saved / doctor.CONFIG).read_bytes()
+    assert (out / adapters.CONFIG).read_bytes() == (saved / adapters.CONFIG).read_bytes()
     printed = capsys.readouterr().out
     assert "from a training run or the old factors: .git, adapter_model.bin, checkpoint-3 and 15 more" in printed
     assert "adapters of their own, copied as they are: other" in printed
@@ -54,7 +54,7 @@ def test_links_are_followed_and_dead_ones_left(saved: Path, tmp_path: Path) -> N
     (snapshot / "gone").symlink_to(tmp_path / "nowhere")
     (snapshot / "itself").symlink_to("itself")
     assert program.main(["doctor", str(snapshot), "--refactor", str(out)]) == 0
-    assert sorted(path.name for path in out.iterdir()) == [doctor.CONFIG, doctor.WEIGHTS, "inner"]
+    assert sorted(path.name for path in out.iterdir()) == [adapters.CONFIG, adapters.WEIGHTS, "inner"]
     assert (out / "inner" / "notes.md").read_text() == "notes"
     assert not any(path.is_symlink() for path in out.rglob("*"))
 
@@ -70,7 +70,7 @@ def test_what_cannot_be_balanced_stays(saved: Path, tmp_path: Path, capsys: pyte
     printed = capsys.readouterr().out
     assert "2 layers balanced" in printed and "\ncopied as they are (degenerate): layers.0.q\n" in printed
     assert "\ncopied as they are (not finite): experts\n" in printed
-    before, after = load_file(saved / doctor.WEIGHTS), load_file(tmp_path / "out" / doctor.WEIGHTS)
+    before, after = load_file(saved / adapters.WEIGHTS), load_file(tmp_path / "out" / adapters.WEIGHTS)
     for key, factor in before.items():
         assert torch.equal(factor.nan_to_num(7), after[key].nan_to_num(7)) == ("experts" in key or ".0.q." in key), key
 
@@ -101,11 +101,11 @@ def test_a_degenerate_layer_is_copied_bit_for_bit(
 ) -> None:
     change_tensors(spoil)(saved)
     change_config(r=rank)(saved)
-    written = doctor.Adapter(saved).write_balanced(tmp_path / "out")
+    written = doctor.write_balanced(adapters.Adapter(saved), tmp_path / "out")
     assert written.kept == {"degenerate": [f"layers.{layer}" for layer in layers]}
     assert written.balanced == 3 - len(layers)
     assert 0 < written.moved < 1e-6 if written.balanced else written.moved == 0
-    before, after = load_file(saved / doctor.WEIGHTS), load_file(tmp_path / "out" / doctor.WEIGHTS)
+    before, after = load_file(saved / adapters.WEIGHTS), load_file(tmp_path / "out" / adapters.WEIGHTS)
     for key, factor in before.items():
         assert torch.equal(factor, after[key]) == any(f".{layer}." in key for layer in layers), key
 
@@ -116,14 +116,14 @@ def test_a_degenerate_expert_stays_and_the_others_are_balanced(dtype: torch.dtyp
     A[5] = A[4]  # rows 4 to 7 are of the second expert, and columns 1, 4, 7, 10
     change_tensors(add({f"{path}_A.weight": A.to(dtype), f"{path}_B.weight": B.to(dtype)}))(saved)
     change_config(target_parameters=["experts.w"])(saved)
-    written = doctor.Adapter(saved).write_balanced(tmp_path / "out")
+    written = doctor.write_balanced(adapters.Adapter(saved), tmp_path / "out")
     assert written.kept == {"degenerate": ["experts[1]"]} and written.balanced == 5
-    before, after = load_file(saved / doctor.WEIGHTS), load_file(tmp_path / "out" / doctor.WEIGHTS)
+    before, after = load_file(saved / adapters.WEIGHTS), load_file(tmp_path / "out" / adapters.WEIGHTS)
     old_A, new_A = (tensors[f"{path}_A.weight"].unflatten(0, (3, 4)) for tensors in (before, after))
     old_B, new_B = (tensors[f"{path}_B.weight"].unflatten(1, (4, 3)) for tensors in (before, after))
     assert [torch.equal(old_A[e], new_A[e]) for e in range(3)] == [False, True, False]
     assert [torch.equal(old_B[..., e], new_B[..., e]) for e in range(3)] == [False, True, False]
-    balance = {one.name: one.balance for one in doctor.Adapter(tmp_path / "out").layers()}
+    balance = {one.name: one.balance for one in doctor.layers_of(adapters.Adapter(tmp_path / "out"))}
     assert max(balance["experts[0]"], balance["experts[2]"]) < 4 * torch.finfo(dtype).eps < 0.1 < balance["experts[1]"]
 
 
@@ -206,23 +206,23 @@ def test_out_is_whole_or_absent(
 
 
 def test_out_gets_the_usual_permissions(saved: Path, tmp_path: Path) -> None:
-    (saved / doctor.WEIGHTS).chmod(0o644)
+    (saved / adapters.WEIGHTS).chmod(0o644)
     program.main(["doctor", str(saved), "--refactor", str(tmp_path / "new" / "out")])
     (tmp_path / "plain").mkdir()
-    assert (tmp_path / "new" / "out" / doctor.WEIGHTS).stat().st_mode & 0o777 == 0o644
+    assert (tmp_path / "new" / "out" / adapters.WEIGHTS).stat().st_mode & 0o777 == 0o644
     assert os.stat(tmp_path / "new" / "out").st_mode == os.stat(saved).st_mode == os.stat(tmp_path / "plain").st_mode
 
 
 def test_a_product_that_moves_is_not_written(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check does not lean on what wrote the factors."""
-    refactor_ = adapters.refactor_
+    refactor_ = balanced.refactor_
 
     def spoil(pairs: list[Any]) -> Any:
         report = refactor_(pairs)
         pairs[1].A[2] *= 1 + 1e-4
         return report
 
-    monkeypatch.setattr(adapters, "refactor_", spoil)
+    monkeypatch.setattr(balanced, "refactor_", spoil)
     with pytest.raises(SystemExit, match="layers.0.v: expected B A that moves by no more than rounding, got .*e-05"):
         program.main(["doctor", str(saved), "--refactor", str(tmp_path / "out")])
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
@@ -235,15 +235,17 @@ def test_rounding_is_no_move(dtype: torch.dtype, scale: float, saved: Path, tmp_
         tensors.update({key: (scale * factor).to(dtype) for key, factor in tensors.items()})
 
     change_tensors(cast)(saved)
-    written = doctor.Adapter(saved).write_balanced(tmp_path / "out")
+    written = doctor.write_balanced(adapters.Adapter(saved), tmp_path / "out")
     assert written.moved < torch.finfo(dtype).eps + 1e-14
-    assert all(one.balance < 4 * torch.finfo(dtype).eps + 1e-12 for one in doctor.Adapter(tmp_path / "out").layers())
+    assert all(
+        one.balance < 4 * torch.finfo(dtype).eps + 1e-12 for one in doctor.layers_of(adapters.Adapter(tmp_path / "out"))
+    )
 
 
 def test_huge_factors_are_measured(saved: Path) -> None:
-    tensors = load_file(saved / doctor.WEIGHTS)
+    tensors = load_file(saved / adapters.WEIGHTS)
     norm = float((tensors[B0].double() @ tensors[A0].double()).norm())
     change_tensors(put(A0, lambda A: A.double() * 1e200))(saved)
     change_tensors(put(B0, lambda B: B.double() * 1e-200))(saved)
-    layers = {one.name: one for one in doctor.Adapter(saved).layers()}
+    layers = {one.name: one for one in doctor.layers_of(adapters.Adapter(saved))}
     assert layers["layers.0.q"].norm == pytest.approx(norm, rel=1e-6)

@@ -13,19 +13,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from reflora import __main__ as program
-from reflora import doctor
+from reflora import adapters
 
 
 def config_of(text: bytes) -> Callable[[Path], object]:
-    return lambda folder: (folder / doctor.CONFIG).write_bytes(text)
+    return lambda folder: (folder / adapters.CONFIG).write_bytes(text)
 
 
 def weights_of(content: Callable[[bytes], bytes]) -> Callable[[Path], object]:
-    return lambda folder: (folder / doctor.WEIGHTS).write_bytes(content((folder / doctor.WEIGHTS).read_bytes()))
+    return lambda folder: (folder / adapters.WEIGHTS).write_bytes(content((folder / adapters.WEIGHTS).read_bytes()))
 
 
 def into_subfolders(folder: Path) -> None:
-    for name in (doctor.CONFIG, doctor.WEIGHTS):
+    for name in (adapters.CONFIG, adapters.WEIGHTS):
         (folder / name).unlink()
     for name in ("one", "two"):
         save(folder / name)
@@ -47,20 +47,20 @@ def grouped(tensors: dict[str, Tensor]) -> None:
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4665\nsize 12345\n"
 UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no folder": (shutil.rmtree, "got no such folder. Pass a folder on this machine"),
-    "a file": (as_file, "got a file. Pass the folder it is in"),
+    "no folder": (shutil.rmtree, "got no such folder or file. Pass a folder or file on this machine"),
+    "a file": (as_file, "got an empty file"),
     "nothing in it": (lambda folder: [path.unlink() for path in folder.iterdir()], "got none there"),
     "several adapters": (into_subfolders, "got adapters in folders of it: one, two. Pass one of them, as .*one"),
     "a pickle": (
-        lambda folder: (folder / doctor.WEIGHTS).rename(folder / "adapter_model.bin"),
+        lambda folder: (folder / adapters.WEIGHTS).rename(folder / "adapter_model.bin"),
         "got adapter_model.bin, a pickle, .* save_pretrained it",
     ),
     "no config": (
-        lambda folder: (folder / doctor.CONFIG).unlink(),
+        lambda folder: (folder / adapters.CONFIG).unlink(),
         "a folder with adapter_config.json, got none there",
     ),
     "another kind": (
-        lambda folder: save_file({"prompt": torch.zeros(3)}, folder / doctor.WEIGHTS),
+        lambda folder: save_file({"prompt": torch.zeros(3)}, folder / adapters.WEIGHTS),
         "expected a LoRA adapter, got 1 tensors, none named lora_A and lora_B",
     ),
     "git-lfs": (weights_of(lambda _: LFS), "got a pointer of Git LFS. Run git lfs pull"),
@@ -132,7 +132,7 @@ def test_a_bad_layer_is_told_of_and_copied_as_it_is(
     (row,) = [line for line in printed.splitlines() if line.startswith("layers.0.q ")]
     assert row.endswith(status) and f"\ncopied as they are ({status}): layers.0.q\n" in printed
     assert "layers.0.v" in printed and "the worst conditioned is layers" in printed
-    before, after = load_file(saved / doctor.WEIGHTS), load_file(out / doctor.WEIGHTS)
+    before, after = load_file(saved / adapters.WEIGHTS), load_file(out / adapters.WEIGHTS)
     assert before.keys() == after.keys()
     for key, factor in before.items():
         assert torch.equal(factor.view(torch.uint8), after[key].view(torch.uint8)) == (".0.q." in key), key
@@ -149,10 +149,10 @@ def test_a_picture_leaves_bad_layers_out(saved: Path, tmp_path: Path) -> None:
 def test_lines_are_short_however_large_the_model(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = f"base_model.model.{'deep.' * 80}"
     tensors = {f"{path}{index}.lora_A.weight": torch.ones(2, 3) for index in range(500)}
-    save_file({**load_file(saved / doctor.WEIGHTS), **tensors}, saved / doctor.WEIGHTS)
+    save_file({**load_file(saved / adapters.WEIGHTS), **tensors}, saved / adapters.WEIGHTS)
     assert program.main(["doctor", str(saved)]) == 0
     assert max(map(len, capsys.readouterr().out.splitlines())) < 300
-    save_file(tensors, saved / doctor.WEIGHTS)
+    save_file(tensors, saved / adapters.WEIGHTS)
     with pytest.raises(SystemExit, match="none of 500") as caught:
         program.main(["doctor", str(saved)])
     assert len(str(caught.value)) < 300

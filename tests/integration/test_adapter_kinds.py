@@ -20,8 +20,8 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from reflora import __main__ as program
-from reflora import doctor
-from reflora.doctor import rules
+from reflora import adapters, doctor
+from reflora.adapters import rules
 
 TOLERANCE = 1e-5
 
@@ -103,12 +103,12 @@ def logits(folder: Path, make: Callable[[], nn.Module] = base, **inputs: Any) ->
 def check(folder: Path, make: Callable[[], nn.Module] = base, **inputs: Any) -> doctor.Written:
     """That the balanced copy has the logits of the adapter, and that its layers are balanced."""
     out = folder.parent / "balanced"
-    written = doctor.Adapter(folder).write_balanced(out)
+    written = doctor.write_balanced(adapters.Adapter(folder), out)
     (before, without), (after, _) = (logits(one, make, **inputs) for one in (folder, out))
     effect = (before - without).norm()
     assert effect > 1e-2 * without.norm() and (after - before).norm() < TOLERANCE * effect
     same = {name for names in written.kept.values() for name in names}
-    layers = [one for one in doctor.Adapter(out).layers() if one.name not in same]
+    layers = [one for one in doctor.layers_of(adapters.Adapter(out)) if one.name not in same]
     assert layers and all(one.balance < 1e-5 for one in layers)
     return written
 
@@ -203,7 +203,7 @@ def test_what_is_not_b_a_is_refused(kind: str, tmp_path: Path) -> None:
 def test_other_tuners_are_refused(kind: str, saved: Path) -> None:
     change_config(peft_type=kind)(saved)
     with pytest.raises(ValueError, match=f"peft_type: expected 'LORA', got '{kind}'"):
-        doctor.Adapter(saved)
+        adapters.Adapter(saved)
 
 
 def test_every_option_of_peft_is_decided_on() -> None:
@@ -218,10 +218,10 @@ def test_every_option_of_peft_is_decided_on() -> None:
 def test_variants_are_refused_by_their_options(key: str, saved: Path) -> None:
     for off in (None, False, []):
         change_config(**{key: off})(saved)
-        doctor.Adapter(saved)
+        adapters.Adapter(saved)
     change_config(**{key: {}})(saved)  # PEFT makes a KasaConfig of {}
     with pytest.raises(ValueError, match=f"{key}: expected null, for an update B A"):
-        doctor.Adapter(saved)
+        adapters.Adapter(saved)
 
 
 @pytest.mark.parametrize("key", ["layers.0.q", "q", "a.q.b", "aq", "layers.11.mlp.experts.gate_up", ""])
@@ -238,15 +238,15 @@ def test_qalora_pools_its_inputs(saved: Path, tmp_path: Path) -> None:
     """Its layers need GPTQ: PEFT's forward pass of the variant, on stored factors."""
     x = torch.randn(3, 5, 48)
     change_config(use_qalora=True, qalora_group_size=4)(saved)
-    doctor.Adapter(saved).write_balanced(tmp_path / "balanced")
+    doctor.write_balanced(adapters.Adapter(saved), tmp_path / "balanced")
 
-    def effect(adapter: doctor.Adapter) -> Tensor:
+    def effect(adapter: adapters.Adapter) -> Tensor:
         A, B = (SimpleNamespace(weight=factor) for factor in (adapter.pairs[0].A, adapter.pairs[0].B))
         module = SimpleNamespace(lora_A={"x": A}, lora_B={"x": B}, scaling={"x": 2.0}, in_features=48, training=False)
         module.lora_dropout, module.qalora_group_size = {"x": nn.Identity()}, {"x": 4}
         return QALoraLinearVariant.forward(module, "x", x, torch.zeros(3, 5, 10))
 
-    before, after = (effect(doctor.Adapter(folder)) for folder in (saved, tmp_path / "balanced"))
+    before, after = (effect(adapters.Adapter(folder)) for folder in (saved, tmp_path / "balanced"))
     assert 0 < (after - before).norm() < TOLERANCE * before.norm()
 
 
@@ -258,7 +258,7 @@ def test_pissa_made_a_lora_has_twice_the_rank(tmp_path: Path) -> None:
         parameter.data += 0.1 * torch.randn_like(parameter) if parameter.requires_grad else 0.0
     model.save_pretrained(str(tmp_path / "adapter"), path_initial_model_for_weight_conversion=str(start))
     assert check(tmp_path / "adapter").kept == {}
-    assert {one.rank for one in doctor.Adapter(tmp_path / "adapter").layers()} == {4, 6}
+    assert {one.rank for one in doctor.layers_of(adapters.Adapter(tmp_path / "adapter"))} == {4, 6}
 
 
 @pytest.mark.parametrize("kind", ["aLoRA", "tied", "replicated", "experts"])

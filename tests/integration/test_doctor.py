@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from reflora import __main__ as program
-from reflora import doctor
+from reflora import adapters, doctor
 from reflora.backends import triton_backend
 
 
@@ -48,7 +48,7 @@ def test_report(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     for word in ("embedding", "conv", "first", "last", "degenerate", "eff. rank", "4 layers"):
         assert word in printed
     assert png.read_bytes().startswith(b"\x89PNG")
-    found = {one.name: one for one in doctor.Adapter(saved).layers()}
+    found = {one.name: one for one in doctor.layers_of(adapters.Adapter(saved))}
     model = PeftModel.from_pretrained(base(), str(saved)).base_model.model
     A, B = (getattr(model.first, side)["default"].weight.detach().double() for side in ("lora_A", "lora_B"))
     one = found["first"]
@@ -91,7 +91,7 @@ def test_a_picture_is_where_the_doctor_says(
     program.main(["doctor", str(saved), "--png", str(folder / name)])
     assert [path.name for path in folder.iterdir()] == [written]
     assert (folder / written).read_bytes().startswith(b"\x89PNG")
-    assert capsys.readouterr().out.splitlines()[-1] == f"wrote {doctor.shown(folder / written)}"
+    assert capsys.readouterr().out.splitlines()[-1] == f"wrote {adapters.shown(folder / written)}"
 
 
 NO_PICTURE = {
@@ -125,16 +125,16 @@ def test_a_picture_that_cannot_be_written(place: str, saved: Path) -> None:
 
 
 def test_names_that_the_terminal_cannot_show(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = load_file(saved / doctor.WEIGHTS)
+    tensors = load_file(saved / adapters.WEIGHTS)
     renamed = {key.replace("first", "pr\u0435mier"): factor for key, factor in tensors.items()}
-    save_file(renamed, saved / doctor.WEIGHTS, {"format": "pt"})
+    save_file(renamed, saved / adapters.WEIGHTS, {"format": "pt"})
     out, written = tmp_path / "\u4e2d", io.BytesIO()
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252"))
         assert program.main(["doctor", str(saved), "--refactor", str(out)]) == 0
         sys.stdout.flush()
         printed = written.getvalue().decode("cp1252")
-    assert (out / doctor.WEIGHTS).exists()
+    assert (out / adapters.WEIGHTS).exists()
     assert "\npr\\u0435mier " in printed and "\\u4e2d: 3 layers balanced" in printed
 
 

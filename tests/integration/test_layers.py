@@ -199,3 +199,57 @@ def test_hooks_leave_an_overflow_to_be_seen() -> None:
     reflora.GradientHooks(model)
     loss_of(model, "linear", torch.randn(5, 10)).backward()
     assert not pairs[0].A.grad.isfinite().all() and pairs[1].A.grad.isfinite().all()  # type: ignore[union-attr]
+
+
+class KohyaLayer(nn.Module):
+    """As `LoRAModule` of kohya's sd-scripts: it stands beside the layer whose forward it replaces."""
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d, r: int = 4, alpha: float = 2.0):
+        super().__init__()
+        if isinstance(layer, nn.Conv2d):
+            self.lora_down: nn.Module = nn.Conv2d(layer.in_channels, r, layer.kernel_size, padding=1, bias=False)
+            self.lora_up: nn.Module = nn.Conv2d(r, layer.out_channels, 1, bias=False)
+        else:
+            self.lora_down = nn.Linear(layer.in_features, r, bias=False)
+            self.lora_up = nn.Linear(r, layer.out_features, bias=False)
+        self.scale, self.org_forward = alpha / r, layer.forward
+        self.register_buffer("alpha", torch.tensor(alpha))
+        layer.forward = self.forward  # type: ignore[method-assign]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.org_forward(x) + self.scale * self.lora_up(self.lora_down(x))
+
+
+class SplitLayer(nn.Module):
+    """As that of a fused projection, split in two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lora_down = nn.ModuleList(nn.Linear(6, 2, bias=False) for _ in range(2))
+        self.lora_up = nn.ModuleList(nn.Linear(2, 5, bias=False) for _ in range(2))
+
+
+def test_a_network_of_kohya() -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Flatten(), nn.Linear(6 * 16, 5)).requires_grad_(False)
+    network = nn.Module()
+    for name in ("0", "2"):
+        network.add_module(f"lora_unet_{name}", KohyaLayer(base.get_submodule(name)))  # type: ignore[arg-type]
+    network.add_module("lora_unet_qkv", SplitLayer())
+    pairs = reflora.find_pairs(network)
+    assert [(pair.name, pair.layout) for pair in pairs] == [
+        ("lora_unet_0", "conv"), ("lora_unet_2", "linear"), ("lora_unet_qkv.0", "linear"), ("lora_unet_qkv.1", "linear")
+    ]  # fmt: skip
+    assert [pair.name for pair in reflora.find_pairs(network, "default")] == [pair.name for pair in pairs]
+    network.lora_unet_2.lora_mid = nn.Linear(4, 4)
+    with pytest.warns(UserWarning, match="lora_mid stands between B and A"):
+        assert len(reflora.find_pairs(network)) == 3
+    del network.lora_unet_2.lora_mid
+    optimizer = reflora.create_reflora_optimizer(network, lr=1e-2, eps=1e-12)
+    x, goal, losses = torch.randn(8, 3, 4, 4), torch.randn(8, 5), []
+    for _ in range(30):
+        losses.append(float((loss := (base(x) - goal).square().mean()).detach()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.5 * losses[0] and optimizer.diagnostics().refactored == 2

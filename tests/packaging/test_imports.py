@@ -27,7 +27,9 @@ LAYERS = (
     ("functional",),
     ("optim",),
     ("integrations",),
-    ("doctor",),
+    ("adapters", "lowrank"),
+    ("report", "picture"),
+    ("doctor", "resize", "extract"),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

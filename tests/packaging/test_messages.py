@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import reflora
-from reflora import doctor
+from reflora import adapters
 from reflora.checks import fail
 from reflora.optim.sharded import ShardedOps
 
@@ -60,7 +60,7 @@ def test_files_that_cannot_be_read(name: str, tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(Path, "open", denied)
     with pytest.raises(OSError, match=f"{name}: expected a file that can be read, got Permission denied"):
-        doctor.Adapter(tmp_path)
+        adapters.Adapter(tmp_path)
 
 
 def test_options_for_a_base_that_there_is_not() -> None:

@@ -1,15 +1,16 @@
-"""An adapter's folder: what is in it, and a copy with new factors that is whole or absent."""
+"""An adapter's folder or file: what is in it, and a copy with new factors that is whole or absent."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -17,6 +18,8 @@ from ..checks import fail
 from .rules import CONFIG, shown
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+DIFFUSERS = "pytorch_lora_weights.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # files of Trainer, accelerate, FSDP and DeepSpeed: their moments and counts belong to the old factors. Then what
 # belongs to a place (git, the Hub's cache), and factors in a second file
 RUN = (
@@ -28,28 +31,49 @@ RUN = (
 ELSEWHERE = (".git", ".cache", PICKLE)
 
 
-def check_folder(folder: Path) -> None:
-    """Raises ValueError, with the remedy, unless both files of an adapter are there."""
-    for name in (WEIGHTS, CONFIG):
-        if (folder / name).is_file():
-            continue
-        got, remedy = "none there", "Pass a folder written by PeftModel.save_pretrained, with safetensors."
-        if folder.is_file():
-            got, remedy = "a file", "Pass the folder it is in."
-        elif not folder.is_dir():
-            got, remedy = (
-                "no such folder",
-                "Pass a folder on this machine; hf download fetches one from the Hub.",
+def weights_of(path: Path) -> Path:
+    """The safetensors file of an adapter: `path` itself, or one in that folder, of PEFT or of diffusers.
+
+    Raises ValueError, with the remedy, unless it is there, in PEFT's folder with adapter_config.json.
+    """
+    if path.is_file():
+        if path.name in (WEIGHTS, CONFIG):
+            fail(
+                shown(path),
+                "an adapter's folder, or a file that stands alone",
+                "a file of a folder",
+                "Pass the folder.",
             )
-        elif (folder / name).is_dir():
-            got = "a folder of that name"
-        elif inner := adapters_in(folder):
-            got = f"adapters in folders of it: {shown(', '.join(inner[:3]))}"
-            remedy = f"Pass one of them, as {shown(folder / inner[0])}."
-        elif name == WEIGHTS and (folder / PICKLE).is_file():
-            got = f"{PICKLE}, a pickle, which can run code"
-            remedy = "Load it with PeftModel.from_pretrained and save_pretrained it: that writes safetensors."
-        fail(shown(folder), f"a folder with {name}", got, remedy)
+        if path.suffix in PICKLES:
+            got, remedy = f"a pickle ({path.suffix}), which can run code", "Save it as safetensors where you trust it."
+            fail(shown(path), "a safetensors file", got, remedy)
+        return path
+    if (path / DIFFUSERS).is_file() and not (path / WEIGHTS).exists():
+        return path / DIFFUSERS
+    for name in (WEIGHTS, CONFIG):
+        if not (path / name).is_file():
+            _fail_absent(path, name)
+    return path / WEIGHTS
+
+
+def _fail_absent(folder: Path, name: str) -> NoReturn:
+    got, remedy = "none there", "Pass a folder written by PeftModel.save_pretrained, or a .safetensors file."
+    if not folder.is_dir():
+        got, remedy = (
+            "no such folder or file",
+            "Pass a folder or file on this machine; hf download fetches one from the Hub.",
+        )
+    elif (folder / name).is_dir():
+        got = "a folder of that name"
+    elif inner := adapters_in(folder):
+        got = f"adapters in folders of it: {shown(', '.join(inner[:3]))}"
+        remedy = f"Pass one of them, as {shown(folder / inner[0])}."
+    elif name == WEIGHTS and (folder / PICKLE).is_file():
+        got = f"{PICKLE}, a pickle, which can run code"
+        remedy = "Load it with PeftModel.from_pretrained and save_pretrained it: that writes safetensors."
+    elif name == WEIGHTS and (alone := sorted(folder.glob("*.safetensors"))):
+        got, remedy = f"files of other names ({shown(alone[0].name)})", "Pass the file itself."
+    fail(shown(folder), f"a folder with {name}", got, remedy)
 
 
 def adapters_in(folder: Path) -> list[str]:
@@ -78,31 +102,41 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
         fail(shown(path), "safetensors", got, "Copy or download it again.")
 
 
-def check_place(folder: Path, out: Path) -> None:
-    """Raises FileExistsError if `out` exists, ValueError if it lies in `folder`."""
-    inside, real = (Path(os.path.realpath(path)) for path in (folder, out))
+def check_place(adapter: Path, out: Path, what: str) -> None:
+    """Raises FileExistsError if `out` exists, ValueError if it lies in the adapter's folder or is no name for a file.
+
+    what: How the user passed it, for messages.
+    """
+    what = f"{what} {shown(out)}"
+    inside, real = (Path(os.path.realpath(path)) for path in (adapter, out))
     if inside in (real, *real.parents):
-        fail(f"--refactor {shown(out)}", "a folder outside the adapter's", "one in it", "Pass another OUT.")
+        fail(what, "a folder outside the adapter's", "one in it", "Pass another OUT.")
     if os.path.lexists(out):
         got = "a folder that is there" if out.is_dir() else "a file that is there"
-        fail(f"--refactor {shown(out)}", "a name not taken", got, "Remove it or pass another OUT.", FileExistsError)
+        fail(what, "a name not taken", got, "Remove it or pass another OUT.", FileExistsError)
+    if adapter.is_file() and out.suffix != ".safetensors":
+        got = f"a name that ends in {shown(out.suffix)}" if out.suffix else "a name without it"
+        fail(what, "a file, .safetensors", got, "The adapter is one file: so is what is written.")
     if below_a_file(out):
-        fail(f"--refactor {shown(out)}", "a folder to write", "a file on the way", "Pass another OUT.")
+        fail(what, "a folder to write", "a file on the way", "Pass another OUT.")
 
 
 def below_a_file(path: Path) -> bool:
     return not os.path.isdir(next(filter(os.path.lexists, path.parents), "."))
 
 
-def contents(folder: Path) -> tuple[list[Path], list[str]]:
-    """Folders and files beside the weights, a folder before what is in it, and the names of what is left out.
+def contents(folder: Path, weights: str) -> tuple[list[Path], list[str]]:
+    """Folders and files beside `weights`, a folder before what is in it, and the names of what is left out.
 
-    Links are followed, dead ones dropped. Raises ValueError for what cannot be copied.
+    Links are followed, dead ones dropped. Nothing lies beside an adapter that is one file. Raises ValueError for what
+    cannot be copied.
     """
+    if folder.is_file():
+        return [], []
     names = _names(folder)
     left_out = [name for name in names if any(fnmatch(name, one) for one in RUN + ELSEWHERE)]
     above = (Path(os.path.realpath(folder)),)
-    return list(_below(folder, [name for name in names if name not in (*left_out, WEIGHTS)], above)), left_out
+    return list(_below(folder, [name for name in names if name not in (*left_out, weights)], above)), left_out
 
 
 def _below(place: Path, names: list[str], above: tuple[Path, ...]) -> Iterator[Path]:
@@ -138,32 +172,51 @@ def _unreadable(path: Path, error: OSError) -> NoReturn:
     fail(shown(path), "what can be read", error.strerror, remedy)
 
 
-def write_copy(folder: Path, out: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> list[str]:
-    """Copy `folder` to `out` with `tensors` as its weights. Returns the names of what was left out.
+def write_copy(
+    adapter: Path, out: Path, files: Mapping[str, Any], metadata: Mapping[str, str] | None, what: str
+) -> list[str]:
+    """Copy `adapter`, a folder or a file, to `out` with `files` in place of its own. Returns the names of what was left
+    out.
+
+    Args:
+        files: Name in the folder -> tensors for a safetensors file, or what to write as JSON.
 
     Raises FileExistsError, ValueError and OSError; `out` is then whole or absent.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import save_file
 
-    check_place(folder, out)
-    paths, left_out = contents(folder)
+    check_place(adapter, out, what)
+    weights = weights_of(adapter)
+    paths, left_out = contents(adapter, weights.name)
     part = out.parent / f".{out.name[:100]}.{os.getpid()}.part"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        part.mkdir()
-        for path in paths:
-            _copy(path, part / path.relative_to(folder))
-        save_file(dict(tensors), str(part / WEIGHTS), dict(metadata) if metadata else None)
-        shutil.copymode(folder / WEIGHTS, part / WEIGHTS)  # safetensors makes it readable by the owner alone
+        if adapter.is_file():
+            _save(part, weights, files[weights.name], metadata)
+        else:
+            part.mkdir()
+            for path in paths:
+                _copy(path, part / path.relative_to(adapter))
+            for name, content in files.items():
+                if name == weights.name:
+                    _save(part / name, weights, content, metadata)
+                else:
+                    (part / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         part.rename(out)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         remedy = "Pass an OUT that can be written, with room for the adapter."
-        fail(f"--refactor {shown(out)}", "a folder to write", shown(reason, 90), remedy, OSError)
+        fail(f"{what} {shown(out)}", "a folder to write", shown(reason, 90), remedy, OSError)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
     return left_out
+
+
+def _save(path: Path, like: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> None:
+    from safetensors.torch import save_file
+
+    save_file(dict(tensors), str(path), dict(metadata) if metadata else None)
+    shutil.copymode(like, path)  # safetensors makes it readable by the owner alone
 
 
 def _copy(path: Path, copy: Path) -> None:

@@ -1,4 +1,4 @@
-"""What an adapter's configuration says about its factors: is the update B A, and which layers are experts.
+"""What PEFT's configuration says about the factors: is the update B A, at which scale, and which layers are experts.
 
 What `integrations/peft.py` knows about live modules, for files on disk. Anything unknown is refused.
 """
@@ -6,8 +6,9 @@ What `integrations/peft.py` knows about live modules, for files on disk. Anythin
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,35 +38,65 @@ REFUSED = {
 STARTS = re.compile(r"gaussian|eva|olora|pissa(_niter_\d+)?|corda|loftq|orthogonal|mica|lora_ga", re.IGNORECASE)
 
 
+Patterns = tuple[tuple[re.Pattern[str], Any], ...]
+
+
 @dataclass(frozen=True)
 class Rules:
     """What a LoRA configuration says about its layers; `default_rank` is its r."""
 
     default_rank: int
-    rank_pattern: tuple[tuple[re.Pattern[str], int], ...]
+    rank_pattern: Patterns
     target_modules: frozenset[str] | None
     target_parameters: tuple[str, ...]
     block_diagonal: tuple[str, ...]
+    default_alpha: float = 8.0
+    alpha_pattern: Patterns = ()
+    rslora: bool = False
+    alphas = False  # PEFT reads no tensor of that name
 
     def rank(self, key: str) -> int:
-        """As PEFT's get_pattern_key: the first pattern that matches the end of `key`, from a dot on."""
-        return next((rank for pattern, rank in self.rank_pattern if pattern.match(key)), self.default_rank)
+        return _first(self.rank_pattern, key, self.default_rank)
 
-    def experts(self, name: str, rows: int) -> int | str:
-        """How many experts the `rows` of A of the layer at `name` make up, or why that is unknown."""
+    def alpha(self, key: str) -> float:
+        return _first(self.alpha_pattern, key, self.default_alpha)
+
+    def scale(self, key: str) -> float:
+        """s of `W + s B A`."""
+        return self.alpha(key) / self.divisor(self.rank(key))
+
+    def divisor(self, rank: int) -> float:
+        """What alpha is divided by."""
+        return math.sqrt(rank) if self.rslora else rank
+
+    def wrong(self, name: str, rows: int) -> str:
+        """Why A cannot have that many rows, or ""; of a layer that has no experts."""
+        return "" if rows == self.rank(name) else f"A has {rows} rows, not {self.rank(name)}"
+
+    def keys(self, name: str) -> tuple[list[str], list[str]]:
+        """What PEFT may look up the rank of the layer at `name` by: names of modules, and of parameters."""
         path = name.replace(".base_layer", "")  # PEFT nests the wrappers of the parameters of one module
-        keys = [f"{path}.{target.rpartition('.')[2]}" for target in self.target_parameters]
+        parameters = [f"{path}.{target.rpartition('.')[2]}" for target in self.target_parameters]
         parameters = [
-            key for key, target in zip(keys, self.target_parameters) if key == target or key.endswith(f".{target}")
+            key
+            for key, target in zip(parameters, self.target_parameters)
+            if key == target or key.endswith(f".{target}")
         ]
         # a module inside another LoRA layer (attention's out_proj) has the rank of the outer one
-        modules = [name, name.partition(".base_layer.")[0]] if self._may_be_module(name, bool(parameters)) else []
-        numbers = {1 for key in modules if self.rank(key) == rows}
-        numbers |= {rows // self.rank(key) for key in parameters if rows % self.rank(key) == 0}
-        if len(numbers) == 1:
-            return numbers.pop()
+        may_be = self._may_be_module(name, bool(parameters))
+        return [name, name.partition(".base_layer.")[0]] if may_be else [], parameters
+
+    def experts(self, name: str, rows: int) -> tuple[int, tuple[str, ...]] | str:
+        """How many experts the `rows` of A of the layer at `name` make up, and by which names PEFT may look up its
+        rank; or why that is unknown.
+        """
+        modules, parameters = self.keys(name)
+        found = [(1, key) for key in modules if self.rank(key) == rows]
+        found += [(rows // self.rank(key), key) for key in parameters if rows % self.rank(key) == 0]
+        if len({number for number, _ in found}) == 1:
+            return found[0][0], tuple(dict.fromkeys(key for _, key in found))
         ranks = sorted({self.rank(key) for key in modules[:1] + parameters})
-        if numbers:
+        if found:
             return f"rank {' or '.join(map(str, ranks))}, and the file does not say which"
         return f"A has {rows} rows, not {' or '.join(map(str, ranks))}" if ranks else "no target of the configuration"
 
@@ -75,6 +106,11 @@ class Rules:
         if not parameter or self.target_modules is None:
             return True
         return any(name == target or name.endswith(f".{target}") for target in self.target_modules)
+
+
+def _first(patterns: Patterns, key: str, default: Any) -> Any:
+    """As PEFT's get_pattern_key: the first pattern that matches the end of `key`, from a dot on."""
+    return next((value for pattern, value in patterns if pattern.match(key)), default)
 
 
 def shown(text: Any, limit: int = 60) -> str:
@@ -116,31 +152,45 @@ def read_rules(config: Mapping[str, Any], where: str) -> Rules:
     start = config.get("init_lora_weights", True)
     if not (start is None or isinstance(start, bool) or (isinstance(start, str) and STARTS.fullmatch(start))):
         fail(f"{where}, init_lora_weights", "a start PEFT 0.21 has", shown(repr(start)), "A later reflora may know it.")
-    r, ranks = config.get("r"), config.get("rank_pattern") or {}
+    r, alpha = config.get("r"), config.get("lora_alpha", 8)
     remedy = "Save the adapter again with PeftModel.save_pretrained."
     if not _is_rank(r):
         fail(f"{where}, r", "an integer > 0", shown(repr(r)) if "r" in config else "none", remedy)
-    if not isinstance(ranks, dict) or not all(map(_is_rank, ranks.values())):
-        fail(f"{where}, rank_pattern", "names with integers > 0", shown(repr(ranks)), remedy)
-    try:
-        patterns = tuple((re.compile(rf"(.*\.)?({pattern})$"), rank) for pattern, rank in ranks.items())
-    except re.error as error:
-        fail(f"{where}, rank_pattern", "regular expressions", f"{shown(error.pattern)} ({error})", remedy)
+    if not _is_alpha(alpha):
+        fail(f"{where}, lora_alpha", "a finite number", shown(repr(alpha)), remedy)
     blocks = config.get("use_bdlora") or {}
     if not isinstance(blocks, dict):
         fail(f"{where}, use_bdlora", "an object", shown(repr(blocks)), remedy)
     modules = config.get("target_modules")
     return Rules(
         r,  # type: ignore[arg-type]  # _is_rank has seen it
-        patterns,
+        _patterns(config, "rank_pattern", _is_rank, "integers > 0", where),
         None if modules is None or isinstance(modules, str) else frozenset(_names(modules, f"{where}, target_modules")),
         _names(config.get("target_parameters"), f"{where}, target_parameters"),
         sum((_names(blocks.get(f"target_modules_bd_{side}"), f"{where}, use_bdlora") for side in "ab"), ()),
+        float(alpha),
+        _patterns(config, "alpha_pattern", _is_alpha, "finite numbers", where),
+        bool(config.get("use_rslora")),
     )
+
+
+def _patterns(config: Mapping[str, Any], field: str, fits: Callable[[Any], bool], wanted: str, where: str) -> Patterns:
+    given = config.get(field) or {}
+    remedy = "Save the adapter again with PeftModel.save_pretrained."
+    if not isinstance(given, dict) or not all(map(fits, given.values())):
+        fail(f"{where}, {field}", f"names with {wanted}", shown(repr(given)), remedy)
+    try:
+        return tuple((re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in given.items())
+    except re.error as error:
+        fail(f"{where}, {field}", "regular expressions", f"{shown(error.pattern)} ({error})", remedy)
 
 
 def _is_rank(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_alpha(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _names(value: Any, what: str) -> tuple[str, ...]:
