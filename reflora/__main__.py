@@ -1,4 +1,4 @@
-"""`python -m reflora`: what is installed, what serves, and whether it works. `doctor`, `resize`: saved adapters."""
+"""`python -m reflora`: what is installed, what serves, and whether it works. The rest is of saved adapters."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 
-from . import doctor, resize
+from . import doctor, extract, resize
 from .adapters import Adapter, shown
 from .backends import load
 from .columns import REFACTORED
 from .constants import BACKENDS
+from .extract import Checkpoint
 from .functional import refactor_
 from .picture import picture_path
 from .reference import refactoring
@@ -44,12 +45,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     cut.add_argument("--rank", type=int, metavar="N", help="of every layer; with --energy, the highest")
     cut.add_argument("--energy", type=float, metavar="SHARE", help="of ||B A||_F^2 that each layer keeps, such as 0.99")
     cut.add_argument("--png", type=Path, metavar="FILE", help="draw the singular values, ranks and errors")
+    drawn = commands.add_parser("extract", help="the adapter nearest to what a fine-tuning has changed")
+    drawn.add_argument("base", type=Path, help="a model's folder or safetensors file")
+    drawn.add_argument("tuned", type=Path, help="the same after training")
+    drawn.add_argument("out", type=Path, help="the adapter's folder, for PEFT")
+    drawn.add_argument("--rank", type=int, metavar="N", help="of every layer; with --energy, the highest")
+    drawn.add_argument("--energy", type=float, metavar="SHARE", help="of ||W' - W||_F^2 that each layer keeps")
     options = parser.parse_args(argv)
     try:
         if options.command == "doctor":
             examine(options.adapter, options.refactor, options.png)
         elif options.command == "resize":
             cut_ranks(options.adapter, options.out, options.rank, options.energy, options.png)
+        elif options.command == "extract":
+            draw_out(options.base, options.tuned, options.out, options.rank, options.energy)
         else:
             return show()
     except (OSError, ValueError, ImportError) as error:
@@ -125,6 +134,13 @@ def cut_ranks(path: Path, out: Path, rank: int | None, energy: float | None, png
         print(line)
     if drawn:
         print(f"wrote {shown(resize.draw(done.layers, drawn))}")
+
+
+def draw_out(base: Path, tuned: Path, out: Path, rank: int | None, energy: float | None) -> None:
+    done = extract.extract(Checkpoint(base), Checkpoint(tuned), out, resize.Choice(rank, energy))
+    print(extract.table(done.layers), end="\n\n")
+    for line in extract.outcome(done, out):
+        print(line)
 
 
 def _version(name: str) -> str:

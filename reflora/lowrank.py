@@ -8,6 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# matrices up to this size go to LAPACK; subspace iteration ends when the energy grows by less than this share, which
+# is below what float32 resolves, or after this many rounds
+SMALL, GROWTH, ROUNDS = 256, 1e-7, 60
+
 
 @dataclass(frozen=True)
 class SVD:
@@ -57,12 +61,38 @@ def singular_values(A: Tensor, B: Tensor) -> Tensor:
     return torch.linalg.svdvals(torch.linalg.qr(B, mode="r").R @ torch.linalg.qr(A.mT, mode="r").R.mT) * size
 
 
-def rank_for(s: Tensor, energy: float) -> int:
-    """The least rank that keeps this share of `sum(s^2)`: at least 1."""
+def leading(D: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(U `[m, k]`, s `[k]`, V^T `[k, n]`): the first k = min(rank, m, n) singular values of D `[m, n]`, with vectors.
+
+    A small D, or a rank near its size, takes LAPACK's decomposition; a large one subspace iteration (Halko, Martinsson
+    and Tropp, arXiv 0909.4061) with `k / 4 + 8` further vectors, until the energy of the k grows by less than `GROWTH`.
+    """
+    k = min(rank, *D.shape)
+    width = k + k // 4 + 8
+    if min(D.shape) <= max(SMALL, 3 * width):
+        U, s, Vt = torch.linalg.svd(D, full_matrices=False)
+        return U[:, :k], s[:k], Vt[:k]
+    generator = torch.Generator("cpu").manual_seed(0)
+    start = torch.randn(D.shape[1], width, generator=generator, dtype=D.dtype).to(D.device)
+    Q, kept = torch.linalg.qr(D @ start).Q, 0.0
+    for _ in range(ROUNDS):
+        P = torch.linalg.qr(D.mT @ Q).Q
+        Q, R = torch.linalg.qr(D @ P)
+        u, s, vh = torch.linalg.svd(R)
+        before, kept = kept, float(s[:k].square().sum())
+        if kept - before <= GROWTH * kept:
+            break
+    return Q @ u[:, :k], s[:k], vh[:k] @ P.mT
+
+
+def rank_for(s: Tensor, energy: float, norm: float | None = None) -> int:
+    """The least rank that keeps this share of `sum(s^2)`, or of `norm^2`: at least 1, at most what s has."""
     share = s / s[0] if float(s[0]) > 0 else s
     kept = share.square().cumsum(0)
+    whole = kept[-1] if norm is None else (norm / max(float(s[0]), 1e-300)) ** 2
     # a share of 1 asks for all but what rounding adds
-    return int((kept >= energy * kept[-1] * (1 - 1e-14)).int().argmax()) + 1
+    enough = kept >= energy * whole * (1 - 1e-14)
+    return int(enough.int().argmax()) + 1 if bool(enough.any()) else len(s)
 
 
 def distance(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], norm: float) -> float:

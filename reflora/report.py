@@ -37,6 +37,11 @@ def cell(value: float, form: str) -> str:
     return "-" if isnan(value) else format(value, form)
 
 
+def energy(error: float) -> str:
+    """The share of the energy that a relative error of this size is, `error^2`."""
+    return f"{100 * error**2:.2g} %" if error > 1e-6 else "0 %"
+
+
 def some(names: Sequence[str]) -> str:
     """The first three."""
     return ", ".join(shown(name, 50) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

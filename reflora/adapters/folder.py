@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NoReturn
@@ -107,18 +108,22 @@ def check_place(adapter: Path, out: Path, what: str) -> None:
 
     what: How the user passed it, for messages.
     """
-    what = f"{what} {shown(out)}"
     inside, real = (Path(os.path.realpath(path)) for path in (adapter, out))
     if inside in (real, *real.parents):
-        fail(what, "a folder outside the adapter's", "one in it", "Pass another OUT.")
-    if os.path.lexists(out):
-        got = "a folder that is there" if out.is_dir() else "a file that is there"
-        fail(what, "a name not taken", got, "Remove it or pass another OUT.", FileExistsError)
+        fail(f"{what} {shown(out)}", "a folder outside the adapter's", "one in it", "Pass another OUT.")
+    check_free(out, what)
     if adapter.is_file() and out.suffix != ".safetensors":
         got = f"a name that ends in {shown(out.suffix)}" if out.suffix else "a name without it"
-        fail(what, "a file, .safetensors", got, "The adapter is one file: so is what is written.")
+        fail(f"{what} {shown(out)}", "a file, .safetensors", got, "The adapter is one file: so is what is written.")
+
+
+def check_free(out: Path, what: str) -> None:
+    """Raises FileExistsError if `out` exists, ValueError where it cannot be made."""
+    if os.path.lexists(out):
+        got = "a folder that is there" if out.is_dir() else "a file that is there"
+        fail(f"{what} {shown(out)}", "a name not taken", got, "Remove it or pass another OUT.", FileExistsError)
     if below_a_file(out):
-        fail(what, "a folder to write", "a file on the way", "Pass another OUT.")
+        fail(f"{what} {shown(out)}", "a folder to write", "a file on the way", "Pass another OUT.")
 
 
 def below_a_file(path: Path) -> bool:
@@ -183,14 +188,10 @@ def write_copy(
 
     Raises FileExistsError, ValueError and OSError; `out` is then whole or absent.
     """
-    from safetensors import SafetensorError
-
     check_place(adapter, out, what)
     weights = weights_of(adapter)
     paths, left_out = contents(adapter, weights.name)
-    part = out.parent / f".{out.name[:100]}.{os.getpid()}.part"
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+    with whole_or_absent(out, what) as part:
         if adapter.is_file():
             _save(part, weights, files[weights.name], metadata)
         else:
@@ -201,7 +202,22 @@ def write_copy(
                 if name == weights.name:
                     _save(part / name, weights, content, metadata)
                 else:
-                    (part / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+                    write_json(part / name, content)
+    return left_out
+
+
+@contextmanager
+def whole_or_absent(out: Path, what: str) -> Iterator[Path]:
+    """A name beside `out` to write a file or folder at, which becomes `out` if nothing is raised, or is removed.
+
+    Raises OSError, in a sentence, where it cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    part = out.parent / f".{out.name[:100]}.{os.getpid()}.part"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield part
         part.rename(out)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -209,7 +225,10 @@ def write_copy(
         fail(f"{what} {shown(out)}", "a folder to write", shown(reason, 90), remedy, OSError)
     finally:
         shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
-    return left_out
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _save(path: Path, like: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> None:

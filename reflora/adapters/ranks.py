@@ -83,16 +83,22 @@ def configured(
         else:
             for key in sum(rules.keys(one.name), []):
                 wanted.setdefault(key, (rules.rank(key), _plain(rules.alpha(key))))
+    changed = {**config, **patterns(wanted), "init_lora_weights": True}
+    return changed | {name: None for name in START_OPTIONS if changed.get(name)}
+
+
+def patterns(wanted: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
+    """r and lora_alpha of most of these names, and rank_pattern and alpha_pattern for the others.
+
+    wanted: The name of a layer -> its rank and alpha.
+    """
     (r, alpha), _ = Counter(wanted.values()).most_common(1)[0]
-    changed = {
-        **config,
+    return {
         "r": r,
         "lora_alpha": alpha,
         "rank_pattern": _pattern({name: rank for name, (rank, _) in wanted.items()}, r),
         "alpha_pattern": _pattern({name: alpha for name, (_, alpha) in wanted.items()}, alpha),
-        "init_lora_weights": True,
     }
-    return changed | {name: None for name in START_OPTIONS if changed.get(name)}
 
 
 def _pattern(wanted: Mapping[str, T], default: T) -> dict[str, T]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..adapters import shown
-from ..report import aligned, beside, listed
+from ..report import aligned, beside, energy, listed
 from .cut import Cut, Resized
 
 
@@ -20,7 +20,7 @@ def table(layers: Sequence[Cut], width: int = 60) -> str:
             str(one.rank),
             f"{one.norm:.3g}",
             f"{one.error:.1e}",
-            _percent(one.error),
+            energy(one.error),
         )
         for one in layers
     ]
@@ -34,14 +34,9 @@ def outcome(done: Resized, out: Path) -> list[str]:
     lines = [
         f"wrote {shown(out)}: {len(done.layers)} layers of {rank}, {_millions(done.old_numbers)} -> "
         f"{_millions(done.numbers)} numbers",
-        f"in all: error {done.error:.2e} of ||s B A||_F, {_percent(done.error)} of its energy lost",
+        f"in all: error {done.error:.2e} of ||s B A||_F, {energy(done.error)} of its energy lost",
     ]
     return lines + listed("copied as they are", done.kept) + beside(done.copied)
-
-
-def _percent(error: float) -> str:
-    """The energy that an error of this size is, `error^2`."""
-    return f"{100 * error**2:.2g} %" if error > 1e-6 else "0 %"
 
 
 def _millions(number: int) -> str:

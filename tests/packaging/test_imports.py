@@ -29,7 +29,8 @@ LAYERS = (
     ("integrations",),
     ("adapters", "lowrank"),
     ("report", "picture"),
-    ("doctor", "resize", "extract"),
+    ("doctor", "resize"),
+    ("extract",),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

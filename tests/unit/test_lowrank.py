@@ -89,3 +89,20 @@ def test_what_is_not_finite_has_no_singular_values(value: float) -> None:
 def test_the_least_rank_that_keeps_the_energy(energy: float, rank: int) -> None:
     s = 1e-180 * torch.tensor([8.0, 4.8, 3.6, 0.0], dtype=torch.float64)  # shares 0.64, 0.2304, 0.1296
     assert lowrank.rank_for(s, energy) == rank
+
+
+@pytest.mark.parametrize("size", [(40, 600), (600, 300), (500, 500)], ids=str)
+@pytest.mark.parametrize("decay", [1.0, 0.3], ids=["falls", "hardly falls"])
+def test_leading_singular_values_are_those_of_the_dense_svd(size: tuple[int, int], decay: float) -> None:
+    """In energy, which is what an error is made of; single values are as good where the spectrum falls."""
+    m, n = size
+    U, V = (torch.linalg.qr(torch.randn(k, min(size), dtype=torch.float64)).Q for k in size)
+    s = (1 + torch.arange(min(size), dtype=torch.float64)) ** -decay
+    D = (U * s) @ V.mT
+    for rank in (1, 16, 1000):
+        found_U, found, found_V = lowrank.leading(D, rank)
+        k = min(rank, m, n)
+        assert (found_U.shape, found.shape, found_V.shape) == ((m, k), (k,), (k, n))
+        lost = s[k:].square().sum()
+        assert float((found_U * found @ found_V - D).square().sum() - lost) < 1e-6 * float(s.square().sum())
+        assert float((found - s[:k]).abs().max()) < 1e-3 * float(s[0])
