@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# matrices up to this size go to LAPACK; subspace iteration ends when the energy grows by less than this share, which
-# is below what float32 resolves, or after this many rounds
-SMALL, GROWTH, ROUNDS = 256, 1e-7, 60
+# matrices up to this size go to LAPACK; subspace iteration ends when a round recovers less than this share of the energy
+# that is lost, or after this many rounds
+SMALL, GAIN, ROUNDS = 256, 1e-4, 60
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def leading(D: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """(U `[m, k]`, s `[k]`, V^T `[k, n]`): the first k = min(rank, m, n) singular values of D `[m, n]`, with vectors.
 
     A small D, or a rank near its size, takes LAPACK's decomposition; a large one subspace iteration (Halko, Martinsson
-    and Tropp, arXiv 0909.4061) with `k / 4 + 8` further vectors, until the energy of the k grows by less than `GROWTH`.
+    and Tropp, arXiv 0909.4061) with `k / 4 + 8` further vectors, until a round recovers too little of what is lost.
     """
     k = min(rank, *D.shape)
     width = k + k // 4 + 8
@@ -74,13 +74,13 @@ def leading(D: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         return U[:, :k], s[:k], Vt[:k]
     generator = torch.Generator("cpu").manual_seed(0)
     start = torch.randn(D.shape[1], width, generator=generator, dtype=D.dtype).to(D.device)
-    Q, kept = torch.linalg.qr(D @ start).Q, 0.0
+    Q, kept, whole = torch.linalg.qr(D @ start).Q, 0.0, float(D.norm()) ** 2
     for _ in range(ROUNDS):
         P = torch.linalg.qr(D.mT @ Q).Q
         Q, R = torch.linalg.qr(D @ P)
         u, s, vh = torch.linalg.svd(R)
         before, kept = kept, float(s[:k].square().sum())
-        if kept - before <= GROWTH * kept:
+        if kept - before <= max(GAIN * (whole - kept), torch.finfo(D.dtype).eps * whole):
             break
     return Q @ u[:, :k], s[:k], vh[:k] @ P.mT
 

@@ -104,5 +104,5 @@ def test_leading_singular_values_are_those_of_the_dense_svd(size: tuple[int, int
         k = min(rank, m, n)
         assert (found_U.shape, found.shape, found_V.shape) == ((m, k), (k,), (k, n))
         lost = s[k:].square().sum()
-        assert float((found_U * found @ found_V - D).square().sum() - lost) < 1e-6 * float(s.square().sum())
-        assert float((found - s[:k]).abs().max()) < 1e-3 * float(s[0])
+        assert (found_U * found @ found_V - D).square().sum() - lost < 1e-3 * lost + 1e-12
+        assert (found - s[:k]).abs().max() < 1e-2 * s[0]
