@@ -7,12 +7,14 @@ import logging
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
+from peft.optimizers import create_loraplus_optimizer
+from torch import nn
 
 from ..checks import fail
 from .optimizer import OptimizerFactory, adamw_options
 
 LOG = logging.getLogger(__name__)
-# options that make parameter groups, which the factory's one group would silently undo
+# options for which axolotl makes parameter groups
 GROUPED = ("loraplus_lr_ratio", "lr_groups", "embedding_lr", "embedding_lr_scale")
 # words of YAML and their Python spelling
 YAML = {"true": "True", "false": "False", "none": "None", "null": "None", "~": "None"}
@@ -22,10 +24,11 @@ SERVED = ("adamw_torch", "adamw_torch_fused")
 class RefLoRAPlugin(BasePlugin):
     """Gives axolotl's trainer RefLoRAAdamW with the YAML file's learning rate, betas, eps and weight decay.
 
-    `optim_args` there are further arguments of `reflora.create_reflora_optimizer`, such as `scalar: true`.
+    `optim_args` there are further arguments of `reflora.create_reflora_optimizer`, such as `scalar: true`. With learning
+    rates per group (loraplus_lr_ratio, embedding_lr, embedding_lr_scale, lr_groups) the groups are axolotl's own.
 
     Raises:
-        ValueError: An `optimizer:` other than adamw_torch and adamw_torch_fused, or learning rates per group.
+        ValueError: An `optimizer:` other than adamw_torch and adamw_torch_fused.
     """
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
@@ -33,12 +36,24 @@ class RefLoRAPlugin(BasePlugin):
         named = cfg.get("optimizer") or SERVED[0]
         if getattr(named, "value", named) not in SERVED:
             fail("optimizer", " or ".join(SERVED), str(named), "RefLoRAAdamW takes its place: name one of these.")
-        grouped = [name for name in GROUPED if cfg.get(name) is not None]
-        if grouped:
-            fail("RefLoRAPlugin", "one learning rate", ", ".join(grouped), "Leave them out.")
         options = {**adamw_options(trainer.args), **parsed(cfg.get("optim_args"))}
-        trainer.optimizer_cls_and_kwargs = (OptimizerFactory, options)
         LOG.info("reflora: trains with %s", options)
+        if any(cfg.get(name) is not None for name in GROUPED):
+            options["params"] = lambda model: groups_of(trainer, model, options["lr"])
+        trainer.optimizer_cls_and_kwargs = (OptimizerFactory, options)
+
+
+def groups_of(trainer: Any, model: nn.Module, lr: float) -> list[dict[str, Any]]:
+    """The groups that axolotl's trainer would give to torch's AdamW; LoRA+ goes before the other options, as there."""
+    if trainer.args.loraplus_lr_ratio is None:
+        return trainer.create_optimizer_grouped_parameters(model, {"lr": lr})
+    ratios = {name: getattr(trainer.args, name) for name in ("loraplus_lr_ratio", "loraplus_lr_embedding")}
+    return create_loraplus_optimizer(model, _given, lr=lr, **ratios)  # type: ignore[arg-type, return-value]
+
+
+def _given(groups: list[dict[str, Any]], **_: Any) -> list[dict[str, Any]]:
+    """In place of an optimizer class: PEFT makes the groups inside its constructor's call."""
+    return groups
 
 
 def parsed(optim_args: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ def create_reflora_optimizer(
     optimizer_cls: type[Optimizer] | None = None,
     *,
     lr: float,
+    params: Iterable[Any] | None = None,
     scalar: bool = False,
     interval: int = 1,
     warmup_steps: int | None = None,
@@ -49,6 +51,8 @@ def create_reflora_optimizer(
             options for 16-bit factors. Any other class gives a subclass of it that preconditions inside `step`, with
             one sync per step on a GPU, or two while a pair of RefLoRA-S waits for its norms.
         lr: Learning rate.
+        params: Parameters or groups of them, as for any torch optimizer, such as LoRA+'s two learning rates. None
+            steps all trainable parameters of `model` in one group.
         scalar: RefLoRA-S, as in RefLoRAAdamW.
         interval: Recompute S every `interval` steps.
         warmup_steps: None phases S in gradually; a number takes that many first steps with S = I, as published.
@@ -90,7 +94,8 @@ def create_reflora_optimizer(
     if "pairs" in kwargs:
         remedy = "To choose them, call the class itself, or reflora.wrap of another, with pairs=."
         fail("pairs", "none: they are found in the model", "pairs", remedy, TypeError)
-    params = [param for param in model.parameters() if param.requires_grad]
+    if params is None:
+        params = [param for param in model.parameters() if param.requires_grad]
     of_S: dict[str, Any] = {"scalar": scalar, "interval": interval, "warmup_steps": warmup_steps}
     if whitens or damps:
         if given := [name for name, value in of_S.items() if value != DEFAULTS[name]]:
@@ -109,11 +114,19 @@ class OptimizerFactory:
 
     def __init__(self, *given: object, **kwargs: object):
         if given or kwargs:
-            remedy = "Before transformers 5.3 use optimizers=(reflora.create_reflora_optimizer(model, lr=...), None)."
+            remedy = (
+                'Pass optimizers=(reflora.create_reflora_optimizer(...), None), or where a trainer makes groups '
+                '(reflora.RefLoRAAdamW, {"lr": ..., "pairs": reflora.find_pairs(model)}).'
+            )
             fail("OptimizerFactory", "no arguments", f"{len(given) + len(kwargs)}", remedy, TypeError)
 
     def __call__(self, model: nn.Module, training_args: Any = None, **kwargs: Any) -> Optimizer:
-        """kwargs: of create_reflora_optimizer. AdamW's options that they lack are taken from `training_args`."""
+        """kwargs: of create_reflora_optimizer. AdamW's options that they lack are taken from `training_args`.
+
+        `params` may be a function that is given the model, which alone knows its parameters, and returns them.
+        """
+        if callable(params := kwargs.get("params")):
+            kwargs["params"] = params(model)
         return create_reflora_optimizer(
             model, **({**adamw_options(training_args), **kwargs} if training_args else kwargs)
         )

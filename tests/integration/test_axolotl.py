@@ -11,7 +11,11 @@ from typing import Any
 import page_cases
 import pytest
 import torch
+import trainer_cases
 import yaml
+from distributed_cases import assert_equal, trained
+from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import Trainer
 
 import reflora
@@ -20,13 +24,41 @@ from reflora.optim.wrapper import Wrapped
 ROOT = Path(__file__).parents[2]
 
 
-class AxolotlTrainer(Trainer):
+# arguments of axolotl's own that its trainer reads, with their defaults
+GROUPS = {"loraplus_lr_ratio": None, "loraplus_lr_embedding": 1e-6, "lr_groups": None}
+GROUPS |= {"embedding_lr": None, "embedding_lr_scale": None}
+
+
+class StandIn(Trainer):
     """Creates its optimizer as axolotl's mixin does: a factory is also given the training arguments."""
+
+    def create_optimizer_grouped_parameters(self, model: Any, options: dict[str, Any]) -> list[dict[str, Any]]:
+        """What has embed_tokens or lm_head in its name at a rate of its own, without decay, and rates by module."""
+        args: Any = self.args
+        rates = {module: group["lr"] for group in args.lr_groups or () for module in group["modules"]}
+        embedding = options["lr"] * args.embedding_lr_scale if args.embedding_lr_scale else args.embedding_lr
+        groups: dict[tuple[float, float], list[Any]] = {}
+        for name, param in model.named_parameters():
+            if "embed_tokens" in name or "lm_head" in name:
+                rate, decay = embedding or options["lr"], 0.0
+            else:
+                rate, decay = next((rates[word] for word in rates if word in name), options["lr"]), args.weight_decay
+            if param.requires_grad:
+                groups.setdefault((rate, decay), []).append(param)
+        return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         factory, options = self.optimizer_cls_and_kwargs
         self.optimizer = factory()(self.model if model is None else model, self.args, **options)
         return self.optimizer
+
+
+def trainer_class() -> type[Trainer]:
+    """axolotl's own code where it is installed."""
+    try:
+        return import_module("axolotl.core.trainers.mixins.optimizer").OptimizerMixin
+    except ImportError:
+        return StandIn
 
 
 @pytest.fixture
@@ -50,10 +82,13 @@ def config() -> dict[str, Any]:
     return dict(yaml.safe_load(page.split("```yaml\n")[1].split("```")[0]))
 
 
-def trainer(folder: Path) -> AxolotlTrainer:
-    args = page_cases.arguments(learning_rate=2e-3, weight_decay=0.3, adam_beta2=0.95, adam_epsilon=1e-7)
+def trainer(folder: Path, model: Any = None, **options: Any) -> Any:
+    args = page_cases.arguments(
+        learning_rate=2e-3, weight_decay=0.3, adam_beta2=0.95, adam_epsilon=1e-7, lr_scheduler_type="constant"
+    )
     args.output_dir = str(folder)
-    return AxolotlTrainer(page_cases.adapted(), args, train_dataset=page_cases.rows())
+    vars(args).update({**GROUPS, **options})
+    return trainer_class()(model or page_cases.adapted(), args, train_dataset=page_cases.rows())
 
 
 def test_a_run(plugin: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -87,15 +122,57 @@ def test_optim_args_as_text_or_mapping(plugin: Any, tmp_path: Path, given: Any, 
     ("changed", "word"),
     [
         ({"optimizer": "adamw_bnb_8bit"}, "adamw_torch"),
-        ({"loraplus_lr_ratio": 16}, "loraplus_lr_ratio"),
         ({"optim_args": "scalar"}, "name=value"),
     ],
 )
-def test_what_it_would_silently_undo_is_refused(
+def test_what_it_cannot_follow_is_refused(
     plugin: Any, tmp_path: Path, changed: dict[str, Any], word: str
 ) -> None:
     with pytest.raises(ValueError, match=word):
         plugin.post_trainer_create({**config(), **changed}, trainer(tmp_path))
+
+
+def embedded() -> nn.Module:
+    """LoRA, and an embedding and a head that are trained whole."""
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    torch.manual_seed(0)
+    return get_peft_model(page_cases.causal(), config)
+
+
+def rate_of(name: str, changed: dict[str, Any]) -> tuple[float, float]:
+    """Learning rate and weight decay that axolotl's documentation gives a parameter; its LoRA+, PEFT's, has no decay."""
+    if ratio := changed.get("loraplus_lr_ratio"):
+        return 2e-3 * (ratio if "lora_B" in name else 1), 0.0
+    if "embed_tokens" in name or "lm_head" in name:
+        return changed.get("embedding_lr") or 2e-3 * changed.get("embedding_lr_scale", 1), 0.0
+    return 5e-4 if "lr_groups" in changed and "v_proj" in name else 2e-3, 0.3
+
+
+@pytest.mark.parametrize("scalar", [False, True], ids=["RefLoRA", "RefLoRA-S"])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"loraplus_lr_ratio": 16},
+        {"embedding_lr": 1e-4},
+        {"embedding_lr_scale": 0.5},
+        {"lr_groups": [{"name": "values", "modules": ["v_proj"], "lr": 5e-4}]},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_rates_by_group(plugin: Any, tmp_path: Path, changed: dict[str, Any], scalar: bool) -> None:
+    """LoRA+, embedding rates and lr_groups: the steps of RefLoRAAdamW over one group per parameter."""
+    made, other = (trainer(tmp_path, embedded(), **changed) for _ in range(2))
+    plugin.post_trainer_create({**config(), **changed, "optim_args": {"scalar": scalar}}, made)
+    calls = trainer_cases.recorded(made)
+    groups = [
+        {"params": [param], **dict(zip(("lr", "weight_decay"), rate_of(name, changed)))}
+        for name, param in other.model.named_parameters() if param.requires_grad
+    ]  # fmt: skip
+    options: dict[str, Any] = {"lr": 1.0, "betas": (0.9, 0.95), "eps": 1e-7, "scalar": scalar}
+    plain = reflora.RefLoRAAdamW(groups, pairs=reflora.find_pairs(other.model), **options)
+    trainer_cases.replay(other, plain, calls)
+    assert len(calls) == 3
+    assert_equal(trained(made.model), trained(other.model))
 
 
 def test_the_factory_prefers_what_it_is_told(tmp_path: Path) -> None:
