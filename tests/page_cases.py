@@ -104,33 +104,83 @@ def deepspeed() -> dict[str, Any]:
     return {"model": adapted(), "loader": loader(), "folder": "engine"}
 
 
-def config() -> dict[str, Any]:
-    """LLaMA-Factory's register and its entry, as far as the page uses them."""
-    from types import ModuleType
+def trained_by(cls: Any, **given: Any) -> None:
+    """A run of a stand-in, in which all pairs take RefLoRA steps."""
+    trainer = cls(adapted(), arguments(), train_dataset=rows(), **given)
+    trainer.train()
+    assert trainer.optimizer.optimizer.diagnostics().refactored == len(trainer.optimizer.optimizer.pairs) == 14
 
-    places = ("plugins", "plugins.trainer_plugins", "plugins.trainer_plugins.optimizers", "trainers")
-    register, entry = "plugins.trainer_plugins.optimizers.optimizer", "trainers.sft_trainer"
-    made = {name: ModuleType(f"llamafactory.v1.{name}") for name in (*places, register, entry)}
-    sys.modules.update({module.__name__: module for module in made.values()})
-    sys.modules.update({name: ModuleType(name) for name in ("llamafactory", "llamafactory.v1")})
-    registered: dict[str, Any] = {}
 
-    class OptimizerPlugin:
-        def __init__(self, name: str):
-            self.name = name
-
-        def register(self) -> Any:
-            return lambda function: registered.setdefault(self.name, function)
+def llama_factory() -> dict[str, Any]:
+    import stand_ins
 
     def run_sft() -> None:
-        optimizer = registered["reflora"](adapted(), {"name": "reflora", "lr": 1e-4})
+        optimizer = stand_ins.OptimizerPlugin("reflora")(adapted(), {"name": "reflora", "lr": 1e-4})
         assert len(optimizer.pairs) == 14 and optimizer.param_groups[0]["lr"] == 1e-4
 
-    made[register].OptimizerPlugin = OptimizerPlugin  # type: ignore[attr-defined]
-    made[entry].run_sft = run_sft  # type: ignore[attr-defined]
-    return {"model": adapted()}
+    stand_ins.module("llamafactory.train.sft", trainer=stand_ins)
+    stand_ins.module("llamafactory.train.tuner", run_exp=lambda: trained_by(stand_ins.LlamaFactory095))
+    where = "llamafactory.v1.plugins.trainer_plugins.optimizer"
+    stand_ins.module(where, OptimizerPlugin=stand_ins.OptimizerPlugin)
+    stand_ins.module("llamafactory.v1.trainers.sft_trainer", run_sft=run_sft)
+    return {}
 
 
+def ms_swift() -> dict[str, Any]:
+    """A name that is added is tried at once."""
+    import stand_ins
+
+    class Tried(dict[str, Any]):
+        def __setitem__(self, name: str, callback: Any) -> None:
+            stand_ins.Swift460.optimizers_map[name] = callback
+            trained_by(stand_ins.Swift460)
+
+    stand_ins.module("swift.optimizers", OptimizerCallback=stand_ins.OptimizerCallback, optimizers_map=Tried())
+    return {}
+
+
+def unsloth() -> dict[str, Any]:
+    import stand_ins
+
+    def made(output_dir: str, max_steps: int, embedding_learning_rate: float) -> Any:
+        args = arguments()
+        args.embedding_learning_rate = embedding_learning_rate
+        return args
+
+    stand_ins.module("unsloth", UnslothTrainer=stand_ins.Unsloth20261009, UnslothTrainingArguments=made)
+    return {"model": adapted(), "train_dataset": rows()}
+
+
+def trl() -> dict[str, Any]:
+    import datasets
+    from peft import LoraConfig, get_peft_model
+
+    given = trainer()
+    given["tokenizer"].padding_side = "left"
+    model = get_peft_model(given["causal_model"], LoraConfig(r=4, target_modules="all-linear"))
+    columns = {"prompt": TEXTS, "chosen": [" Yes."] * len(TEXTS), "rejected": [" No."] * len(TEXTS)}
+    sets = {
+        "preferences": datasets.Dataset.from_dict(columns),
+        "prompts": datasets.Dataset.from_dict({"prompt": TEXTS}),
+    }
+    return {**given, **sets, "model": model}
+
+
+def torchtitan() -> dict[str, Any]:
+    import stand_ins
+
+    names = {name: getattr(stand_ins, name) for name in ("OptimizersContainer", "ParamGroupConfig")}
+    stand_ins.module("torchtitan.components.optimizer", **names)
+    return {"model_parts": stand_ins.parts()}
+
+
+def embedded() -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(causal(), LoraConfig(r=4, target_modules="all-linear", modules_to_save=["embed_tokens"]))
+
+
+BY_NAME = "docs/howto/trainers_by_name.md"
 GIVEN: dict[str, Any] = {
     "README.md": readme,
     "docs/quickstart.md": dict,
@@ -142,7 +192,14 @@ GIVEN: dict[str, Any] = {
     "docs/howto/distributed.md#FSDP2": fsdp2,
     "docs/howto/distributed.md#DeepSpeed, ZeRO-1 and 2": deepspeed,
     "docs/howto/compile.md": lambda: {"model": adapted(), "batch": batch()},
-    "docs/howto/config.md": config,
+    "docs/howto/config.md": lambda: {"model": adapted()},
+    f"{BY_NAME}#LLaMA-Factory": llama_factory,
+    f"{BY_NAME}#ms-swift": ms_swift,
+    f"{BY_NAME}#unsloth": unsloth,
+    f"{BY_NAME}#TRL": trl,
+    f"{BY_NAME}#Lightning and Fabric": lambda: {"model": adapted(), "loader": loader()},
+    f"{BY_NAME}#torchtitan": torchtitan,
+    f"{BY_NAME}#LoRA+ and embedding rates": lambda: {"model": embedded()},
     "docs/howto/published.md": lambda: {"model": adapted(), "arguments": arguments(), "train_dataset": rows()},
     "docs/howto/adapters.md": lambda: {"model": adapted()},
     "docs/howto/linalg.md": dict,

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from distributed_cases import build, environment, refused, train, train_hooked, trainable, trained
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.tensor import DTensor, distribute_tensor
 from two_processes import WORLD
 
@@ -94,3 +96,68 @@ def zero_redundancy(rank: int, folder: Path) -> dict[str, Any]:
             error = refused(lambda zero=zero, model=model: train(model, zero, range(1), rank, WORLD))  # type: ignore[misc]
         found[name] = [error, *(str(one.message) for one in caught if "LoRA" in str(one.message))]
     return found
+
+
+class Stage(nn.Module):
+    """Half of a network whose linear layers have LoRA, both factors random."""
+
+    def __init__(self, rank: int):
+        super().__init__()
+        torch.manual_seed(rank)
+        self.layers = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6), nn.Tanh()).double()
+        inject_adapter_in_model(LoraConfig(r=3, target_modules=["0", "2"], init_lora_weights="gaussian"), self.layers)
+        for name, parameter in self.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def squares(output: Tensor, target: Tensor) -> Tensor:
+    return nn.functional.mse_loss(output, target)
+
+
+def rows(step: int) -> Tensor:
+    return torch.randn(8, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+
+
+# by name, what steps a stage: the hooks' refresh is its last part
+PIPELINES: dict[str, Callable[[nn.Module], list[Callable[[], Any]]]] = {
+    "RefLoRAAdamW": lambda model: [reflora.create_reflora_optimizer(model, lr=1e-2).step],
+    "wrap(NAdam)": lambda model: [reflora.create_reflora_optimizer(model, torch.optim.NAdam, lr=1e-2).step],
+    "GradientHooks": lambda model: [
+        torch.optim.AdamW(trainable(model), lr=1e-2).step, reflora.GradientHooks(model, warmup_steps=0).refresh,
+    ],
+}  # fmt: skip
+
+
+def stepped(model: nn.Module, parts: list[Callable[[], Any]]) -> None:
+    for part in parts:
+        part()
+    model.zero_grad()
+
+
+def pipeline(rank: int, folder: Path) -> dict[str, dict[str, Tensor]]:
+    """Two stages with an optimizer each, and four microbatches a step."""
+    found = {}
+    for name, make in PIPELINES.items():
+        stage = Stage(rank)
+        parts = make(stage)
+        schedule = ScheduleGPipe(PipelineStage(stage, rank, WORLD, torch.device("cpu")), 4, loss_fn=squares)
+        for step in range(4):
+            schedule.step(*([rows(step)] if rank == 0 else []), **({"target": rows(step + 9)} if rank else {}))
+            stepped(stage, parts)
+        found[name] = trained(stage)
+    return found
+
+
+def pipeline_alone(name: str) -> list[dict[str, Tensor]]:
+    """Both stages in one process, with one optimizer, and the microbatches one after another."""
+    model = nn.ModuleList(Stage(rank) for rank in range(WORLD))
+    parts = PIPELINES[name](model)
+    for step in range(4):
+        for x, y in zip(rows(step).chunk(4), rows(step + 9).chunk(4)):
+            (squares(model[1](model[0](x)), y) / 4).backward()
+        stepped(model, parts)
+    return [trained(stage) for stage in model]

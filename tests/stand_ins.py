@@ -11,10 +11,10 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer
 
 
@@ -114,8 +114,17 @@ class OptimizersContainer:
 
     @dataclass
     class Config:
+        owner: ClassVar[Any] = None
         param_groups: list[ParamGroupConfig] = field(default_factory=list)
         implementation: str = "fused"
+
+        def build(self, model_parts: list[nn.Module]) -> OptimizersContainer:
+            return self.owner(self, model_parts=model_parts)
+
+    def __init_subclass__(cls) -> None:
+        """A subclass without a Config of its own is not what its parent's Config builds."""
+        if "Config" in vars(cls):
+            cls.Config.owner = cls
 
     def __init__(self, config: Config, *, model_parts: list[nn.Module]):
         self.model_parts = model_parts
@@ -130,7 +139,7 @@ class OptimizersContainer:
             self.optimizers.append(self._resolve_optimizer_factory(config.param_groups[0].optimizer_name)(groups))
 
     def _resolve_optimizer_factory(self, name: str) -> Callable[..., torch.optim.Optimizer]:
-        return {"AdamW": torch.optim.AdamW}[name]
+        return {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[name]
 
     def step(self) -> None:
         for optimizer in self.optimizers:
@@ -182,22 +191,44 @@ class OptimizersContainer:
         optimizer.zero_grad()
 
 
-def module(name: str, **names: Any) -> ModuleType:
+OptimizersContainer.Config.owner = OptimizersContainer
+
+
+class LoRALinear(nn.Linear):
+    """torchtitan 0.3.0, `components/lora.py`: a frozen layer with two of its own beside it."""
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__(n_in, n_out)
+        self.requires_grad_(False)
+        self.lora_a, self.lora_b = nn.Linear(n_in, 3, bias=False), nn.Linear(3, n_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.lora_b(self.lora_a(x))
+
+
+class Part(nn.Module):
+    """A stage of a pipeline: the layers keep the numbers they have in the whole."""
+
+    def __init__(self, layers: dict[str, nn.Module]):
+        super().__init__()
+        self.layers = nn.ModuleDict(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers.values():
+            x = torch.tanh(layer(x))
+        return x
+
+
+def parts() -> list[nn.Module]:
+    torch.manual_seed(0)
+    layers: dict[str, nn.Module] = {str(i): LoRALinear(8, 8) for i in range(4)}
+    return [Part({i: layers[i] for i in "01"}), Part({i: layers[i] for i in "23"})]
+
+
+def module(name: str, **names: Any) -> None:
     """An entry in sys.modules, with those of its packages that are not there yet."""
-    for end in range(name.count(".")):
-        parent = ".".join(name.split(".")[: end + 1])
-        sys.modules.setdefault(parent, ModuleType(parent))
-    made = sys.modules[name] = ModuleType(name)
-    vars(made).update(names)
-    parent, _, last = name.rpartition(".")
-    if parent:
-        setattr(sys.modules[parent], last, made)
-    return made
-
-
-def refactored(optimizer: Any, model: nn.Module) -> None:
-    """Every pair of the model took a RefLoRA step in the last one."""
-    import reflora
-
-    optimizer = getattr(optimizer, "optimizer", optimizer)
-    assert optimizer.diagnostics().refactored == len(reflora.find_pairs(model)) > 0
+    parts = name.split(".")
+    for end in range(1, len(parts) + 1):
+        path = ".".join(parts[:end])
+        sys.modules.setdefault(path, ModuleType(path))
+    vars(sys.modules[name]).update(names)

@@ -24,8 +24,8 @@ SERVED = ("adamw_torch", "adamw_torch_fused")
 class RefLoRAPlugin(BasePlugin):
     """Gives axolotl's trainer RefLoRAAdamW with the YAML file's learning rate, betas, eps and weight decay.
 
-    `optim_args` there are further arguments of `reflora.create_reflora_optimizer`, such as `scalar: true`. With learning
-    rates per group (loraplus_lr_ratio, embedding_lr, embedding_lr_scale, lr_groups) the groups are axolotl's own.
+    `optim_args` there are further arguments of `reflora.create_reflora_optimizer`, such as `scalar: true`. With
+    loraplus_lr_ratio, embedding_lr, embedding_lr_scale or lr_groups the parameter groups are axolotl's own.
 
     Raises:
         ValueError: An `optimizer:` other than adamw_torch and adamw_torch_fused.
@@ -44,15 +44,15 @@ class RefLoRAPlugin(BasePlugin):
 
 
 def groups_of(trainer: Any, model: nn.Module, lr: float) -> list[dict[str, Any]]:
-    """The groups that axolotl's trainer would give to torch's AdamW; LoRA+ goes before the other options, as there."""
+    """The groups that axolotl's trainer would give to torch's AdamW; with LoRA+ it ignores the other options."""
     if trainer.args.loraplus_lr_ratio is None:
         return trainer.create_optimizer_grouped_parameters(model, {"lr": lr})
     ratios = {name: getattr(trainer.args, name) for name in ("loraplus_lr_ratio", "loraplus_lr_embedding")}
-    return create_loraplus_optimizer(model, _given, lr=lr, **ratios)  # type: ignore[arg-type, return-value]
+    return create_loraplus_optimizer(model, _given, lr=lr, **ratios)
 
 
 def _given(groups: list[dict[str, Any]], **_: Any) -> list[dict[str, Any]]:
-    """In place of an optimizer class: PEFT makes the groups inside its constructor's call."""
+    """In place of an optimizer class: PEFT's function makes the groups and calls it with them."""
     return groups
 
 

@@ -115,7 +115,7 @@ class OptimizerFactory:
     def __init__(self, *given: object, **kwargs: object):
         if given or kwargs:
             remedy = (
-                'Pass optimizers=(reflora.create_reflora_optimizer(...), None), or where a trainer makes groups '
+                "Pass optimizers=(reflora.create_reflora_optimizer(...), None), or where a trainer makes groups "
                 '(reflora.RefLoRAAdamW, {"lr": ..., "pairs": reflora.find_pairs(model)}).'
             )
             fail("OptimizerFactory", "no arguments", f"{len(given) + len(kwargs)}", remedy, TypeError)

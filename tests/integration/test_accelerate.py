@@ -1,10 +1,10 @@
-"""accelerate with a gradient scaler: a step that it skips changes nothing, is seen, and the scheduler waits."""
+"""accelerate: accumulation is a plain loop's, and a step that its scaler skips changes nothing and is seen."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from distributed_cases import batch, build
+from distributed_cases import assert_equal, batch, build, trainable, trained
 from torch import nn
 
 import reflora
@@ -47,3 +47,46 @@ def test_a_skipped_step(options: dict[str, object]) -> None:
     assert not wrapped.step_was_skipped and schedule.get_last_lr()[0] < 5e-3
     moved = [not torch.equal(p, old) for p, old in zip(model.parameters(), before)]
     assert any(moved) and all(p.isfinite().all() for p in model.parameters())
+
+
+WAYS = {
+    "create_reflora_optimizer": lambda model: (reflora.create_reflora_optimizer(model, lr=1e-2), None),
+    "wrap": lambda model: (
+        reflora.wrap(torch.optim.NAdam)(trainable(model), pairs=reflora.find_pairs(model), lr=1e-2), None
+    ),
+    "GradientHooks": lambda model: (
+        torch.optim.AdamW(trainable(model), lr=1e-2), reflora.GradientHooks(model, warmup_steps=0)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_three_ways_accumulate(way: str) -> None:
+    """prepare, accumulate, clip: the steps of a plain loop over batches of twice the size."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    mine, plain = (build(start="gaussian", dtype=torch.float32) for _ in range(2))
+    optimizer, hooks = WAYS[way](mine)
+    model, optimizer = accelerator.prepare(mine, optimizer)
+    for number in range(8):
+        tokens, labels = batch(number)
+        with accelerator.accumulate(model):
+            accelerator.backward(nn.functional.cross_entropy(model(tokens), labels))
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+            if accelerator.sync_gradients and hooks:
+                hooks.refresh()
+            optimizer.zero_grad()
+    other, others_hooks = WAYS[way](plain)
+    for number in range(4):
+        other.zero_grad()
+        for part in (2 * number, 2 * number + 1):
+            tokens, labels = batch(part)
+            (nn.functional.cross_entropy(plain(tokens), labels) / 2).backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+        other.step()
+        if others_hooks:
+            others_hooks.refresh()
+    assert_equal(trained(mine), trained(plain))

@@ -78,7 +78,7 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def config() -> dict[str, Any]:
     """The first YAML block of the page."""
-    page = (ROOT / "docs/howto/config.md").read_text()
+    page = (ROOT / "docs/howto/trainers_by_name.md").read_text()
     return dict(yaml.safe_load(page.split("```yaml\n")[1].split("```")[0]))
 
 
@@ -125,9 +125,7 @@ def test_optim_args_as_text_or_mapping(plugin: Any, tmp_path: Path, given: Any, 
         ({"optim_args": "scalar"}, "name=value"),
     ],
 )
-def test_what_it_cannot_follow_is_refused(
-    plugin: Any, tmp_path: Path, changed: dict[str, Any], word: str
-) -> None:
+def test_what_it_cannot_follow_is_refused(plugin: Any, tmp_path: Path, changed: dict[str, Any], word: str) -> None:
     with pytest.raises(ValueError, match=word):
         plugin.post_trainer_create({**config(), **changed}, trainer(tmp_path))
 
@@ -140,7 +138,7 @@ def embedded() -> nn.Module:
 
 
 def rate_of(name: str, changed: dict[str, Any]) -> tuple[float, float]:
-    """Learning rate and weight decay that axolotl's documentation gives a parameter; its LoRA+, PEFT's, has no decay."""
+    """Learning rate and weight decay of a parameter; LoRA+ is PEFT's, without decay."""
     if ratio := changed.get("loraplus_lr_ratio"):
         return 2e-3 * (ratio if "lora_B" in name else 1), 0.0
     if "embed_tokens" in name or "lm_head" in name:

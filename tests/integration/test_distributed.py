@@ -20,7 +20,7 @@ pytestmark = pytest.mark.xdist_group("two processes")
 CASES = (
     cases.ddp, cases.fsdp2, cases.fsdp2_checkpoint, whitened_cases.fsdp2_invariant, cases.fsdp2_refusals,
     cases.fsdp2_refactorer, cases.fsdp2_after_the_optimizer, cases.fsdp1, cases.fsdp2_hard_shapes,
-    parallel_cases.zero_redundancy, parallel_cases.tensor_parallel, cases.accelerated,
+    parallel_cases.zero_redundancy, parallel_cases.tensor_parallel, parallel_cases.pipeline, cases.accelerated,
     *([cases.deepspeed] if importlib.util.find_spec("deepspeed") else []), cases.example,
 )  # fmt: skip
 results = functools.cache(together)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
 from distributed_cases import assert_equal
+from peft import LoraConfig, inject_adapter_in_model
+from stand_ins import LoRALinear, Part, parts
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -28,37 +31,6 @@ def torchtitan() -> Any:
         return import_module("torchtitan.components.optimizer")
     except ImportError:
         return import_module("stand_ins")
-
-
-class LoRALinear(nn.Linear):
-    """As torchtitan's LoRA converter makes one."""
-
-    def __init__(self, n_in: int, n_out: int):
-        super().__init__(n_in, n_out)
-        self.requires_grad_(False)
-        self.lora_a, self.lora_b = nn.Linear(n_in, 3, bias=False), nn.Linear(3, n_out, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.lora_b(self.lora_a(x))
-
-
-class Part(nn.Module):
-    """A stage of a pipeline: the layers keep the numbers they have in the whole."""
-
-    def __init__(self, layers: dict[str, nn.Module]):
-        super().__init__()
-        self.layers = nn.ModuleDict(layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers.values():
-            x = torch.tanh(layer(x))
-        return x
-
-
-def parts() -> list[nn.Module]:
-    torch.manual_seed(0)
-    layers: dict[str, nn.Module] = {str(i): LoRALinear(8, 8) for i in range(4)}
-    return [Part({i: layers[i] for i in "01"}), Part({i: layers[i] for i in "23"})]
 
 
 def pairs_of(model_parts: list[nn.Module], params: set[nn.Parameter]) -> list[reflora.LoRAPair]:
@@ -82,11 +54,16 @@ def container(model_parts: list[nn.Module], cls: Callable[..., Any], **options: 
     base: Any = torchtitan().OptimizersContainer
 
     class RefLoRAOptimizers(base):  # type: ignore[misc]
+        @dataclass(kw_only=True, slots=True)
+        class Config(base.Config):  # type: ignore[misc]
+            pass
+
         def _resolve_optimizer_factory(self, name: str) -> Callable[..., Any]:
             return factory(cls, self.model_parts, **options)
 
     groups = [torchtitan().ParamGroupConfig(pattern="lora_", optimizer_name="AdamW", optimizer_kwargs=RATE)]
-    return RefLoRAOptimizers(base.Config(param_groups=groups, implementation="for-loop"), model_parts=model_parts)
+    config = RefLoRAOptimizers.Config(param_groups=groups, implementation="for-loop")
+    return config.build(model_parts=model_parts)
 
 
 def train(model_parts: list[nn.Module], optimizer: Any, steps: range) -> None:
@@ -159,3 +136,48 @@ def test_torchs_flattened_state_of_parts_continues_bit_for_bit(kind: str) -> Non
         set_optimizer_state_dict(part, one, saved, options=flat)
     train(again, resumed, range(3, 6))
     assert_equal(weights(again), weights(mine))
+
+
+def peft_parts() -> list[nn.Module]:
+    """Stages with PEFT's layers, B random."""
+    torch.manual_seed(0)
+    layers = {str(i): nn.Linear(8, 8) for i in range(4)}
+    config = LoraConfig(r=3, target_modules=["0", "1", "2", "3"], init_lora_weights="gaussian")
+    made = [inject_adapter_in_model(config, Part({i: layers[i] for i in chosen})) for chosen in ("01", "23")]
+    for part in made:
+        for name, param in part.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(param)
+    return made
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adam"])
+def test_gradient_hooks_in_front_of_a_stock_container(name: str) -> None:
+    """The container makes torch's own class, and S is refreshed after its step; so in a plain loop over both parts."""
+
+    class Hooked:
+        """A step, and S of the weights that it leaves."""
+
+        def __init__(self, model_parts: list[nn.Module], optimizer: Any):
+            self.hooks = reflora.GradientHooks(nn.ModuleList(model_parts), warmup_steps=0)
+            self.optimizer, self.zero_grad = optimizer, optimizer.zero_grad
+
+        def step(self) -> None:
+            self.optimizer.step()
+            self.hooks.refresh()
+
+    mine, whole, plain = peft_parts(), peft_parts(), peft_parts()
+    base: Any = torchtitan().OptimizersContainer
+    groups = [torchtitan().ParamGroupConfig(pattern="lora_", optimizer_name=name, optimizer_kwargs=RATE)]
+    config = base.Config(param_groups=groups, implementation="for-loop")
+    train(mine, Hooked(mine, base(config, model_parts=mine)), range(4))
+    train(plain, base(config, model_parts=plain), range(4))
+
+    params = [p for part in whole for p in part.parameters() if p.requires_grad]
+    optimizer = getattr(torch.optim, name)(params, **RATE, foreach=False)
+    hooks = Hooked(whole, optimizer)
+    train(whole, hooks, range(4))
+    assert_equal(weights(mine), weights(whole))
+    assert hooks.hooks.diagnostics().refactored == 4
+    moved = [float((one - other).abs().max()) for one, other in zip(weights(mine), weights(plain))]
+    assert max(moved) > 1e-3

@@ -1,4 +1,4 @@
-"""Tensor parallelism and ZeroRedundancyOptimizer: two processes train as one does, or say what would."""
+"""Tensor and pipeline parallelism, and ZeroRedundancyOptimizer: two processes train as one does, or say what would."""
 
 from __future__ import annotations
 
@@ -45,3 +45,10 @@ def test_zero_redundancy_optimizer_around_reflora_is_refused() -> None:
             said = " ".join(found[name])
             assert "one factor" in said or "both factors" in said
             assert "reflora.GradientHooks" in said and all(len(one) < 300 for one in found[name])
+
+
+@pytest.mark.parametrize("name", cases.PIPELINES)
+def test_pipeline_stages(name: str) -> None:
+    """Each process steps its own stage; together the step of the whole network over all microbatches."""
+    for found, alone in zip(both(cases.pipeline), cases.pipeline_alone(name)):
+        assert_close(found[name], alone)

@@ -53,6 +53,7 @@ def assert_a_plain_loop(
 
 def test_llama_factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of `create_custom_optimizer`, the factory: the rate and the decay are the arguments'."""
+
     def custom(model: nn.Module, training_args: Any, finetuning_args: Any) -> torch.optim.Optimizer:
         return reflora.OptimizerFactory()(model, training_args)
 

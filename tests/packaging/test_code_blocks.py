@@ -30,7 +30,7 @@ import reflora
 PAGES = ["README.md", *sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^(<!-- needs a GPU -->\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # their sections are programs by themselves
-SECTIONED = {"docs/howto/distributed.md"}
+SECTIONED = {"docs/howto/distributed.md", "docs/howto/trainers_by_name.md"}
 # each starts a process group
 ALONE = {"docs/howto/distributed.md#FSDP2", "docs/howto/distributed.md#DeepSpeed, ZeRO-1 and 2"}
 LANGUAGES = {"python", "sh", "yaml", "bibtex"}
@@ -132,7 +132,7 @@ def test_python(unit: str, results: dict[str, dict[str, str]]) -> None:
 
 def test_yaml() -> None:
     """The plugin's block is run by tests/integration/test_axolotl.py; the other names a function, and its arguments."""
-    plugin, named = (yaml.safe_load(block.text) for block in BLOCKS if block.language == "yaml")
+    named, plugin = (yaml.safe_load(block.text) for block in BLOCKS if block.language == "yaml")
     assert plugin["plugins"] == ["reflora.integrations.axolotl.RefLoRAPlugin"]
     target, options = named["optimizer"].pop("_target_"), named["optimizer"]
     assert target == "reflora.create_reflora_optimizer" and options["lr"] == 1e-3

@@ -1,4 +1,4 @@
-"""The tables of what works, and of what can go wrong, name tests that exist, and that nobody skips."""
+"""The tables of what works, what can go wrong and which way to take name tests that exist, and that nobody skips."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in ("integrations", "reliability")}
+PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in ("integrations", "reliability", "howto/which")}
 CELL = re.compile(r"`(test_\w+\.py)::(test_\w+)`( \(GPU\))?")
 NAMED = [cell for text in PAGES.values() for cell in CELL.findall(text)]
 
 
-@pytest.mark.parametrize("page, tables, least", [("integrations", 5, 45), ("reliability", 3, 50)])
+@pytest.mark.parametrize(
+    "page, tables, least", [("integrations", 5, 45), ("reliability", 3, 50), ("howto/which", 1, 12)]
+)
 def test_every_row_names_a_test(page: str, tables: int, least: int) -> None:
     rows = [line for line in PAGES[page].splitlines() if line.startswith("| ") and not line.startswith("| **")]
     headings = [line for line in rows if line.rstrip(" |").endswith("test")]
