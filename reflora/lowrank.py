@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# matrices up to this size go to LAPACK; subspace iteration ends when a round recovers less than this share of the energy
-# that is lost, or after this many rounds
+# matrices up to this size go to LAPACK; subspace iteration ends when a round recovers less than this share of the lost
+# energy, or after this many rounds
 SMALL, GAIN, ROUNDS = 256, 1e-4, 60
 
 
