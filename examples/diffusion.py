@@ -3,8 +3,8 @@
 pip install "reflora[peft]" diffusers scikit-learn
 python examples/diffusion.py [STEPS] [FOLDER]   # a minute on two cores
 
-The loop is that of diffusers' train_text_to_image_lora.py: add noise, predict it, step. FOLDER gets the adapter as diffusers
-saves it; `python -m reflora doctor FOLDER` and `resize` read it.
+The loop is that of diffusers' train_text_to_image_lora.py: add noise, predict it, step. FOLDER gets the adapter as
+diffusers saves it; `python -m reflora doctor FOLDER` and `resize` read it.
 """
 
 import copy
@@ -34,7 +34,8 @@ base_rows, train_rows, test_rows = (labels < 5).nonzero()[:, 0], new[new % 5 > 0
 def loss_of(unet, rows):
     noise = torch.randn_like(images[rows])
     timesteps = torch.randint(0, noising.config.num_train_timesteps, (len(rows),), device=device)
-    prompts = one_hot(labels[rows], 10).float()[:, None]  # [batch, 1, 10], where a text encoder's states would be
+    # two words, [batch, 2, 10], where the states of a text encoder would be
+    prompts = torch.stack([one_hot(labels[rows], 10), one_hot(labels[rows] % 2, 10)], dim=1).float()
     noisy = noising.add_noise(images[rows], noise, timesteps)
     return mse_loss(unet(noisy, timesteps, encoder_hidden_states=prompts).sample, noise)
 

@@ -36,6 +36,15 @@ def adapted() -> Any:
     return get_peft_model(causal(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
+def two_adapters() -> dict[str, Any]:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(causal(), config, adapter_name="alice")
+    model.add_adapter("bob", config)
+    return {"model": model, "batches": [("alice", batch()), ("bob", batch())]}
+
+
 def rows(count: int = 16) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     tokens = [torch.randint(64, (8,), generator=generator) for _ in range(count)]
@@ -186,6 +195,7 @@ GIVEN: dict[str, Any] = {
     "docs/quickstart.md": dict,
     "docs/howto/trainer.md": trainer,
     "docs/howto/loop.md": lambda: {"model": adapted(), "batches": itertools.cycle(loader())},
+    "docs/howto/many_adapters.md": two_adapters,
     "docs/howto/qlora.md": qlora,
     "docs/howto/optimizers.md": lambda: {"model": adapted()},
     "docs/howto/distributed.md#accelerate": lambda: {"model": adapted(), "loader": loader()},

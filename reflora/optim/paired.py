@@ -9,6 +9,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ..ambient import independent, outside_inference
@@ -22,6 +23,7 @@ from .grouped_pairs import GroupedPairs
 from .groups import check_amsgrad, check_group, flatten, lr_on_host
 from .membership import check_single, pairs_of_unseen, say_reversed
 from .options import check_group_options, check_owned
+from .reset import chosen, start_over
 from .scaler import Scaler, watched
 from .state import LIKE_TORCH, Storage, adopt
 from .step import adamw_, engines_of
@@ -153,6 +155,26 @@ class PairedAdamW(CompiledStep, GroupedPairs, torch.optim.AdamW):  # type: ignor
         for engines in (self._engines, self._compiled.engines):
             for engine in engines.made if engines else ():
                 engine.invalidate()
+
+    @torch.no_grad()
+    def reset(self, given: Iterable[PairLike | Tensor]) -> None:
+        """Let these pairs and parameters start afresh, as if they had taken no step; all others go on.
+
+        For systems with slots, whose factors are overwritten by those of another adapter: write them first, in place.
+        Their state is zeroed at its addresses, so a compiled step or a captured graph stays valid, and nothing is read
+        from the device.
+
+        Args:
+            given: Pairs, such as `reflora.find_pairs(model, "adapter")`, or parameters.
+
+        Raises:
+            TypeError: Something else.
+            ValueError: A parameter that the optimizer does not have, one factor of a pair alone, or state that has been
+                freed. Nothing has changed then.
+        """
+        owned = {param for group in self.param_groups for param in group["params"]}
+        start_over(self.state, chosen(given, owned, self.pairs))
+        self.invalidate()
 
     def _make_engines(self) -> None:
         self._engines = engines_of(self.pairs, self.backend, self.storage, self.captured)

@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -282,3 +283,21 @@ def test_unreachable_hub_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) ->
     hub.reachable.cache_clear()
     assert not hub.reachable()
     hub.reachable.cache_clear()
+
+
+def test_resize(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every tool finds the same error, that of the truncated singular value decomposition."""
+    from benchmarks import resize
+
+    shapes = {"q_proj": (30, 40), "down_proj": (50, 20)}
+    monkeypatch.setattr(resize, "SHAPES", shapes)
+    resize.main(["--blocks", "2", "--rank", "6", "2", "--runs", "1", "--layers", "q_proj", "down_proj"])
+    printed = capsys.readouterr().out
+    assert "4 layers, rank 6 to 2: " in printed and "in all: error " in printed
+    generator = torch.Generator().manual_seed(0)
+    for name, shape in shapes.items():
+        A, B = resize.factors(*shape, 6, generator)
+        s = torch.linalg.svdvals(B.double() @ A.double())
+        wanted = float(s[2:].norm() / s.norm())
+        found = re.findall(rf"{name} +(?:reflora|PEFT) +\S+ +(0\.\d+)", printed)
+        assert len(found) == 4 and all(abs(float(one) - wanted) < 1e-6 for one in found)

@@ -136,3 +136,16 @@ def test_shampoo() -> None:
     printed = run("shampoo_inverse_root.py")
     loss = {name: float(value) for name, value in re.findall(r"(\w+): loss (\S+) after", printed)}
     assert loss["Shampoo"] < 0.8 * loss["SGD"]
+
+
+def test_diffusion(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    from reflora import adapters, doctor
+
+    printed = run("diffusion.py", 40, tmp_path / "lora")
+    for name in ("AdamW", "RefLoRA"):
+        before, after = numbers(rf"{name}: held-out loss ([\d.]+) before, ([\d.]+) after 40 steps", printed)
+        assert after < 0.95 * before
+    assert all_refactored(printed, 48)
+    layers = doctor.layers_of(adapters.Adapter(tmp_path / "lora"))
+    assert len(layers) == 48 and all(one.norm > 0 and one.status == "" for one in layers)

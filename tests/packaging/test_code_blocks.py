@@ -19,6 +19,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import lone_files
 import page_cases
 import pytest
 import torch
@@ -141,7 +142,7 @@ def test_yaml() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A place with a saved adapter."""
+    """A place with a saved adapter, one in a file, and a model before and after training."""
     place = tmp_path_factory.mktemp("commands")
     torch.manual_seed(0)
     model = page_cases.adapted()
@@ -149,6 +150,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
     model.save_pretrained(place / "adapter")
+    lone_files.kohya(place / "style.safetensors")
+    base = page_cases.causal()
+    base.save_pretrained(place / "base")
+    base.lm_head.weight.data += 0.1
+    base.save_pretrained(place / "tuned")
     return place
 
 
