@@ -3,6 +3,7 @@
 import pytest
 
 from benchmarks import compile_table
+from reflora.kernels.options import launch_options
 from reflora.kernels.variants import variant
 
 # sm_86 and sm_89 have the least, 99 KiB a program
@@ -27,6 +28,17 @@ def test_kernels_compile_within_budget(kernels, classes, capability, compiled):
     assert len(rows) == len(kernels.split(",")) * len(classes.split(","))
     for row in rows:
         assert row.shared <= SHARED_LIMIT and row.spills == 0, row
+
+
+def test_products_are_fused_whatever_tritons_default_is(monkeypatch):
+    """Triton 3.9 warns where a launch does not say, and from 3.10 on nothing is fused then."""
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
+    backend = CUDABackend(GPUTarget("cuda", 90, 32))
+    assert not backend.parse_options({}).enable_fp_fusion
+    assert backend.parse_options(launch_options(4)).enable_fp_fusion
 
 
 def test_other_variants_of_the_step_compile(compiled):
