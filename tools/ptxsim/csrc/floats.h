@@ -1,4 +1,5 @@
-// Floats, one lane. A float32 result that is NaN has the one pattern that NVIDIA's units give.
+// Floats, one lane. A float32 result that is NaN has the one pattern that NVIDIA's units give; a float64 one has one
+// pattern too, so that lanes which add the same numbers in another order agree.
 #pragma once
 #include <immintrin.h>
 
@@ -9,7 +10,7 @@
 namespace ptxsim {
 
 inline float canonical(float x) { return x != x ? bit_cast<float>(0x7fffffffu) : x; }
-inline double canonical(double x) { return x; }
+inline double canonical(double x) { return x != x ? bit_cast<double>(0x7ff8000000000000ull) : x; }
 // subnormals to zero
 inline float flush(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
 inline double flush(double x) { return std::fabs(x) < 0x1p-1022 ? std::copysign(0.0, x) : x; }
@@ -49,16 +50,16 @@ struct Div {
 };
 struct Fma {
     static float f(float a, float b, float c) { return canonical(__builtin_fmaf(a, b, c)); }
-    static double f(double a, double b, double c) { return __builtin_fma(a, b, c); }
+    static double f(double a, double b, double c) { return canonical(__builtin_fma(a, b, c)); }
 };
 
 struct Neg {
-    static float f(float a) { return canonical(-a); }
-    static double f(double a) { return -a; }
+    template <class T>
+    static T f(T a) { return canonical(-a); }
 };
 struct Abs {
-    static float f(float a) { return canonical(std::fabs(a)); }
-    static double f(double a) { return std::fabs(a); }
+    template <class T>
+    static T f(T a) { return canonical(std::fabs(a)); }
 };
 struct AbsFlush {
     static float f(float a) { return canonical(flush(std::fabs(a))); }
@@ -129,7 +130,7 @@ struct Flush {
 // the upper half only: 20 bits of mantissa
 struct RcpUpper {
     static double upper(double x) { return bit_cast<double>(bit_cast<u64>(x) & 0xffffffff00000000); }
-    static double f(double a) { return a != a ? a : upper(flush(1.0 / flush(upper(a)))); }
+    static double f(double a) { return a != a ? canonical(a) : upper(flush(1.0 / flush(upper(a)))); }
 };
 
 }  // namespace ptxsim

@@ -67,7 +67,9 @@ void mma_f64(Warp& w, const Instruction& I, u32) {
         for (u32 r = 0; r < shape.rows; r++)
             for (u32 c = 0; c < COLUMNS; c++) t.c[r][c] = __builtin_fma(t.a[r][k], t.b[k][c], t.c[r][c]);
     for (u32 i = 0; i < LANES; i++)
-        for (u32 j = 0; j < shape.c; j++) w.lanes<double>(I.outs[j])[i] = t.c[c_row(i, j)][c_column(i, j)];
+        for (u32 j = 0; j < shape.c; j++) {
+            w.lanes<double>(I.outs[j])[i] = canonical(t.c[c_row(i, j)][c_column(i, j)]);
+        }
 }
 
 float from_tf32(u32 bits) { return bit_cast<float>(bits & 0xffffe000); }

@@ -32,6 +32,9 @@ void Parser::statement(const string& given) {
     }
     const size_t space = rest.find(' ');
     s.opcode = rest.substr(0, space);
+    // without clusters, "shared" is the shared memory of the block
+    const string own = "shared::cta";
+    for (size_t at; (at = s.opcode.find(own)) != string::npos;) s.opcode.replace(at, own.size(), "shared");
     s.parts = split(s.opcode, ".");
     if (space != string::npos) s.operands = split_operands(rest.substr(space));
 

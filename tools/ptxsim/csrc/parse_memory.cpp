@@ -20,7 +20,7 @@ void at_most(int& shift, u32 size) { shift = std::min(shift, size == 1 ? 0 : siz
 
 void Parser::load_store(Statement& s) {
     // of no consequence here: all accesses are weak, caches are not modelled
-    static const std::set<string> hints = {"weak", "shared::cta", "nc", "cs", "cg", "ca", "wb", "wt", "cta",
+    static const std::set<string> hints = {"weak", "nc", "cs", "cg", "ca", "wb", "wt", "cta",
                                            "L1::evict_last", "L1::evict_first", "L1::no_allocate",
                                            "L1::evict_unchanged", "L1::evict_normal", "L2::evict_first",
                                            "L2::evict_last"};
@@ -65,7 +65,7 @@ void Parser::load_parameter(Statement& s) {
 void Parser::matrix(Statement& s) {
     Instruction& I = s.I;
     const bool load = s.parts[0] == "ldmatrix";
-    allow(s, {"sync", "aligned", "m8n8", "x1", "x2", "x4", "trans", "shared", "shared::cta", "b16"});
+    allow(s, {"sync", "aligned", "m8n8", "x1", "x2", "x4", "trans", "shared", "b16"});
     need_operands(s, 2);
     for (const string& part : s.parts) {
         if (part == "x2" || part == "x4") I.count = u8(part[1] - '0');
@@ -136,7 +136,7 @@ void Parser::async(Statement& s) {
         return push(s);
     }
     if (s.parts.size() < 5 || (s.parts[2] != "ca" && s.parts[2] != "cg")) refuse("not implemented: " + s.opcode);
-    allow(s, {"async", "ca", "cg", "shared", "shared::cta", "global", "L2::64B", "L2::128B", "L2::256B"});
+    allow(s, {"async", "ca", "cg", "shared", "global", "L2::64B", "L2::128B", "L2::256B"});
     need(s.operands.size() == 3 || s.operands.size() == 4, "operands");
     need(number(s.operands[2], 4, value) && (value == 4 || value == 8 || value == 16), "bytes of a copy");
     need(value == 16 || s.parts[2] == "ca", "cp.async.cg copies 16 bytes");

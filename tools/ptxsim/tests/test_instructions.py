@@ -102,12 +102,23 @@ def test_floats(t, x):
     assert np.signbit(each(f"min.{t}", x.dtype, zero, roll(zero, 1))).all()
 
 
-def test_nan_of_float32():
+def test_maximum_that_keeps_nan():
     y = roll(F32)
     with np.errstate(all="ignore"):
         same(each("max.NaN.f32", np.float32, F32, y), np.maximum(F32, y))
-        bits = each("add.f32", np.uint32, F32, y)
-        assert (bits[np.isnan(F32 + y)] == 0x7FFFFFFF).all()
+
+
+@pytest.mark.parametrize("name,x,pattern", [("f32", F32, 0x7FFFFFFF), ("f64", F64, 0x7FF8000000000000)])
+def test_a_nan_has_one_pattern(name, x, pattern):
+    """Whichever operand it came from: a sum of two is then the same in any order."""
+    one, other = (np.full(32, pattern ^ payload, f"u{x.itemsize}") for payload in (1, 2))
+    numbers = np.full(32, 2, x.dtype)
+    for operands in [(one, other), (other, one), (one, numbers), (numbers, other)]:
+        for op in ("add", "sub", "mul", "div.rn"):
+            same(each(f"{op}.{name}", one.dtype, *operands), pattern)
+        same(each(f"fma.rn.{name}", one.dtype, *operands, one), pattern)
+    for op in ("neg", "abs", "sqrt.rn", "rcp.rn"):
+        same(each(f"{op}.{name}", one.dtype, one), pattern)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -5,7 +5,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from ptx import STORE, THREAD, address, load, run
+from ptx import SHARED, STORE, THREAD, address, load, run
 from ptxsim import driver
 
 
@@ -43,6 +43,18 @@ def test_in_one_instruction():
     found = run(THREAD + "\tst.global.b32 [%rd90], %r1;", [x]).found
     assert levels(found) == {("write after write", "in one instruction", "global")}
     assert not run("\tst.global.b32 [%rd90], 3;", [x]).found
+
+
+@pytest.mark.parametrize("bits,eps", [(32, 2.0**-23), (64, 2.0**-52)])
+@pytest.mark.parametrize("steps", [1, 100])
+def test_sums_that_lanes_round_otherwise(bits, eps, steps):
+    """Stores of one sum by lanes that have rounded it otherwise are harmless; those of other values are not."""
+    x = np.array([3.0, 3.0 * (1 + steps * eps)], f"f{bits // 8}")
+    register = {32: "%r5", 64: "%rd5"}[bits]
+    body = THREAD + SHARED + "\tand.b32 %r2, %r1, 1;\n" + address(bits // 8, 0, "%rd1", "%r2")
+    body += f"\tld.global.b{bits} {register}, [%rd1];\n\tst.shared.b{bits} [%r3], {register};"
+    want = {("write after write", "in one instruction", "shared")} if steps > 8 else set()
+    assert levels(run(body, [x], shared=8).found) == want
 
 
 def test_between_blocks():
