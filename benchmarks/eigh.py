@@ -3,7 +3,8 @@
 All methods solve the same stack of random symmetric X. "reflora, warm" starts from the eigenvectors of a Y that lies
 1e-3 ||X|| away; "reflora, graph" replays the call from a CUDA graph, as torch's cannot be: it looks at its outcome on
 the host. On a CPU torch calls LAPACK's syevd, one matrix after another, with as many threads as torch has: "torch,
-1 thread" is the quicker one where they get in each other's way. On a GPU it calls cuSOLVER, and so does CuPy (syevj).
+1 thread" is the quicker one where they get in each other's way. On a GPU both it and CuPy (syevj) call cuSOLVER: from
+torch 2.12 on XsyevBatched for every stack, before that only for n <= 32, and one matrix after another above.
 Methods take turns, starting with another each round. "gpu": events around several calls on end, so that host time
 counts only where it leaves the device waiting. "wall": on a GPU one call, the device idle before and after; on a CPU
 several on end. "speed-up over torch" is torch's time over a method's own within a round.

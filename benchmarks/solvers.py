@@ -137,7 +137,9 @@ def missing(name: str, device: torch.device) -> str | None:
 def library(device: torch.device) -> str:
     """What torch.linalg.eigh calls on this device, and CuPy's version where it runs."""
     if device.type == "cuda":
-        found = f"cuSOLVER of CUDA {torch.version.cuda}"
+        # larger ones went matrix by matrix, through syevj or syevd (pytorch pull request 175403)
+        sizes = "" if torch.__version__ >= (2, 12) else " up to n = 32"
+        found = f"XsyevBatched{sizes} of cuSOLVER, CUDA {torch.version.cuda}"
         if missing("cupy", device) is None:
             import cupy
 

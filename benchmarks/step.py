@@ -27,7 +27,8 @@ METHODS = (
     "published", "riemannian",
 )  # fmt: skip
 CPU_METHODS = (*METHODS, "invariant-rite", "invariant-identity", "invariant-muon", "lora-pro", "lora-rite")
-SLOW_RANK = 32  # from here on torch's eigh and svd take up to 0.1 s a matrix on CUDA (pytorch issue 175585)
+# above it torch's svd, and before 2.12 its eigh, take up to 0.1 s a matrix on CUDA (pytorch issue 175585)
+SLOW_RANK = 32
 GPU_CASES = ("deberta-v3-base:8", "llama-7b:16", "llama-7b:32", "llama-7b:64", "llama-7b:128", "llama3-8b:32")
 CPU_CASES = ("deberta-v3-base:8", "deberta-v3-base:32")
 TO_LORA = "{} to LoRA"

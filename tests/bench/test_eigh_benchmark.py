@@ -201,6 +201,12 @@ def test_the_lapack_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert solvers.library(CPU) == "syevd of LAPACK (open)"
 
 
+@pytest.mark.parametrize("release,sizes", [("2.11.0", " up to n = 32"), ("2.12.0+cu130", "")])
+def test_the_routine_of_cusolver_is_named(monkeypatch: pytest.MonkeyPatch, release: str, sizes: str) -> None:
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(release))
+    assert solvers.library(torch.device("cuda")).startswith(f"XsyevBatched{sizes} of cuSOLVER, CUDA ")
+
+
 # ---- as on a GPU
 
 
