@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,16 @@ def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "_DEBERTA", {**models._DEBERTA, **SIZE, "vocab_size": 200})
     for name in ("llama-7b", "llama2-7b"):
         monkeypatch.setitem(models._LLAMA, name, {**SIZE, "vocab_size": 200, "num_key_value_heads": 2})
+
+
+def needs_its_kernels() -> None:
+    """Skips a test whose model transformers loads only beside a release of `kernels` that is not installed."""
+    import transformers
+
+    needs = importlib.metadata.requires("transformers") or []
+    needed = [one for one in needs if re.match(r"kernels\b(?!.*extra)", one)]
+    if needed and not transformers.utils.is_kernels_available():
+        pytest.skip(f"transformers {transformers.__version__} needs {needed[0]}")
 
 
 def save_causal(folder: Path, texts: Sequence[str]) -> Path:

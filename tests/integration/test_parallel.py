@@ -6,6 +6,7 @@ import parallel_cases as cases
 import pytest
 import torch
 from test_distributed import assert_close, both
+from tiny_models import needs_its_kernels
 
 import reflora
 
@@ -15,6 +16,7 @@ pytestmark = pytest.mark.xdist_group("two processes")
 @pytest.mark.parametrize("name", cases.TENSOR_PARALLEL)
 def test_tensor_parallel(name: str) -> None:
     """`tp_plan="auto"` cuts B alone; every process takes the step of the whole model."""
+    needs_its_kernels()
     cls, options = cases.TENSOR_PARALLEL[name]
     model = cases.causal()
     start = cases.trained(model)
@@ -27,6 +29,7 @@ def test_tensor_parallel(name: str) -> None:
 
 
 def test_tensor_parallel_is_refused_where_it_cannot_be_served() -> None:
+    needs_its_kernels()
     for found in both(cases.tensor_parallel):
         for said in found["refused"].values():
             assert "DTensor" in said and "reflora.create_reflora_optimizer" in said

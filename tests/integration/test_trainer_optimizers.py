@@ -237,8 +237,9 @@ def test_sft_trainer(tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
     import transformers
-    from tiny_models import save_causal
+    from tiny_models import needs_its_kernels, save_causal
 
+    needs_its_kernels()
     texts = [f"the {word} sat on mat {i}" for i in range(12) for word in ("cat", "dog")]
     folder = save_causal(tmp_path / "model", texts)
 
