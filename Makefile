@@ -29,7 +29,7 @@ DEPS := $(VENV)/.deps
 CORE := $(VENV)/.core
 BUILT := $(VENV)/.built
 
-.PHONY: help test pytest kernels emulate emulator messages soak sanitize mutants audit lint format docs wheel hub build bench compare memory steps scaling eigh digest paper language gpu predict compile-table clean
+.PHONY: help test pytest kernels emulate emulator messages soak sanitize mutants audit versions lint format docs wheel hub build bench compare memory steps scaling eigh digest paper language gpu predict compile-table clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,6 +70,9 @@ mutants: $(BUILT)  ## deliberate faults in kernels and C++: is each caught by a 
 audit:  ## known vulnerabilities of what requirements.txt pins, by pip-audit in an environment of its own
 	$(PYTHON) -m venv build/audit && build/audit/bin/pip -q install pip-audit
 	build/audit/bin/pip-audit --no-deps --disable-pip -r requirements.txt
+
+versions:  ## other versions of Python, torch, Triton and transformers, each in an environment of its own; ARGS="ROW --kernels"
+	.ci/versions $(ARGS)
 
 lint: $(DEPS)  ## ruff and mypy, as CI runs them
 	$(PY) -m ruff check .
