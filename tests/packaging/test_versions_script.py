@@ -1,0 +1,104 @@
+"""`.ci/versions` with a stub in the place of every Python: what is skipped, what fails, what is written down."""
+
+from __future__ import annotations
+
+import csv
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import processes
+import pytest
+
+ROWS = runpy.run_path(str(processes.ROOT / ".ci" / "versions"))["ROWS"]
+# BROKEN: a word of a command that fails
+STUB = f"""#!{sys.executable}
+import os, pathlib, shutil, sys
+words = " ".join(sys.argv[1:])
+with open(os.environ["COMMANDS"], "a") as file:
+    file.write(words.replace(chr(10), " ") + chr(10))
+if words.startswith("-m venv"):
+    target = pathlib.Path(sys.argv[-1], "bin")
+    target.mkdir(parents=True)
+    shutil.copy(__file__, target / "python")
+elif "importlib.metadata" in words:
+    print("python 3.11.9", "torch 2.15.0", "trl -", sep=chr(10))
+elif "pip check" in words:
+    print("transformers 5.25.0 requires kernels, which is not installed.")
+failing = "--no-deps" not in sys.argv and os.environ.get("BROKEN") in sys.argv
+if "pytest" in sys.argv:
+    print("FAILED tests/a.py::test_b - AssertionError\\n1 failed, " if failing else "", "20 passed, 3 skipped in 4.00s")
+elif failing:
+    print("ERROR: no matching distribution of what transformers needs", file=sys.stderr)
+sys.exit(failing)
+"""
+
+
+def run(
+    folder: Path, *arguments: str, **env: str
+) -> tuple[subprocess.CompletedProcess[str], str, list[dict[str, str]]]:
+    """What the script says, what it has called, and the table; only Python 3.11 is there."""
+    tools = folder / "tools"
+    tools.mkdir()
+    (tools / "python3.11").write_text(STUB)
+    (tools / "python3.11").chmod(0o755)
+    called, out = folder / "commands", folder / "out"
+    called.touch()
+    command = [sys.executable, ".ci/versions", "--out", str(out), *arguments]
+    done = processes.run(command, PATH=str(tools), HOME=str(folder), COMMANDS=str(called), **env)
+    with (out / "results.csv").open(newline="") as file:
+        return done, called.read_text(), list(csv.DictReader(file))
+
+
+def test_a_row_that_passes(tmp_path: Path) -> None:
+    done, called, [row, kernels] = run(tmp_path, "torch-2.15", "--kernels")
+    assert done.returncode == 0, done.stderr
+    for pin in ("torch==2.15.0", "triton==3.9.0", "peft==0.21.2", "pytest=="):
+        assert pin in called
+    assert (row["python"], row["torch"], row["trl"]) == ("3.11.9", "2.15.0", "-")
+    assert (row["tests"], row["passed"], row["failed"], row["skipped"]) == ("tests", "20", "0", "3")
+    assert kernels["tests"] == "kernels" and "-p ptxsim.plugin" in called
+    assert "kernels, which is not installed" in row["said"] and "20 passed" in done.stdout
+    assert not (tmp_path / "out" / "torch-2.15").exists()
+
+
+def test_a_row_that_fails(tmp_path: Path) -> None:
+    done, _, [row] = run(tmp_path, "torch-2.15", BROKEN="pytest")
+    assert done.returncode == 1
+    assert row["failed"] == "1" and "tests/a.py::test_b" in row["said"] and "1 failed" in done.stdout
+
+
+def test_a_core_that_does_not_compile_fails(tmp_path: Path) -> None:
+    done, called, [row] = run(tmp_path, "torch-2.15", BROKEN="setup.py")
+    assert done.returncode == 1 and "did not compile" in row["said"] and "pytest -q" not in called
+
+
+@pytest.mark.parametrize(
+    "row,broken,word", [("python-3.14", "", "no Python 3.14"), ("torch-2.15", "torch==2.15.0", "pip cannot")]
+)
+@pytest.mark.parametrize("must", [(), ("--must",)])
+def test_a_row_that_cannot_run_is_skipped_with_a_word(
+    tmp_path: Path, row: str, broken: str, word: str, must: tuple[str, ...]
+) -> None:
+    done, called, [result] = run(tmp_path, row, *must, BROKEN=broken)
+    assert done.returncode == len(must) and "pytest -q" not in called
+    assert result["said"].startswith(f"skipped: {word}") and result["said"] in done.stdout
+
+
+def test_transformers_goes_in_alone_where_what_it_needs_is_not_to_be_had(tmp_path: Path) -> None:
+    done, called, [row] = run(tmp_path, "torch-2.15", BROKEN="transformers==5.25.0")
+    assert done.returncode == 0 and row["passed"] == "20"
+    assert re.search(r"--no-deps transformers==5.25.0$", called, re.M)
+
+
+def test_a_row_that_is_none_is_refused(tmp_path: Path) -> None:
+    done = processes.run([sys.executable, ".ci/versions", "--out", str(tmp_path), "newest"])
+    assert done.returncode == 2 and "expected rows of torch-2.15" in done.stderr and "got newest" in done.stderr
+
+
+def test_ci_runs_every_row() -> None:
+    workflow = (processes.ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    found = dict(re.findall(r'\{row: (\S+), python: "(\S+)"', workflow))
+    assert found == {name: python for name, (python, _) in ROWS.items()}
