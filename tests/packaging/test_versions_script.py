@@ -31,7 +31,7 @@ failing = "--no-deps" not in sys.argv and os.environ.get("BROKEN") in sys.argv
 if "pytest" in sys.argv:
     print("FAILED tests/a.py::test_b - AssertionError\\n1 failed, " if failing else "", "20 passed, 3 skipped in 4.00s")
 elif failing:
-    print("ERROR: no matching distribution of what transformers needs", file=sys.stderr)
+    print("ERROR: could not find kernels (from transformers)\\nERROR: No matching distribution found for kernels")
 sys.exit(failing)
 """
 
