@@ -29,7 +29,7 @@ DEPS := $(VENV)/.deps
 CORE := $(VENV)/.core
 BUILT := $(VENV)/.built
 
-.PHONY: help test pytest kernels emulate emulator messages soak sanitize mutants audit versions lint format docs wheel hub build bench compare memory steps scaling eigh digest paper language gpu predict compile-table clean
+.PHONY: help test pytest kernels emulate emulator messages soak sanitize mutants audit versions lint format docs wheel notebook hub build bench compare memory steps scaling eigh digest paper language gpu predict compile-table clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -88,6 +88,9 @@ docs: $(DEPS)  ## the pages of docs/ as a site, in build/site; a link that leads
 
 wheel:  ## sdist and wheel in dist/, then the tests over the wheel in an environment of its own, without a compiler
 	PYTHON=$(PYTHON) .ci/wheel $(ARGS)
+
+notebook: $(BUILT)  ## examples/tour.ipynb out of examples/tour.py, with what it prints and draws
+	PYTHONPATH=. $(PY) .ci/notebook.py examples/tour.py examples/tour.ipynb
 
 hub:  ## the package as a kernel of the Hugging Face hub, in build/hub
 	rm -rf build/hub && $(PYTHON) .ci/hub_kernel.py build/hub

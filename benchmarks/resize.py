@@ -76,7 +76,8 @@ def by_peft(A: Tensor, B: Tensor, rank: int) -> Factors:
     model: Any = get_peft_model(nn.Sequential(layer), LoraConfig(r=old, lora_alpha=old, target_modules=["0"]))
     found = model.base_model.model[0]
     found.lora_A["default"].weight.data, found.lora_B["default"].weight.data = A, B
-    model.add_weighted_adapter(["default"], [1.0], "cut", combination_type="svd", svd_rank=rank)
+    # of a single adapter PEFT takes the factors as they are
+    model.add_weighted_adapter(["default"] * 2, [0.5, 0.5], "cut", combination_type="svd", svd_rank=rank)
     return found.lora_A["cut"].weight.detach(), found.scaling["cut"] * found.lora_B["cut"].weight.detach()
 
 

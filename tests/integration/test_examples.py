@@ -142,10 +142,10 @@ def test_diffusion(tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
     from reflora import adapters, doctor
 
-    printed = run("diffusion.py", 40, tmp_path / "lora")
+    printed = run("diffusion.py", 20, tmp_path / "lora")
     for name in ("AdamW", "RefLoRA"):
-        before, after = numbers(rf"{name}: held-out loss ([\d.]+) before, ([\d.]+) after 40 steps", printed)
-        assert after < 0.95 * before
+        before, after = numbers(rf"{name}: held-out loss ([\d.]+) before, ([\d.]+) after 20 steps", printed)
+        assert after < before
     assert all_refactored(printed, 48)
     layers = doctor.layers_of(adapters.Adapter(tmp_path / "lora"))
     assert len(layers) == 48 and all(one.norm > 0 and one.status == "" for one in layers)
