@@ -47,6 +47,8 @@ def shown(outputs: list[dict[str, Any]]) -> Iterator[None]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    pyplot.switch_backend("Agg")  # before it can take IPython below for the whole of it
+
     def show() -> None:
         for number in pyplot.get_fignums():
             png = io.BytesIO()
@@ -60,7 +62,6 @@ def shown(outputs: list[dict[str, Any]]) -> Iterator[None]:
     kept = {name: sys.modules.get(name) for name in ("IPython", "IPython.display")}, pyplot.show
     sys.modules["IPython.display"], pyplot.show = module, show
     sys.modules["IPython"] = types.ModuleType("IPython")
-    sys.modules["IPython"].get_ipython = lambda: None  # type: ignore[attr-defined]  # matplotlib asks
     try:
         yield
     finally:
