@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from ..checks import fail
 from ..optim.adamw import RefLoRAAdamW
+from ..optim.base_class import trainable_for
 from ..optim.invariant import InvariantAdamW
 from ..optim.paired import PairedAdamW
 from ..optim.riemannian import RiemannianAdamW
@@ -95,7 +96,7 @@ def create_reflora_optimizer(
         remedy = "To choose them, call the class itself, or reflora.wrap of another, with pairs=."
         fail("pairs", "none: they are found in the model", "pairs", remedy, TypeError)
     if params is None:
-        params = [param for param in model.parameters() if param.requires_grad]
+        params = trainable_for(cls.base if issubclass(cls, Wrapped) else cls, model)
     of_S: dict[str, Any] = {"scalar": scalar, "interval": interval, "warmup_steps": warmup_steps}
     if whitens or damps:
         if given := [name for name, value in of_S.items() if value != DEFAULTS[name]]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from torch import nn
 from torch.optim import Optimizer
 
 from ..checks import fail
@@ -15,6 +17,12 @@ from .membership import check_single
 # raises without a closure, whatever its signature says
 _WANTS_CLOSURE = re.compile(r"if closure is None:\s*raise\b|assert closure\b")
 
+# LOMO
+_ABSTRACT = re.compile(r"^    raise NotImplementedError\b", re.MULTILINE)
+
+# options with which a class uses up each gradient inside the backward pass: prodigyplus, optimi
+IN_BACKWARD = ("fused_back_pass", "gradient_release")
+
 # AdaHessian, SophiaH
 _SECOND_ORDER = re.compile(r"hutchinson|autograd\.grad\(|\.get_trace\(")
 
@@ -22,7 +30,7 @@ _SECOND_ORDER = re.compile(r"hutchinson|autograd\.grad\(|\.get_trace\(")
 def check_base(base: Any) -> None:
     """Raises TypeError unless it is an optimizer class that lacks RefLoRA and takes parameters.
 
-    Raises ValueError if it requires a closure or differentiates gradients.
+    Raises ValueError if it requires a closure, differentiates gradients or has no step.
     """
     if not (isinstance(base, type) and issubclass(base, Optimizer)):
         fail("optimizer_cls", "a subclass of torch.optim.Optimizer", repr(base), "Pass the class itself.", TypeError)
@@ -33,6 +41,12 @@ def check_base(base: Any) -> None:
     if _takes_optimizer(base):
         remedy = f"Put RefLoRA inside: {base.__name__}(reflora.create_reflora_optimizer(model, lr=...), ...)."
         fail("optimizer_cls", "a class over parameters", f"{base.__name__}, which wraps optimizers", remedy, TypeError)
+    if "optimizer_class" in inspect.signature(base).parameters:
+        remedy = "Put reflora.GradientHooks on the model, in front of this class over a plain one."
+        fail("optimizer_cls", "a class over parameters", f"{base.__name__}, which builds others", remedy, TypeError)
+    if _ABSTRACT.search(textwrap.dedent(_source(base.step))):
+        remedy = "It steps in the backward pass, if at all: use one that takes the gradients from .grad."
+        fail("optimizer_cls", "a class that steps in step()", base.__name__, remedy)
     if _needs_closure(base):
         remedy = (
             "Use one that takes the gradients as they are, such as AdamW or SGD. SAM takes RefLoRA inside: "
@@ -46,8 +60,23 @@ def check_base(base: Any) -> None:
 
 def _takes_optimizer(base: type[Optimizer]) -> bool:
     """Whether it is built from an optimizer instead of parameters: Lookahead, TRAC."""
-    first = next(iter(inspect.signature(base).parameters), "")
-    return first in ("optimizer", "base_optimizer")
+    return _first_argument(base) in ("optimizer", "base_optimizer")
+
+
+def _first_argument(base: type[Optimizer]) -> str:
+    return next(iter(inspect.signature(base).parameters), "")
+
+
+def trainable_for(base: type[Optimizer], model: nn.Module) -> Any:
+    """What the constructor of `base` takes first: trainable parameters, with names if it asks for them, or the model.
+
+    Adam-mini divides parameters by their names.
+    """
+    first = _first_argument(base)
+    if first == "model":
+        return model
+    named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    return named if first == "named_parameters" else [param for _, param in named]
 
 
 def _needs_closure(base: type[Optimizer]) -> bool:
@@ -100,6 +129,13 @@ def check_kept(optimizer: Optimizer, ours: Mapping[str, Any]) -> None:
             base = optimizer.base.__name__  # type: ignore[attr-defined]
             remedy = "Use reflora.GradientHooks in front of the class itself."
             fail("optimizer_cls", f"a class without an attribute {name!r}", base, remedy, TypeError)
+
+
+def check_in_step(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Raises ValueError for groups with which a class steps in the backward pass: gradients would miss RefLoRA."""
+    for name in IN_BACKWARD:
+        if any(group.get(name) for group in groups):
+            fail(name, "False", "True", "Gradients used up in the backward pass miss RefLoRA: step in step().")
 
 
 def evaluated(loss: Any, unchanged: Callable[[], bool]) -> Callable[[], Any]:

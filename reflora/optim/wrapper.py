@@ -16,7 +16,7 @@ from ..checks import check_backend, check_flags, check_precision, check_schedule
 from ..columns import SKIPPED
 from ..diagnostics import Diagnostics, uniform
 from ..pairs import PairLike, as_pairs, check_unhooked, check_unhooked_since, local
-from .base_class import check_base, check_kept, evaluated, separate, takes_closure
+from .base_class import check_base, check_in_step, check_kept, evaluated, separate, takes_closure
 from .membership import NO_GRADIENT, check_single, pairs_of_unseen, say_reversed
 from .operations import ops_of
 from .options import check_group_options, check_like_defaults
@@ -130,6 +130,7 @@ class Wrapped(FullStep, ScalarStep):
         check_unhooked(self.pairs)
         super().__init__(params, **kwargs)
         check_kept(self, own)
+        check_in_step(self.param_groups)
         ours = {"pairs": pairs, **own}
         check_group_options(self.param_groups, {name: ours[name] for name in ours if name not in self.defaults})
         for group in self.param_groups:
@@ -231,6 +232,7 @@ class Wrapped(FullStep, ScalarStep):
         """Raises TypeError or ValueError for what has been written to groups and attributes."""
         for group in self.param_groups:
             check_like_defaults(self.base, {name: group[name] for name in self.defaults if name in group})
+        check_in_step(self.param_groups)
         check_flags({"scalar": self.scalar})
         check_schedule(self.interval, self.warmup_steps)
         check_backend(self.backend)

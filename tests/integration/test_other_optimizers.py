@@ -1,4 +1,4 @@
-"""Optimizers of other packages: in front of them, inside of them, and which are refused."""
+"""Optimizers of other packages around RefLoRA, and which cannot have it in front."""
 
 from __future__ import annotations
 
@@ -7,43 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import refused
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import SGD, AdamW, Optimizer
-from wrapping import assert_same, backward, factors, make_pairs, precondition_by_reference, targets, twins, wrap
+from wrapping import assert_same, backward, factors, make_pairs, targets, wrap
 
 import reflora
 
-schedulefree = pytest.importorskip("schedulefree")
-prodigyopt = pytest.importorskip("prodigyopt")
 pytorch_optimizer = pytest.importorskip("pytorch_optimizer")
-
-STEPPED = {
-    "schedule-free AdamW": (schedulefree.AdamWScheduleFree, {}, {"base_options": {"warmup_steps": 3}}),
-    "schedule-free SGD": (schedulefree.SGDScheduleFree, {}, {"base_options": {"warmup_steps": 0}}),
-    "Prodigy": (prodigyopt.Prodigy, {"d0": 1e-3}, {}),
-    "AdaGC": (pytorch_optimizer.AdaGC, {}, {"base_options": {"warmup_steps": 2}, "warmup_steps": 0}),
-    "Lion": (pytorch_optimizer.Lion, {}, {}),
-}
-
-
-@pytest.mark.parametrize("name", STEPPED)
-def test_a_step_is_the_base_step_of_preconditioned_gradients(name: str) -> None:
-    cls, kwargs, ours = STEPPED[name]
-    mine, optimizer, plain, base, goals = twins(cls, kwargs, ours)
-    for group in base.param_groups:
-        group.update(ours.get("base_options", {}))
-    for one in (optimizer, base):
-        getattr(one, "train", bool)()
-    for _ in range(6):
-        backward(mine, goals)
-        optimizer.step()
-        backward(plain, goals)
-        precondition_by_reference(plain)
-        base.step()
-    assert_same(factors(mine), factors(plain), 1e-9)
-    assert optimizer.diagnostics().refactored == 8
-    before = [factor.detach().clone() for factor in factors(mine)]
-    getattr(optimizer, "eval", bool)()
-    assert name[:8] != "schedule" or not all(map(torch.equal, factors(mine), before))  # its average
 
 
 @pytest.mark.parametrize("given", [{"warmup_steps": 5}, {"warmup_steps": 0}])
@@ -67,13 +38,45 @@ def test_a_base_class_that_keeps_an_attribute_of_ours_is_refused() -> None:
 
 CLOSURE = ", which requires a closure.*reflora.RefLoRAAdamW"
 UNWRAPPED = {name: name + CLOSURE for name in ("SAM", "WSAM", "BSAM", "LookSAM", "FriendlySAM", "AliG")}
-UNWRAPPED["AdaHessian"] = "first-order optimizer, got AdaHessian"
+UNWRAPPED |= {name: f"first-order optimizer, got {name}" for name in ("AdaHessian", "SophiaH")}
+UNWRAPPED |= {name: rf"steps in step\(\), got {name}. It steps in the backward pass" for name in ("LOMO", "AdaLOMO")}
 
 
 @pytest.mark.parametrize("name", UNWRAPPED)
 def test_optimizers_that_need_their_closure_or_differentiate_gradients_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=UNWRAPPED[name]):
         reflora.wrap(getattr(pytorch_optimizer, name))
+
+
+class StepsInBackward(SGD):
+    """As prodigyplus and optimi: with the option, `step` has nothing left to do."""
+
+    def __init__(self, params, lr, fused_back_pass=False):  # type: ignore[no-untyped-def]
+        super().__init__(params, lr)
+        for group in self.param_groups:
+            group["fused_back_pass"] = fused_back_pass
+
+    def step(self, closure=None):  # type: ignore[no-untyped-def]
+        return None if self.param_groups[0]["fused_back_pass"] else super().step(closure)
+
+
+def test_gradients_used_up_in_the_backward_pass_are_refused() -> None:
+    pairs = make_pairs()
+    with refused("fused_back_pass: expected False, got True", *factors(pairs)):
+        wrap(StepsInBackward, pairs, fused_back_pass=True)
+    optimizer = wrap(StepsInBackward, pairs)
+    backward(pairs, targets(pairs))
+    optimizer.param_groups[0]["fused_back_pass"] = True
+    with refused("fused_back_pass: expected False, got True", of=optimizer):
+        optimizer.step()
+
+
+def test_classes_that_build_others_are_refused() -> None:
+    """They copy the gradients, or some of the factors, before the wrapper's step."""
+    offload = pytest.importorskip("torchao.optim").CPUOffloadOptimizer
+    for cls in (offload, ZeroRedundancyOptimizer):
+        with refused(f"{cls.__name__}, which builds others. Put reflora.GradientHooks", error=TypeError):
+            reflora.wrap(cls)
 
 
 @pytest.mark.parametrize(
