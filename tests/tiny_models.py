@@ -47,7 +47,7 @@ def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def needs_its_kernels() -> None:
-    """Skips a test whose model transformers loads only beside a release of `kernels` that is not installed."""
+    """Skips a test of `from_pretrained` where that needs a `kernels` which is not installed (transformers 5.25)."""
     import transformers
 
     needs = importlib.metadata.requires("transformers") or []

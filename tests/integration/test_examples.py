@@ -16,6 +16,7 @@ import torch
 from accelerate.state import AcceleratorState
 from distributed_cases import example
 from test_distributed import both
+from tiny_models import needs_its_kernels
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,6 +59,7 @@ def with_adapter(base: torch.nn.Module, folder: Path, layers: int) -> torch.nn.M
 
 
 def test_finetune(tmp_path: Path) -> None:
+    needs_its_kernels()
     printed = run("finetune.py", 3, tmp_path / "out")
     before, after = losses(printed)
     assert after < before
@@ -68,6 +70,7 @@ def test_finetune(tmp_path: Path) -> None:
 def test_plain_loop(tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
+    needs_its_kernels()
     printed = run("plain_loop.py", 8, tmp_path)
     before, after = losses(printed)
     assert after < 0.95 * before  # 0.88 to 0.90 over four seeds
