@@ -47,8 +47,6 @@ def shown(outputs: list[dict[str, Any]]) -> Iterator[None]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    pyplot.switch_backend("Agg")  # before it can take IPython below for the whole of it
-
     def show() -> None:
         for number in pyplot.get_fignums():
             png = io.BytesIO()
@@ -61,7 +59,8 @@ def shown(outputs: list[dict[str, Any]]) -> Iterator[None]:
     module.display = lambda png: outputs.append(picture(png))  # type: ignore[attr-defined]
     kept = {name: sys.modules.get(name) for name in ("IPython", "IPython.display")}, pyplot.show
     sys.modules["IPython.display"], pyplot.show = module, show
-    sys.modules["IPython"] = types.ModuleType("IPython")
+    package = sys.modules["IPython"] = types.ModuleType("IPython")
+    package.get_ipython, package.version_info = (lambda: None), (9, 0)  # type: ignore[attr-defined]  # matplotlib asks
     try:
         yield
     finally:

@@ -15,7 +15,7 @@ NAMED = [cell for text in PAGES.values() for cell in CELL.findall(text)]
 
 
 @pytest.mark.parametrize(
-    "page, tables, least", [("integrations", 5, 45), ("reliability", 3, 50), ("howto/which", 1, 12)]
+    "page, tables, least", [("integrations", 6, 45), ("reliability", 3, 50), ("howto/which", 1, 12)]
 )
 def test_every_row_names_a_test(page: str, tables: int, least: int) -> None:
     rows = [line for line in PAGES[page].splitlines() if line.startswith("| ") and not line.startswith("| **")]
