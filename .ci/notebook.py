@@ -41,7 +41,7 @@ def picture(png: bytes) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def shown(outputs: list[dict[str, Any]]) -> Iterator[None]:
-    """`pyplot.show()` and IPython's `display(Image(...))` add to `outputs`."""
+    """`pyplot.show()` and IPython's `display(Image(...))` add to `outputs`; packages that talk are not installed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -57,8 +57,9 @@ def shown(outputs: list[dict[str, Any]]) -> Iterator[None]:
     module = types.ModuleType("IPython.display")
     module.Image = lambda path, width: Path(path).read_bytes()  # type: ignore[attr-defined]
     module.display = lambda png: outputs.append(picture(png))  # type: ignore[attr-defined]
-    kept = {name: sys.modules.get(name) for name in ("IPython", "IPython.display")}, pyplot.show
+    kept = {name: sys.modules.get(name) for name in ("IPython", "IPython.display", "deepspeed")}, pyplot.show
     sys.modules["IPython.display"], pyplot.show = module, show
+    sys.modules["deepspeed"] = None  # type: ignore[assignment]
     package = sys.modules["IPython"] = types.ModuleType("IPython")
     package.get_ipython, package.version_info = (lambda: None), (9, 0)  # type: ignore[attr-defined]  # matplotlib asks
     try:
@@ -73,28 +74,29 @@ def shown(outputs: list[dict[str, Any]]) -> Iterator[None]:
 
 def build(source: str) -> dict[str, Any]:
     """The notebook, with its cells run from first to last in a new folder."""
-    made, names, before = [], {"__name__": "__main__"}, Path.cwd()
-    with tempfile.TemporaryDirectory() as place:
+    made, names, before, screen = [], {"__name__": "__main__"}, Path.cwd(), list[dict[str, Any]]()
+    with tempfile.TemporaryDirectory() as place, shown(screen):
         os.chdir(place)
         try:
             for number, (kind, text) in enumerate(cells(source)):
                 cell: dict[str, Any] = {"cell_type": kind, "id": f"cell-{number}", "metadata": {}}
                 cell["source"] = text.splitlines(keepends=True)
                 if kind == "code":
-                    cell |= {"execution_count": number, "outputs": run(text, names)}
+                    cell |= {"execution_count": number, "outputs": run(text, names, screen)}
                 made.append(cell)
         finally:
             os.chdir(before)
     return {"cells": made, "metadata": {"kernelspec": KERNEL}, "nbformat": 4, "nbformat_minor": 5}
 
 
-def run(text: str, names: dict[str, Any]) -> list[dict[str, Any]]:
+def run(text: str, names: dict[str, Any], screen: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What a notebook would show below the cell: text first, pictures after it."""
-    printed, outputs = io.StringIO(), list[dict[str, Any]]()
-    with contextlib.redirect_stdout(printed), shown(outputs):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
         exec(compile(text, "<cell>", "exec"), names)
-    lines = printed.getvalue().splitlines(keepends=True)
-    return ([{"output_type": "stream", "name": "stdout", "text": lines}] if lines else []) + outputs
+    lines, pictures = printed.getvalue().splitlines(keepends=True), [*screen]
+    screen.clear()
+    return ([{"output_type": "stream", "name": "stdout", "text": lines}] if lines else []) + pictures
 
 
 def main(script: str, out: str) -> None:

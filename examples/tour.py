@@ -1,8 +1,8 @@
 # %% [markdown]
 # # A tour of reflora
 #
-# Train an adapter with RefLoRA and with AdamW from the same start, look inside it, cut its rank, and compare: a minute or two
-# on a CPU. `make notebook` builds `tour.ipynb` from `tour.py`.
+# Train an adapter with RefLoRA and with AdamW from the same start, look inside it, cut its rank, and compare: a
+# minute or two on a CPU. `make notebook` builds `tour.ipynb` from `tour.py`.
 #
 # In a notebook elsewhere, first: `%pip install reflora peft transformers matplotlib`
 
@@ -22,16 +22,22 @@ import reflora
 from reflora.__main__ import main as command
 
 STEPS, RANK, LR = 300, 16, 3e-3
+LINES = {
+    "AdamW": {"color": "0.8", "lw": 4},
+    "RefLoRA": {"color": "tab:blue", "lw": 1.2},
+    "InvariantAdamW": {"color": "tab:orange", "lw": 1.2},
+}
 
 # %% [markdown]
 # ## A model and something to learn
 #
-# A small Llama that reads bytes. It learns one half of Python's standard library in full; an adapter then learns the other
-# half, which begins with other words.
+# A small Llama that reads bytes. In full training it learns half of Python's standard library, and then an adapter
+# learns one file.
 
 # %%
 sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-text = {"base": b"".join(map(Path.read_bytes, sources[::2])), "adapter": Path(inspect.__file__).read_bytes()}
+text = {"base": b"".join(map(Path.read_bytes, sources[::2]))}
+text["adapter"] = Path(inspect.__file__).read_bytes()
 windows = {name: torch.tensor(list(found)).unfold(0, 128, 128) for name, found in text.items()}
 rows = torch.arange(len(windows["adapter"]))
 train_rows, test_rows = rows[rows % 5 > 0], rows[rows % 5 == 0]
@@ -70,19 +76,20 @@ print(f"base: held-out loss {held_out(base):.3f}")
 # %% [markdown]
 # ## Train
 #
-# `create_reflora_optimizer` takes the place of `torch.optim.AdamW`; nothing else changes. B starts at 0, so both optimizers
-# take the same first step. Their best learning rates need not be the same: on a task of your own, tune both.
+# `create_reflora_optimizer` takes the place of `torch.optim.AdamW`; nothing else changes. B starts at 0, so both
+# optimizers take the same first step. Their best learning rates need not be the same: on a task of your own, tune
+# both.
 
 # %%
 losses, scores = {}, {}
-for name in ("AdamW", "RefLoRA"):
+for name, optimizer_class in {"AdamW": None, "RefLoRA": None, "InvariantAdamW": reflora.InvariantAdamW}.items():
     set_seed(0)
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(LlamaForCausalLM.from_pretrained("base"), config)
-    if name == "RefLoRA":
-        optimizer = reflora.create_reflora_optimizer(model, lr=LR)
-    else:
+    if name == "AdamW":
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
+    else:
+        optimizer = reflora.create_reflora_optimizer(model, optimizer_class, lr=LR)
     losses[name] = train(model, optimizer, windows["adapter"][train_rows])
     scores[name] = held_out(model)
     model.save_pretrained(f"adapter-{name}")
@@ -93,7 +100,7 @@ print(optimizer.diagnostics())
 figure, axis = pyplot.subplots(figsize=(6, 3), layout="constrained")
 for name, found in losses.items():
     smooth = torch.tensor(found).unfold(0, 10, 1).mean(1)
-    axis.plot(smooth, label=name, color={"AdamW": "0.5", "RefLoRA": "tab:blue"}[name])
+    axis.plot(smooth, label=name, **LINES[name])
 axis.set(xlabel="step", ylabel="training loss, mean of 10 steps")
 axis.spines[["top", "right"]].set_visible(False)
 axis.legend(frameon=False)
@@ -102,8 +109,8 @@ pyplot.show()
 # %% [markdown]
 # ## Look inside
 #
-# How well each layer is conditioned, whether A and B are balanced, and how many directions its update B A uses. On a command
-# line: `python -m reflora doctor adapter-RefLoRA --png doctor.png`.
+# How well each layer is conditioned, whether A and B are balanced, and how many directions its update B A uses. On a
+# command line: `python -m reflora doctor adapter-RefLoRA --png doctor.png`.
 
 # %%
 command(["doctor", "adapter-RefLoRA", "--png", "doctor.png"])
@@ -112,8 +119,8 @@ display(Image("doctor.png", width=720))
 # %% [markdown]
 # ## Cut the rank
 #
-# Each layer keeps the directions of its update that hold 90 % of its energy, by the exact singular value decomposition of B A.
-# `--rank N` cuts all layers to one rank.
+# Each layer keeps the directions of its update that hold 90 % of its energy, by the exact singular value
+# decomposition of B A. `--rank N` cuts all layers to one rank.
 
 # %%
 command(["resize", "adapter-RefLoRA", "small", "--energy", "0.9", "--png", "spectra.png"])
@@ -122,7 +129,8 @@ display(Image("spectra.png", width=720))
 # %% [markdown]
 # ## Compare
 #
-# What does a lower rank cost? The held-out loss of both adapters, cut to each rank; the dashed lines are the whole ones.
+# What does a lower rank cost? The held-out loss of both adapters, cut to each rank; the dashed lines are the whole
+# ones.
 
 # %%
 ranks, curves = [1, 2, 4, 8], {}
@@ -138,9 +146,8 @@ for name in scores:
 # %%
 figure, axis = pyplot.subplots(figsize=(6, 3), layout="constrained")
 for name, found in curves.items():
-    colour = {"AdamW": "0.5", "RefLoRA": "tab:blue"}[name]
-    axis.plot(ranks, found, "o-", label=name, color=colour)
-    axis.axhline(scores[name], color=colour, lw=0.8, ls="--")
+    axis.plot(ranks, found, "o-", label=name, **LINES[name])
+    axis.axhline(scores[name], color=LINES[name]["color"], lw=1, ls="--")
 axis.set(xlabel=f"rank after resize, from {RANK}", ylabel="held-out loss", xscale="log", xticks=ranks)
 axis.set_xticklabels(ranks)
 axis.minorticks_off()
