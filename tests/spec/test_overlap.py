@@ -126,9 +126,9 @@ def test_thousands_are_checked_in_no_time(of):
         tensors = list(torch.empty(8, 16 * 2000).split(16, 1))
     took = []
     for _ in range(3):
-        began = time.perf_counter()
+        began = time.process_time()
         assert overlap.shared(tensors) is None
-        took.append(time.perf_counter() - began)
+        took.append(time.process_time() - began)
     assert min(took) < 0.1  # 2 to 13 ms, where every one with every other would take seconds
     tensors.append(tensors[1000][1:, 2:])
     assert overlap.shared(tensors) == (1000, 2000)
