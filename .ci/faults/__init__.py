@@ -1,8 +1,8 @@
 """The deliberate faults of mutants.py."""
 
-from . import core, invariant, kernels, package
+from . import adapters, core, invariant, kernels, package
 from .fault import Fault
 
-FAULTS = (*core.FAULTS, *kernels.FAULTS, *invariant.FAULTS, *package.FAULTS)
+FAULTS = (*core.FAULTS, *kernels.FAULTS, *invariant.FAULTS, *package.FAULTS, *adapters.FAULTS)
 
 __all__ = ["FAULTS", "Fault"]

@@ -157,18 +157,4 @@ FAULTS = (
         "        if False:\n",
         "tests/integration/test_re_init.py",
     ),
-    python(
-        "doctor knows one rank",
-        "doctor/rules.py",
-        "if pattern.match(key)), self.default_rank)",
-        "if False), self.default_rank)",
-        "tests/integration/test_adapter_kinds.py",
-    ),
-    python(
-        "a copy that moves is written",
-        "doctor/adapter.py",
-        "if not apart <= allowed(",
-        "if 0 > allowed(",
-        "tests/integration/test_adapter_copies.py",
-    ),
 )
