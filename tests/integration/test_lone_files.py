@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lone_files import KOHYA, LAYERS, METADATA, NAMES, kohya, named
+from lone_file_cases import KOHYA, LAYERS, METADATA, NAMES, kohya, named
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor

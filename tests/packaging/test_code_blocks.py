@@ -19,7 +19,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import lone_files
+import lone_file_cases
 import page_cases
 import pytest
 import torch
@@ -150,7 +150,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
     model.save_pretrained(place / "adapter")
-    lone_files.kohya(place / "style.safetensors")
+    lone_file_cases.kohya(place / "style.safetensors")
     base = page_cases.causal()
     base.save_pretrained(place / "base")
     base.lm_head.weight.data += 0.1
