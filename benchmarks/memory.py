@@ -11,7 +11,7 @@ import argparse
 import time
 from collections.abc import Sequence
 
-from . import bars, harness, methods, options, probes
+from . import bars, harness, methods, options, probes, unused
 from .harness import Measurement
 from .throughput import memory_rows
 
@@ -50,6 +50,7 @@ def run(chosen: argparse.Namespace) -> tuple[list[Measurement], str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     chosen = parse(argv)
+    options.announce("memory", chosen, f"{options.BATCHES} steps each")
     began = time.perf_counter()
     try:
         rows, text = run(chosen)
@@ -59,4 +60,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    unused.leave_out()
     main()

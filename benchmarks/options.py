@@ -144,6 +144,14 @@ def _served(options: argparse.Namespace) -> str:
     return resolve(options.backend, options.device).NAME
 
 
+def announce(program: str, options: argparse.Namespace, length: str) -> None:
+    """One line about what is to come, before a model and the libraries around it are loaded."""
+    names = [methods.LABELS[name] for name in options.methods]
+    which = ", ".join(names) if len(names) <= len(methods.DEFAULT) else f"{len(names)} methods"
+    case = f"{options.model}, r = {options.rank}, {length} on {options.device}"
+    print(f"{program}: {which}; {case}; results go to {options.out}", flush=True)
+
+
 def finish(
     program: str,
     options: argparse.Namespace,

@@ -10,7 +10,7 @@ import argparse
 import time
 from collections.abc import Mapping, Sequence
 
-from . import bars, harness, methods, options, probes
+from . import bars, harness, methods, options, probes, unused
 from .harness import Measurement, Summary, summarize
 from .training import Footprint, Runner, train
 
@@ -142,6 +142,7 @@ def run(chosen: argparse.Namespace) -> tuple[list[Runner], list[Measurement], st
 
 def main(argv: Sequence[str] | None = None) -> None:
     chosen = parse(argv)
+    options.announce("throughput", chosen, f"{chosen.steps} steps each")
     began = time.perf_counter()
     try:
         runners, rows, text = run(chosen)
@@ -153,4 +154,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    unused.leave_out()
     main()

@@ -7,7 +7,15 @@ python examples/finetune.py [STEPS] [FOLDER]
 import importlib.util
 import inspect
 import sys
+import warnings
 from pathlib import Path
+
+print("RefLoRA fine-tunes MiniLM in a Trainer: which module does a docstring come from?", flush=True)
+# transformers and peft import these where they are installed, and not quietly; nothing here needs them
+for name in ("torchao", "bitsandbytes", "deepspeed"):
+    sys.modules.setdefault(name, None)
+# PEFT 0.21 calls what transformers 5 has renamed
+warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -43,7 +51,14 @@ model = get_peft_model(load_base(), LoraConfig(task_type="SEQ_CLS", r=8, lora_al
 optimizer = create_reflora_optimizer(model, lr=2e-3)
 trainer = Trainer(
     model,
-    TrainingArguments(FOLDER, max_steps=STEPS, per_device_train_batch_size=16, logging_steps=20, report_to="none"),
+    TrainingArguments(
+        FOLDER,
+        max_steps=STEPS,
+        per_device_train_batch_size=16,
+        logging_steps=20,
+        report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
+    ),
     train_dataset=[row for i, row in enumerate(rows) if i % 5],
     eval_dataset=rows[::5],
     processing_class=tokenizer,

@@ -8,8 +8,18 @@ It uses nccl on GPUs, else gloo. Run on two CPU processes; not yet on GPUs.
 
 import inspect
 import itertools
+import os
 import sys
+import warnings
 from pathlib import Path
+
+if os.environ.get("RANK", "0") == "0":
+    print("RefLoRA trains a small Llama, sharded by FSDP2", flush=True)
+# transformers and peft import these where they are installed, and not quietly; nothing here needs them
+for name in ("torchao", "bitsandbytes", "deepspeed"):
+    sys.modules.setdefault(name, None)
+# PEFT 0.21 calls what transformers 5 has renamed
+warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
 
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin

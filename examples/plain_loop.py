@@ -7,7 +7,15 @@ python examples/plain_loop.py [STEPS] [FOLDER]
 import importlib.resources
 import inspect
 import sys
+import warnings
 from pathlib import Path
+
+print("RefLoRA fine-tunes MiniLM in a plain loop: which module does a docstring come from?", flush=True)
+# transformers and peft import these where they are installed, and not quietly; nothing here needs them
+for name in ("torchao", "bitsandbytes", "deepspeed"):
+    sys.modules.setdefault(name, None)
+# PEFT 0.21 calls what transformers 5 has renamed
+warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
 
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict

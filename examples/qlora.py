@@ -5,8 +5,19 @@ python examples/qlora.py [STEPS] [FOLDER] [MODEL]   # MODEL: a causal model's fo
 """
 
 import inspect
+import logging
 import sys
+import warnings
 from pathlib import Path
+
+print("RefLoRA trains an adapter on a 4-bit base, in a Trainer", flush=True)
+# transformers and peft import these where they are installed, and not quietly; nothing here needs them
+for name in ("torchao", "deepspeed", "kernels"):
+    sys.modules.setdefault(name, None)
+# it says that it does without a kernel of the hub for CPUs
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# PEFT 0.21 calls what transformers 5 has renamed
+warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
 
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
@@ -46,6 +57,10 @@ quantization = BitsAndBytesConfig(
 )
 base = AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=quantization)
 print(f"base: {base.get_memory_footprint() / 2**20:.2f} MiB, in 16 bits {base.num_parameters() / 2**19:.2f} MiB")
+for module in base.modules():
+    # on CPUs with AVX512-BF16 bitsandbytes 0.50 packs 4-bit weights at the first evaluation: no gradient passes then
+    if hasattr(module, "support_avx512bf16_for_cpu"):
+        module.support_avx512bf16_for_cpu = False
 # norms and embeddings in float32, and gradient checkpointing on
 base = prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs={"use_reentrant": False})
 model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=8, target_modules="all-linear"))
@@ -65,6 +80,7 @@ trainer = Trainer(
         bf16=bf16,
         logging_steps=20,
         report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
     ),
     train_dataset=[row for i, row in enumerate(rows) if i % 10],
     eval_dataset=rows[::10],

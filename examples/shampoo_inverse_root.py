@@ -46,5 +46,6 @@ def train(make, steps=200):
 
 
 if __name__ == "__main__":
+    print("Shampoo on reflora.linalg.inv_root, against SGD", flush=True)
     for name, make in (("SGD", lambda p: torch.optim.SGD(p, lr=5.0)), ("Shampoo", lambda p: Shampoo(p, lr=0.3))):
         print(f"{name}: loss {train(make):.4f} after 200 steps")

@@ -7,6 +7,14 @@ With random weights both train; to see which is better, take a pretrained ViT an
 """
 
 import sys
+import warnings
+
+print("A vision transformer learns digits, by AdamW and by RefLoRA", flush=True)
+# transformers and peft import these where they are installed, and not quietly; nothing here needs them
+for name in ("torchao", "bitsandbytes", "deepspeed"):
+    sys.modules.setdefault(name, None)
+# PEFT 0.21 calls what transformers 5 has renamed
+warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
 
 import torch
 from peft import LoraConfig, get_peft_model

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .. import checkpoints, data, finetuning, generation, harness, jsonl, models
+from .. import checkpoints, data, finetuning, generation, harness, jsonl, models, unused
 from . import arguments, commonsense_tasks, tables, tuning
 from .commonsense_tasks import PAPER, TARGETS, TASKS, Question
 
@@ -195,6 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def series(options: argparse.Namespace, record: finetuning.Record) -> list[dict[str, Any]]:
+    print(harness.header(record.env), flush=True)
     train, tests = load(options, models.end_of_text(hub_id(options)))
     asked = {name: getattr(options, name) for name in ("beams", "new_tokens")}
     asked["questions"] = {name: len(questions) for name, questions in tests.items()}
@@ -204,7 +205,6 @@ def series(options: argparse.Namespace, record: finetuning.Record) -> list[dict[
     def key(task: str, method: str, lr: float, seed: int) -> dict[str, Any]:
         return {**finetuning.key(task, recipe(options, len(train.train), method, lr, seed)), **epochs, **asked}
 
-    print(harness.header(record.env), flush=True)
     names = ["commonsense"], options.methods, options.lrs, options.seeds
     done = tuning.grid(record, key, names, lambda one: run(options, train, tests, one), options.tune_first_seed)
     tidy(options)
@@ -217,4 +217,5 @@ def hub_id(options: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
+    unused.leave_out()
     main()

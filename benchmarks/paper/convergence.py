@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .. import data, drawing, figures, finetuning, methods
+from .. import data, drawing, figures, finetuning, harness, methods, unused
 from . import arguments, glue, glue_tasks, tables, tuning
 from .glue_tasks import TASKS
 
@@ -96,12 +96,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
+    record = finetuning.Record(options.out, arguments.environment(options))
+    print(harness.header(record.env), flush=True)
     try:
         task = glue.load(options, options.task)
         chosen = rates(options)
     except (OSError, ValueError) as error:
         raise SystemExit(f"convergence: {error}") from error
-    record = finetuning.Record(options.out, arguments.environment(options))
     digest = data.digest(task.train)
 
     def key(seed: int, method: str) -> dict[str, Any]:
@@ -123,4 +124,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    unused.leave_out()
     main()

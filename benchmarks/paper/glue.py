@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .. import data, finetuning, harness
+from .. import data, finetuning, harness, unused
 from . import arguments, glue_tasks, tables, tuning
 from .glue_tasks import TASKS
 
@@ -133,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def series(options: argparse.Namespace, record: finetuning.Record) -> list[dict[str, Any]]:
+    print(harness.header(record.env), flush=True)
     tasks = {name: load(options, name) for name in options.tasks}
     digests = {name: data.digest(task.train, task.eval) for name, task in tasks.items()}
 
@@ -141,10 +142,10 @@ def series(options: argparse.Namespace, record: finetuning.Record) -> list[dict[
         epochs = {} if options.steps else {"epochs": TASKS[task].epochs}
         return {**finetuning.key(task, made), **epochs, "eval_rows": len(tasks[task].eval), "data": digests[task]}
 
-    print(harness.header(record.env), flush=True)
     names = options.tasks, options.methods, options.lrs, options.seeds
     return tuning.grid(record, key, names, lambda one: run(options, tasks, one), options.tune_first_seed)
 
 
 if __name__ == "__main__":
+    unused.leave_out()
     main()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import batches, data, finetuning, harness, models
+from .. import batches, data, finetuning, harness, models, unused
 from . import arguments, language_figures, language_tables, language_tasks, tables, tuning
 
 METHODS = ("lora", "reflora", "reflora-s")
@@ -126,6 +126,7 @@ def draw(out: Path, runs: Sequence[Run], model: str) -> None:
 
 
 def series(options: argparse.Namespace, record: finetuning.Record) -> list[dict[str, Any]]:
+    print(harness.header(record.env), flush=True)
     task = language_tasks.load(options.task, Path(options.data) if options.data else None)
     task = data.Task(task.name, data.drawn(task.train, options.train_rows), task.eval[: options.eval_rows], 1, "causal")
     seen = {"eval_rows": len(task.eval), "data": data.digest(task.train, task.eval), **models.identity(options.model)}
@@ -133,10 +134,10 @@ def series(options: argparse.Namespace, record: finetuning.Record) -> list[dict[
     def key(name: str, method: str, lr: float, seed: int) -> dict[str, Any]:
         return {**finetuning.key(name, recipe(options, len(task.train), method, lr, seed)), **seen}
 
-    print(harness.header(record.env), flush=True)
     names = [options.task], options.methods, options.lrs, options.seeds
     return tuning.grid(record, key, names, lambda one: run(options, task, one), options.tune_first_seed)
 
 
 if __name__ == "__main__":
+    unused.leave_out()
     main()

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.resources
 import inspect
-import io
 import re
-import runpy
-import sys
 from pathlib import Path
 
+import first_lines
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from distributed_cases import example
 from test_distributed import both
 from tiny_models import needs_its_kernels
@@ -22,15 +18,12 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(name: str, *arguments: object) -> str:
-    """What an example prints, as `__main__` of this process: to import transformers takes longer than most."""
-    printed = io.StringIO()
-    path = str(ROOT / "examples" / name)
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setattr(sys, "argv", [path, *map(str, arguments)])
-        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        runpy.run_path(path, run_name="__main__")
-    AcceleratorState._reset_state(reset_partial_state=True)  # the next test may ask for another device
-    return printed.getvalue()
+    """What an example prints in a process of its own, seen to begin with its own line."""
+    path = ROOT / "examples" / name
+    lines = first_lines.printed(path, *arguments)
+    own = re.search(r'print\("(.*?)", flush=True\)', path.read_text())
+    assert own and lines[0] == own[1]
+    return "\n".join(lines)
 
 
 def numbers(pattern: str, printed: str) -> list[float]:
