@@ -9,6 +9,12 @@ diffusers saves it; `python -m reflora doctor FOLDER` and `resize` read it.
 
 import copy
 import sys
+import warnings
+
+print("A tiny UNet has learnt to draw some digits; LoRAs by AdamW and RefLoRA learn the others", flush=True)
+# peft imports these where they are installed and calls what transformers has renamed: their warnings would come first
+sys.modules.update(dict.fromkeys(("torchao", "bitsandbytes", "deepspeed")))
+warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
@@ -55,11 +61,12 @@ def held_out(unet):
 
 
 torch.manual_seed(0)
-base = UNet2DConditionModel(
-    sample_size=8, in_channels=1, out_channels=1, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
-    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    cross_attention_dim=10, attention_head_dim=8,
-).to(device)  # fmt: skip
+with torch.device(device):
+    base = UNet2DConditionModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(32, 64), layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=10, attention_head_dim=8, norm_num_groups=8,
+    )  # fmt: skip
 train(base, torch.optim.AdamW(base.parameters(), lr=2e-3), base_rows, STEPS)
 base.requires_grad_(False)
 print(f"base, which knows 0 to 4: held-out loss on 5 to 9 {held_out(base):.3f}")

@@ -11,13 +11,10 @@ import warnings
 from pathlib import Path
 
 print("RefLoRA trains an adapter on a 4-bit base, in a Trainer", flush=True)
-# transformers and peft import these where they are installed, and not quietly; nothing here needs them
-for name in ("torchao", "deepspeed", "kernels"):
-    sys.modules.setdefault(name, None)
-# it says that it does without a kernel of the hub for CPUs
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-# PEFT 0.21 calls what transformers 5 has renamed
+# peft imports these where they are installed and calls what transformers has renamed: their warnings would come first
+sys.modules.update(dict.fromkeys(("torchao", "deepspeed", "kernels")))
 warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it does without a kernel of the hub
 
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training

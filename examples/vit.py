@@ -10,10 +10,8 @@ import sys
 import warnings
 
 print("A vision transformer learns digits, by AdamW and by RefLoRA", flush=True)
-# transformers and peft import these where they are installed, and not quietly; nothing here needs them
-for name in ("torchao", "bitsandbytes", "deepspeed"):
-    sys.modules.setdefault(name, None)
-# PEFT 0.21 calls what transformers 5 has renamed
+# peft imports these where they are installed and calls what transformers has renamed: their warnings would come first
+sys.modules.update(dict.fromkeys(("torchao", "bitsandbytes", "deepspeed")))
 warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
 
 import torch
