@@ -10,6 +10,7 @@ from pathlib import Path
 
 import messages
 import pytest
+import releases
 import torch
 
 from reflora import reference
@@ -45,6 +46,12 @@ KERNELS = [pytest.mark.gpu] if ON_GPU else [pytest.mark.kernels]
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), reason="builds C++; no compiler"
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if why := releases.lacking(f"{item.path.name}::{item.nodeid.partition('::')[2]}"):
+            item.add_marker(pytest.mark.skip(reason=why))
 
 
 def pytest_collection_finish() -> None:

@@ -14,8 +14,6 @@ import pytest
 import torch
 from adapter_cases import change_config
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import config as variants
-from peft.tuners.lora.variants import QALoraLinearVariant
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
@@ -23,6 +21,8 @@ from reflora import __main__ as program
 from reflora import adapters, doctor
 from reflora.adapters import rules
 
+lora_variants = pytest.importorskip("peft.tuners.lora.variants", reason="a PEFT without these kinds of LoRA")
+variants = peft.tuners.lora.config
 TOLERANCE = 1e-5
 
 
@@ -244,7 +244,7 @@ def test_qalora_pools_its_inputs(saved: Path, tmp_path: Path) -> None:
         A, B = (SimpleNamespace(weight=factor) for factor in (adapter.pairs[0].A, adapter.pairs[0].B))
         module = SimpleNamespace(lora_A={"x": A}, lora_B={"x": B}, scaling={"x": 2.0}, in_features=48, training=False)
         module.lora_dropout, module.qalora_group_size = {"x": nn.Identity()}, {"x": 4}
-        return QALoraLinearVariant.forward(module, "x", x, torch.zeros(3, 5, 10))
+        return lora_variants.QALoraLinearVariant.forward(module, "x", x, torch.zeros(3, 5, 10))
 
     before, after = (effect(adapters.Adapter(folder)) for folder in (saved, tmp_path / "balanced"))
     assert 0 < (after - before).norm() < TOLERANCE * before.norm()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import processes
 import pytest
+import releases
 
 ROWS = runpy.run_path(str(processes.ROOT / ".ci" / "versions"))["ROWS"]
 # BROKEN: a word of a command that fails
@@ -96,6 +97,22 @@ def test_transformers_goes_in_alone_where_what_it_needs_is_not_to_be_had(tmp_pat
 def test_a_row_that_is_none_is_refused(tmp_path: Path) -> None:
     done = processes.run([sys.executable, ".ci/versions", "--out", str(tmp_path), "newest"])
     assert done.returncode == 2 and "expected rows of torch-2.15" in done.stderr and "got newest" in done.stderr
+
+
+@pytest.mark.parametrize("name", [name for names in releases.LACKING.values() for name in names])
+def test_what_old_releases_lack_names_tests(name: str) -> None:
+    file, function = name.split("::")
+    source = next((processes.ROOT / "tests").rglob(file)).read_text()
+    assert f"\ndef {function.partition('[')[0]}" in source
+
+
+def test_what_old_releases_lack_is_skipped_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "test_layers.py::test_a_layer_trains[conv1d]"
+    for found, want in {(0, 16): "needs peft 0.17, found 0.16", (0, 17): None, (1, 0): None, None: None}.items():
+        monkeypatch.setitem(releases.FOUND, "peft", found)
+        assert releases.lacking(name) == want
+    monkeypatch.setitem(releases.FOUND, "peft", (0, 16))
+    assert releases.lacking("test_layers.py::test_a_layer_trains[linear]") is None
 
 
 def test_ci_runs_every_row() -> None:
