@@ -22,7 +22,7 @@ from .direct import (
     refactor_checked,
     writable_pairs,
 )
-from .pairs import LoRAPair, PairLike, as_pairs, named_pairs
+from .pairs import LoRAPair, PairLike, as_pairs, check_held, named_pairs
 
 # a table of addresses is useless in a CUDA graph that inductor captures by itself
 OP_TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
@@ -60,8 +60,12 @@ def _reported(pairs: list[LoRAPair], results: Tensor | None) -> Diagnostics:
 def _flat(pairs: list[LoRAPair]) -> tuple[list[Tensor], str]:
     """(A and B alternately, layouts) as an operator takes them; it does the rest of the checking.
 
-    Detached, not under no_grad: an error that the operator raises in a graph would leave gradients off.
+    Detached, not under no_grad: an error that the operator raises in a graph would leave gradients off. This loses
+    Megatron's marks, so they are looked for here.
     """
+    for pair in pairs:
+        check_held(f"{pair.name}, A", pair.A)
+        check_held(f"{pair.name}, B", pair.B)
     return [t.detach() for pair in pairs for t in (pair.A, pair.B)], ";".join([pair.layout for pair in pairs])
 
 

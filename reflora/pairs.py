@@ -148,17 +148,31 @@ PairLike = LoRAPair | tuple[Tensor, Tensor]
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a process holds only part of it: a DTensor of torch.distributed."""
+    """Whether a process holds only part of it: a DTensor of torch.distributed, or a parameter that Megatron splits."""
+    return is_dtensor(tensor) or is_split(tensor)
+
+
+def is_dtensor(tensor: Tensor) -> bool:
     return type(tensor).__name__ == "DTensor"
+
+
+def is_split(tensor: Tensor) -> bool:
+    """Whether Megatron has marked it as its process's part, a plain tensor; gradients and state bear no mark."""
+    return bool(getattr(tensor, "tensor_model_parallel", False))
 
 
 def local(tensor: Tensor) -> Tensor:
     """The part that this process holds; the same memory."""
-    return tensor.detach().to_local() if is_sharded(tensor) else tensor.detach()  # type: ignore[attr-defined]
+    return tensor.detach().to_local() if is_dtensor(tensor) else tensor.detach()  # type: ignore[attr-defined]
+
+
+def form_of(tensor: Tensor) -> str:
+    """What a sharded tensor is, for messages."""
+    return "a part that Megatron split off" if is_split(tensor) else type(tensor).__name__
 
 
 def as_pairs(pairs: Iterable[PairLike], sharded: bool = False) -> list[LoRAPair]:
-    """`(A, B)` tuples become LoRAPairs; every pair is checked. sharded: DTensors are accepted.
+    """`(A, B)` tuples become LoRAPairs; every pair is checked. sharded: sharded factors are accepted.
 
     Raises ValueError or TypeError naming the pair: shapes that do not match, a dtype outside
     float32/float64/bfloat16/float16, two devices or dtypes in a pair, overlapping storage.
@@ -166,8 +180,8 @@ def as_pairs(pairs: Iterable[PairLike], sharded: bool = False) -> list[LoRAPair]
     checked = named_pairs(pairs)
     for pair in checked:
         check_pair(pair, sharded)
-    whole = [pair for pair in checked if not pair.sharded]
-    check_disjoint([(f"{pair.name}, {side}", t) for pair in whole for side, t in (("A", pair.A), ("B", pair.B))])
+    plain = [pair for pair in checked if not (is_dtensor(pair.A) or is_dtensor(pair.B))]
+    check_disjoint([(f"{pair.name}, {side}", t) for pair in plain for side, t in (("A", pair.A), ("B", pair.B))])
     return checked
 
 
@@ -201,14 +215,13 @@ def check_pair(pair: LoRAPair, sharded: bool = False) -> None:
         if tensor.dtype not in STORAGE_DTYPES:
             remedy = "Quantised base weights are fine, the LoRA factors themselves must be floating point."
             fail(what, "float32, float64, bfloat16 or float16", tensor.dtype, remedy, TypeError)
-        if is_sharded(tensor) and not sharded:
-            remedy = "Use reflora.create_reflora_optimizer or reflora.Refactorer (FSDP2, tensor parallelism)."
-            fail(what, "a tensor held whole by this process", type(tensor).__name__, remedy)
+        if not sharded:
+            check_held(what, tensor)
         if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
             remedy = "Sparse, nested and meta tensors cannot be refactored: materialise the factors first."
             got = f"{type(tensor).__name__} ({'nested' if tensor.is_nested else tensor.layout})"
             fail(what, "a dense tensor on a device", got, remedy)
-        if not is_sharded(tensor):
+        if not is_dtensor(tensor):
             check_memory(what, tensor)
     if pair.A.device != pair.B.device:
         remedy = "Move both factors of a pair to one device; different pairs may be on different devices."
@@ -216,6 +229,13 @@ def check_pair(pair: LoRAPair, sharded: bool = False) -> None:
     if pair.A.dtype != pair.B.dtype:
         fail(pair.name, f"B of {pair.A.dtype} like A", pair.B.dtype, "Cast both factors of a pair to one dtype.")
     _check_shapes(pair)
+
+
+def check_held(what: str, tensor: Tensor) -> None:
+    """This process holds it whole."""
+    if is_sharded(tensor):
+        remedy = "Use reflora.create_reflora_optimizer or reflora.Refactorer (FSDP2, tensor parallelism)."
+        fail(what, "a tensor held whole by this process", form_of(tensor), remedy)
 
 
 def _check_shapes(pair: LoRAPair) -> None:
@@ -230,6 +250,7 @@ def _check_shapes(pair: LoRAPair) -> None:
         fail(pair.name, layout.expected, got, remedy)
     if min(A.numel(), B.numel()) == 0:
         fail(pair.name, "at least one element in A and B", got, "Leave empty factors out of the list.")
+    _check_split(pair)
     if isinstance(layout, Experts) and pair.sharded:
         _check_cut(pair)
     try:
@@ -239,6 +260,17 @@ def _check_shapes(pair: LoRAPair) -> None:
         fail(pair.name, "factors that can be viewed as matrices", strides, "Call .contiguous() on them first.")
 
 
+def _check_split(pair: LoRAPair) -> None:
+    """Megatron splits no factor along r; which of the rows or columns are a process's, its stride, is all the same."""
+    for side, tensor, dim in (("A", pair.A, 1), ("B", pair.B, 0)):
+        if is_split(tensor) and (found := getattr(tensor, "partition_dim", None)) != dim:
+            remedy = "Cut along r it gives no part of a Gram: split the pair's other factor, as PEFT does."
+            fail(f"{pair.name}, {side}", f"a factor that Megatron splits along dimension {dim}", found, remedy)
+        if is_split(tensor) and getattr(tensor, "allreduce", True) is False:
+            remedy = "Their group is another: keep the adapters of expert layers whole."
+            fail(f"{pair.name}, {side}", "a split over the tensor-parallel group", "one of expert layers", remedy)
+
+
 def _check_cut(pair: LoRAPair) -> None:
     """Each process holds a part of every expert."""
     if 3 in (pair.A.dim(), pair.B.dim()):
@@ -246,8 +278,8 @@ def _check_cut(pair: LoRAPair) -> None:
         remedy = "Keep them as A [E * r, n_in] and B [n_out, r * E]."
         fail(pair.name, "sharded expert factors of two dimensions", got, remedy)
     for side, tensor, dim in (("A", pair.A, 0), ("B", pair.B, 1)):
-        cut: Any = tensor.placements if is_sharded(tensor) else ()  # type: ignore[attr-defined]
-        if pair.experts > 1 and any(placed.is_shard(dim) for placed in cut):
+        cut: Any = tensor.placements if is_dtensor(tensor) else ()  # type: ignore[attr-defined]
+        if pair.experts > 1 and any(getattr(placed, "dim", None) == dim for placed in cut):
             remedy = (
                 "Shard A by columns, fully_shard(..., shard_placement_fn=reflora.shard_placement(model, n)), where n "
                 "divides n_in; leave other layers whole (ignored_params=)."

@@ -19,11 +19,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from two_processes import WORLD
 
 import reflora
+from reflora.pairs import is_sharded
 
 TOKENS = torch.arange(24).view(2, 12)
 # by name: the class and the options of the optimizer
 TENSOR_PARALLEL: dict[str, tuple[Any, dict[str, Any]]] = {
     "AdamW": (None, {}), "NAdam": (torch.optim.NAdam, {}), "scalar": (None, {"scalar": True, "warmup_steps": 0}),
+    "invariant": (reflora.InvariantAdamW, {}),
 }  # fmt: skip
 
 
@@ -40,7 +42,11 @@ def causal(folder: Path | None = None, **loading: Any) -> nn.Module:
             base.save_pretrained(str(folder))
         dist.barrier()
         base = transformers.LlamaForCausalLM.from_pretrained(str(folder), **loading)
-    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj", "down_proj"]))
+    for name, module in model.named_modules():
+        if ".lora_A." in name:
+            # in row-parallel layers PEFT 0.21 leaves the width of a part, from which transformers 5.23 cuts the input
+            module.in_features = module.weight.shape[1]  # type: ignore[assignment, index, union-attr]
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -66,7 +72,7 @@ def tensor_parallel(rank: int, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, (cls, options) in TENSOR_PARALLEL.items():
         model = causal(folder, tp_plan="auto")
-        found["placements"] = {pair.name: pair.sharded for pair in reflora.find_pairs(model)}
+        found["cut"] = {pair.name: [is_sharded(pair.A), is_sharded(pair.B)] for pair in reflora.find_pairs(model)}
         found[name] = train_causal(model, reflora.create_reflora_optimizer(model, cls, lr=1e-2, **options))
     model = causal(folder, tp_plan="auto")
     found["refused"] = {

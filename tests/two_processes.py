@@ -1,4 +1,4 @@
-"""Runs cases in two processes, forked of `two_processes.py FOLDER MODULE.CASE...`."""
+"""Runs cases in two processes or more, forked of `two_processes.py FOLDER WORLD MODULE.CASE...`."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ WORLD = 2
 Case = Callable[[int, Path], Any]
 
 
-def together(cases: Sequence[Case]) -> dict[str, list[Any]]:
-    """By name, what each of two processes returned of `case(rank, folder)`, one case after another.
+def together(cases: Sequence[Case], world: int = WORLD) -> dict[str, list[Any]]:
+    """By name, what each process returned of `case(rank, folder)`, one case after another.
 
-    A case that raises in both is its error; the later ones go on. Both are forked of one that has imported everything.
+    A case that raises in all is its error; the later ones go on. All are forked of one that has imported everything.
     """
     names = [f"{case.__module__}.{case.__name__}" for case in cases]
     with tempfile.TemporaryDirectory() as folder:
         paths = [str(Path(reflora.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         done = subprocess.run(
-            [sys.executable, __file__, folder, *names], capture_output=True, text=True,
+            [sys.executable, __file__, folder, str(world), *names], capture_output=True, text=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "CUDA_VISIBLE_DEVICES": ""},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
-        results = [torch.load(Path(folder) / f"result{rank}.pt", weights_only=False) for rank in range(WORLD)]
+        results = [torch.load(Path(folder) / f"result{rank}.pt", weights_only=False) for rank in range(world)]
     return {case.__name__: [result[case.__name__] for result in results] for case in cases}
 
 
-def _enter(rank: int, cases: Sequence[Case], folder: str) -> None:
+def _enter(rank: int, cases: Sequence[Case], folder: str, world: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=timedelta(minutes=3)
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(minutes=3)
     )
     found: dict[str, Any] = {}
     try:
@@ -68,5 +68,6 @@ if __name__ == "__main__":
     with contextlib.suppress(ImportError):
         import accelerate  # noqa: F401
         import deepspeed as _  # noqa: F401
-    chosen = [getattr(importlib.import_module(module), name) for module, name in (n.split(".") for n in sys.argv[2:])]
-    mp.start_processes(_enter, (chosen, sys.argv[1]), WORLD, start_method="fork")
+    folder, world, *names = sys.argv[1:]
+    chosen = [getattr(importlib.import_module(module), name) for module, name in (n.split(".") for n in names)]
+    mp.start_processes(_enter, (chosen, folder, int(world)), int(world), start_method="fork")

@@ -15,7 +15,7 @@ from ..diagnostics import Diagnostics
 from ..optim.adamw_engine import capturing
 from ..optim.membership import LONE, Unserved, listed, say_plain
 from ..optim.pairs import Outcome, PairOps, multiply, new_units
-from ..pairs import HOOKED, LoRAPair, check_unhooked
+from ..pairs import HOOKED, LoRAPair, check_unhooked, form_of, is_sharded
 from .hook_groups import HookGroup, grouped, kind_of, sides
 from .peft import find_pairs
 
@@ -49,7 +49,8 @@ class GradientHooks:
             step up to eps, but B's gradients grow with c, and under a clipped norm A hardly moves.
 
     Raises:
-        ValueError: As `reflora.find_pairs`; sharded factors (FSDP2); a model that already has such hooks.
+        ValueError: As `reflora.find_pairs`; sharded factors (FSDP2, tensor parallelism); a model that already has such
+            hooks.
     """
 
     def __init__(
@@ -64,7 +65,8 @@ class GradientHooks:
         for pair in self.pairs:
             if pair.sharded:
                 remedy = "For FSDP2 and tensor parallelism use reflora.create_reflora_optimizer."
-                fail(pair.name, "factors that this process holds whole", "DTensor", remedy)
+                parts = [form_of(factor) for factor in (pair.A, pair.B) if is_sharded(factor)]
+                fail(pair.name, "factors that this process holds whole", parts[0], remedy)
         check_unhooked(self.pairs)
         self._ops = PairOps(self.pairs, backend, precision)
         self._groups = self._grouped(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..checks import fail
 from ..optim.membership import FoundPairs, listed, say_plain
-from ..pairs import LoRAPair, as_pairs, is_sharded
+from ..pairs import LoRAPair, as_pairs, is_dtensor, is_split
 
 PLAIN_FACTORS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 # what torch.compile, activation checkpointing and FSDP put between a module and its name
@@ -41,11 +41,11 @@ def find_pairs(model: nn.Module, adapter: str | None = None) -> list[LoRAPair]:
     """Every LoRA pair of `model`, named by its module's path and its adapter.
 
     Supports PEFT LoRA on linear (DoRA's magnitude is left alone), Conv1D, embedding, convolution and attention layers,
-    on quantised base layers and on `target_parameters` (layout "experts(E)"), and the LoRA layers of kohya's sd-scripts
-    and of LyCORIS, through DDP, PeftModel and torch.compile wrappers. Layers whose factors are tied to an earlier
-    layer's, grouped convolutions, layers with a scaling between B and A (AdaLoRA, KaSA) and layers with one factor
-    frozen (LoRA-FA) are not pairs: a warning names them, and they take plain steps. An optimizer given this list
-    searches the model again whenever it is given further parameters.
+    on quantised base layers, on Megatron's parallel layers and on `target_parameters` (layout "experts(E)"), and the
+    LoRA layers of kohya's sd-scripts and of LyCORIS, through DDP, PeftModel and torch.compile wrappers. Layers whose
+    factors are tied to an earlier layer's, grouped convolutions, layers with a scaling between B and A (AdaLoRA, KaSA)
+    and layers with one factor frozen (LoRA-FA) are not pairs: a warning names them, and they take plain steps. An
+    optimizer given this list searches the model again whenever it is given further parameters.
 
     Args:
         model: The model, wrapped or not.
@@ -165,7 +165,7 @@ def _unfit(site: Site, owners: Mapping[int, str]) -> str | None:
     """Why this is not a `dW = scaling * B @ A` with memory of its own, or None."""
     pair = site.pair
     for factor in site.factors:
-        if isinstance(factor, nn.Module) and not isinstance(factor, PLAIN_FACTORS):
+        if isinstance(factor, nn.Module) and not (isinstance(factor, PLAIN_FACTORS) or is_split(_weight(factor, ""))):
             return f"{type(factor).__name__} factors"  # such as BD-LoRA's: the weight is not the matrix
     for name in SCALED_INSIDE:
         if site.adapter in _by_adapter(site.module, name):
@@ -181,7 +181,7 @@ def _unfit(site: Site, owners: Mapping[int, str]) -> str | None:
 
 def _address(tensor: Tensor) -> int:
     # this process may hold nothing of a sharded one
-    return id(tensor) if is_sharded(tensor) else tensor.data_ptr()
+    return id(tensor) if is_dtensor(tensor) else tensor.data_ptr()
 
 
 def _fail_empty(model: nn.Module, adapter: str | None, left_out: Mapping[str, str], others: set[str]) -> None:

@@ -1,4 +1,4 @@
-"""Pairs whose factors are DTensors (FSDP2): every process holds a part of them, and all compute the same S.
+"""Pairs of which every process holds a part (FSDP2, tensor parallelism, Megatron's splits); all compute the same S.
 
 S depends on the factors only through their r x r Grams. These are sums over what the processes hold, so one all-reduce
 of `[pairs, 2, r, r]` per step is all that S needs; the gradients are multiplied in place. A factor that is cut along r,
@@ -8,6 +8,7 @@ as `fully_shard` cuts A by default, is first resharded along its other side, by 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,14 +22,17 @@ from ..backends import resolve
 from ..checks import check_backend, check_precision, fail
 from ..columns import DEGENERATE
 from ..diagnostics import Diagnostics, row_names
-from ..pairs import LoRAPair, local
+from ..pairs import LoRAPair, is_split, local
 from .pairs import Counts, Outcome, multiply, scale_sides
 
 HALF = (torch.bfloat16, torch.float16)
 
 
 class ShardedOps:
-    """As PairOps, for pairs some of which are sharded. `active` must be the same in every process."""
+    """As PairOps, for pairs some of which are sharded. `active` must be the same in every process.
+
+    Raises ValueError where Megatron has split a factor and does not say over which processes.
+    """
 
     def __init__(self, pairs: Sequence[LoRAPair], backend: str | None = None, precision: str = "float64"):
         check_backend(backend)
@@ -36,6 +40,7 @@ class ShardedOps:
         self.pairs, self.backend, self.precision = list(pairs), backend, precision
         # by pair, its rows of the last solve's result table
         self._reports: dict[int, Tensor] = {}
+        self._votes = voters(self.pairs)
 
     def diagnostics(self) -> Diagnostics:
         """What the last call did, layer by layer, with the layers of its pairs only."""
@@ -73,10 +78,10 @@ class ShardedOps:
             alike.setdefault((of_A.shape[-1], of_A.device), []).append(index)
         found: dict[int, Tensor] = {}
         reports: dict[int, Tensor] = {}
-        for (r, device), own in alike.items():
+        for (_, device), own in alike.items():
             of_A, of_B = (torch.cat(side) for side in zip(*(grams[i] for i in own)))
             steps = None if counts is None else torch.cat([counts[i] for i in own])
-            sides = sides_of([self.pairs[i] for i in own], r, device)
+            sides = sides_of([self.pairs[i] for i in own], device)
             both, results = resolve(self.backend, device).means((of_A, of_B), sides, self.precision, steps)
             sizes = [self.pairs[i].experts for i in own]
             found.update(zip(own, both.split(sizes)))
@@ -130,13 +135,10 @@ class ShardedOps:
     def agree(self, finite: bool, moving: bool) -> tuple[bool, bool]:
         """Whether every process that holds a part of the pairs says finite, and whether any says moving."""
         votes: tuple[float, ...] = float(finite), float(not moving)
-        # in the order of the pairs, which all processes share
-        sharded = (factor for pair in self.pairs for factor in (pair.A, pair.B) if isinstance(factor, DTensor))
-        for mesh in dict.fromkeys(factor.device_mesh for factor in sharded):
-            for dim in range(mesh.ndim):
-                vote = torch.tensor(votes, dtype=torch.float32, device=mesh.device_type)
-                dist.all_reduce(vote, dist.ReduceOp.MIN, group=mesh.get_group(dim))
-                votes = (*vote.tolist(),)
+        for group, device in self._votes:
+            vote = torch.tensor(votes, dtype=torch.float32, device=device)
+            dist.all_reduce(vote, dist.ReduceOp.MIN, group=group)
+            votes = (*vote.tolist(),)
         return bool(votes[0]), not votes[1]
 
     @torch.no_grad()
@@ -164,11 +166,17 @@ class ShardedOps:
         return roots
 
 
-def sides_of(pairs: Sequence[LoRAPair], r: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def sides_of(pairs: Sequence[LoRAPair], device: torch.device) -> tuple[Tensor, Tensor]:
     """n_in and n_out of every row: of the whole factors, not of this process's part."""
-    rows = [(pair.A.numel(), pair.B.numel(), pair.experts * r) for pair in pairs for _ in range(pair.experts)]
-    sides = torch.tensor([(of_A // size, of_B // size) for of_A, of_B, size in rows], dtype=torch.int64, device=device)
+    rows = [(width(pair, pair.A), width(pair, pair.B)) for pair in pairs for _ in range(pair.experts)]
+    sides = torch.tensor(rows, dtype=torch.int64, device=device)
     return sides[:, 0], sides[:, 1]
+
+
+def width(pair: LoRAPair, factor: Tensor) -> int:
+    """n of the whole factor: of a DTensor's shape, or of the parts that Megatron split it into, which are alike."""
+    parts = split_group(factor).size() if is_split(factor) else 1
+    return parts * factor.numel() // (pair.experts * pair.rank)
 
 
 def _own_grams(pair: LoRAPair) -> list[tuple[int, Tensor]]:
@@ -180,32 +188,75 @@ def _own_grams(pair: LoRAPair) -> list[tuple[int, Tensor]]:
 
 def summed(parts: Sequence[tuple[LoRAPair, int, Tensor]]) -> list[Tensor]:
     """The parts summed over the processes, in one all-reduce for all that are cut over the same ones."""
-    together: dict[Any, list[int]] = {}
+    together: dict[tuple[dist.ProcessGroup, ...], list[int]] = {}
     for number, (pair, side, _) in enumerate(parts):
-        factor = pair.A if side == 1 else pair.B
-        if isinstance(factor, DTensor):
-            cut = tuple(dim for dim, placement in enumerate(factor.placements) if placement.is_shard())
-            together.setdefault((factor.device_mesh, cut), []).append(number)
+        together.setdefault(groups_of(pair.A if side == 1 else pair.B), []).append(number)
     found = [gram for _, _, gram in parts]
-    for (mesh, cut), numbers in together.items():
+    for groups, numbers in together.items():
+        if not groups:
+            continue
         buffer = torch.cat([found[number].flatten() for number in numbers])
-        for dim in cut:
-            dist.all_reduce(buffer, group=mesh.get_group(dim))
+        for group in groups:
+            dist.all_reduce(buffer, group=group)
         for number, piece in zip(numbers, buffer.split([found[number].numel() for number in numbers])):
             found[number] = piece.view_as(found[number])
     return found
 
 
-def along(tensor: Tensor, dim: int) -> Tensor:
-    """This process's part when cut along `dim`: its own memory where it is cut so already, else a new tensor."""
+def groups_of(factor: Tensor) -> tuple[dist.ProcessGroup, ...]:
+    """The groups among whose processes a factor is cut, one after another; none where each holds it whole."""
+    if isinstance(factor, DTensor):
+        mesh = factor.device_mesh
+        return tuple(mesh.get_group(dim) for dim, placed in enumerate(factor.placements) if is_cut(placed))
+    return (split_group(factor),) if is_split(factor) else ()
+
+
+def is_cut(placed: Any) -> bool:
+    """Whether a placement gives each process a part. `is_shard` is false of FSDP2's on top of tensor parallelism."""
+    return not (placed.is_replicate() or placed.is_partial())
+
+
+def split_group(factor: Tensor) -> dist.ProcessGroup:
+    """Among whose processes Megatron has split a factor."""
+    try:
+        state = importlib.import_module("megatron.core.parallel_state")
+        return state.get_tensor_model_parallel_group()
+    except (ImportError, AssertionError) as error:  # the latter where it has not been initialised
+        remedy = "Import and initialise Megatron first: Grams are summed over its tensor-parallel group."
+        wanted = "the group of megatron.core.parallel_state"
+        fail(f"a factor {tuple(factor.shape)} that Megatron split", wanted, error, remedy)
+
+
+def voters(pairs: Sequence[LoRAPair]) -> list[tuple[dist.ProcessGroup, Any]]:
+    """Every group whose processes hold a pair, cut or replicated, with the device of its messages.
+
+    In the order of the pairs, which all processes share.
+    """
+    found: dict[dist.ProcessGroup, Any] = {}
+    for factor in (factor for pair in pairs for factor in (pair.A, pair.B)):
+        if isinstance(factor, DTensor):
+            mesh = factor.device_mesh
+            found.update({mesh.get_group(dim): mesh.device_type for dim in range(mesh.ndim)})
+        elif is_split(factor):
+            found[split_group(factor)] = factor.device
+    return list(found.items())
+
+
+def along(tensor: Tensor, dim: int, factor: Tensor | None = None) -> Tensor:
+    """This process's part when cut along `dim`: its own memory where it is cut so already, else a new tensor.
+
+    factor: over which processes it is to be cut, if not as it is.
+    """
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
         return tensor
-    return tensor.redistribute(placements=_cut_along(tensor, dim)).to_local()
+    like = factor if isinstance(factor, DTensor) else tensor
+    return tensor.redistribute(placements=_cut_along(like, dim)).to_local()
 
 
 def _cut_along(tensor: DTensor, dim: int) -> list[Any]:
-    return [Shard(dim) if placement.is_shard() else placement for placement in tensor.placements]
+    placements: tuple[Any, ...] = tensor.placements
+    return [Shard(dim) if is_cut(placed) and placed.dim != dim else placed for placed in placements]
 
 
 def put_back(tensor: Tensor, dim: int, part: Tensor) -> None:

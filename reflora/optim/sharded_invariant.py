@@ -22,7 +22,7 @@ from ..columns import RESULTS, SKIPPED
 from ..pairs import LoRAPair, PairLike, local
 from .grams import matrices_of, of_mean, rows_of, squares_of
 from .groups import check_amsgrad
-from .sharded import ShardedOps, along, put_back, sides_of, summed
+from .sharded import ShardedOps, along, put_back, sides_of, summed, width
 from .state import GRAM, MEAN_GRAM, SQUARES, check_kept_moments, check_names, gram_shape, grams_of
 from .wrapper import Wrapped, entries_of, reflora_class
 
@@ -130,8 +130,7 @@ class ShardedInvariantAdamW(reflora_class(torch.optim.AdamW)):  # type: ignore[m
             parts.append((pair, dim, torch.stack([row.double().square().sum(1) for row in rows])))
         result = []
         for (pair, factor, _, state), found in zip(lone, summed(parts)):
-            n = factor.numel() // (pair.experts * pair.rank)
-            result.append(found / n * of_mean(state["step"].to(found.device), betas[factor]))
+            result.append(found / width(pair, factor) * of_mean(state["step"].to(found.device), betas[factor]))
         return result
 
     def _rejoin(self, sides: list[Side]) -> None:
@@ -150,7 +149,7 @@ class ShardedInvariantAdamW(reflora_class(torch.optim.AdamW)):  # type: ignore[m
             parts.append((side.pair, side.dim, torch.cat([total, torch.stack(changed).double()[:, None]], 1)))
         for side, found in zip(sides, summed(parts)):
             if found[:, -1].any():
-                n = side.factor.numel() // (side.pair.experts * side.pair.rank)
+                n = width(side.pair, side.factor)
                 side.state[GRAM].copy_(torch.diag_embed(found[:, :-1] / n).view_as(side.state[GRAM]))
             del side.state[SQUARES]
 
@@ -182,7 +181,7 @@ class ShardedInvariantAdamW(reflora_class(torch.optim.AdamW)):  # type: ignore[m
     ) -> None:  # fmt: skip
         """Pairs of one rank, device and type; sums: of each the Grams of A, gA, B and gB."""
         of_A, of_gA, of_B, of_gB = (torch.cat(some) for some in zip(*sums))
-        n = sides_of([a.pair for a, _ in sides], r, device)
+        n = sides_of([a.pair for a, _ in sides], device)
         compute = getattr(torch, self.precision)
         a, b = gram_of_sums(of_A, n[0], compute), gram_of_sums(of_B, n[1], compute)
         found = frames(a, b, self.metric, computed, self.precision)
@@ -211,7 +210,7 @@ class ShardedInvariantAdamW(reflora_class(torch.optim.AdamW)):  # type: ignore[m
         if self.grams not in state:
             state[self.grams] = torch.zeros(gram_shape(pair), dtype=torch.float64, device=local(factor).device)
         assert factor.grad is not None
-        gradient = along(factor.grad, dim)
+        gradient = along(factor.grad, dim, factor)
         scale = getattr(self, "grad_scale", None)
         sign = -1 if group["maximize"] else 1
         wide = torch.float64 if factor.dtype == torch.float64 else torch.float32

@@ -9,6 +9,7 @@ from typing import Any
 import distributed_cases as cases
 import parallel_cases
 import pytest
+import split_cases
 import torch
 import whitened_cases
 from torch import Tensor
@@ -20,7 +21,8 @@ pytestmark = pytest.mark.xdist_group("two processes")
 CASES = (
     cases.ddp, cases.fsdp2, cases.fsdp2_checkpoint, whitened_cases.fsdp2_invariant, cases.fsdp2_refusals,
     cases.fsdp2_refactorer, cases.fsdp2_after_the_optimizer, cases.fsdp1, cases.fsdp2_hard_shapes,
-    parallel_cases.zero_redundancy, parallel_cases.tensor_parallel, parallel_cases.pipeline, cases.accelerated,
+    parallel_cases.zero_redundancy, parallel_cases.tensor_parallel, parallel_cases.pipeline, split_cases.meshes,
+    split_cases.partial_gradient, split_cases.megatron_splits, cases.accelerated,
     *([cases.deepspeed] if importlib.util.find_spec("deepspeed") else []), cases.example,
 )  # fmt: skip
 results = functools.cache(together)

@@ -1,4 +1,4 @@
-"""Tensor and pipeline parallelism, and ZeroRedundancyOptimizer: two processes train as one does, or say what would."""
+"""Tensor and pipeline parallelism, and ZeroRedundancyOptimizer: processes train as one does, or say what would."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from tiny_models import needs_its_kernels
 
 import reflora
 
+# by layer, whether A and whether B is cut
+CUT = {"q_proj": [False, True], "v_proj": [False, True], "o_proj": [True, False], "down_proj": [True, False]}
 pytestmark = pytest.mark.xdist_group("two processes")
 
 
 @pytest.mark.parametrize("name", cases.TENSOR_PARALLEL)
 def test_tensor_parallel(name: str) -> None:
-    """`tp_plan="auto"` cuts B alone; every process takes the step of the whole model."""
+    """`tp_plan="auto"` cuts B of column-parallel layers, A of row-parallel ones; the steps are the whole model's."""
     needs_its_kernels()
     cls, options = cases.TENSOR_PARALLEL[name]
     model = cases.causal()
@@ -23,7 +25,7 @@ def test_tensor_parallel(name: str) -> None:
     optimizer = reflora.create_reflora_optimizer(model, cls or reflora.RefLoRAAdamW, lr=1e-2, **options)
     alone = cases.train_causal(model, optimizer)
     for found in both(cases.tensor_parallel):
-        assert all(found["placements"].values())
+        assert {path.split(".")[-2]: cut for path, cut in found["cut"].items()} == CUT
         assert_close(found[name], alone, rtol=2e-4, atol=2e-6)
         assert all(float((found[name][key] - start[key]).abs().max()) > 1e-3 for key in start)
 

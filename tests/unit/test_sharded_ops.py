@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from kernel_cases import degenerate_pairs, pair, randn
 
+import reflora
 from reflora import LoRAPair
 from reflora.constants import START_STEPS
 from reflora.optim.pairs import PairOps
@@ -56,3 +59,16 @@ def test_the_start_is_counted_from_where_both_factors_are_there() -> None:
     ops.solve(range(len(pairs)), {i: torch.full((p.experts,), float(START_STEPS)) for i, p in enumerate(pairs)})
     flags = {p.name: ops.started()[i].tolist() for i, p in enumerate(pairs)}
     assert flags["zero A"] == [0] and flags["n_out < r"] == [1] and flags["experts"] == [1, 0]
+
+
+@pytest.mark.parametrize("call", [reflora.refactor_, reflora.precondition_])
+def test_a_graph_refuses_what_megatron_has_split(call: Callable[..., object]) -> None:
+    """An operator is given tensors without the mark."""
+    A, B = (torch.nn.Parameter(randn(*shape)) for shape in ((3, 8), (6, 3)))
+    A.grad, B.grad = torch.ones_like(A), torch.ones_like(B)
+    compiled = torch.compile(lambda: call([(A, B)]), backend="eager", fullgraph=True)
+    compiled()
+    B.tensor_model_parallel, B.partition_dim = True, 0  # type: ignore[attr-defined]
+    torch.compiler.reset()
+    with pytest.raises(Exception, match="held whole by this process"):
+        compiled()
