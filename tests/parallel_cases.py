@@ -24,7 +24,8 @@ from reflora.pairs import is_sharded
 TOKENS = torch.arange(24).view(2, 12)
 # by name: the class and the options of the optimizer
 TENSOR_PARALLEL: dict[str, tuple[Any, dict[str, Any]]] = {
-    "AdamW": (None, {}), "NAdam": (torch.optim.NAdam, {}), "scalar": (None, {"scalar": True, "warmup_steps": 0}),
+    "AdamW": (None, {"warmup_steps": 0}), "NAdam": (torch.optim.NAdam, {"warmup_steps": 0}),
+    "scalar": (None, {"scalar": True, "warmup_steps": 0}),
     "invariant": (reflora.InvariantAdamW, {}),
 }  # fmt: skip
 

@@ -24,9 +24,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import reflora
 
 TENSOR_PARALLEL = 2
-# by name: the class and the options of the optimizer
+# by name: the class and the options of the optimizer. Phased in gradually, S would not tell in five steps
 WAYS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "AdamW": (None, {}), "NAdam": (torch.optim.NAdam, {}), "scalar": (None, {"scalar": True, "warmup_steps": 0}),
+    "AdamW": (None, {"warmup_steps": 0}), "NAdam": (torch.optim.NAdam, {"warmup_steps": 0}),
+    "scalar": (None, {"scalar": True, "warmup_steps": 0}),
     "invariant": (reflora.InvariantAdamW, {}),
     "momentum": (reflora.InvariantAdamW, {"metric": "scaled", "moments": "momentum"}),
 }  # fmt: skip
@@ -112,8 +113,8 @@ def partial_gradient(rank: int, folder: Path) -> dict[str, list[Tensor]]:
         for step in range(3):
             gA, gB = gradients(step)
             pair.A.grad = distribute_tensor(gA, mesh, [Shard(1)])
-            share = gB * (0.25 if rank == 0 else 0.75)
-            pair.B.grad = DTensor.from_local(share, mesh, [Partial()], run_check=False)
+            share = torch.ones_like(gB)
+            pair.B.grad = DTensor.from_local(gB - share if rank == 0 else share, mesh, [Partial()], run_check=False)
             optimizer.step()
         found[name] = [pair.A.detach().full_tensor(), pair.B.detach().full_tensor()]  # type: ignore[attr-defined]
     return found

@@ -39,9 +39,9 @@ def create_reflora_optimizer(
 ) -> Optimizer:
     """An optimizer over the trainable parameters of `model` that steps its LoRA pairs with RefLoRA.
 
-    Parameters in no pair take plain steps. A model sharded by FSDP2 or tensor parallelism gets a subclass of
-    torch.optim.AdamW that preconditions inside `step`: its pairs are DTensors, and one all-reduce of their Grams per
-    step gives every process the same S.
+    Parameters in no pair take plain steps. A model sharded by FSDP2 or tensor parallelism (DTensors, Megatron's splits)
+    gets a subclass of torch.optim.AdamW that preconditions inside `step`: one all-reduce of the pairs' Grams per step
+    gives every process the same S.
 
     Args:
         model: A PEFT model, or any with PEFT's LoRA layers in it.
@@ -63,7 +63,8 @@ def create_reflora_optimizer(
             name with RefLoRA's (schedule-free's warmup_steps) go into `base_options`, a dictionary.
 
     Raises:
-        ValueError: No LoRA pair is found; a class that requires a closure or, with scalar=True, whose state cannot be
+        ValueError: No LoRA pair is found; a factor that Megatron has split along r, or over processes that it does not
+            tell; a class that requires a closure or, with scalar=True, whose state cannot be
             moved.
         TypeError: Not an optimizer class, or one of PEFT's that preconditions by itself; options of the fused step for
             a sharded model; an option that both classes have.
@@ -76,14 +77,14 @@ def create_reflora_optimizer(
         optimizer_cls = optimizer_cls or torch.optim.AdamW
         if damps:
             remedy = "RefLoRAAdamW and InvariantAdamW step sharded models."
-            fail("RiemannianAdamW", "a model that is not sharded", "DTensors, or FSDP2 to come", remedy, TypeError)
+            fail("RiemannianAdamW", "a model that is not sharded", "one that is, or will be", remedy, TypeError)
         if whitens:
             from ..optim.sharded_invariant import ShardedInvariantAdamW  # torch.distributed.tensor is slow to import
 
             optimizer_cls = ShardedInvariantAdamW
         own = sorted(set(OWN_OPTIONS) & kwargs.keys())
         if own:
-            remedy = "torch's AdamW steps DTensors, with the preconditioning in front: leave these options out."
+            remedy = "torch's AdamW steps sharded factors, with the preconditioning in front: leave these options out."
             fail("a sharded model", "none of the fused step's own options", ", ".join(own), remedy, TypeError)
     elif optimizer_cls is None or optimizer_cls is torch.optim.AdamW:
         optimizer_cls = RefLoRAAdamW

@@ -93,7 +93,7 @@ def test_what_cannot_serve_sharded_factors_says_what_can() -> None:
             assert "create_reflora_optimizer" in found[name]
         for name in ("options", "options of InvariantAdamW"):
             assert "none of the fused step's own options, got carry_grams" in found[name]
-        assert "expected a model that is not sharded, got DTensors" in found["RiemannianAdamW"]
+        assert "expected a model that is not sharded, got one that is" in found["RiemannianAdamW"]
         assert "not cut across experts" in found["experts"] and "shard_placement" in found["experts"]
         assert "sharded expert factors of two dimensions" in found["stacked experts"]
         assert found["skipped"] == "1" and found["unchanged"] == "True"
