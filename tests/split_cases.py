@@ -100,21 +100,22 @@ def meshes(rank: int, folder: Path) -> dict[str, Any]:
     return found
 
 
-def partial_gradient(rank: int, folder: Path) -> dict[str, list[Tensor]]:
-    """A is cut, B replicated, and B's gradient a sum that has not been taken yet, as under sequence parallelism."""
+def one_dimension(rank: int, folder: Path) -> dict[str, list[Tensor]]:
+    """A mesh whose second dimension alone cuts A. Every process has B, and a summand of its gradient."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size() // TENSOR_PARALLEL, TENSOR_PARALLEL))
+    cut, copies, summands = [Replicate(), Shard(1)], [Replicate(), Replicate()], [Replicate(), Partial()]
     found = {}
     for name, (cls, options) in WAYS.items():
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         layer: Any = net().down
-        for factor, placed in ((layer.lora_A["default"], Shard(1)), (layer.lora_B["default"], Replicate())):
-            factor.weight = nn.Parameter(distribute_tensor(factor.weight.detach(), mesh, [placed]))
+        for factor, placed in ((layer.lora_A["default"], cut), (layer.lora_B["default"], copies)):
+            factor.weight = nn.Parameter(distribute_tensor(factor.weight.detach(), mesh, placed))
         pair = reflora.find_pairs(layer)[0]
         optimizer = reflora.create_reflora_optimizer(layer, cls, lr=1e-2, **options)
         for step in range(3):
             gA, gB = gradients(step)
-            pair.A.grad = distribute_tensor(gA, mesh, [Shard(1)])
-            share = torch.ones_like(gB)
-            pair.B.grad = DTensor.from_local(gB - share if rank == 0 else share, mesh, [Partial()], run_check=False)
+            pair.A.grad = distribute_tensor(gA, mesh, cut)
+            share = torch.ones_like(gB) if rank % TENSOR_PARALLEL else gB - 1
+            pair.B.grad = DTensor.from_local(share, mesh, summands, run_check=False)
             optimizer.step()
         found[name] = [pair.A.detach().full_tensor(), pair.B.detach().full_tensor()]  # type: ignore[attr-defined]
     return found
@@ -126,7 +127,7 @@ def gradients(step: int) -> tuple[Tensor, Tensor]:
     return gA, gB
 
 
-def whole_gradient(name: str) -> list[Tensor]:
+def one_dimension_alone(name: str) -> list[Tensor]:
     """The same in one process."""
     layer, (cls, options) = net().down, WAYS[name]
     pair = reflora.find_pairs(layer)[0]

@@ -22,7 +22,7 @@ CASES = (
     cases.ddp, cases.fsdp2, cases.fsdp2_checkpoint, whitened_cases.fsdp2_invariant, cases.fsdp2_refusals,
     cases.fsdp2_refactorer, cases.fsdp2_after_the_optimizer, cases.fsdp1, cases.fsdp2_hard_shapes,
     parallel_cases.zero_redundancy, parallel_cases.tensor_parallel, parallel_cases.pipeline, split_cases.meshes,
-    split_cases.partial_gradient, split_cases.megatron_splits, cases.accelerated,
+    split_cases.one_dimension, split_cases.megatron_splits, cases.accelerated,
     *([cases.deepspeed] if importlib.util.find_spec("deepspeed") else []), cases.example,
 )  # fmt: skip
 results = functools.cache(together)

@@ -11,7 +11,7 @@ from test_distributed import assert_close, both, results
 from two_processes import Case
 
 pytestmark = pytest.mark.xdist_group("two processes")
-OF_FOUR = (cases.meshes, cases.megatron_splits)
+OF_FOUR = (cases.meshes, cases.one_dimension, cases.megatron_splits)
 
 
 def each(case: Case) -> list[Any]:
@@ -35,9 +35,10 @@ def test_tensor_parallelism_under_fsdp2(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", cases.WAYS)
-def test_a_gradient_that_is_still_a_sum(name: str) -> None:
-    wanted = cases.whole_gradient(name)
-    for found in both(cases.partial_gradient):
+def test_a_mesh_of_which_one_dimension_cuts(name: str) -> None:
+    """And a gradient that is still to be summed."""
+    wanted = cases.one_dimension_alone(name)
+    for found in each(cases.one_dimension):
         assert_close(found[name], wanted)
 
 

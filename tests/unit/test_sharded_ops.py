@@ -61,6 +61,7 @@ def test_the_start_is_counted_from_where_both_factors_are_there() -> None:
     assert flags["zero A"] == [0] and flags["n_out < r"] == [1] and flags["experts"] == [1, 0]
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo does not know")
 @pytest.mark.parametrize("call", [reflora.refactor_, reflora.precondition_])
 def test_a_graph_refuses_what_megatron_has_split(call: Callable[..., object]) -> None:
     """An operator is given tensors without the mark."""
