@@ -8,7 +8,6 @@ as `fully_shard` cuts A by default, is first resharded along its other side, by 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -219,8 +218,9 @@ def is_cut(placed: Any) -> bool:
 def split_group(factor: Tensor) -> dist.ProcessGroup:
     """Among whose processes Megatron has split a factor."""
     try:
-        state = importlib.import_module("megatron.core.parallel_state")
-        return state.get_tensor_model_parallel_group()
+        from megatron.core.parallel_state import get_tensor_model_parallel_group
+
+        return get_tensor_model_parallel_group()
     except (ImportError, AssertionError) as error:  # the latter where it has not been initialised
         remedy = "Import and initialise Megatron first: Grams are summed over its tensor-parallel group."
         wanted = "the group of megatron.core.parallel_state"
