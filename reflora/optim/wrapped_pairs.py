@@ -88,25 +88,29 @@ class OwnPairs(Optimizer):
                 say_plain(names, why, stacklevel=5)
 
     def _active(self) -> list[bool]:
-        """By pair, whether this optimizer steps both factors and both have a gradient."""
+        """By pair, whether this optimizer steps both factors and both have a gradient.
+
+        Raises RuntimeError where it steps no pair whole.
+        """
+        owned = set(self._params())
+        whole = [pair.A in owned and pair.B in owned for pair in self.pairs]
+        if self.pairs and not any(whole):
+            check_whole(halved(self.pairs, owned))
+            fail("param_groups", "the factors of the pairs among them", "none of them", FLATTENED, RuntimeError)
+        return [on and p.A.grad is not None and p.B.grad is not None for on, p in zip(whole, self.pairs)]
+
+    def _follow(self) -> None:
+        """Adopt what has replaced the factors: accelerate shards a model and swaps its parameters one by one."""
         params = self._params()
         owned = set(params)
-        if not all(p.A in owned and p.B in owned for p in self.pairs):
-            self._follow(params, owned)
-            owned = set(params)
-        return [p.A.grad is not None and p.B.grad is not None and p.A in owned and p.B in owned for p in self.pairs]
-
-    def _follow(self, params: list[Tensor], owned: set[Tensor]) -> None:
-        """Adopt what has replaced the factors: accelerate shards a model and swaps its parameters one by one."""
+        if all(pair.A in owned and pair.B in owned for pair in self.pairs):
+            return
         pairs = []
         for pair, places in zip(self.pairs, self._places):
             now = [params[place] for place in places if place is not None and place < len(params)]
             swapped = len(now) == 2 and [t.shape for t in now] == [pair.A.shape, pair.B.shape]
             gone = pair.A not in owned and pair.B not in owned
             pairs.append(LoRAPair(pair.name, now[0], now[1], pair.layout) if swapped and gone else pair)
-        if not any(pair.A in owned and pair.B in owned for pair in pairs):
-            check_whole(halved(pairs, owned))
-            fail("param_groups", "the factors of the pairs among them", "none of them", FLATTENED, RuntimeError)
         if any(new is not old for new, old in zip(pairs, self.pairs)):
             self.pairs = as_pairs(pairs, sharded=True)
             self.__dict__.pop("_ops", None)

@@ -192,6 +192,7 @@ class Wrapped(FullStep, ScalarStep):
         if scaler_found_inf(self):
             return loss
         self._check_written()
+        self._follow()  # before the model is searched, which would find what has replaced a pair as a further one
         self._take_in(pairs_of_unseen(self, sharded=True))
         active = self._active()
         grads = [local(p.grad) for p in self._params() if p.grad is not None and not p.grad.is_sparse]

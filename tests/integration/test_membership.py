@@ -307,3 +307,24 @@ def test_factors_in_the_wrong_order_are_named(cls: Callable[..., Any]) -> None:
     pairs = [(torch.randn(16, 4, requires_grad=True), torch.randn(4, 16, requires_grad=True))]
     said = told(lambda: cls([t for pair in pairs for t in pair], pairs=pairs, lr=1e-2))
     assert len(said) == 1 and "Is B given before A?" in said[0]
+
+
+def test_factors_that_are_replaced_in_model_and_optimizer_are_no_further_pairs() -> None:
+    """As accelerate does when it shards a model whose optimizer exists."""
+    ours, plain = build(), build()
+    optimizers: list[Any] = [reflora.create_reflora_optimizer(m, torch.optim.SGD, lr=0.1) for m in (ours, plain)]
+    for module in ours.modules():
+        for name, param in list(module.named_parameters(recurse=False)):
+            if param.requires_grad:
+                setattr(module, name, nn.Parameter(param.detach().clone()))
+    optimizers[0].param_groups[0]["params"] = [p for p in ours.parameters() if p.requires_grad]
+
+    def step() -> None:
+        for model, optimizer in zip((ours, plain), optimizers):
+            for number in range(2):
+                backward(model, number)
+                optimizer.step()
+
+    assert told(step) == []
+    assert [len(optimizer.pairs) for optimizer in optimizers] == [2, 2]
+    assert_equal(trainable(ours), trainable(plain))
