@@ -38,7 +38,7 @@ class SVD:
             return A, B
         n_in = A.shape[1]
         size = A.square().mean().sqrt() if float(root.sum()) > 0 else A.new_tensor(n_in**-0.5)
-        drawn = torch.randn(rank - k, n_in, generator=generator, dtype=A.dtype, device=A.device)
+        drawn = torch.randn(rank - k, n_in, generator=generator, dtype=A.dtype, device="cpu").to(A.device)
         return torch.cat([A, size * drawn]), torch.cat([B, B.new_zeros(B.shape[0], rank - k)], dim=1)
 
 
@@ -73,7 +73,7 @@ def leading(D: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         U, s, Vt = torch.linalg.svd(D, full_matrices=False)
         return U[:, :k], s[:k], Vt[:k]
     generator = torch.Generator("cpu").manual_seed(0)
-    start = torch.randn(D.shape[1], width, generator=generator, dtype=D.dtype).to(D.device)
+    start = torch.randn(D.shape[1], width, generator=generator, dtype=D.dtype, device="cpu").to(D.device)
     Q, kept, whole = torch.linalg.qr(D @ start).Q, 0.0, float(D.norm()) ** 2
     for _ in range(ROUNDS):
         P = torch.linalg.qr(D.mT @ Q).Q

@@ -105,6 +105,16 @@ def fsdp2() -> dict[str, Any]:
     return {"model": adapted()}
 
 
+def tensor_parallel() -> dict[str, Any]:
+    """A mesh of one process."""
+    from torch.distributed.tensor.parallel import ColwiseParallel
+
+    one_process()
+    mesh = torch.distributed.init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "tp"))
+    plan = {"base_model.model.model.layers.*.self_attn.q_proj.lora_B.default": ColwiseParallel()}
+    return {"model": adapted(), "mesh": mesh, "plan": plan}
+
+
 def deepspeed() -> dict[str, Any]:
     one_process()
     import deepspeed
@@ -200,6 +210,7 @@ GIVEN: dict[str, Any] = {
     "docs/howto/optimizers.md": lambda: {"model": adapted()},
     "docs/howto/distributed.md#accelerate": lambda: {"model": adapted(), "loader": loader()},
     "docs/howto/distributed.md#FSDP2": fsdp2,
+    "docs/howto/distributed.md#Tensor parallelism": tensor_parallel,
     "docs/howto/distributed.md#DeepSpeed, ZeRO-1 and 2": deepspeed,
     "docs/howto/compile.md": lambda: {"model": adapted(), "batch": batch()},
     "docs/howto/config.md": lambda: {"model": adapted()},

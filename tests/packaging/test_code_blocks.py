@@ -33,7 +33,9 @@ FENCE = re.compile(r"^(<!-- needs a GPU -->\n)?```(\w*)\n(.*?)^```$", re.MULTILI
 # their sections are programs by themselves
 SECTIONED = {"docs/howto/distributed.md", "docs/howto/trainers_by_name.md"}
 # each starts a process group
-ALONE = {"docs/howto/distributed.md#FSDP2", "docs/howto/distributed.md#DeepSpeed, ZeRO-1 and 2"}
+ALONE = {
+    f"docs/howto/distributed.md#{section}" for section in ("FSDP2", "Tensor parallelism", "DeepSpeed, ZeRO-1 and 2")
+}
 LANGUAGES = {"python", "sh", "yaml", "bibtex"}
 INSTALL = "pip install --dry-run --no-deps --no-build-isolation --no-input {root}"
 BIG = re.compile(r"python -m benchmarks\.(throughput|memory) (--model .*)")
