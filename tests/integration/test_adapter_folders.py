@@ -76,6 +76,8 @@ UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "r null": (change_config(r=None), "r: expected an integer > 0, got None"),
     "no r": (config_of(b'{"peft_type": "LORA", "target_modules": ["q", "v"]}'), "r: expected an integer > 0, got none"),
     "r true": (change_config(r=True), "r: expected an integer > 0, got True"),
+    "alpha a text": (change_config(lora_alpha="8"), "lora_alpha: expected a finite number, got '8'"),
+    "alpha_pattern of texts": (change_config(alpha_pattern={"q": "8"}), "alpha_pattern: expected names with finite"),
     "rank_pattern of lists": (change_config(rank_pattern={"q": [True]}), "rank_pattern: expected names with integers"),
     "rank_pattern no regex": (change_config(rank_pattern={"(": 4}), "rank_pattern: expected regular expressions"),
     "target_parameters a text": (change_config(target_parameters="w"), "target_parameters: expected a list of names"),
